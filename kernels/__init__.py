@@ -1,0 +1,1 @@
+"""What can be computed: score expressions, attention specs, kernels and the operators that run them."""

@@ -1,0 +1,424 @@
+"""The score expression language: what one attention score is, as a function of position.
+
+An expression says what the element at a symbolic position is. The same few node kinds serve twice: lifting a graph
+builds them over the graph's own tensors, and an `AttentionSpec` carries them over numbered captured tensors. Loads hold
+sympy index expressions, so every layout operation is a substitution in an index and leaves no node behind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+
+Indices = tuple[sympy.Expr, ...]
+
+
+@dataclass(frozen=True)
+class Expr:
+    """Base of all expressions. `dtype` is the element type the source program computes this value in."""
+
+    dtype: torch.dtype
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return ()
+
+    def with_children(self, children: tuple[Expr, ...]) -> Expr:
+        return self
+
+
+@dataclass(frozen=True)
+class Load(Expr):
+    """The element of a materialised tensor at sympy index expressions, one per dimension.
+
+    `tensor` is any hashable name of the tensor: a graph node while lifting, a captured slot number in a spec.
+    """
+
+    tensor: Hashable
+    indices: Indices
+
+
+@dataclass(frozen=True)
+class Index(Expr):
+    """An integer computed from positions and sizes only."""
+
+    value: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Const(Expr):
+    """A number known while compiling. Floats may be infinite; NaN never compares equal, so it is not used."""
+
+    value: float | int | bool
+
+
+@dataclass(frozen=True)
+class Pointwise(Expr):
+    """`op` (a row of `OPS`) applied to its arguments element by element."""
+
+    op: str
+    args: tuple[Expr, ...]
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return self.args
+
+    def with_children(self, children: tuple[Expr, ...]) -> Expr:
+        return replace(self, args=children)
+
+
+@dataclass(frozen=True)
+class Dot(Expr):
+    """Sum over `axis` in [0, extent) of lhs * rhs."""
+
+    lhs: Expr
+    rhs: Expr
+    axis: sympy.Symbol
+    extent: sympy.Expr
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.lhs, self.rhs)
+
+    def with_children(self, children: tuple[Expr, ...]) -> Expr:
+        return replace(self, lhs=children[0], rhs=children[1])
+
+
+@dataclass(frozen=True)
+class Product(Expr):
+    """In a spec: the query-key product number `slot` at this position, sum over r of q[.., q_idx, r] * k[.., kv_idx, r]."""
+
+    slot: int
+
+
+@dataclass(frozen=True)
+class Reduce(Expr):
+    """`kind` ("max" or "sum") of `arg` over `axis` in [0, extent)."""
+
+    kind: str
+    arg: Expr
+    axis: sympy.Symbol
+    extent: sympy.Expr
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.arg,)
+
+    def with_children(self, children: tuple[Expr, ...]) -> Expr:
+        return replace(self, arg=children[0])
+
+
+@dataclass(frozen=True)
+class Softmax(Expr):
+    """exp(arg) / sum over `axis` of exp(arg), evaluated at `at` on that axis.
+
+    `arg` is written over the bound symbol `axis`. `empty_row` says what a row of only -inf gives: "nan" as
+    `torch.softmax` does, "zero" as `scaled_dot_product_attention` defines.
+    """
+
+    arg: Expr
+    axis: sympy.Symbol
+    at: sympy.Expr
+    extent: sympy.Expr
+    empty_row: str = "nan"
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.arg,)
+
+    def with_children(self, children: tuple[Expr, ...]) -> Expr:
+        return replace(self, arg=children[0])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Operators
+
+
+@dataclass(frozen=True)
+class Op:
+    """One pointwise operator: how torch computes it, how Triton spells it, and what type it gives.
+
+    `result` is "bool", "float", or "promote" (the promoted type of the arguments); `triton` is a format string over
+    the argument texts.
+    """
+
+    arity: int
+    result: str
+    torch: Callable[..., Any]
+    triton: str
+
+
+def _cast(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x.to(dtype)
+
+
+OPS: Mapping[str, Op] = {
+    "add": Op(2, "promote", torch.add, "({} + {})"),
+    "sub": Op(2, "promote", torch.sub, "({} - {})"),
+    "mul": Op(2, "promote", torch.mul, "({} * {})"),
+    "div": Op(2, "float", torch.true_divide, "({} / {})"),
+    "neg": Op(1, "promote", torch.neg, "(-{})"),
+    "abs": Op(1, "promote", torch.abs, "tl.abs({})"),
+    "min": Op(2, "promote", torch.minimum, "tl.minimum({}, {}, propagate_nan=tl.PropagateNan.ALL)"),
+    "max": Op(2, "promote", torch.maximum, "tl.maximum({}, {}, propagate_nan=tl.PropagateNan.ALL)"),
+    "pow": Op(2, "float", torch.pow, "libdevice.pow({}, {})"),
+    "exp": Op(1, "float", torch.exp, "tl.exp({})"),
+    "log": Op(1, "float", torch.log, "tl.log({})"),
+    "sqrt": Op(1, "float", torch.sqrt, "tl.sqrt({})"),
+    "rsqrt": Op(1, "float", torch.rsqrt, "tl.rsqrt({})"),
+    "tanh": Op(1, "float", torch.tanh, "libdevice.tanh({})"),
+    "sigmoid": Op(1, "float", torch.sigmoid, "tl.sigmoid({})"),
+    "erf": Op(1, "float", torch.erf, "tl.erf({})"),
+    "sin": Op(1, "float", torch.sin, "tl.sin({})"),
+    "cos": Op(1, "float", torch.cos, "tl.cos({})"),
+    "floor": Op(1, "promote", torch.floor, "tl.floor({})"),
+    "lt": Op(2, "bool", torch.lt, "({} < {})"),
+    "le": Op(2, "bool", torch.le, "({} <= {})"),
+    "gt": Op(2, "bool", torch.gt, "({} > {})"),
+    "ge": Op(2, "bool", torch.ge, "({} >= {})"),
+    "eq": Op(2, "bool", torch.eq, "({} == {})"),
+    "ne": Op(2, "bool", torch.ne, "({} != {})"),
+    "and": Op(2, "bool", torch.logical_and, "({} & {})"),
+    "or": Op(2, "bool", torch.logical_or, "({} | {})"),
+    "not": Op(1, "bool", torch.logical_not, "(~{})"),
+    "where": Op(3, "promote", torch.where, "tl.where({}, {}, {})"),
+    "to_float": Op(1, "float", _cast(torch.float32), "{}.to(tl.float32)"),
+    "to_int": Op(1, "int", _cast(torch.int64), "{}.to(tl.int32)"),
+    "to_bool": Op(1, "bool", _cast(torch.bool), "({} != 0)"),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Walking
+
+
+def walk(expr: Expr) -> Iterator[Expr]:
+    """Every sub-expression, outermost first."""
+    yield expr
+    for child in expr.children:
+        yield from walk(child)
+
+
+def rewrite(expr: Expr, rule: Callable[[Expr], Expr | None]) -> Expr:
+    """Rebuild `expr` bottom-up: `rule` may replace a node (None keeps it), and pointwise nodes are simplified again."""
+    children = tuple(rewrite(child, rule) for child in expr.children)
+    if children != expr.children:
+        expr = pointwise(expr.op, *children, dtype=expr.dtype) if isinstance(expr, Pointwise) else expr.with_children(children)
+    replaced = rule(expr)
+    return expr if replaced is None else replaced
+
+
+def substitute(expr: Expr, mapping: Mapping[sympy.Symbol, sympy.Expr]) -> Expr:
+    """Replace index symbols in every index of the expression."""
+
+    def rule(e: Expr) -> Expr | None:
+        match e:
+            case Load():
+                return replace(e, indices=tuple(sympify(i).subs(mapping) for i in e.indices))
+            case Index():
+                return index(e.value.subs(mapping))
+            case Softmax():
+                return replace(e, at=sympify(e.at).subs(mapping))
+        return None
+
+    return rewrite(expr, rule)
+
+
+def free_symbols(expr: Expr) -> frozenset[sympy.Symbol]:
+    """Index symbols the value depends on; a symbol bound by a reduction is not free."""
+    match expr:
+        case Load():
+            return frozenset().union(*(sympify(i).free_symbols for i in expr.indices))
+        case Index():
+            return frozenset(expr.value.free_symbols)
+        case Dot() | Reduce():
+            return frozenset().union(*(free_symbols(c) for c in expr.children)) - {expr.axis}
+        case Softmax():
+            return (free_symbols(expr.arg) - {expr.axis}) | sympify(expr.at).free_symbols
+    return frozenset().union(*(free_symbols(c) for c in expr.children))
+
+
+def loads(expr: Expr) -> tuple[Load, ...]:
+    """The distinct loads of the expression, in order of first use."""
+    return tuple(dict.fromkeys(e for e in walk(expr) if isinstance(e, Load)))
+
+
+def sympify(value: Any) -> sympy.Expr:
+    return value if isinstance(value, sympy.Basic) else sympy.sympify(value)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Smart constructors: one normal form, so that equal meanings compare equal
+
+TRUE = Const(torch.bool, True)
+FALSE = Const(torch.bool, False)
+
+_ALGEBRA: Mapping[str, Callable[..., sympy.Expr]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "neg": lambda a: -a,
+}
+_COMPARE: Mapping[str, Callable[[Any, Any], Any]] = {
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+    "eq": sympy.Eq,
+    "ne": sympy.Ne,
+}
+
+
+def const(value: float | int | bool, dtype: torch.dtype | None = None) -> Expr:
+    """A constant, rounded to `dtype` as the source program would (so an overflowing mask value becomes infinite)."""
+    if dtype is None:
+        dtype = torch.bool if isinstance(value, bool) else torch.int64 if isinstance(value, int) else torch.float32
+    if dtype == torch.bool:
+        return TRUE if value else FALSE
+    if not dtype.is_floating_point:
+        return Index(dtype, sympy.Integer(int(value)))
+    return Const(dtype, _round(float(value), dtype))
+
+
+def _round(value: float, dtype: torch.dtype) -> float:
+    if not math.isfinite(value) or dtype == torch.float64:
+        return value
+    rounded = float(torch.tensor(value, dtype=torch.float64).to(dtype))
+    # The limits of a narrow type are exact; other constants keep full precision, which can only be nearer to the source's meaning.
+    return rounded if not math.isfinite(rounded) or abs(value) >= torch.finfo(dtype).max else value
+
+
+def index(value: Any, dtype: torch.dtype = torch.int64) -> Index:
+    return Index(dtype, sympify(value))
+
+
+def pointwise(op: str, *args: Expr, dtype: torch.dtype | None = None) -> Expr:
+    """`op` applied to `args`, folded and simplified. Raises KeyError for an operator that is not in `OPS`."""
+    info = OPS[op]
+    if len(args) != info.arity:
+        raise ValueError(f"{op} takes {info.arity} arguments, got {len(args)}")
+    if dtype is None:
+        dtype = _result_dtype(info, args)
+    if all(isinstance(a, Index) for a in args):
+        values = [a.value for a in args if isinstance(a, Index)]
+        if op in _ALGEBRA:
+            return Index(dtype, sympy.expand(_ALGEBRA[op](*values)))
+        if op in _COMPARE:
+            verdict = _COMPARE[op](*values)
+            if verdict in (sympy.true, sympy.false):
+                return TRUE if verdict == sympy.true else FALSE
+    simplified = _simplify(op, args, dtype)
+    return Pointwise(dtype, op, args) if simplified is None else simplified
+
+
+def _result_dtype(info: Op, args: tuple[Expr, ...]) -> torch.dtype:
+    if info.result == "bool":
+        return torch.bool
+    if info.result == "int":
+        return torch.int64
+    dtype = torch.bool
+    for a in args[1:] if info.arity == 3 else args:
+        dtype = torch.promote_types(dtype, a.dtype)
+    return torch.float32 if info.result == "float" and not dtype.is_floating_point else dtype
+
+
+def _number(e: Expr) -> float | int | None:
+    if isinstance(e, Const):
+        return e.value
+    if isinstance(e, Index) and e.value.is_Integer:
+        return int(e.value)
+    return None
+
+
+def _simplify(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
+    """Identities that hold for every value, NaN and infinities of the other operand aside where the comment says so."""
+    numbers = [_number(a) for a in args]
+    if op == "where":
+        if args[0] in (TRUE, FALSE):
+            return cast(args[1] if args[0] == TRUE else args[2], dtype)
+        return cast(args[1], dtype) if args[1] == args[2] else None
+    if op in ("and", "or"):
+        zero = FALSE if op == "and" else TRUE
+        if zero in args:
+            return zero
+        kept = [a for a in dict.fromkeys(args) if a != (TRUE if op == "and" else FALSE)]
+        if len(kept) < 2:
+            return kept[0] if kept else (TRUE if op == "and" else FALSE)
+        return None
+    if op == "not":
+        if args[0] in (TRUE, FALSE):
+            return FALSE if args[0] == TRUE else TRUE
+        return args[0].args[0] if isinstance(args[0], Pointwise) and args[0].op == "not" else None
+    if op == "to_bool" and args[0].dtype == torch.bool:
+        return args[0]
+    if all(n is not None for n in numbers):
+        return _fold(op, args, dtype)
+    if op == "add" and 0 in numbers:
+        return cast(args[1 - numbers.index(0)], dtype)
+    # A score is never +inf or NaN where the source is meaningful, so -inf absorbs what is added to it.
+    if op == "add" and -math.inf in numbers and dtype.is_floating_point:
+        return Const(dtype, -math.inf)
+    if op == "sub" and numbers[1] == 0:
+        return cast(args[0], dtype)
+    if op == "mul" and 1 in numbers:
+        return cast(args[1 - numbers.index(1)], dtype)
+    if op == "div" and numbers[1] == 1:
+        return cast(args[0], dtype)
+    if op == "div" and numbers[1] is not None and numbers[1] != 0 and dtype.is_floating_point:
+        return pointwise("mul", args[0], Const(dtype, 1.0 / float(numbers[1])), dtype=dtype)
+    return None
+
+
+def _fold(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
+    if op not in OPS or any(isinstance(a, Const) and isinstance(a.value, bool) and OPS[op].result == "promote" for a in args):
+        return None
+    values = [torch.tensor(_number(a), dtype=torch.float64 if a.dtype.is_floating_point else a.dtype) for a in args]
+    result = OPS[op].torch(*values)
+    if result.is_floating_point() and bool(torch.isnan(result)):
+        return None
+    return const(result.item(), dtype)
+
+
+def cast(expr: Expr, dtype: torch.dtype) -> Expr:
+    """`expr` in another element type.
+
+    Between floating types only the value matters to a score, and computing wider than the source is never less
+    accurate, so such a cast leaves no node; a constant is still rounded, since overflow to infinity has a meaning.
+    """
+    if expr.dtype == dtype:
+        return expr
+    if dtype == torch.bool:
+        return pointwise("to_bool", expr, dtype=torch.bool)
+    if dtype.is_floating_point:
+        if isinstance(expr, Const):
+            return const(float(expr.value), dtype)
+        if isinstance(expr, Index) and expr.value.is_Integer:
+            return const(float(expr.value), dtype)
+        if expr.dtype.is_floating_point:
+            return replace(expr, dtype=dtype) if isinstance(expr, Pointwise) else expr
+        return Pointwise(dtype, "to_float", (expr,))
+    if isinstance(expr, Index):
+        return replace(expr, dtype=dtype)
+    if expr.dtype.is_floating_point or expr.dtype == torch.bool:
+        return Pointwise(dtype, "to_int", (expr,))
+    return replace(expr, dtype=dtype) if isinstance(expr, Pointwise) else expr
+
+
+def conjunction(terms: list[Expr] | tuple[Expr, ...]) -> Expr:
+    """The logical and of boolean terms; true when there are none."""
+    result: Expr = TRUE
+    for term in terms:
+        result = pointwise("and", result, term)
+    return result
+
+
+def conjuncts(expr: Expr) -> tuple[Expr, ...]:
+    """The terms whose logical and `expr` is."""
+    if isinstance(expr, Pointwise) and expr.op == "and":
+        return tuple(t for a in expr.args for t in conjuncts(a))
+    return () if expr == TRUE else (expr,)

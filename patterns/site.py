@@ -1,0 +1,76 @@
+"""What matching a graph gives: attention sites, and refusals that say why a softmax was left alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch import fx
+
+from flashfuse.kernels.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where in the user's model something is: module path (`layers.0.attn`), and the innermost source line."""
+
+    module: str = ""
+    file: str = ""
+    line: int = 0
+    code: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.file else "unknown source"
+        return f"{where} ({self.module})" if self.module else where
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of the graph read at an index map: operand[axes..] = node[indices], `axes` in the operand's own order.
+
+    `dtype` is the type the operand has to arrive in; a node of another type is cast first.
+    """
+
+    node: fx.Node
+    indices: tuple[sympy.Expr, ...]
+    axes: tuple[sympy.Symbol, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention found in a graph: `node` produces its output, which `spec` describes.
+
+    `batch` are the sizes of the spec's batch axes, `sizes` what its `size0`, .. stand for, both over the graph's size
+    symbols. `out_indices` gives, for every dimension of `node`'s output, its position in terms of `axes`
+    (batch symbols, q, d), so that output[o..] = attention[axes..].
+    """
+
+    node: fx.Node
+    location: Location
+    spec: AttentionSpec
+    q: Operand
+    k: Operand
+    v: Operand
+    captured: tuple[fx.Node, ...]
+    batch: tuple[sympy.Expr, ...]
+    sizes: tuple[sympy.Expr, ...]
+    q_len: sympy.Expr
+    kv_len: sympy.Expr
+    head_dim: sympy.Expr
+    value_dim: sympy.Expr
+    chain: tuple[fx.Node, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A softmax between contractions that was left as it is: a stable `code`, one plain sentence, and where."""
+
+    node: fx.Node
+    code: str
+    reason: str
+    location: Location
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.reason} [{self.location}]"
