@@ -161,6 +161,8 @@ def to_text(expr: Expr) -> str:
             return f"t{slot}[{', '.join(index_text(i) for i in indices)}]"
         case Pointwise(op=op, args=args):
             texts = [to_text(a) for a in args]
+            if op == "not":
+                return f"(~{texts[0]})"
             return f"({texts[0]} {_INFIX[op]} {texts[1]})" if op in _INFIX else f"{op}({', '.join(texts)})"
     raise TypeError(f"a score program holds no {type(expr).__name__}")
 
@@ -205,6 +207,8 @@ def parse(text: str, captured: tuple[torch.dtype, ...] = (), score_dtype: torch.
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 inner = build(operand)
                 return Const(inner.dtype, -inner.value) if isinstance(inner, Const) else pointwise("neg", inner)
+            case ast.UnaryOp(op=ast.Invert(), operand=operand):
+                return pointwise("not", build(operand))
             case ast.Name(id="inf"):
                 return Const(score_dtype, math.inf)
             case ast.Name(id=name) if name.startswith("qk"):
