@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 import torch
 
-from flashfuse.kernels import mask
+from flashfuse.kernels.mask import analyze
 from flashfuse.kernels.spec import AttentionSpec, batch_symbol, to_text
 from flashfuse.patterns.site import AttentionSite, Operand, Refusal
 from flashfuse.report import Refused, Site
@@ -20,7 +20,7 @@ def describe_site(site: AttentionSite) -> Site:
         location=site.location,
         node=site.node.name,
         math=_math(site),
-        mask=mask.analyze(spec.score).describe(),
+        mask=analyze(spec.score).describe(),
         heads=_heads(site),
         shape=_shape(site),
         dtypes=", ".join(f"{part} {_short(dtype)}" for part, dtype in _dtypes(spec)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -27,13 +27,13 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     for number, group in enumerate(_alike(report.sites)):
         yield _site_table(number, group)
     if report.refusals:
-        rows = [(r.code, r.reason, str(r.location)) for r in report.refusals]
-        yield _table("left alone", ("code", "reason", "where"), rows)
+        refusals = [(r.code, r.reason, str(r.location)) for r in report.refusals]
+        yield _table("left alone", ("code", "reason", "where"), refusals)
     if report.failures:
         yield _table("failures", ("stage", "error"), [(f.stage, f.error) for f in report.failures])
     if report.graph_breaks:
-        rows = [(b.reason.splitlines()[0], str(b.location)) for b in report.graph_breaks]
-        yield _table("graph breaks", ("reason", "where"), rows)
+        breaks = [(b.reason.partition("\n")[0], str(b.location)) for b in report.graph_breaks]
+        yield _table("graph breaks", ("reason", "where"), breaks)
 
 
 def _headline(report: Report) -> str:
@@ -80,7 +80,7 @@ def _site_table(number: int, group: list[Site]) -> Table:
     return table
 
 
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
     """Rows that repeat, as those of equal layers do, are shown once with their number."""
     table = Table(box=box.ROUNDED, title=title, title_justify="left", expand=True)
     for column in (*columns, "times"):

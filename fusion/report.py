@@ -53,7 +53,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception of flashfuse's own in `stage` ("find", "rewrite", "compile"); the graph compiled as Dynamo made it."""
+    """An exception of flashfuse's own in `stage` ("find", "rewrite", "compile"); the graph compiled unrewritten."""
 
     stage: str
     error: str
