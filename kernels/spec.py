@@ -22,9 +22,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv, Mod
-
 from flashfuse.kernels.expr import OPS, Const, Expr, Index, Load, Pointwise, Product, cast, const, index, pointwise
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 MAX_BATCH_AXES = 4
 
@@ -159,6 +158,8 @@ def to_text(expr: Expr) -> str:
             return index_text(value)
         case Load(tensor=slot, indices=indices):
             return f"t{slot}[{', '.join(index_text(i) for i in indices)}]"
+        case Pointwise(op="not", args=(arg,)):
+            return f"(~{to_text(arg)})"
         case Pointwise(op=op, args=args):
             texts = [to_text(a) for a in args]
             return f"({texts[0]} {_INFIX[op]} {texts[1]})" if op in _INFIX else f"{op}({', '.join(texts)})"
@@ -205,6 +206,8 @@ def parse(text: str, captured: tuple[torch.dtype, ...] = (), score_dtype: torch.
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 inner = build(operand)
                 return Const(inner.dtype, -inner.value) if isinstance(inner, Const) else pointwise("neg", inner)
+            case ast.UnaryOp(op=ast.Invert(), operand=operand):
+                return pointwise("not", build(operand))
             case ast.Name(id="inf"):
                 return Const(score_dtype, math.inf)
             case ast.Name(id=name) if name.startswith("qk"):
