@@ -162,6 +162,8 @@ def to_text(expr: Expr) -> str:
             return f"(~{to_text(arg)})"
         case Pointwise(op=op, args=args):
             texts = [to_text(a) for a in args]
+            if op == "not":
+                return f"(~{texts[0]})"
             return f"({texts[0]} {_INFIX[op]} {texts[1]})" if op in _INFIX else f"{op}({', '.join(texts)})"
     raise TypeError(f"a score program holds no {type(expr).__name__}")
 
