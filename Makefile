@@ -22,7 +22,7 @@ test: $(VENV)/.test
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p $(VENV)/mypy/flashfuse
+	rm -rf $(VENV)/mypy && mkdir -p $(VENV)/mypy/flashfuse
 	ln -sfn $(CURDIR)/patterns $(CURDIR)/kernels $(CURDIR)/fusion/*.py $(CURDIR)/fusion/py.typed $(VENV)/mypy/flashfuse/
 	MYPYPATH=$(VENV)/mypy $(BIN)/mypy --package flashfuse
 	$(BIN)/python -m pytest tests/test_imports.py
