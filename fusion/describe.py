@@ -1,0 +1,83 @@
+"""From a site and a refusal, which hold graph nodes, to the plain values a report keeps."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+
+from flashfuse.kernels.mask import analyze
+from flashfuse.kernels.spec import AttentionSpec, batch_symbol, to_text
+from flashfuse.patterns.site import AttentionSite, Operand, Refusal
+from flashfuse.report import Refused, Site
+
+
+def describe_site(site: AttentionSite) -> Site:
+    """What a report says about a rewritten site."""
+    spec = site.spec
+    return Site(
+        status="fused",
+        spec=spec,
+        location=site.location,
+        node=site.node.name,
+        math=_math(site),
+        mask=analyze(spec.score).describe(),
+        heads=_heads(site),
+        shape=_shape(site),
+        dtypes=", ".join(f"{part} {_short(dtype)}" for part, dtype in _dtypes(spec)),
+        kernel=_kernel(site),
+        bytes_saved=_bytes_saved(site),
+    )
+
+
+def describe_refusal(refusal: Refusal) -> Refused:
+    """What a report says about a refusal."""
+    return Refused(refusal.code, refusal.reason, refusal.location, refusal.node.name)
+
+
+def _math(site: AttentionSite) -> str:
+    captured = "".join(f"; t{slot} = {node.name}" for slot, node in enumerate(site.captured))
+    names = f"q = {site.q.node.name}; k = {site.k.node.name}; v = {site.v.node.name}"
+    return f"softmax({to_text(site.spec.score)}) @ v, qk = q @ k.T; {names}{captured}"
+
+
+def _heads(site: AttentionSite) -> str:
+    """Sizes of the batch axes, and which operands do not move along which of them."""
+    axes = [batch_symbol(i) for i in range(site.spec.batch_axes)]
+    sizes = ", ".join(f"{axis.name} = {size}" for axis, size in zip(axes, site.batch, strict=True))
+    shared: dict[str, list[str]] = {}
+    for axis, size in zip(axes, site.batch, strict=True):
+        still = [name for name in "qkv" if size != 1 and axis not in _moves_along(getattr(site, name))]
+        if still:
+            shared.setdefault(" and ".join(still), []).append(axis.name)
+    sharing = "".join(f"; {names} shared over {', '.join(over)}" for names, over in shared.items())
+    return (sizes or "no batch axes") + sharing
+
+
+def _moves_along(operand: Operand) -> set[sympy.Symbol]:
+    return set().union(*(sympy.sympify(i).free_symbols for i in operand.indices))
+
+
+def _shape(site: AttentionSite) -> str:
+    sizes = (*site.batch, site.q_len, site.kv_len, site.head_dim, site.value_dim)
+    return f"[{', '.join(map(str, sizes))}]"
+
+
+def _dtypes(spec: AttentionSpec) -> tuple[tuple[str, torch.dtype], ...]:
+    return (("product", spec.product_dtype), ("probs", spec.probs_dtype), ("out", spec.out_dtype))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kernel(site: AttentionSite) -> str:
+    value = site.node.meta["example_value"]
+    on_gpu = isinstance(value, torch.Tensor) and value.device.type == "cuda"
+    return "flashfuse::attention, Triton" if on_gpu else "flashfuse::attention, tiled torch"
+
+
+def _bytes_saved(site: AttentionSite) -> int | str:
+    """Eager stores at least the scores and the probabilities."""
+    elements = sympy.prod((*site.batch, site.q_len, site.kv_len))
+    total = sympy.simplify(elements * (site.spec.product_dtype.itemsize + site.spec.probs_dtype.itemsize))
+    return int(total) if total.is_Integer else str(total)

@@ -1,0 +1,140 @@
+"""Find, rewrite, describe: one graph in, the graph to compile and its report out.
+
+Whatever fails in here costs the user only the rewrite: the graph compiles as Dynamo made it, and the failure goes into
+the report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from flashfuse.patterns.site import AttentionSite, Location
+from flashfuse.report import Failure, GraphBreak, Refused, Report, Site
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Findings:
+    """What has come up in one graph: sites per graph module (its own, and those of higher-order operators)."""
+
+    strict: bool
+    matches: dict[fx.GraphModule, tuple[AttentionSite, ...]] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    refusals: list[Refused] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def guard(self, stage: str) -> Iterator[None]:
+        """Turn an exception into a warning and an entry of the report; under strict let it through."""
+        try:
+            yield
+        except Exception as error:
+            if self.strict or is_control_flow(error):
+                raise
+            self.failures.append(failure(stage, error))
+
+
+def transform(gm: fx.GraphModule, strict: bool) -> tuple[fx.GraphModule, Report]:
+    """Rewrite every attention of `gm` and of the graph modules inside it.
+
+    Returns the graph to compile, which is `gm` itself when nothing was rewritten and a new module otherwise (`gm` is
+    never changed), and the report. With `strict`, exceptions of flashfuse's own are raised.
+    """
+    findings = Findings(strict)
+    _search(gm, findings)
+    rewritten = gm
+    with findings.guard("rewrite"):
+        rewritten = _rebuild(gm, findings.matches)
+    before = readable(gm)
+    report = Report(
+        graph=graph_id(),
+        sites=() if rewritten is gm else tuple(findings.sites),
+        refusals=tuple(findings.refusals),
+        failures=tuple(findings.failures),
+        before=before,
+        after=before if rewritten is gm else readable(rewritten),
+        graph_breaks=graph_breaks(gm),
+    )
+    log.info("graph %s: %d sites fused, %d refused", report.graph, len(report.sites), len(report.refusals))
+    for refusal in report.refusals:
+        log.info("refused %s", refusal)
+    log.debug("graph %s, rewritten:\n%s", report.graph, report.after)
+    return rewritten, report
+
+
+def _search(gm: fx.GraphModule, findings: Findings) -> None:
+    from flashfuse.describe import describe_refusal, describe_site
+    from flashfuse.patterns.match import find_attention
+
+    for child in _subgraphs(gm).values():
+        _search(child, findings)
+    with findings.guard("find"):
+        match = find_attention(gm)
+        sites = [describe_site(site) for site in match.sites]
+        findings.refusals += [describe_refusal(refusal) for refusal in match.refusals]
+        findings.sites += sites
+        findings.matches[gm] = match.sites
+
+
+def _rebuild(gm: fx.GraphModule, matches: Mapping[fx.GraphModule, tuple[AttentionSite, ...]]) -> fx.GraphModule:
+    """`gm` with the sites of it and of its sub-graphs rewritten; `gm` itself where there are none."""
+    from flashfuse.rewrite import rewrite
+
+    rebuilt = {name: _rebuild(child, matches) for name, child in _subgraphs(gm).items()}
+    changed = {name: child for name, child in rebuilt.items() if child is not getattr(gm, name)}
+    sites = matches.get(gm, ())
+    if not sites and not changed:
+        return gm
+    result = rewrite(gm, sites)
+    for name, child in changed.items():
+        setattr(result, name, child)
+    return result
+
+
+def _subgraphs(gm: fx.GraphModule) -> dict[str, fx.GraphModule]:
+    """The bodies of the graph's higher-order operators (checkpoint, cond, ..), which Dynamo stores as attributes."""
+    return {name: child for name, child in gm.named_children() if isinstance(child, fx.GraphModule)}
+
+
+def is_control_flow(error: BaseException) -> bool:
+    """Whether Dynamo raised this to steer itself, which is no failure of anyone's."""
+    from torch._dynamo import exc
+
+    return isinstance(error, (exc.RestartAnalysis, exc.SkipFrame))
+
+
+def failure(stage: str, error: Exception) -> Failure:
+    """Warn about `error`, and the entry a report keeps of it."""
+    summary = f"{type(error).__name__}: {error}"
+    warnings.warn(f"flashfuse: {stage} failed, compiling without the rewrite: {summary}", RuntimeWarning, stacklevel=2)
+    log.info("%s failed", stage, exc_info=error)
+    return Failure(stage, summary, "".join(traceback.format_exception(error)))
+
+
+def graph_id() -> str:
+    """Dynamo's id of the graph being compiled, such as "0/0", or "" outside a compilation."""
+    return str(torch._guards.CompileContext.current_compile_id() or "")
+
+
+def readable(gm: fx.GraphModule) -> str:
+    """The graph as the Python that Dynamo's own logs print."""
+    return gm.print_readable(print_output=False)
+
+
+def graph_breaks(gm: fx.GraphModule) -> tuple[GraphBreak, ...]:
+    """Why Dynamo ended this graph before the function did, if it did."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ()
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    where = Location("", frame.filename, frame.lineno or 0, frame.line or "") if frame else Location()
+    return (GraphBreak(str(reason.reason), where),)
