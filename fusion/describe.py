@@ -6,8 +6,8 @@ import sympy
 import torch
 
 from flashfuse.kernels.mask import analyze
-from flashfuse.kernels.spec import AttentionSpec, batch_symbol, to_text
-from flashfuse.patterns.site import AttentionSite, Operand, Refusal
+from flashfuse.kernels.spec import AttentionSpec, to_text
+from flashfuse.patterns.site import AttentionSite, Refusal
 from flashfuse.report import Refused, Site
 
 
@@ -42,19 +42,14 @@ def _math(site: AttentionSite) -> str:
 
 def _heads(site: AttentionSite) -> str:
     """Sizes of the batch axes, and which operands do not move along which of them."""
-    axes = [batch_symbol(i) for i in range(site.spec.batch_axes)]
-    sizes = ", ".join(f"{axis.name} = {size}" for axis, size in zip(axes, site.batch, strict=True))
+    sizes = ", ".join(f"n{axis} = {size}" for axis, size in enumerate(site.batch))
     shared: dict[str, list[str]] = {}
-    for axis, size in zip(axes, site.batch, strict=True):
-        still = [name for name in "qkv" if size != 1 and axis not in _moves_along(getattr(site, name))]
+    for axis, size in enumerate(site.batch):
+        still = [name for name in "qkv" if size != 1 and not getattr(site, name).moves_along(axis)]
         if still:
-            shared.setdefault(" and ".join(still), []).append(axis.name)
+            shared.setdefault(" and ".join(still), []).append(f"n{axis}")
     sharing = "".join(f"; {names} shared over {', '.join(over)}" for names, over in shared.items())
     return (sizes or "no batch axes") + sharing
-
-
-def _moves_along(operand: Operand) -> set[sympy.Symbol]:
-    return set().union(*(sympy.sympify(i).free_symbols for i in operand.indices))
 
 
 def _shape(site: AttentionSite) -> str:
