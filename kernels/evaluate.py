@@ -1,0 +1,201 @@
+"""Evaluate a score program with torch tensors over one tile of positions.
+
+A tile is a box of positions: dimension a of every value belongs to the a-th symbol of the tile. A value keeps size 1 on
+every dimension it does not depend on, so a causal mask costs one query-by-key plane whatever the number of heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._sympy.functions import FloorDiv, Mod
+
+from flashfuse.kernels.expr import OPS, Const, Expr, Index, Load, Pointwise, Product
+from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, batch_symbol, size_symbol
+
+Integer = int | torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Where a score program is evaluated.
+
+    axes: for each dimension of the result its position symbol and the positions on it.
+    sizes: the value of every size symbol (`q_len`, `kv_len`, `size0`, ..).
+    products: `Product(s)` over the tile, in `dtype`.
+    captured: the captured tensors, whole, of any rank, strides and element type.
+    dtype: element type of all floating-point arithmetic, float32 or float64.
+    """
+
+    axes: tuple[tuple[sympy.Symbol, range], ...]
+    sizes: Mapping[sympy.Symbol, int]
+    products: Sequence[torch.Tensor]
+    captured: Sequence[torch.Tensor]
+    dtype: torch.dtype
+    device: torch.device
+
+    @functools.cached_property
+    def symbols(self) -> Mapping[sympy.Symbol, Integer]:
+        """The value of every symbol: an int, or the positions along the symbol's own dimension."""
+        rank = len(self.axes)
+        values: dict[sympy.Symbol, Integer] = dict(self.sizes)
+        for axis, (symbol, positions) in enumerate(self.axes):
+            shape = [1] * rank
+            shape[axis] = len(positions)
+            values[symbol] = torch.arange(positions.start, positions.stop, device=self.device).view(shape)
+        return values
+
+
+def position_symbols(spec: AttentionSpec) -> tuple[sympy.Symbol, ...]:
+    """The symbols of the axes [n.., q, kv] of the spec's scores."""
+    return (*(batch_symbol(axis) for axis in range(spec.batch_axes)), Q_IDX, KV_IDX)
+
+
+def size_values(spec: AttentionSpec, q_len: int, kv_len: int, sizes: Sequence[int]) -> Mapping[sympy.Symbol, int]:
+    """The value of every size symbol, from the `sizes` of an operator call."""
+    named = {size_symbol(slot): size for slot, size in enumerate(sizes[spec.batch_axes :])}
+    return {Q_LEN: q_len, KV_LEN: kv_len, **named}
+
+
+def evaluate(expr: Expr, tile: Tile) -> torch.Tensor:
+    """The value of `expr` over `tile`, broadcastable to the tile's shape.
+
+    The result may be a view of a captured tensor or of a product. Raises TypeError for a node no score program holds.
+    """
+    done: dict[Expr, torch.Tensor] = {}
+
+    def value(e: Expr) -> torch.Tensor:
+        if e not in done:
+            done[e] = compute(e)
+        return done[e]
+
+    def compute(e: Expr) -> torch.Tensor:
+        match e:
+            case Product(slot=slot):
+                return tile.products[slot]
+            case Const(value=number):
+                dtype = torch.bool if isinstance(number, bool) else tile.dtype
+                return torch.full((), number, dtype=dtype, device=tile.device)
+            case Index(value=number):
+                result = evaluate_index(number, tile.symbols)
+                return result if isinstance(result, torch.Tensor) else torch.full((), result, device=tile.device)
+            case Load():
+                return _widen(_load(e, tile), tile.dtype)
+            case Pointwise(op="to_float", args=(arg,)):
+                return value(arg).to(tile.dtype)
+            case Pointwise(op=op, args=args):
+                values = [value(a) for a in args]
+                if OPS[op].result == "float":
+                    values = [v.to(tile.dtype) for v in values]
+                return OPS[op].torch(*values)
+        raise TypeError(f"a score program holds no {type(e).__name__}")
+
+    return value(expr)
+
+
+def _widen(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Floats in the arithmetic's own type, integers where sums of positions cannot overflow, booleans as they are."""
+    if x.dtype == torch.bool:
+        return x
+    return x.to(dtype if x.dtype.is_floating_point else torch.int64)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Index expressions
+
+
+def evaluate_index(index: Any, symbols: Mapping[sympy.Symbol, Integer]) -> Integer:
+    """A sympy index expression over ints and integer tensors. Raises TypeError for a function it does not know."""
+    if isinstance(index, sympy.Symbol):
+        return symbols[index]
+    if isinstance(index, int) or index.is_Integer:
+        return int(index)
+    values = [evaluate_index(a, symbols) for a in index.args]
+    for kind, combine in _FUNCTIONS.items():
+        if isinstance(index, kind):
+            return functools.reduce(combine, values)
+    raise TypeError(f"cannot evaluate the index expression {index} ({type(index).__name__})")
+
+
+def _minimum(a: Integer, b: Integer) -> Integer:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.minimum(a, b)
+    if isinstance(a, torch.Tensor):
+        return a.clamp(max=b)
+    return b.clamp(max=a) if isinstance(b, torch.Tensor) else min(a, b)
+
+
+_FUNCTIONS: Mapping[tuple[type, ...], Any] = {
+    (sympy.Add,): lambda a, b: a + b,
+    (sympy.Mul,): lambda a, b: a * b,
+    (FloorDiv,): lambda a, b: a // b,
+    (Mod, sympy.Mod): lambda a, b: a % b,
+    (sympy.Min,): _minimum,
+    (sympy.Max,): lambda a, b: -_minimum(-a, -b),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loads
+
+
+def _load(load: Load, tile: Tile) -> torch.Tensor:
+    """The loaded elements: a strided view where the indices are affine, gathered otherwise.
+
+    An index may leave the tensor at positions whose value a `where` discards (a concatenation is such a `where`), so
+    gathered indices are clamped.
+    """
+    tensor = tile.captured[load.tensor]  # type: ignore[index]
+    view = _strided(tensor, load, tile)
+    if view is not None:
+        return view
+    if tensor.numel() == 0:
+        return torch.zeros((), dtype=tensor.dtype, device=tensor.device)
+    indices = []
+    for index, extent in zip(load.indices, tensor.shape, strict=True):
+        positions = evaluate_index(index, tile.symbols)
+        if isinstance(positions, int):
+            positions = torch.full((), positions, device=tensor.device)
+        indices.append(positions.clamp(0, extent - 1))
+    return tensor[tuple(indices)]
+
+
+def _strided(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None:
+    """The load as a view of `tensor`: None when an index is not affine, leaves the tensor, or runs backwards."""
+    symbols = tuple(symbol for symbol, _ in tile.axes)
+    offset = tensor.storage_offset()
+    strides = [0] * len(symbols)
+    for index, extent, stride in zip(load.indices, tensor.shape, tensor.stride(), strict=True):
+        form = _affine(index, symbols)
+        if form is None:
+            return None
+        constant, *coefficients = (int(evaluate_index(part, tile.sizes)) for part in form)
+        first = last = constant
+        for axis, (coefficient, (_, positions)) in enumerate(zip(coefficients, tile.axes, strict=True)):
+            if not positions or (coefficient < 0 and stride != 0):
+                return None
+            first += coefficient * positions[0 if coefficient >= 0 else -1]
+            last += coefficient * positions[-1 if coefficient >= 0 else 0]
+            strides[axis] += coefficient * stride
+        if first < 0 or last >= extent:
+            return None
+        offset += first * stride
+    shape = [len(positions) if stride else 1 for stride, (_, positions) in zip(strides, tile.axes, strict=True)]
+    return tensor.as_strided(shape, strides, offset)
+
+
+@functools.lru_cache(maxsize=4096)
+def _affine(index: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> tuple[sympy.Expr, ...] | None:
+    """Constant and coefficient of each symbol, all over sizes, when `index` is affine in `symbols`."""
+    try:
+        poly = sympy.Poly(index, *symbols)
+    except sympy.PolynomialError:
+        return None
+    if poly.total_degree() > 1:
+        return None
+    return (poly.coeff_monomial(1), *(poly.coeff_monomial(symbol) for symbol in symbols))

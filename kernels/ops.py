@@ -1,0 +1,142 @@
+"""The operator `flashfuse::attention`: what a compiled graph calls, and where each device's kernel is chosen.
+
+    attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] sizes, str spec) -> (Tensor out, Tensor lse)
+
+q: [N.., Tq, D], k: [N.., Tkv, D], v: [N.., Tkv, Dv], broadcast over the batch axes N..; `sizes` are the batch sizes
+followed by size0, size1, .. of the score program; `spec` is `AttentionSpec.to_text()`. out: [N.., Tq, Dv]; lse: [N.., Tq],
+the natural logarithm of the sum of exp(score).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from flashfuse.kernels.output import empty_output
+from flashfuse.kernels.spec import AttentionSpec
+from flashfuse.kernels.tiled import attention_tiled
+
+Outputs = tuple[torch.Tensor, torch.Tensor]
+Kernel = Callable[..., Outputs]
+
+_library = torch.library.Library("flashfuse", "DEF")
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] sizes, str spec) -> (Tensor out, Tensor lse)",
+    # Output strides depend on the spec alone, so inputs may come in whatever layout their producer prefers: no copies.
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+
+
+def _check(
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+) -> None:
+    """Raise RuntimeError where the operands cannot be the spec's. Size comparisons are symbolic while tracing."""
+    rank = spec.batch_axes + 2
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != rank:
+            raise RuntimeError(f"flashfuse::attention: {name} needs {rank} dimensions, got shape {list(x.shape)}")
+        if x.device != q.device:
+            raise RuntimeError(f"flashfuse::attention: {name} is on {x.device}, q on {q.device}")
+        to = spec.probs_dtype if name == "v" else spec.product_dtype
+        if torch.promote_types(x.dtype, to) != to:
+            raise RuntimeError(f"flashfuse::attention: {name} is {x.dtype}, which {to} cannot hold exactly")
+    if len(sizes) != spec.batch_axes + spec.num_sizes:
+        expected = f"{spec.batch_axes} batch sizes and {spec.num_sizes} others"
+        raise RuntimeError(f"flashfuse::attention: expected {expected}, got {len(sizes)} sizes")
+    if tuple(c.dtype for c in captured) != spec.captured:
+        found = [c.dtype for c in captured]
+        raise RuntimeError(f"flashfuse::attention: captured tensors must be {list(spec.captured)}, got {found}")
+    torch._check(q.shape[-1] == k.shape[-1], lambda: f"flashfuse::attention: q is {q.shape[-1]} wide, k {k.shape[-1]}")
+    torch._check(k.shape[-2] == v.shape[-2], lambda: f"flashfuse::attention: {k.shape[-2]} keys, {v.shape[-2]} values")
+
+
+def _check_batch(spec: AttentionSpec, operands: Sequence[torch.Tensor], sizes: Sequence[int]) -> None:
+    """Raise RuntimeError where an operand does not broadcast to the batch sizes."""
+    batch = tuple(sizes[: spec.batch_axes])
+    for name, x in zip("qkv", operands, strict=True):
+        if any(n not in (1, size) for n, size in zip(x.shape, batch, strict=False)):
+            raise RuntimeError(f"flashfuse::attention: {name} of shape {list(x.shape)} does not broadcast to {batch}")
+
+
+def _on_device(choose: Callable[[], Kernel]) -> Kernel:
+    """The implementation on one device, by the kernel that `choose` finds at the call."""
+
+    def attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+        spec: str,
+    ) -> Outputs:
+        parsed = AttentionSpec.from_text(spec)
+        _check(parsed, q, k, v, captured, sizes)
+        _check_batch(parsed, (q, k, v), sizes)
+        # Scalars that torch lets live on the CPU beside tensors elsewhere.
+        captured = [c if c.device == q.device else c.to(q.device, non_blocking=True) for c in captured]
+        # The spec states every element type, so an autocast region around the call must not change one.
+        with torch.autocast(q.device.type, enabled=False):
+            return choose()(parsed, q, k, v, captured, sizes)
+
+    return attention
+
+
+@functools.cache
+def _triton_kernel() -> Kernel | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from flashfuse.kernels.launch import attention_forward
+
+    return attention_forward
+
+
+def _cpu_kernel() -> Kernel:
+    interpret = os.environ.get("TRITON_INTERPRET") == "1"
+    return (_triton_kernel() if interpret else None) or attention_tiled
+
+
+def _cuda_kernel() -> Kernel:
+    return _triton_kernel() or attention_tiled
+
+
+_library.impl("attention", _on_device(_cpu_kernel), "CPU")
+_library.impl("attention", _on_device(_cuda_kernel), "CUDA")
+
+
+@torch.library.register_fake("flashfuse::attention", lib=_library)
+def _fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    spec: str,
+) -> Outputs:
+    parsed = AttentionSpec.from_text(spec)
+    _check(parsed, q, k, v, captured, sizes)
+    return empty_output(parsed, q, v, sizes)
+
+
+def _no_backward(ctx: Any, *grads: Any) -> NoReturn:
+    raise RuntimeError(
+        "flashfuse::attention has no backward yet: call it under torch.no_grad(), or compile training code with"
+        ' backend="inductor"'
+    )
+
+
+torch.library.register_autograd("flashfuse::attention", _no_backward, lib=_library)
+
+
+@torch.library.register_vmap("flashfuse::attention", lib=_library)
+def _no_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+    raise RuntimeError("flashfuse::attention does not support torch.vmap: give the batch as one of its batch axes")

@@ -1,0 +1,25 @@
+"""Where an attention's results go: the one place that decides their shapes, element types and strides.
+
+Every implementation of the operator allocates here, the fake one too, so the strides a compiler sees are the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from flashfuse.kernels.spec import AttentionSpec
+
+
+def empty_output(
+    spec: AttentionSpec, q: torch.Tensor, v: torch.Tensor, sizes: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised `out` [N.., Tq, Dv], dense in the memory order `spec.out_order`, and contiguous `lse` [N.., Tq].
+
+    q: [.., Tq, D], v: [.., Tkv, Dv]; the batch sizes N.. come from `sizes`, since operands may be broadcast.
+    """
+    rows = (*sizes[: spec.batch_axes], q.shape[-2])
+    out = torch.empty_permuted((*rows, v.shape[-1]), spec.out_order, dtype=spec.out_dtype, device=q.device)
+    lse = torch.empty(rows, dtype=spec.compute_dtype, device=q.device)
+    return out, lse

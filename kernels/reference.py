@@ -1,0 +1,52 @@
+"""The definition of an attention, in plain PyTorch: every score is materialised, nothing is clever.
+
+Tests hold every kernel to it. With `dtype=torch.float64` it is the exact result that the accuracy rule measures against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
+from flashfuse.kernels.spec import AttentionSpec
+
+
+def attention_reference(
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` [N.., Tq, Dv] and `lse` [N.., Tq] of the operator's arguments.
+
+    dtype: compute and return everything in this type, with no rounding in between; by default operands, probabilities
+        and output are rounded to the spec's types and the arithmetic is in its `compute_dtype`.
+    """
+    compute = dtype or spec.compute_dtype
+    batch, q_len, kv_len = tuple(sizes[: spec.batch_axes]), q.shape[-2], k.shape[-2]
+
+    def rounded(x: torch.Tensor, to: torch.dtype) -> torch.Tensor:
+        return x.to(compute) if dtype else x.to(to).to(compute)
+
+    product = rounded(q, spec.product_dtype) @ rounded(k, spec.product_dtype).mT
+    tile = Tile(
+        axes=tuple(zip(position_symbols(spec), map(range, (*batch, q_len, kv_len)), strict=True)),
+        sizes=size_values(spec, q_len, kv_len, sizes),
+        products=(product,),
+        captured=captured,
+        dtype=compute,
+        device=q.device,
+    )
+    scores = evaluate(spec.score, tile).to(compute).expand(*batch, q_len, kv_len)
+    lse = torch.logsumexp(scores, dim=-1) if kv_len else scores.new_full((*batch, q_len), -torch.inf)
+    probs = torch.softmax(scores, dim=-1)
+    if spec.empty_row == "zero":
+        probs = probs.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+    out = rounded(probs, spec.probs_dtype) @ rounded(v, spec.probs_dtype)
+    out = out.expand(*batch, q_len, v.shape[-1])
+    return (out, lse) if dtype else (out.to(spec.out_dtype), lse)

@@ -1,0 +1,39 @@
+"""The one rule by which a result counts as accurate: measured against float64, no worse than eager code by more than a little."""
+
+from __future__ import annotations
+
+import torch
+
+FLOOR_ULPS = 4
+
+
+def assert_close_to_exact(
+    fused: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """Hold `fused` to eager's own errors.
+
+    fused, eager: the same computation in the test's element type; exact: the same values computed in float64.
+    dtype: the element type whose ulp the floor is counted in, by default eager's.
+
+    max|fused - exact| <= 2 max|eager - exact| + floor, rms(fused - exact) <= 1.1 rms(eager - exact) + floor, with a floor
+    of a few ulps at max|exact|; NaN where `exact` is NaN, infinite where it is infinite, finite elsewhere.
+    """
+    dtype = dtype or eager.dtype
+    assert fused.shape == exact.shape, f"shape {tuple(fused.shape)}, expected {tuple(exact.shape)}"
+    fused, eager, exact = (x.detach().to("cpu", torch.float64) for x in (fused, eager, exact))
+    finite = exact.isfinite()
+    torch.testing.assert_close(fused[~finite], exact[~finite], rtol=0, atol=0, equal_nan=True)
+    if not finite.any():
+        return
+    assert fused[finite].isfinite().all(), "not finite where the exact result is"
+    largest = exact[finite].abs().max().item()
+    floor = FLOOR_ULPS * torch.finfo(dtype).eps * largest
+    error, eager_error = (fused - exact)[finite], (eager - exact)[finite].nan_to_num(0.0, 0.0, 0.0)
+    found, allowed = error.abs().max().item(), 2.0 * eager_error.abs().max().item() + floor
+    assert found <= allowed, f"largest error {found:.3g}, allowed {allowed:.3g} (floor {floor:.3g})"
+    found, allowed = _rms(error), 1.1 * _rms(eager_error) + floor
+    assert found <= allowed, f"rms error {found:.3g}, allowed {allowed:.3g} (floor {floor:.3g})"
+
+
+def _rms(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item()
