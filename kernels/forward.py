@@ -137,7 +137,7 @@ def _attend(
     BLOCK_D: tl.constexpr = k_ptrs.shape[1]
     BLOCK_DV: tl.constexpr = v_ptrs.shape[1]
     kv_idx = kv_start + tl.arange(0, BLOCK_KV)
-    key = kv_start.to(tl.int64)
+    key = tl.cast(kv_start, tl.int64)
 
     # [block_kv, block_d]
     k = _load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
