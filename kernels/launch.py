@@ -95,7 +95,7 @@ TABLE = (
     Row(256, 2, "hip", 0, Launch(64, 32, 4, 1)),
     Row(512, 2, "hip", 0, Launch(16, 16, 4, 1)),
     # float32: without TF32 the products run on the ordinary units, out of registers.
-    Row(64, 4, "", 0, Launch(64, 32, 4, 2)),
+    Row(64, 4, "", 0, Launch(64, 32, 8, 2)),
     Row(128, 4, "", 0, Launch(32, 32, 4, 2)),
     Row(128, 4, "", 0, Launch(32, 16, 4, 1)),
     Row(256, 4, "", 0, Launch(32, 16, 8, 1)),
