@@ -191,9 +191,9 @@ def test_unknown_mode_and_option_get_inductors_error() -> None:
 
 
 def test_misspelt_flashfuse_option_gets_a_hint() -> None:
-    with pytest.raises(Exception, match="did you mean 'flashfuse.verify'"):
+    with pytest.raises(Exception, match=r"did you mean 'flashfuse.verify'"):
         torch.compile(plain, backend="flashfuse", options={"flashfuze.verify": True})(torch.ones(3))
-    with pytest.raises(Exception, match="did you mean 'flashfuse.inner'"):
+    with pytest.raises(Exception, match=r"did you mean 'flashfuse.inner'"):
         compiled(plain, iner="eager")(torch.ones(3))
 
 
