@@ -22,9 +22,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv, Mod
-
 from flashfuse.kernels.expr import OPS, Const, Expr, Index, Load, Pointwise, Product, cast, const, index, pointwise
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 MAX_BATCH_AXES = 4
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from flashfuse.kernels.spec import AttentionSpec
+from flashfuse.patterns.views import Step
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,13 @@ class Location:
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of the graph read at an index map: operand[axes..] = node[indices], `axes` in the operand's own order.
+    """A tensor of the graph as an operand: `steps` are the views that give it the shape [batch axes.., length, dim].
 
     `dtype` is the type the operand has to arrive in; a node of another type is cast first.
     """
 
     node: fx.Node
-    indices: tuple[sympy.Expr, ...]
-    axes: tuple[sympy.Symbol, ...]
+    steps: tuple[Step, ...]
     dtype: torch.dtype
 
 
@@ -43,8 +43,8 @@ class AttentionSite:
     """One attention found in a graph: `node` produces its output, which `spec` describes.
 
     `batch` are the sizes of the spec's batch axes, `sizes` what its `size0`, .. stand for, both over the graph's size
-    symbols. `out_indices` gives, for every dimension of `node`'s output, its position in terms of `axes`
-    (batch symbols, q, d), so that output[o..] = attention[axes..].
+    symbols. The operator's result [batch axes.., q_len, value_dim], permuted by `out_axes`, is `node`'s output reshaped.
+    `captured` are the nodes behind the score program's loads, `chain` the nodes whose work the kernel takes over.
     """
 
     node: fx.Node
@@ -60,6 +60,7 @@ class AttentionSite:
     kv_len: sympy.Expr
     head_dim: sympy.Expr
     value_dim: sympy.Expr
+    out_axes: tuple[int, ...]
     chain: tuple[fx.Node, ...] = field(default=(), compare=False)
 
 

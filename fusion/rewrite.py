@@ -1,0 +1,161 @@
+"""Rewriting: one operator in the place of each attention. Every node that is not part of it stays as Dynamo made it."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+import flashfuse.kernels.ops  # noqa: F401
+from flashfuse.patterns.graph import mutated_inputs, tensor, to_sympy, value
+from flashfuse.patterns.site import AttentionSite, Operand
+from flashfuse.patterns.views import Arrange, Narrow, Select, Split, Step
+
+aten = torch.ops.aten
+
+
+def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphModule:
+    """A copy of `module` in which each site is one `flashfuse::attention` call; `module` itself is not changed."""
+    graph = fx.Graph(module)
+    copied: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(module.graph, copied)
+    old_output = next(n for n in module.graph.nodes if n.op == "output")
+    new_output = graph.output(output, getattr(old_output, "type", None))
+    new_output.meta = copy.copy(old_output.meta)
+    made = fx.GraphModule(module, graph, module.__class__.__name__)
+    made.meta = dict(module.meta)
+    for site in sites:
+        _replace(graph, site, copied)
+    graph.lint()
+    made.recompile()
+    return made
+
+
+def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node]) -> None:
+    node = copied[site.node]
+    build = _Builder(graph, node, copied)
+    sizes = [build.size(s) for s in (*site.batch, *site.sizes)]
+    q, k, v = (build.operand(o) for o in (site.q, site.k, site.v))
+    captured = [build.captured(copied[n], copied[site.q.node]) for n in site.captured]
+    pair = build.call(torch.ops.flashfuse.attention.default, q, k, v, captured, sizes, site.spec.to_text())
+    out = build.call(operator.getitem, pair, 0)
+    if site.out_axes != tuple(range(len(site.out_axes))):
+        out = build.call(aten.permute.default, out, list(site.out_axes))
+    seen = tensor(node)
+    assert seen is not None
+    shape = [build.size(to_sympy(s)) for s in seen.shape]
+    if tuple(map(str, tensor(out).shape)) != tuple(map(str, seen.shape)):  # type: ignore[union-attr]
+        out = build.call(torch.reshape, out, shape)
+    node.replace_all_uses_with(out)
+    _erase_dead(graph, node)
+
+
+class _Builder:
+    """Inserts nodes before a site, each with the fake value that Dynamo would have given it."""
+
+    def __init__(self, graph: fx.Graph, site: fx.Node, copied: dict[fx.Node, fx.Node]) -> None:
+        self.graph, self.site, self.copied = graph, site, copied
+        fake = tensor(site)
+        self.fake_mode = getattr(fake, "fake_mode", None)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        with self.graph.inserting_before(self.site):
+            node = self.graph.call_function(function, args)
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in self.site.meta:
+                node.meta[key] = self.site.meta[key]
+        values = fx.map_arg(args, value)
+        with torch.no_grad(), self.fake_mode:
+            node.meta["example_value"] = function(*values)
+        return node
+
+    def operand(self, operand: Operand) -> fx.Node:
+        node = self.copied[operand.node]
+        t = tensor(node)
+        assert t is not None
+        if t.dtype != operand.dtype:
+            node = self.call(torch.Tensor.to, node, operand.dtype)
+        for step in operand.steps:
+            node = self._step(node, step)
+        return node
+
+    def _step(self, node: fx.Node, step: Step) -> fx.Node:
+        match step:
+            case Split(dim=dim, outer=outer, inner=inner):
+                return self.call(torch.unflatten, node, dim, [self.size(outer), self.size(inner)])
+            case Narrow(dim=dim, start=start, length=length, step=by):
+                stop = start + (length - 1) * by + 1
+                return self.call(aten.slice.Tensor, node, dim, self.size(start), self.size(stop), self.size(by))
+            case Select(dim=dim, at=at):
+                return self.call(aten.select.int, node, dim, self.size(at))
+            case Arrange(dims=dims):
+                return self._arrange(node, dims)
+        raise TypeError(f"unknown view step {step}")
+
+    def _arrange(self, node: fx.Node, dims: tuple[int | None, ...]) -> fx.Node:
+        order = [d for d in dims if d is not None]
+        if order != sorted(order):
+            node = self.call(aten.permute.default, node, order)
+        for at, d in enumerate(dims):
+            if d is None:
+                node = self.call(aten.unsqueeze.default, node, at)
+        return node
+
+    def captured(self, node: fx.Node, beside: fx.Node) -> fx.Node:
+        """A captured tensor; a symbolic float becomes a 0-d tensor."""
+        if tensor(node) is not None:
+            return node
+        device = tensor(beside).device  # type: ignore[union-attr]
+        with self.graph.inserting_before(self.site):
+            made = self.graph.call_function(torch.full, ((), node), {"dtype": torch.float64, "device": device})
+        with torch.no_grad(), self.fake_mode:
+            made.meta["example_value"] = torch.full((), value(node), dtype=torch.float64, device=device)
+        return made
+
+    def size(self, expr: sympy.Expr) -> Any:
+        """A size as an integer, or as a node that computes it at run time from the graph's tensors."""
+        if expr.is_Integer:
+            return int(expr)
+        return self._size_node(expr)
+
+    def _size_node(self, expr: sympy.Expr) -> fx.Node:
+        for node in self._available():
+            v = value(node)
+            if isinstance(v, torch.SymInt) and to_sympy(v) == expr:
+                return node
+        for node in self._available():
+            t = tensor(node)
+            for dim, s in enumerate(t.shape if t is not None and t.layout == torch.strided else ()):
+                if isinstance(s, torch.SymInt) and to_sympy(s) == expr:
+                    return self.call(aten.sym_size.int, node, dim)
+        if expr.is_Add or expr.is_Mul:
+            function = operator.add if expr.is_Add else operator.mul
+            result = self.size(expr.args[0])
+            for a in expr.args[1:]:
+                result = self.call(function, result, self.size(a))
+            return result
+        raise LookupError(f"no tensor of the graph has the size {expr}")
+
+    def _available(self) -> list[fx.Node]:
+        found = []
+        for node in self.graph.nodes:
+            if node is self.site:
+                return found
+            found.append(node)
+        return found
+
+
+def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node nobody uses any more, and then those of its inputs that only it used."""
+    if node.users or node.op in ("placeholder", "output", "get_attr") or mutated_inputs(node):
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for n in inputs:
+        _erase_dead(graph, n)
+

@@ -1,0 +1,69 @@
+"""The axes of one attention: sorting a site's index symbols into batch, query and value axes, and splitting folded ones.
+
+An index such as h // 4 says that a batch symbol is two axes folded into one: h = group_head * 4 + member. Splitting it
+makes every operand a plain view, grouped heads and folded batches alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import sympy
+from torch.utils._sympy.functions import FloorDiv, Mod
+
+from flashfuse.patterns.indexing import Indices, Ranges, divide, quotient
+
+
+def resimplify(expr: sympy.Expr, ranges: Ranges) -> sympy.Expr:
+    """Redo the divisions of an index after a substitution."""
+    if not expr.has(FloorDiv, Mod):
+        return sympy.expand(expr)
+    args = [resimplify(a, ranges) for a in expr.args]
+    if isinstance(expr, FloorDiv):
+        return divide(args[0], args[1], ranges)[0]
+    if isinstance(expr, Mod):
+        return divide(args[0], args[1], ranges)[1]
+    return sympy.expand(expr.func(*args))
+
+
+def folds(indices: Iterable[sympy.Expr], symbol: sympy.Symbol) -> list[sympy.Expr]:
+    """The strides at which `symbol` is divided in these indices: c from symbol // c, symbol % c and their nestings."""
+    found: dict[sympy.Expr, None] = {}
+    for expr in indices:
+        for atom in expr.atoms(FloorDiv, Mod):
+            value, divisor = atom.args
+            if value == symbol:
+                found[divisor] = None
+            elif isinstance(value, FloorDiv) and value.args[0] == symbol:
+                found[value.args[1]] = None
+                found[sympy.expand(value.args[1] * divisor)] = None
+            elif isinstance(value, Mod) and value.args[0] == symbol:
+                found[value.args[1]] = None
+                found[divisor] = None
+    return list(found)
+
+
+def radix(extent: sympy.Expr, strides: Sequence[sympy.Expr]) -> tuple[sympy.Expr, ...] | None:
+    """Sizes, outermost first, of the axes folded into one of `extent` at these strides; None where they do not nest."""
+    remaining, sizes, bound = [s for s in strides if s != 1 and s != extent], [], extent
+    while remaining:
+        outer = next((s for s in remaining if all(quotient(s, t) is not None for t in remaining)), None)
+        size = quotient(bound, outer) if outer is not None else None
+        if outer is None or size is None:
+            return None
+        sizes.append(size)
+        bound = outer
+        remaining = [s for s in remaining if s != outer]
+    return (*sizes, bound)
+
+
+def fold(symbols: Sequence[sympy.Symbol], ranges: Ranges) -> sympy.Expr:
+    """The folded index of split axes, row-major."""
+    value: sympy.Expr = sympy.Integer(0)
+    for symbol in symbols:
+        value = value * ranges[symbol] + symbol
+    return sympy.expand(value)
+
+
+def substituted(indices: Indices, mapping: dict[sympy.Symbol, sympy.Expr], ranges: Ranges) -> Indices:
+    return tuple(resimplify(i.subs(mapping), ranges) for i in indices)

@@ -1,0 +1,218 @@
+"""Facts about one Dynamo graph that everything else asks for: values, order, liveness, autocast regions, mutations, source.
+
+The values are Dynamo's own fake tensors (`meta["example_value"]`); nothing is executed here.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from flashfuse.patterns.site import Location
+
+_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+
+# operator.iadd and its kind; the functional form is the name without its first letter
+_INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    getattr(operator, "i" + name): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
+    if hasattr(operator, "i" + name)
+} | {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
+
+
+def value(node: fx.Node) -> Any:
+    """What Dynamo knows of the node's value: a fake tensor, a SymInt, a tuple of them; None when it knows nothing."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def tensor(node: fx.Node) -> torch.Tensor | None:
+    v = value(node)
+    return v if isinstance(v, torch.Tensor) else None
+
+
+def to_sympy(size: Any) -> sympy.Expr:
+    """A size, possibly symbolic, as a sympy expression over the graph's size symbols."""
+    return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat)) else sympy.sympify(size)
+
+
+def shape(t: torch.Tensor) -> tuple[sympy.Expr, ...]:
+    return tuple(to_sympy(s) for s in t.shape)
+
+
+def storage(node: fx.Node) -> int | None:
+    """An identity of the memory behind the node's tensor; views of one tensor share it."""
+    t = tensor(node)
+    if t is None or t.layout != torch.strided or t.is_nested:
+        return None
+    try:
+        return t.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def name_of(node: fx.Node) -> str:
+    """The bare name of what the node calls: "softmax", "masked_fill_", "scaled_dot_product_attention"."""
+    if node.op == "call_method":
+        return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.overloadpacket.__name__
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def functional_target(node: fx.Node) -> Any:
+    """For an in-place operator or method its out-of-place twin, None where there is none or the node is not in place."""
+    if node.op == "call_function" and node.target in _INPLACE_OPERATORS:
+        return _INPLACE_OPERATORS[node.target]  # type: ignore[index]
+    name = name_of(node)
+    if node.op == "call_method" and name.endswith("_") and not name.endswith("__") and hasattr(torch.Tensor, name[:-1]):
+        return name[:-1]
+    return None
+
+
+def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The input nodes whose memory this node may write."""
+    if node.op in ("placeholder", "output", "get_attr"):
+        return ()
+    first = tuple(a for a in node.args[:1] if isinstance(a, fx.Node))
+    out = node.kwargs.get("out")
+    written = (out,) if isinstance(out, fx.Node) else tuple(a for a in out if isinstance(a, fx.Node)) if isinstance(out, (list, tuple)) else ()
+    if node.kwargs.get("inplace") is True:
+        return first + written
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return tuple(node.all_input_nodes) if _may_mutate(node) else ()
+    if isinstance(node.target, torch._ops.OpOverload):
+        return _schema_mutated(node, node.target)
+    name = name_of(node)
+    dunder = name.startswith("__") and name.endswith("__")
+    if node.target in _INPLACE_OPERATORS or name in ("setitem", "__setitem__", "__iadd__", "__imul__", "__isub__", "__itruediv__", "__iand__", "__ior__"):
+        return first
+    if name.endswith("_") and not dunder and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_"):
+        return first
+    return written
+
+
+def _schema_mutated(node: fx.Node, target: torch._ops.OpOverload) -> tuple[fx.Node, ...]:
+    if not target._schema.is_mutable:
+        return ()
+    found: list[fx.Node] = []
+    for i, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
+            found += [a for a in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(a, fx.Node)]
+    return tuple(found)
+
+
+def _may_mutate(node: fx.Node) -> bool:
+    """A higher-order operator writes its inputs when its sub-graphs do; one without sub-graphs may do anything."""
+    bodies = [m for m in subgraphs(node) if isinstance(m, fx.GraphModule)]
+    return not bodies or any(mutated_inputs(n) for body in bodies for n in body.graph.nodes)
+
+
+def subgraphs(node: fx.Node) -> Iterator[Any]:
+    """The graph modules that a higher-order operator's arguments name."""
+    owner = node.graph.owning_module
+    for a in node.all_input_nodes:
+        if a.op == "get_attr" and owner is not None:
+            yield functools.reduce(lambda m, part: getattr(m, part, None), str(a.target).split("."), owner)
+
+
+class Graph:
+    """A Dynamo graph with what the matcher asks of it, computed once and in linear time."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.nodes = tuple(module.graph.nodes)
+        self.position = {n: i for i, n in enumerate(self.nodes)}
+        self.fake_mode = self._find_fake_mode()
+        self.autocast = self._autocast_regions()
+        self.writes = self._writes()
+        self.live = self._live()
+
+    def _find_fake_mode(self) -> FakeTensorMode | None:
+        for node in self.nodes:
+            v = value(node)
+            for t in v if isinstance(v, (tuple, list)) else (v,):
+                if isinstance(t, FakeTensor):
+                    return t.fake_mode
+        return None
+
+    def _autocast_regions(self) -> dict[fx.Node, tuple[tuple[Any, ...], ...]]:
+        """For every node inside autocast regions of the graph, the arguments of those regions, outermost first."""
+        regions: dict[fx.Node, tuple[tuple[Any, ...], ...]] = {}
+        stack: list[tuple[Any, ...]] = []
+        for node in self.nodes:
+            if node.target is _ENTER_AUTOCAST:
+                stack.append(node.args)
+            elif node.target is _EXIT_AUTOCAST:
+                stack.pop()
+            elif stack:
+                regions[node] = tuple(stack)
+        return regions
+
+    def _writes(self) -> dict[int, list[fx.Node]]:
+        """For every storage that the graph writes, the writing nodes in order."""
+        writes: dict[int, list[fx.Node]] = {}
+        for node in self.nodes:
+            for target in mutated_inputs(node):
+                where = storage(target)
+                if where is not None:
+                    writes.setdefault(where, []).append(node)
+        return writes
+
+    def _live(self) -> set[fx.Node]:
+        """Nodes that reach an output or write memory."""
+        live: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            if node.op == "output" or node in live or mutated_inputs(node):
+                live.add(node)
+                live.update(node.all_input_nodes)
+        return live
+
+    def writer_between(self, node: fx.Node, after: fx.Node, before: fx.Node) -> fx.Node | None:
+        """The last node strictly between two nodes that writes the memory behind `node`."""
+        where = storage(node)
+        low, high = self.position[after], self.position[before]
+        found = [w for w in self.writes.get(where, ()) if low < self.position[w] < high] if where is not None else []
+        return found[-1] if found else None
+
+    def current(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
+        """The node whose value `reader` sees where it reads `node`: the last in-place edit of that very tensor.
+
+        None where its memory was written through another view, so that no node stands for the value.
+        """
+        writer = self.writer_between(node, node, reader)
+        if writer is None:
+            return node
+        seen, written = tensor(node), tensor(writer)
+        if seen is None or written is None or storage(writer) != storage(node):
+            return None
+        same = shape(seen) == shape(written) and seen.stride() == written.stride() and seen.storage_offset() == written.storage_offset()
+        return writer if same else None
+
+    def location(self, node: fx.Node) -> Location:
+        """The innermost frame of the user's source, and the module path."""
+        return location(node)
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
+
+
+def location(node: fx.Node) -> Location:
+    """Where in the user's model a node comes from."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    stack = node.meta.get("nn_module_stack") or {}
+    path = [entry[0] for entry in stack.values()]
+    module = re.sub(r"^L\['(self|fn|mod)'\]\.?", "", path[-1]) if path else ""
+    if not frames:
+        return Location(module=module)
+    file, line, code = frames[-1]
+    return Location(module=module, file=file, line=int(line), code=code.strip())

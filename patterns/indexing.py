@@ -1,0 +1,160 @@
+"""Index arithmetic: floor division, remainder and reshapes of sympy index expressions, simplified under known ranges.
+
+Every layout operation is a substitution in an index. A reshape is the only one that divides; written here so that
+(b * H + h) // H is b whenever 0 <= h < H can be proven, for sizes that are numbers or symbols alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import sympy
+from torch.utils._sympy.functions import FloorDiv, Mod
+
+Indices = tuple[sympy.Expr, ...]
+
+Ranges = Mapping[sympy.Symbol, sympy.Expr]
+"""For every index symbol its extent: the symbol runs over 0 <= symbol < extent."""
+
+ZERO, ONE = sympy.Integer(0), sympy.Integer(1)
+
+
+def same(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether two sizes are equal whatever their symbols stand for."""
+    return a == b or sympy.expand(a - b) == 0
+
+
+def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+    """a / b where b divides a whatever the symbols stand for, else None."""
+    if a.is_Integer and b.is_Integer:
+        return sympy.Integer(int(a) // int(b)) if int(a) % int(b) == 0 else None
+    ratio = sympy.cancel(a / b)
+    denominator = sympy.fraction(ratio)[1]
+    return sympy.expand(ratio) if denominator == 1 else None
+
+
+def bounds(expr: sympy.Expr, ranges: Ranges) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """Least and greatest value of an index expression, over sizes; None where no bound is known."""
+    if expr in ranges:
+        return ZERO, ranges[expr] - 1
+    if expr.is_Integer or not (expr.free_symbols & set(ranges)):
+        return expr, expr
+    if isinstance(expr, (FloorDiv, Mod)):
+        return _division_bounds(expr, ranges)
+    if expr.is_Add:
+        parts = [bounds(a, ranges) for a in expr.args]
+        if any(p is None for p in parts):
+            return None
+        low, high = zip(*(p for p in parts if p is not None), strict=True)
+        return sympy.Add(*low), sympy.Add(*high)
+    if expr.is_Mul:
+        factors = [a for a in expr.args if a.free_symbols & set(ranges)]
+        scale = sympy.Mul(*(a for a in expr.args if a not in factors))
+        inner = bounds(factors[0], ranges) if len(factors) == 1 else None
+        if inner is None:
+            return None
+        if scale.is_nonnegative:
+            return scale * inner[0], scale * inner[1]
+        return (scale * inner[1], scale * inner[0]) if scale.is_nonpositive else None
+    return None
+
+
+def _division_bounds(expr: sympy.Expr, ranges: Ranges) -> tuple[sympy.Expr, sympy.Expr] | None:
+    value, divisor = expr.args
+    inner = bounds(value, ranges)
+    if inner is None or not inner[0].is_nonnegative:
+        return None
+    return (ZERO, FloorDiv(inner[1], divisor)) if isinstance(expr, FloorDiv) else (ZERO, divisor - 1)
+
+
+def within(expr: sympy.Expr, extent: sympy.Expr, ranges: Ranges) -> bool:
+    """Whether 0 <= expr < extent can be proven."""
+    limits = bounds(expr, ranges)
+    if limits is None:
+        return False
+    return bool(limits[0].is_nonnegative) and bool(sympy.expand(extent - 1 - limits[1]).is_nonnegative)
+
+
+def divide(expr: sympy.Expr, divisor: sympy.Expr, ranges: Ranges) -> tuple[sympy.Expr, sympy.Expr]:
+    """(expr // divisor, expr % divisor) for a non-negative expr and a positive divisor, simplified."""
+    if divisor == 1:
+        return expr, ZERO
+    whole, rest = [], []
+    for term in sympy.Add.make_args(sympy.expand(expr)):
+        part = quotient(term, divisor)
+        (rest if part is None else whole).append(term if part is None else part)
+    remainder = sympy.Add(*rest)
+    if within(remainder, divisor, ranges):
+        return sympy.Add(*whole), remainder
+    # (x // a) // b is x // (a b), so that a chain of reshapes leaves one division
+    if isinstance(remainder, FloorDiv):
+        inner, first = remainder.args
+        return sympy.Add(*whole) + FloorDiv(inner, sympy.expand(first * divisor)), Mod(remainder, divisor)
+    return sympy.Add(*whole) + FloorDiv(remainder, divisor), Mod(remainder, divisor)
+
+
+def product(sizes: Sequence[sympy.Expr]) -> sympy.Expr:
+    return sympy.Mul(*sizes)
+
+
+def linearize(position: Sequence[sympy.Expr], sizes: Sequence[sympy.Expr]) -> sympy.Expr:
+    """Row-major offset of a position."""
+    offset: sympy.Expr = ZERO
+    for at, size in zip(position, sizes, strict=True):
+        offset = offset * size + at
+    return sympy.expand(offset)
+
+
+def unlinearize(offset: sympy.Expr, sizes: Sequence[sympy.Expr], ranges: Ranges) -> tuple[sympy.Expr, ...]:
+    """The position whose row-major offset this is."""
+    position: list[sympy.Expr] = []
+    for size in reversed(sizes[1:]):
+        offset, at = divide(offset, size, ranges)
+        position.append(at)
+    return (offset, *reversed(position)) if sizes else ()
+
+
+def reshape(
+    position: Sequence[sympy.Expr], shape: Sequence[sympy.Expr], source: Sequence[sympy.Expr], ranges: Ranges
+) -> tuple[sympy.Expr, ...]:
+    """Where the element at `position` of a tensor reshaped to `shape` stood in the `source` shape.
+
+    Dimensions are matched in groups of equal product first, so a dimension that a reshape leaves alone keeps its index.
+    """
+    result: list[sympy.Expr] = []
+    i = j = 0
+    while i < len(shape) or j < len(source):
+        i_end, j_end = _group(shape, source, i, j)
+        inner, outer = source[j:j_end], shape[i:i_end]
+        real = [(at, size) for at, size in zip(position[i:i_end], outer, strict=True) if size != 1]
+        kept = [size for size in inner if size != 1]
+        if len(real) == len(kept) == 1:
+            values = [real[0][0]]
+        else:
+            values = list(unlinearize(linearize([p for p, _ in real], [s for _, s in real]), kept, ranges)) if kept else []
+        result += [ZERO if size == 1 else values.pop(0) for size in inner]
+        i, j = i_end, j_end
+    return tuple(result)
+
+
+def _group(shape: Sequence[sympy.Expr], source: Sequence[sympy.Expr], i: int, j: int) -> tuple[int, int]:
+    """The shortest next runs of dimensions of both shapes with equal products."""
+    if i == len(shape) or j == len(source):
+        return len(shape), len(source)
+    i_end, j_end = i + 1, j + 1
+    while not same(product(shape[i:i_end]), product(source[j:j_end])):
+        left, right = product(shape[i:i_end]), product(source[j:j_end])
+        if i_end == len(shape) and j_end == len(source):
+            return i_end, j_end
+        if j_end == len(source) or (i_end < len(shape) and _smaller(left, right)):
+            i_end += 1
+        else:
+            j_end += 1
+    return i_end, j_end
+
+
+def _smaller(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether a is the factor to grow: it divides b, or is the smaller number."""
+    if a.is_Integer and b.is_Integer:
+        return bool(a < b)
+    return quotient(b, a) is not None

@@ -1,0 +1,201 @@
+"""Lifting: what the element of a graph tensor at a symbolic position is, one node at a time.
+
+`Lifter.expand` turns `Load(node, position)` into an expression over loads of the node's inputs. Nothing is expanded
+until somebody asks; the matcher decides how far to look.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from flashfuse.kernels.expr import Const, Expr, Index, Load, cast, const, index, pointwise, rewrite, substitute
+from flashfuse.patterns.graph import Graph, mutated_inputs, shape, tensor, to_sympy, value
+from flashfuse.patterns.indexing import ZERO, Indices
+from flashfuse.patterns.trace import CannotTrace, Trace, trace
+
+
+class CannotLift(Exception):
+    """The node has no index form: an operator without a row, or memory written in between."""
+
+    def __init__(self, node: fx.Node | None, reason: str) -> None:
+        super().__init__(reason)
+        self.node, self.reason = node, reason
+
+
+class Lifter:
+    """Lifts the nodes of one graph. Keeps the extent of every index symbol it made, and each node's expansion."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.ranges: dict[sympy.Symbol, sympy.Expr] = {}
+        self._traces: dict[fx.Node, Trace | CannotTrace] = {}
+        self._expansions: dict[fx.Node, tuple[Indices, Expr] | CannotLift] = {}
+
+    def symbol(self, prefix: str, extent: sympy.Expr) -> sympy.Symbol:
+        """A new index symbol that runs over 0 <= symbol < extent."""
+        made = sympy.Symbol(f"{prefix}{len(self.ranges)}", integer=True, nonnegative=True)
+        self.ranges[made] = extent
+        return made
+
+    def position(self, sizes: Sequence[sympy.Expr], prefix: str = "x") -> Indices:
+        """A generic position in a tensor of these sizes; a dimension of size 1 has only the position 0."""
+        return tuple(ZERO if size == 1 else self.symbol(prefix, size) for size in sizes)
+
+    def load(self, node: fx.Node, position: Indices) -> Load:
+        t = tensor(node)
+        if t is None:
+            raise CannotLift(node, "is not a tensor")
+        return Load(t.dtype, node, position)
+
+    def expand(self, load: Load) -> Expr:
+        """One step back: the element in terms of the inputs of the load's node. Raises CannotLift."""
+        node = load.tensor
+        assert isinstance(node, fx.Node)
+        if node not in self._expansions:
+            self._expansions[node] = self._expand(node)
+        known = self._expansions[node]
+        if isinstance(known, CannotLift):
+            raise known
+        position, expr = known
+        moved = {a: b for a, b in zip(position, load.indices, strict=True) if isinstance(a, sympy.Symbol)}
+        return substitute(expr, moved) if moved else expr
+
+    def resolved(self, expr: Expr) -> Expr:
+        """Integer and boolean loads replaced by what they are made from, as far as that goes."""
+
+        def rule(e: Expr) -> Expr | None:
+            if not isinstance(e, Load) or e.dtype.is_floating_point:
+                return None
+            try:
+                return self.resolved(self.expand(e))
+            except CannotLift:
+                return None
+
+        return rewrite(expr, rule)
+
+    def _expand(self, node: fx.Node) -> tuple[Indices, Expr] | CannotLift:
+        t = tensor(node)
+        if t is None or t.layout != torch.strided or t.is_nested:
+            return CannotLift(node, "is not a dense tensor")
+        position = self.position(shape(t))
+        try:
+            rule = NODE_ROWS.get(node.target) if node.op == "call_function" else None
+            if rule is not None:
+                expr = rule(NodeView(self, node), position)
+            elif node.target is operator.getitem and not isinstance(value(node.args[0]), torch.Tensor):  # type: ignore[arg-type]
+                expr = self._expand_part(node, position)
+            else:
+                made = self._trace(node)
+                expr = NodeView(self, node, made).element(made.result, position)
+            return position, cast(expr, t.dtype) if mutated_inputs(node) else expr
+        except CannotTrace as error:
+            return CannotLift(node, str(error))
+        except CannotLift as error:
+            return error
+
+    def _expand_part(self, node: fx.Node, position: Indices) -> Expr:
+        """An element of one of several outputs: `split(x)[1]`."""
+        producer, number = node.args
+        if not isinstance(producer, fx.Node) or not isinstance(number, int):
+            raise CannotLift(node, "takes an output by a computed number")
+        made = self._trace(producer)
+        return NodeView(self, producer, made).element(made.result[number], position)
+
+    def _trace(self, node: fx.Node) -> Trace:
+        if node not in self._traces:
+            try:
+                self._traces[node] = trace(self.graph, node)
+            except CannotTrace as error:
+                self._traces[node] = error
+        made = self._traces[node]
+        if isinstance(made, CannotTrace):
+            raise made
+        return made
+
+
+class NodeView:
+    """One node while it is expanded: elements of its inputs and of the tensors made inside it."""
+
+    def __init__(self, lifter: Lifter, node: fx.Node, made: Trace | None = None) -> None:
+        self.lifter, self.node, self.trace = lifter, node, made
+
+    @property
+    def ranges(self) -> dict[sympy.Symbol, sympy.Expr]:
+        return self.lifter.ranges
+
+    def symbol(self, extent: sympy.Expr) -> sympy.Symbol:
+        return self.lifter.symbol("r", extent)
+
+    def resolved(self, expr: Expr) -> Expr:
+        return self.lifter.resolved(expr)
+
+    def input(self, node: fx.Node, position: Indices) -> Expr:
+        """The element of an input node as this node reads it; right-aligned, a dimension of size 1 is broadcast."""
+        source = self.lifter.graph.current(node, self.node)
+        if source is None:
+            raise CannotLift(node, f"memory of {node.name} is written through another view before it is read")
+        t = tensor(source)
+        if t is None:
+            return self.number(value(source), source)
+        return self.lifter.load(source, aligned(position, shape(t)))
+
+    def number(self, x: Any, node: fx.Node | None = None) -> Expr:
+        """A Python number, a symbolic integer or float."""
+        if isinstance(x, torch.SymInt):
+            return index(to_sympy(x))
+        if isinstance(x, torch.SymFloat):
+            source = node if node is not None else self.trace.scalars.get(to_sympy(x)) if self.trace else None
+            if source is None:
+                raise CannotLift(self.node, "computes with a symbolic float made elsewhere")
+            return Load(torch.float64, source, ())
+        if isinstance(x, (bool, int, float)):
+            return const(x)
+        raise CannotLift(self.node, f"has an argument of type {type(x).__name__}")
+
+    def element(self, x: Any, position: Indices) -> Expr:
+        """The element of a traced tensor (or number) at a position, broadcast as ATen does."""
+        if not isinstance(x, torch.Tensor):
+            return self.number(x)
+        assert self.trace is not None
+        position = aligned(position, shape(x))
+        if id(x) in self.trace.inputs:
+            return self.input(self.trace.inputs[id(x)], position)
+        made = self.trace.producers.get(id(x))
+        if made is None:
+            raise CannotLift(self.node, "gives a tensor that no recorded operator made")
+        call, number = made
+        row = ATEN_ROWS.get(call.func)
+        if row is None:
+            raise CannotLift(self.node, f"uses {call.func}, which has no index form")
+        return row(self, call, position, number)
+
+
+def aligned(position: Indices, sizes: tuple[sympy.Expr, ...]) -> Indices:
+    """A position in a broadcast result as a position in an operand of these sizes."""
+    kept = position[len(position) - len(sizes) :]
+    return tuple(ZERO if size == 1 else at for at, size in zip(kept, sizes, strict=True))
+
+
+Row = Callable[..., Expr]
+ATEN_ROWS: dict[Any, Row] = {}
+NODE_ROWS: dict[Any, Row] = {}
+
+
+def _tensor_literal(view: NodeView, position: Indices) -> Expr:
+    """torch.tensor(8.0): a constant."""
+    literal = view.node.args[0]
+    if position or not isinstance(literal, (bool, int, float)):
+        raise CannotLift(view.node, "is a literal tensor of several elements")
+    t = tensor(view.node)
+    assert t is not None
+    return const(literal, t.dtype)
+
+
+NODE_ROWS[torch.tensor] = _tensor_literal
+

@@ -1,0 +1,253 @@
+"""The attention pattern: out[.., i, d] = sum_j softmax_j(score(q[.., i, :] . k[.., j, :]))[i, j] * v[.., j, d].
+
+One statement for every spelling. A contraction whose one side lifts to a normaliser over the contracted axis, whose
+argument lifts to a score program over one product of queries and keys, is an attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+import flashfuse.patterns.aten
+import flashfuse.patterns.sdpa  # noqa: F401
+from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise, Softmax, substitute
+from flashfuse.patterns.assemble import assemble
+from flashfuse.patterns.graph import Graph, location, name_of, shape, tensor, value
+from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.normaliser import as_softmax
+from flashfuse.patterns.refusal import Refused
+from flashfuse.patterns.score import Score, find_score
+from flashfuse.patterns.site import AttentionSite, Refusal
+
+# What starts a search. A contraction may be spelled with any of these; what it means is read from its ATen calls.
+_CONTRACTIONS = frozenset(
+    {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "baddbmm", "addmm", "addbmm", "mv", "dot", "inner", "tensordot", "chain_matmul"}
+)
+_WHOLE = frozenset({"scaled_dot_product_attention"})
+_NORMALISERS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "special_softmax"})
+_WEIGHTED = frozenset({"linear", "conv1d", "conv2d", "conv3d", "embedding"})
+
+
+@dataclass(frozen=True)
+class MatchResult:
+    """Every attention of a graph, and every softmax over products that was left alone, with the reason."""
+
+    sites: tuple[AttentionSite, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def find_attention(module: fx.GraphModule) -> MatchResult:
+    """Find every attention in a Dynamo graph (its nodes carry fake tensors in `meta`). The graph is not changed."""
+    graph = Graph(module)
+    products, normalisers = _upstream(graph)
+    lifter = Lifter(graph)
+    sites: list[AttentionSite] = []
+    refused: dict[fx.Node, Refused] = {}
+    claimed: set[fx.Node] = set()
+    for node in graph.nodes:
+        seeds = _seeds(node, normalisers)
+        if node not in graph.live or not seeds:
+            continue
+        try:
+            site = _match(lifter, node, set(products))
+        except Refused as error:
+            for seed in seeds:
+                refused.setdefault(seed, error)
+            continue
+        if site is not None:
+            sites.append(site)
+            claimed.update(seeds)
+    refusals = [_refusal(seed, refused.get(seed)) for seed in _unclaimed(graph, products, normalisers, claimed) if name_of(seed) != "exp" or seed in refused]
+    return MatchResult(tuple(sites), tuple(refusals))
+
+
+def _upstream(graph: Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, frozenset[fx.Node]]]:
+    """For every node a product of activations behind it, and the normalisers behind it, without crossing another product."""
+    products: dict[fx.Node, fx.Node] = {}
+    normalisers: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in graph.nodes:
+        name = name_of(node)
+        if name in _WEIGHTED or node.op in ("placeholder", "get_attr", "output"):
+            continue
+        if name in _CONTRACTIONS or name in _WHOLE:
+            products[node] = node
+            continue
+        inputs = node.all_input_nodes
+        behind = next((products[n] for n in inputs if n in products), None)
+        if behind is not None:
+            products[node] = behind
+        seeds = frozenset().union(*(normalisers.get(n, frozenset()) for n in inputs))
+        if name in _NORMALISERS and not seeds:
+            seeds = frozenset((node,))
+        if seeds:
+            normalisers[node] = seeds
+    return products, normalisers
+
+
+def _seeds(node: fx.Node, normalisers: dict[fx.Node, frozenset[fx.Node]]) -> frozenset[fx.Node]:
+    """The normalisers that a contraction takes part of its input from; the node itself where it is a whole attention."""
+    name = name_of(node)
+    if name in _WHOLE:
+        return frozenset((node,))
+    if name not in _CONTRACTIONS:
+        return frozenset()
+    return frozenset().union(*(normalisers.get(n, frozenset()) for n in node.all_input_nodes))
+
+
+def _unclaimed(
+    graph: Graph, products: dict[fx.Node, fx.Node], normalisers: dict[fx.Node, frozenset[fx.Node]], claimed: set[fx.Node]
+) -> Iterable[fx.Node]:
+    """Live softmaxes over products of activations that no site took."""
+    for node in graph.nodes:
+        whole = name_of(node) in _WHOLE
+        softmax = normalisers.get(node) == frozenset((node,)) and any(n in products for n in node.all_input_nodes)
+        if (whole or softmax) and node in graph.live and node not in claimed:
+            yield node
+
+
+def _refusal(seed: fx.Node, error: Refused | None) -> Refusal:
+    if error is None:
+        error = Refused("no-value-product", "the probabilities are not multiplied with values in this graph")
+    node = error.node or seed
+    return Refusal(node, error.code, error.reason, location(node))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite | None:
+    """The attention whose output `node` is; None where it is some other contraction. Raises Refused."""
+    out = tensor(node)
+    if out is None:
+        return None
+    position = lifter.position(shape(out), "o")
+    try:
+        expr = lifter.expand(lifter.load(node, position))
+    except CannotLift as error:
+        raise Refused("unknown-operator", f"`{name_of(node)}` {error.reason}", node) from error
+    if not isinstance(expr, Dot):
+        raise Refused("value-product", "the product with the values is combined with something else in one operator", node)
+    problems: list[Refused] = []
+    for probs_side, value_side in ((expr.lhs, expr.rhs), (expr.rhs, expr.lhs)):
+        try:
+            softmax = _find_softmax(lifter, probs_side, expr.axis)
+        except Refused as error:
+            problems.append(error)
+            continue
+        if softmax is None:
+            continue
+        score = _score(lifter, softmax, expr.axis, leads)
+        if score.node is not node:
+            _check_private(lifter.graph, score, node)
+        return assemble(lifter, node, position, expr, value_side, softmax, score)
+    if problems:
+        raise problems[0]
+    return None
+
+
+def _find_softmax(lifter: Lifter, expr: Expr, j: sympy.Symbol) -> Softmax | None:
+    """The normaliser on the probabilities' side of a product, through casts and layout; None where there is none."""
+    passed: fx.Node | None = None
+    while True:
+        match expr:
+            case Softmax():
+                if expr.at != j:
+                    raise Refused("softmax-axis", "the softmax is not over the axis that is multiplied with the values", passed)
+                return expr
+            case Pointwise():
+                found = as_softmax(lifter, expr)
+                if found is None:
+                    return _other_probs(lifter, expr, j, passed)
+                expr = found
+            case Load():
+                assert isinstance(expr.tensor, fx.Node)
+                passed = expr.tensor
+                try:
+                    expr = lifter.expand(expr)
+                except CannotLift as error:
+                    return _opaque_probs(lifter, error, passed)
+            case _:
+                return None
+
+
+def _other_probs(lifter: Lifter, expr: Pointwise, j: sympy.Symbol, passed: fx.Node | None) -> None:
+    """Refuse where a softmax is one of the arguments of a pointwise operator; None where there is none at all."""
+    for a in expr.args:
+        try:
+            found = _find_softmax(lifter, a, j)
+        except Refused:
+            raise
+        if found is not None:
+            raise Refused("probability-factor", f"the probabilities pass through `{expr.op}` with another value before they meet the values", passed)
+
+
+def _opaque_probs(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
+    node = error.node or passed
+    if not _behind(node, _NORMALISERS):
+        return
+    name = name_of(node)
+    if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
+        raise Refused("dropout", "probabilities are dropped at random, which needs the training kernels", node)
+    if name in _CONTRACTIONS or name in _WEIGHTED:
+        raise Refused("head-mixing", f"the probabilities are mixed across heads by `{name}` before they meet the values", node)
+    raise Refused("unknown-operator", f"`{name}` between the softmax and the values {error.reason}", node)
+
+
+def _behind(node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
+    """Whether an operator of one of these names lies shortly behind a node."""
+    seen, queue = {node}, [node]
+    while queue and len(seen) < limit:
+        current = queue.pop()
+        if name_of(current) in names:
+            return True
+        fresh = [n for n in current.all_input_nodes if n not in seen and n.op not in ("placeholder", "get_attr")]
+        seen.update(fresh)
+        queue += fresh
+    return False
+
+
+def _score(lifter: Lifter, softmax: Softmax, j: sympy.Symbol, leads: set[fx.Node]) -> Score:
+    argument = softmax.arg if softmax.axis == j else substitute(softmax.arg, {softmax.axis: j})
+    return find_score(lifter, argument, j, leads)
+
+
+def _check_private(graph: Graph, score: Score, site: fx.Node) -> None:
+    """Nothing but the site may use the scores, the probabilities or what lies between: they will not exist."""
+    region = _between(graph, score.node, site)
+    softmaxes = [n for n in region if name_of(n) in _NORMALISERS]
+    first_softmax = min((graph.position[n] for n in softmaxes), default=len(graph.nodes))
+    for node in region:
+        for user in node.users:
+            if user in region or user is site or user not in graph.live or not _uses_values(user):
+                continue
+            what = "scores" if graph.position[node] < first_softmax else "probabilities"
+            where = "are returned" if user.op == "output" else f"are used again by `{name_of(user)}`"
+            raise Refused(f"{what}-used", f"the {what} {where}, so they have to exist in memory", user if user.op != "output" else node)
+
+
+def _between(graph: Graph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """Nodes on a path from `start` to `end`, `start` included."""
+    first = graph.position[start]
+    reaches = {start}
+    for node in graph.nodes[first + 1 : graph.position[end]]:
+        if any(n in reaches for n in node.all_input_nodes):
+            reaches.add(node)
+    wanted, queue = set(), [n for n in end.all_input_nodes if n in reaches]
+    while queue:
+        node = queue.pop()
+        if node not in wanted:
+            wanted.add(node)
+            queue += [n for n in node.all_input_nodes if n in reaches and node is not start]
+    return wanted
+
+
+def _uses_values(user: fx.Node) -> bool:
+    """Asking for a size, type or device does not need the values."""
+    return user.op == "output" or isinstance(value(user), (torch.Tensor, tuple, list)) and name_of(user) not in ("size", "getattr")
+
+

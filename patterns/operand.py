@@ -1,0 +1,86 @@
+"""Operands: which graph tensor a product really reads, seen through layout, scalar factors and exact casts.
+
+The further back an operand is read, the fewer copies are left: k through `repeat_kv` is the cache itself. An operand is
+only read at a place from which a view leads to the attention's axes, and never across a write to its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, free_symbols
+from flashfuse.patterns.graph import shape, tensor
+from flashfuse.patterns.lift import CannotLift, Lifter
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One place an operand can be read: the load there, and the scalar factors passed on the way."""
+
+    load: Load
+    factors: tuple[Expr, ...]
+
+
+def readings(lifter: Lifter, side: Expr, shared: frozenset[sympy.Symbol], dtype: torch.dtype, site: fx.Node, scaled: bool) -> list[Reading]:
+    """Places where an operand of a product can be read, nearest first.
+
+    `shared` are the symbols a scalar factor may depend on (it must be the same for every element of a row of the
+    product and of its column), `scaled` whether factors may be passed at all, `dtype` the product's element type.
+    """
+    found: list[Reading] = []
+    factors: tuple[Expr, ...] = ()
+    expr = side
+    while True:
+        if isinstance(expr, Pointwise):
+            passed = _without_factor(expr, shared) if scaled else None
+            if passed is None:
+                return found
+            expr, factor = passed
+            factors = (*factors, factor)
+            continue
+        if not isinstance(expr, Load):
+            return found
+        assert isinstance(expr.tensor, fx.Node)
+        if found and not exactly_promotes(expr.dtype, dtype):
+            return found
+        if lifter.graph.writer_between(expr.tensor, expr.tensor, site) is None:
+            found.append(Reading(expr, factors))
+        try:
+            expr = lifter.expand(expr)
+        except CannotLift:
+            return found
+
+
+def exactly_promotes(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether every value of `source` is a value of `target`."""
+    return source.is_floating_point and torch.promote_types(source, target) == target
+
+
+def _without_factor(expr: Pointwise, shared: frozenset[sympy.Symbol]) -> tuple[Expr, Expr] | None:
+    """(x, c) where expr is x * c and c is a scalar of the product; None where it is something else."""
+    if expr.op == "neg":
+        return expr.args[0], Const(torch.float32, -1.0)
+    if expr.op not in ("mul", "div"):
+        return None
+    x, c = expr.args
+    if _is_scalar(c, shared) and not _is_scalar(x, shared):
+        return (x, c) if expr.op == "mul" else (x, Pointwise(expr.dtype, "div", (Const(torch.float32, 1.0), c)))
+    if expr.op == "mul" and _is_scalar(x, shared) and not _is_scalar(c, shared):
+        return c, x
+    return None
+
+
+def _is_scalar(expr: Expr, shared: frozenset[sympy.Symbol]) -> bool:
+    return isinstance(expr, (Const, Load)) and free_symbols(expr) <= shared
+
+
+def sizes_of(load: Load) -> Sequence[sympy.Expr]:
+    assert isinstance(load.tensor, fx.Node)
+    t = tensor(load.tensor)
+    assert t is not None
+    return shape(t)

@@ -1,0 +1,79 @@
+"""`F.scaled_dot_product_attention` as one more spelling: the expression it stands for, with its own rule for empty rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from flashfuse.kernels.expr import Const, Dot, Expr, Softmax, index, pointwise
+from flashfuse.patterns.graph import shape, tensor, to_sympy, value
+from flashfuse.patterns.indexing import Indices, divide, quotient
+from flashfuse.patterns.lift import NODE_ROWS, CannotLift, NodeView
+
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_DEFAULTS: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+
+
+def lift_sdpa(view: NodeView, position: Indices) -> Expr:
+    """softmax(q k^T * scale + mask) v; a row with nothing unmasked gives zeros."""
+    given = _DEFAULTS | dict(zip(_NAMES, view.node.args, strict=False)) | view.node.kwargs
+    dropout = given["dropout_p"]
+    if not isinstance(dropout, (int, float)) or dropout != 0:
+        raise CannotLift(view.node, "drops probabilities at random (dropout_p > 0)")
+    q, k, v = (_operand(view, given[name]) for name in ("query", "key", "value"))
+    *batch, i, d = position
+    kv_len, head_dim = shape(k)[-2], shape(q)[-1]
+    j, r = view.symbol(kv_len), view.symbol(head_dim)
+    heads = _kv_heads(view, tuple(batch), q, k, v, bool(given["enable_gqa"]))
+
+    def at(name: str, lead: Indices, *rest: sympy.Expr) -> Expr:
+        return view.input(given[name], (*lead, *rest))
+
+    product = Dot(q.dtype, at("query", tuple(batch), i, r), at("key", heads, j, r), r, head_dim)
+    scale = given["scale"]
+    factor = _default_scale(view, head_dim) if scale is None else view.number(value(scale) if isinstance(scale, fx.Node) else scale, scale if isinstance(scale, fx.Node) else None)
+    score = pointwise("mul", product, factor, dtype=q.dtype)
+    if given["is_causal"]:
+        score = _masked(pointwise("le", index(j), index(i)), score)
+    if given["attn_mask"] is not None:
+        mask = view.input(given["attn_mask"], (*batch, i, j))
+        score = _masked(mask, score) if mask.dtype == torch.bool else pointwise("add", score, mask, dtype=q.dtype)
+    probs = Softmax(q.dtype, score, j, j, kv_len, empty_row="zero")
+    return Dot(q.dtype, probs, at("value", heads, j, d), j, kv_len)
+
+
+def _operand(view: NodeView, node: Any) -> torch.Tensor:
+    t = tensor(node) if isinstance(node, fx.Node) else None
+    if t is None or t.dim() < 2:
+        raise CannotLift(view.node, "has an operand that is not a tensor of at least two dimensions")
+    return t
+
+
+def _default_scale(view: NodeView, head_dim: sympy.Expr) -> Expr:
+    if not head_dim.is_Integer:
+        raise CannotLift(view.node, "has a symbolic head dimension and no scale")
+    return Const(torch.float64, 1 / math.sqrt(int(head_dim)))
+
+
+def _masked(mask: Expr, score: Expr) -> Expr:
+    return pointwise("where", mask, score, Const(score.dtype, -math.inf), dtype=score.dtype)
+
+
+def _kv_heads(view: NodeView, batch: Indices, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grouped: bool) -> Indices:
+    """Batch position in k and v; under enable_gqa query head h reads key/value head h // (heads / kv_heads)."""
+    if not grouped or not batch:
+        return batch
+    groups = quotient(to_sympy(q.shape[-3]), to_sympy(k.shape[-3]))
+    if groups is None or k.shape[-3] != v.shape[-3]:
+        raise CannotLift(view.node, "has key/value heads that do not divide the query heads")
+    return (*batch[:-1], divide(batch[-1], groups, view.ranges)[0])
+
+
+
+NODE_ROWS[F.scaled_dot_product_attention] = lift_sdpa
+NODE_ROWS[torch.ops.aten.scaled_dot_product_attention.default] = lift_sdpa

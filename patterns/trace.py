@@ -1,0 +1,113 @@
+"""One graph node as the ATen calls it makes, recorded on fake tensors.
+
+A node may be `torch.matmul`, `F.softmax`, `x.masked_fill`, `einsum` with any letters: what it means is what it calls.
+Only nodes that the matcher looks through are ever run, each once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flashfuse.patterns.graph import Graph, functional_target, mutated_inputs, tensor, value
+
+
+@dataclass(frozen=True, eq=False)
+class AtenCall:
+    """One ATen call: `func(*args, **kwargs)` gave `output`."""
+
+    func: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What one node does.
+
+    inputs: the node behind each input tensor, by identity. scalars: the node behind each symbolic float.
+    producers: the call and output number behind each tensor made inside. result: the node's output tensors.
+    """
+
+    inputs: dict[int, fx.Node]
+    scalars: dict[sympy.Expr, fx.Node]
+    producers: dict[int, tuple[AtenCall, int]]
+    result: Any
+    keep: tuple[Any, ...] = field(default=(), repr=False)
+
+
+class CannotTrace(Exception):
+    """The node cannot be run on fake tensors, or does not give what Dynamo saw."""
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.known = known
+        self.producers: dict[int, tuple[AtenCall, int]] = {}
+        self.calls: list[AtenCall] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        call = AtenCall(func, args, kwargs or {}, output)
+        self.calls.append(call)
+        for i, out in enumerate(output if isinstance(output, (tuple, list)) else (output,)):
+            if isinstance(out, torch.Tensor) and id(out) not in self.known:
+                self.producers[id(out)] = (call, i)
+        return output
+
+
+@contextlib.contextmanager
+def _as_traced(graph: Graph, node: fx.Node) -> Iterator[None]:
+    """The modes under which Dynamo saw the node: fake tensors, its autocast regions; no gradients, no new guards."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for args in graph.autocast.get(node, ()):
+            device, dtype, enabled, cache = args
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        if graph.fake_mode is not None:
+            stack.enter_context(graph.fake_mode)
+            if graph.fake_mode.shape_env is not None:
+                stack.enter_context(graph.fake_mode.shape_env.suppress_guards())
+        yield
+
+
+def trace(graph: Graph, node: fx.Node) -> Trace:
+    """Run the node once on its inputs' fake tensors and record its ATen calls. Raises CannotTrace."""
+    target = node.target
+    if mutated_inputs(node):
+        target = functional_target(node)
+        if target is None:
+            raise CannotTrace(f"{node.target} writes its input")
+    if node.op not in ("call_function", "call_method") or isinstance(target, torch._ops.HigherOrderOperator):
+        raise CannotTrace(f"{node.op} {node.target}")
+    inputs = {id(tensor(n)): n for n in node.all_input_nodes if tensor(n) is not None}
+    scalars = {v.node.expr: n for n in node.all_input_nodes if isinstance(v := value(n), torch.SymFloat)}
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+    recorder = _Recorder(set(inputs))
+    try:
+        with _as_traced(graph, node), recorder:
+            result = getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
+    except Exception as error:
+        raise CannotTrace(f"{type(error).__name__}: {error}") from error
+    _check_same(result, value(node), node)
+    return Trace(inputs, scalars, recorder.producers, result, (args, kwargs, recorder.calls))
+
+
+def _check_same(got: Any, seen: Any, node: fx.Node) -> None:
+    """The recorded output must be what Dynamo saw (shape and type), or the record means nothing."""
+    pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(seen), strict=False)
+    for a, b in pairs:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            in_place = bool(mutated_inputs(node))
+            if tuple(map(str, a.shape)) != tuple(map(str, b.shape)) or (a.dtype != b.dtype and not in_place):
+                raise CannotTrace(f"gives {tuple(a.shape)} {a.dtype} where the graph holds {tuple(b.shape)} {b.dtype}")
