@@ -171,7 +171,7 @@ OPS: Mapping[str, Op] = {
     "log": Op(1, "float", torch.log, "tl.log({})"),
     "sqrt": Op(1, "float", torch.sqrt, "tl.sqrt({})"),
     "rsqrt": Op(1, "float", torch.rsqrt, "tl.rsqrt({})"),
-    "tanh": Op(1, "float", torch.tanh, "libdevice.tanh({})"),
+    "tanh": Op(1, "float", torch.tanh, "tanh({})"),
     "sigmoid": Op(1, "float", torch.sigmoid, "tl.sigmoid({})"),
     "erf": Op(1, "float", torch.erf, "tl.erf({})"),
     "sin": Op(1, "float", torch.sin, "tl.sin({})"),

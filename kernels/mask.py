@@ -1,8 +1,8 @@
 """Mask structure: which tiles of a score program hold only masked scores, and which hold none.
 
 A boolean sub-expression P that depends on positions and sizes only is *necessary* when the score with P false is a
-known fill: minus infinity or a finite constant, or anything plus a hugely negative constant. Where P is false on a whole
-tile the tile can be skipped; where it is true on a whole tile it need not be evaluated. Each necessary P of the form
+known fill: minus infinity or a finite constant, or anything plus a hugely negative constant. Where P is false on a
+whole tile the tile can be skipped; where it is true on a whole tile it need not be evaluated. Each necessary P like
 `kv_idx <= slope * q_idx + offset`, or `>=`, is a line that bounds the keys a tile of queries has to visit.
 """
 
@@ -92,12 +92,14 @@ class MaskStructure:
         """Whether some tiles may be skipped at all."""
         return bool(self.lower or self.upper)
 
-    @property
-    def fill_threshold(self) -> float | None:
-        """Rows whose running maximum is not above this see the skipped keys; None when skipping is exact."""
+    def fill_threshold(self, scale: float = 1.0) -> float | None:
+        """Rows whose running maximum is not above this see the skipped keys; None when skipping is exact.
+
+        scale: natural-log units in one unit of the score, where a factor has been taken out of it.
+        """
         if not self.bounded or self.fill is None or self.fill == -math.inf:
             return None
-        return self.fill / 2 if self.fill <= HUGE_FILL else self.fill + FILL_MARGIN
+        return self.fill / 2 if self.fill <= HUGE_FILL else self.fill + FILL_MARGIN / scale
 
     def starts(self) -> tuple[sympy.Expr, ...]:
         """`KvRange.start` is the largest of these (and of 0)."""

@@ -22,8 +22,9 @@ from typing import Any
 
 import sympy
 import torch
-from flashfuse.kernels.expr import OPS, Const, Expr, Index, Load, Pointwise, Product, cast, const, index, pointwise
 from torch.utils._sympy.functions import FloorDiv, Mod
+
+from flashfuse.kernels.expr import OPS, Const, Expr, Index, Load, Pointwise, Product, cast, const, index, pointwise
 
 MAX_BATCH_AXES = 4
 
@@ -158,8 +159,6 @@ def to_text(expr: Expr) -> str:
             return index_text(value)
         case Load(tensor=slot, indices=indices):
             return f"t{slot}[{', '.join(index_text(i) for i in indices)}]"
-        case Pointwise(op="not", args=(arg,)):
-            return f"(~{to_text(arg)})"
         case Pointwise(op=op, args=args):
             texts = [to_text(a) for a in args]
             if op == "not":

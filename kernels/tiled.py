@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import sympy
 import torch
-
-from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
+from flashfuse.kernels import flash_cpu
+from flashfuse.kernels.evaluate import position_symbols, size_values
+from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.output import empty_output
+from flashfuse.kernels.problem import Box, Problem, slices, split
 from flashfuse.kernels.spec import AttentionSpec
 
-# Queries and keys of a tile, and the most elements of one buffer (4 MiB in float32), so that a few of them stay in cache.
+# Queries and keys of a tile, and the most elements of one buffer (1 MiB in float32), so that a few of them stay in cache.
 BLOCK_Q = 256
 BLOCK_KV = 512
-WORKSPACE = 1 << 20
-
-Box = tuple[range, ...]
+WORKSPACE = 1 << 18
 
 
 def attention_tiled(
@@ -47,7 +45,7 @@ def attention_tiled(
     folded = sum(_is_shared(k, axis) and _is_shared(v, axis) for axis in range(rank))
     batch, symbols = sizes[:rank], position_symbols(spec)
     q, k, v = (x.expand(*batch, *x.shape[-2:]).permute(*order, rank, rank + 1) for x in (q, k, v))
-    problem = _Problem(
+    problem = Problem(
         spec=spec,
         symbols=(*(symbols[axis] for axis in order), *symbols[rank:]),
         sizes=size_values(spec, q.shape[-2], k.shape[-2], sizes),
@@ -58,18 +56,19 @@ def attention_tiled(
         v=v[(..., *(0,) * folded, slice(None), slice(None))],
     )
     out_rows, lse_rows = out.permute(*order, rank, rank + 1), lse.permute(*order, rank)
-    for box in _boxes(q.shape[:-1], max(q.shape[-1], v.shape[-1])):
-        where = _slices(box)
-        out_rows[where], lse_rows[where] = problem.attend(box)
+    program = flash_cpu.additive_program(problem)
+    boxes = (
+        _boxes(q.shape[:-1], max(q.shape[-1], v.shape[-1])) if program is None else flash_cpu.boxes(problem, program)
+    )
+    for box in boxes:
+        where = slices(box)
+        done = None if program is None else flash_cpu.attend(problem, program, box)
+        out_rows[where], lse_rows[where] = done or _attend(problem, box)
     return out, lse
 
 
 def _is_shared(x: torch.Tensor, axis: int) -> bool:
     return x.shape[axis] == 1 or x.stride(axis) == 0
-
-
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(positions.start, positions.stop) for positions in box)
 
 
 def _boxes(rows: Sequence[int], width: int) -> itertools.product[Box]:
@@ -80,60 +79,63 @@ def _boxes(rows: Sequence[int], width: int) -> itertools.product[Box]:
         blocks.append(min(extent, budget))
         budget //= blocks[-1]
         budget = max(1, budget)
-    return itertools.product(*(_split(n, block) for n, block in zip(rows, reversed(blocks), strict=True)))
+    return itertools.product(*(split(range(n), block) for n, block in zip(rows, reversed(blocks), strict=True)))
 
 
-def _split(extent: int, block: int) -> list[range]:
-    return [range(start, min(start + block, extent)) for start in range(0, extent, block)]
+def _attend(problem: Problem, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [box.., Dv] and log-sum-exp [box..] of the query rows in `box`, by online softmax."""
+    spec, shape = problem.spec, tuple(len(positions) for positions in box)
+    rows = _Rows(problem, box)
+    keys = problem.kv_range(box)
+    rows.visit(range(keys.start, keys.full_start), spec.score)
+    rows.visit(range(keys.full_start, keys.full_end), problem.mask.full)
+    rows.visit(range(keys.full_end, keys.end), spec.score)
+    threshold = problem.mask.fill_threshold()
+    if threshold is not None and bool((rows.max <= threshold).any()):
+        rows.visit(range(keys.start), spec.score)
+        rows.visit(range(keys.end, problem.k.shape[-2]), spec.score)
+    out = rows.acc / rows.sum
+    if spec.empty_row == "zero":
+        out = out.masked_fill(rows.max == -math.inf, 0.0)
+    return out.view(*shape, -1), (rows.max + rows.sum.log()).view(shape)
 
 
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    """One call, its batch axes ordered so that those shared by all keys and values come last, next to the queries.
+class _Rows:
+    """Running maximum, sum [pairs, rows, 1] and weighted values [pairs, rows, Dv] of the query rows in a box.
 
-    q: [outer.., shared.., Tq, D], k: [outer.., Tkv, D], v: [outer.., Tkv, Dv]; `symbols` in the order of the scores.
+    A pair is one combination of positions on the batch axes that k and v depend on; all other query rows that meet the
+    same keys are the pair's rows.
     """
 
-    spec: AttentionSpec
-    symbols: tuple[sympy.Symbol, ...]
-    sizes: Mapping[sympy.Symbol, int]
-    captured: Sequence[torch.Tensor]
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    def __init__(self, problem: Problem, box: Box) -> None:
+        self.problem, self.box = problem, box
+        outer = slices(box[: problem.k.dim() - 2])
+        pairs = math.prod(len(positions) for positions in box[: len(outer)])
+        self.k, self.v = problem.k[outer], problem.v[outer]
+        self.q = problem.q[slices(box)].to(problem.spec.compute_dtype).reshape(pairs, -1, problem.q.shape[-1])
+        self.max = self.q.new_full((*self.q.shape[:2], 1), -math.inf)
+        self.sum = torch.zeros_like(self.max)
+        self.acc = self.q.new_zeros((*self.q.shape[:2], self.v.shape[-1]))
 
-    def attend(self, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output [box.., Dv] and log-sum-exp [box..] of the query rows in `box`."""
-        dtype = self.spec.compute_dtype
-        shape = tuple(len(positions) for positions in box)
-        outer = box[: self.k.dim() - 2]
-        pairs = math.prod(shape[: len(outer)])
-        q = self.q[_slices(box)].to(dtype).reshape(pairs, -1, self.q.shape[-1])
-        k, v = self.k[_slices(outer)], self.v[_slices(outer)]
-        row_max = q.new_full((*q.shape[:2], 1), -math.inf)
-        row_sum = torch.zeros_like(row_max)
-        acc = q.new_zeros((*q.shape[:2], v.shape[-1]))
-        for keys in _split(k.shape[-2], BLOCK_KV):
-            # [pairs, keys, D], [pairs, keys, Dv]
-            k_tile, v_tile = (x[..., keys.start : keys.stop, :].to(dtype).reshape(pairs, len(keys), -1) for x in (k, v))
-            # [pairs, rows, keys]
-            product = torch.bmm(q, k_tile.mT)
-            scores = self.scores(product.view(*shape, len(keys)), (*box, keys)).reshape(product.shape)
-            new_max = torch.maximum(row_max, scores.amax(-1, keepdim=True))
-            # A row of only -inf so far: any finite shift keeps its probabilities zero.
-            shift = new_max.masked_fill(new_max == -math.inf, 0.0)
-            probs = torch.sub(scores, shift).exp_()
-            decay = torch.exp(row_max - shift)
-            row_sum = row_sum * decay + probs.sum(-1, keepdim=True)
-            acc.mul_(decay).baddbmm_(probs, v_tile)
-            row_max = new_max
-        out = acc / row_sum
-        if self.spec.empty_row == "zero":
-            out = out.masked_fill(row_max == -math.inf, 0.0)
-        return out.view(*shape, -1), (row_max + row_sum.log()).view(shape)
+    def visit(self, keys: range, score: Expr) -> None:
+        """Take the keys into account, their scores given by `score`."""
+        for tile in split(keys, BLOCK_KV):
+            self._visit_tile(tile, score)
 
-    def scores(self, product: torch.Tensor, box: Box) -> torch.Tensor:
-        """The score program over `box`, in the shape of `product`."""
-        axes = tuple(zip(self.symbols, box, strict=True))
-        tile = Tile(axes, self.sizes, (product,), self.captured, self.spec.compute_dtype, product.device)
-        return evaluate(self.spec.score, tile).to(product.dtype).expand(product.shape)
+    def _visit_tile(self, keys: range, score: Expr) -> None:
+        # [pairs, keys, D], [pairs, keys, Dv]
+        k, v = (
+            x[..., keys.start : keys.stop, :].to(self.q.dtype).reshape(len(self.q), len(keys), x.shape[-1])
+            for x in (self.k, self.v)
+        )
+        # [pairs, rows, keys]
+        product = torch.bmm(self.q, k.mT)
+        scores = self.problem.evaluate(score, (*self.box, keys), product).reshape(product.shape)
+        row_max = torch.maximum(self.max, scores.amax(-1, keepdim=True))
+        # A row of only -inf so far: any finite shift keeps its probabilities zero.
+        shift = row_max.masked_fill(row_max == -math.inf, 0.0)
+        probs = torch.sub(scores, shift).exp_()
+        decay = torch.exp(self.max - shift)
+        self.sum = self.sum * decay + probs.sum(-1, keepdim=True)
+        self.acc.mul_(decay).baddbmm_(probs, v)
+        self.max = row_max

@@ -55,7 +55,7 @@ def test_structure(score: str, words: str, fill: float | None, full: str) -> Non
 
 
 def test_fill_threshold_lies_above_the_fill_and_below_scores() -> None:
-    threshold = lambda fill: analyze(parse(f"where(kv_idx <= q_idx, qk, {fill})")).fill_threshold  # noqa: E731
+    threshold = lambda fill: analyze(parse(f"where(kv_idx <= q_idx, qk, {fill})")).fill_threshold()  # noqa: E731
     assert threshold("-inf") is None
     assert threshold("-10000.0") == -10000.0 + 128
     assert threshold(repr(MIN)) == MIN / 2

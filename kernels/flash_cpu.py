@@ -1,0 +1,120 @@
+"""Attention whose score is scale * product + bias, on the fused attention kernel that torch has for the CPU.
+
+Masks are such biases too: a score replaced by -inf, or by a constant so negative that it absorbs any product, is a
+product plus that constant. Only a block of queries' bias exists at a time, and only over the keys its mask leaves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from flashfuse.kernels.expr import Const, Expr, Pointwise, Product, free_symbols, pointwise, walk
+from flashfuse.kernels.mask import HUGE_FILL
+from flashfuse.kernels.problem import Box, Problem, slices, split
+
+# The most elements of one block's bias, 4 MiB in float32, and the fewest queries of a block.
+BIAS_ELEMENTS = 1 << 20
+MIN_BLOCK_Q = 32
+MAX_BLOCK_Q = 256
+
+
+@dataclass(frozen=True)
+class AdditiveProgram:
+    """The score scale * Product(0) + bias, `bias` free of products."""
+
+    scale: float
+    bias: Expr
+
+
+def additive_program(problem: Problem) -> AdditiveProgram | None:
+    """The call's score program in additive form; None where torch's kernel cannot run it."""
+    spec, q, k, v = problem.spec, problem.q, problem.k, problem.v
+    dtypes = {q.dtype, k.dtype, v.dtype, spec.product_dtype, spec.probs_dtype, spec.out_dtype}
+    same_width = q.shape[-1] == v.shape[-1] and all(x.stride(-1) == 1 for x in (q, k, v))
+    if q.device.type != "cpu" or len(dtypes) > 1 or not same_width:
+        return None
+    return split_additive(spec.score)
+
+
+def split_additive(score: Expr, factor: float = 1.0) -> AdditiveProgram | None:
+    """`score` as scale * Product(0) + bias; None when it is no such sum. `factor` is what multiplies `score` further out."""
+    match score:
+        case Product(slot=0):
+            return AdditiveProgram(1.0, Const(score.dtype, 0.0))
+        case Pointwise(op="mul", args=(inner, Const(value=c)) | (Const(value=c), inner)):
+            found = split_additive(inner, factor * c) if math.isfinite(c) and c > 0 else None
+            return found and AdditiveProgram(found.scale * c, pointwise("mul", found.bias, Const(score.dtype, c)))
+        case Pointwise(op="add", args=(left, right)) if not (_has_product(left) and _has_product(right)):
+            inner, term = (left, right) if _has_product(left) else (right, left)
+            found = split_additive(inner, factor)
+            return found and AdditiveProgram(found.scale, pointwise("add", found.bias, term))
+        case Pointwise(op="sub", args=(inner, term)) if not _has_product(term):
+            found = split_additive(inner, factor)
+            return found and AdditiveProgram(found.scale, pointwise("sub", found.bias, term))
+        case Pointwise(op="where", args=(kept, inner, Const(value=fill) as masked)) if not _has_product(kept):
+            found = split_additive(inner, factor) if fill * min(factor, 1.0) <= HUGE_FILL else None
+            return found and AdditiveProgram(found.scale, pointwise("where", kept, found.bias, masked))
+        case Pointwise(op="where", args=(dropped, Const() as masked, inner)):
+            return split_additive(pointwise("where", pointwise("not", dropped), inner, masked), factor)
+    return None
+
+
+def _has_product(expr: Expr) -> bool:
+    return any(isinstance(e, Product) for e in walk(expr))
+
+
+def boxes(problem: Problem, program: AdditiveProgram) -> Iterator[Box]:
+    """Boxes of query rows of at most two batch axes (torch's kernel has two), whose bias fits `BIAS_ELEMENTS`."""
+    *batch, q_len = problem.q.shape[:-1]
+    longest = sorted(range(len(batch)), key=lambda axis: batch[axis])[-2:]
+    blocks = [n if axis in longest else 1 for axis, n in enumerate(batch)]
+    block_q = q_len
+    if not isinstance(program.bias, Const):
+        used = free_symbols(program.bias)
+        planes = math.prod(n for n, symbol in zip(blocks, problem.symbols, strict=False) if symbol in used)
+        block_q = max(BIAS_ELEMENTS // (planes * problem.k.shape[-2]), MIN_BLOCK_Q)
+    if problem.mask.bounded:
+        block_q = min(block_q, MAX_BLOCK_Q)
+    cuts = (split(range(n), block) for n, block in zip((*batch, q_len), (*blocks, block_q), strict=True))
+    return itertools.product(*cuts)
+
+
+def attend(problem: Problem, program: AdditiveProgram, box: Box) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Output [box.., D] and log-sum-exp [box..] of the query rows in `box`.
+
+    None where the kernel's answer may not be the score program's: a NaN or infinity among the products, a row with no
+    key, or a row whose every visited key is masked by a finite fill, so that the keys left out count as well.
+    """
+    limits = problem.kv_range(box)
+    keys = range(limits.start, limits.end)
+    if not keys:
+        return None
+    batch = tuple(len(positions) for positions in box[:-1])
+    outer = slices(box[: problem.k.dim() - 2])
+    shared = (None,) * (len(batch) - len(outer))
+    k, v = (x[*outer, *shared, keys.start : keys.stop] for x in (problem.k, problem.v))
+    bias = None
+    if program.bias != Const(program.bias.dtype, 0.0):
+        bias = problem.evaluate_broadcast(program.bias, (*box, keys)).to(problem.spec.compute_dtype)
+        bias = _four_dims(bias.expand(*batch, len(box[-1]), len(keys)), batch)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(_four_dims(x, batch) for x in (problem.q[slices(box)], k, v)), attn_mask=bias, scale=program.scale
+    )
+    # A row without a key comes back as log-sum-exp 0.
+    if bool((lse.isnan() | (lse == 0)).any()):
+        return None
+    threshold = problem.mask.fill_threshold()
+    if threshold is not None and bool((lse - math.log(len(keys)) <= threshold).any()):
+        return None
+    return out.reshape(*batch, *out.shape[-2:]), lse.reshape(*batch, lse.shape[-1])
+
+
+def _four_dims(x: torch.Tensor, batch: tuple[int, ...]) -> torch.Tensor:
+    """[1, 1, T, D], [1, N, T, D] or [M, N, T, D] from an operand over a box with at most two axes of several positions."""
+    x = x.expand(*batch, *x.shape[-2:])
+    x = x[tuple(slice(None) if n > 1 else 0 for n in batch)]
+    return x[(None,) * (4 - x.dim())]

@@ -1,0 +1,199 @@
+"""Launch the forward kernel: choose tiles, describe operands to it, allocate its outputs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from flashfuse.kernels.codegen import load_program
+from flashfuse.kernels.forward import attention_forward_kernel
+from flashfuse.kernels.output import empty_output
+from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tiles and resources of one kernel instance."""
+
+    block_q: int
+    block_kv: int
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self, block_d: int, block_dv: int, element_bytes: int) -> int:
+        """Shared memory of the query tile and of every pipeline stage's key and value tiles."""
+        stages = max(self.num_stages, 1)
+        return element_bytes * (self.block_q * block_d + stages * self.block_kv * (block_d + block_dv))
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of tiles depends on: "cuda" or "hip", compute capability times ten, shared memory per block."""
+
+    backend: str
+    arch: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the launch table: for head dims up to `head_dim`, elements up to `element_bytes`, at least `arch`."""
+
+    head_dim: int
+    element_bytes: int
+    backend: str
+    arch: int
+    launch: Launch
+
+
+# The first row that applies and fits in shared memory is used: measured choices first, then ever smaller tiles.
+TABLE = (
+    # Warp-group matrix instructions: 64 query rows a group of four warps.
+    Row(64, 2, "cuda", 90, Launch(128, 128, 8, 2)),
+    Row(128, 2, "cuda", 90, Launch(128, 64, 4, 2)),
+    Row(256, 2, "cuda", 90, Launch(128, 64, 8, 2)),
+    Row(512, 2, "cuda", 90, Launch(64, 32, 8, 2)),
+    # Matrix instructions of one warp: the query tile and the accumulator share the registers.
+    Row(64, 2, "cuda", 80, Launch(128, 64, 4, 3)),
+    Row(128, 2, "cuda", 80, Launch(128, 64, 8, 2)),
+    Row(256, 2, "cuda", 80, Launch(64, 64, 8, 2)),
+    Row(256, 2, "cuda", 80, Launch(64, 32, 8, 1)),
+    Row(512, 2, "cuda", 80, Launch(32, 32, 8, 2)),
+    Row(512, 2, "cuda", 80, Launch(16, 16, 4, 1)),
+    Row(128, 2, "hip", 0, Launch(128, 64, 4, 1)),
+    Row(256, 2, "hip", 0, Launch(64, 32, 4, 1)),
+    Row(512, 2, "hip", 0, Launch(16, 16, 4, 1)),
+    # float32: without TF32 the products run on the ordinary units, out of registers.
+    Row(64, 4, "", 0, Launch(64, 32, 4, 2)),
+    Row(128, 4, "", 0, Launch(32, 32, 4, 2)),
+    Row(256, 4, "", 0, Launch(32, 16, 8, 1)),
+    Row(512, 8, "", 0, Launch(16, 16, 4, 1)),
+)
+
+
+def choose_launch(device: Device, q_len: int, block_d: int, block_dv: int, element_bytes: int) -> Launch:
+    """The launch for a shape. `block_d`, `block_dv`: padded head dims; `element_bytes`: the wider product operand's.
+
+    Short queries take fewer rows.
+    """
+    rows = max(16, triton.next_power_of_2(q_len))
+    for row in TABLE:
+        launch = replace(row.launch, block_q=min(row.launch.block_q, rows))
+        if (
+            max(block_d, block_dv) <= row.head_dim
+            and element_bytes <= row.element_bytes
+            and row.backend in ("", device.backend)
+            and device.arch >= row.arch
+            and launch.shared_bytes(block_d, block_dv, element_bytes) <= device.shared_bytes
+        ):
+            return launch
+    raise RuntimeError(f"no launch for head dims {block_d}, {block_dv} of {element_bytes} bytes on {device}")
+
+
+@functools.cache
+def device_of(index: int | None) -> Device:
+    """The device's properties; None is the interpreter, which has no limits of its own."""
+    if index is None:
+        return Device("cuda", 80, 1 << 30)
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return Device("hip", 0, properties.shared_memory_per_block)
+    return Device("cuda", properties.major * 10 + properties.minor, properties.shared_memory_per_block_optin)
+
+
+@functools.lru_cache(maxsize=4096)
+def constants(
+    spec: AttentionSpec, head_dim: int, value_dim: int, precision: str, launch: Launch
+) -> Mapping[str, Any]:
+    """The compile-time arguments of the kernel, apart from its tile sizes."""
+    program = load_program(spec)
+    return {
+        "SCORE_MASKED": program.score_masked,
+        "SCORE_FULL": program.score_full,
+        "KV_BOUNDS": program.kv_bounds,
+        "LOG2_SCALE": program.scale * LOG2_E,
+        "FILL_THRESHOLD": program.fill_threshold,
+        "HUGE_SCORES": program.huge_scores,
+        "ZERO_EMPTY_ROWS": spec.empty_row == "zero",
+        "LONGEST_FIRST": program.longest_first,
+        "PRODUCT_DTYPE": _triton_dtype(spec.product_dtype),
+        "PROBS_DTYPE": _triton_dtype(spec.probs_dtype),
+        "PRECISION": precision,
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_D": padded(head_dim),
+        "BLOCK_DV": padded(value_dim),
+        "BLOCK_Q": launch.block_q,
+        "BLOCK_KV": launch.block_kv,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+
+
+def padded(head_dim: int) -> int:
+    """The tile width for a head dim: a power of two that a matrix instruction takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def _precision(spec: AttentionSpec) -> str:
+    """How float32 products are formed: TF32 where torch's own matrix products may use it."""
+    widest = max(spec.product_dtype.itemsize, spec.probs_dtype.itemsize)
+    return "tf32" if widest == 4 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def attention_forward(
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    launch: Launch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` [N.., Tq, Dv] and `lse` [N.., Tq] of q [.., Tq, D], k [.., Tkv, D], v [.., Tkv, Dv] that broadcast.
+
+    The arguments are the operator's, already validated. `launch` overrides the table, for searching.
+    """
+    out, lse = empty_output(spec, q, v, sizes)
+    (q_len, head_dim), (kv_len, value_dim) = q.shape[-2:], v.shape[-2:]
+    batch = tuple(sizes[: spec.batch_axes])
+    if out.numel() == 0 and lse.numel() == 0:
+        return out, lse
+    if kv_len == 0:
+        return out.zero_(), lse.fill_(-math.inf)
+
+    precision = _precision(spec)
+    if launch is None:
+        element_bytes = max(spec.product_dtype.itemsize, spec.probs_dtype.itemsize)
+        device = device_of(q.device.index if q.is_cuda else None)
+        launch = choose_launch(device, q_len, padded(head_dim), padded(value_dim), element_bytes)
+    grid = (math.prod(batch) * -(-q_len // launch.block_q),)
+    arguments = (
+        q, k, v, out, lse,
+        *(_strides(x, batch) for x in (q, k, v, out)),
+        (*batch, *(1,) * (MAX_BATCH_AXES - len(batch))), q_len, kv_len,
+        tuple(sizes[spec.batch_axes :]), tuple(captured), tuple(c.stride() for c in captured),
+    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        attention_forward_kernel[grid](*arguments, **constants(spec, head_dim, value_dim, precision, launch))
+    return out, lse
+
+
+def _strides(x: torch.Tensor, batch: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides over four batch axes, row and column; 0 on the axes that x is shared over."""
+    *outer, row, column = x.stride()
+    shared = (0 if size == 1 else stride for size, stride in zip(x.shape, outer, strict=False))
+    return (*shared, *(0,) * (MAX_BATCH_AXES - len(batch)), row, column)

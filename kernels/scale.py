@@ -1,0 +1,52 @@
+"""Take the softmax scale out of a score program, so that the kernel applies it where it costs nothing.
+
+`score = scale * inner` with a constant scale > 0. The kernel needs exp(score - max) = exp2(inner * a - max(inner) * a)
+with a = scale * log2(e): one fused multiply-add an element, whatever the scale. The row maximum is taken on `inner`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from flashfuse.kernels.expr import Const, Expr, Pointwise, pointwise
+
+
+def peel_scale(score: Expr) -> tuple[float, Expr]:
+    """(scale, inner) with score = scale * inner; (1.0, score) where no common factor stands out.
+
+    Every branch and addend must hold the factor or be a constant. A finite constant is divided by it and kept finite, so
+    a fill of finfo.min stays the smallest number and not minus infinity.
+    """
+    scale = _factor(score)
+    if scale is None or scale == 1.0:
+        return 1.0, score
+    return scale, _divide(score, scale)
+
+
+def _factor(expr: Expr) -> float | None:
+    """The positive constant factor of an expression: 1.0 when there is none, None for a constant, which has any."""
+    match expr:
+        case Const():
+            return None
+        case Pointwise(op="mul", args=(Const(value=value), rest) | (rest, Const(value=value))):
+            return value * (_factor(rest) or 1.0) if 0 < value < math.inf else 1.0
+        case Pointwise(op="where", args=(_, left, right)) | Pointwise(op="add" | "sub", args=(left, right)):
+            factors = {_factor(left), _factor(right)} - {None}
+            return factors.pop() if len(factors) == 1 else (1.0 if factors else None)
+    return 1.0
+
+
+def _divide(expr: Expr, scale: float) -> Expr:
+    """`expr / scale`, where `_factor(expr)` is `scale` or None."""
+    match expr:
+        case Const(dtype=dtype, value=value):
+            largest = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
+            return expr if math.isinf(value) else Const(dtype, min(max(value / scale, -largest), largest))
+        case Pointwise(op="mul", args=(Const(value=value), rest) | (rest, Const(value=value))):
+            inner = _factor(rest)
+            return rest if inner is None or inner == 1.0 else _divide(rest, inner)
+        case Pointwise(op=op, args=(*condition, left, right), dtype=dtype):
+            return pointwise(op, *condition, _divide(left, scale), _divide(right, scale), dtype=dtype)
+    raise AssertionError(f"{expr} has no factor {scale}")
