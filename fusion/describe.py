@@ -7,7 +7,9 @@ import torch
 
 from flashfuse.kernels.mask import analyze
 from flashfuse.kernels.spec import AttentionSpec, batch_symbol, to_text
+from flashfuse.patterns.graph import tensor
 from flashfuse.patterns.site import AttentionSite, Operand, Refusal
+from flashfuse.patterns.views import Arrange
 from flashfuse.report import Refused, Site
 
 
@@ -42,19 +44,19 @@ def _math(site: AttentionSite) -> str:
 
 def _heads(site: AttentionSite) -> str:
     """Sizes of the batch axes, and which operands do not move along which of them."""
-    axes = [batch_symbol(i) for i in range(site.spec.batch_axes)]
-    sizes = ", ".join(f"{axis.name} = {size}" for axis, size in zip(axes, site.batch, strict=True))
     shared: dict[str, list[str]] = {}
-    for axis, size in zip(axes, site.batch, strict=True):
-        still = [name for name in "qkv" if size != 1 and axis not in _moves_along(getattr(site, name))]
+    for axis, size in enumerate(site.batch):
+        still = [name for name in "qkv" if size != 1 and _is_shared(getattr(site, name), axis)]
         if still:
-            shared.setdefault(" and ".join(still), []).append(axis.name)
-    sharing = "".join(f"; {names} shared over {', '.join(over)}" for names, over in shared.items())
+            shared.setdefault(" and ".join(still), []).append(batch_symbol(axis).name)
+    sizes = ", ".join(f"{batch_symbol(axis)} = {size}" for axis, size in enumerate(site.batch))
+    sharing = "".join(f"; {names} shared over {', '.join(axes)}" for names, axes in shared.items())
     return (sizes or "no batch axes") + sharing
 
 
-def _moves_along(operand: Operand) -> set[sympy.Symbol]:
-    return set().union(*(sympy.sympify(i).free_symbols for i in operand.indices))
+def _is_shared(operand: Operand, axis: int) -> bool:
+    last = operand.steps[-1] if operand.steps else None
+    return isinstance(last, Arrange) and last.dims[axis] is None
 
 
 def _shape(site: AttentionSite) -> str:
@@ -71,8 +73,8 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _kernel(site: AttentionSite) -> str:
-    value = site.node.meta["example_value"]
-    on_gpu = isinstance(value, torch.Tensor) and value.device.type == "cuda"
+    output = tensor(site.node)
+    on_gpu = output is not None and output.device.type == "cuda"
     return "flashfuse::attention, Triton" if on_gpu else "flashfuse::attention, tiled torch"
 
 

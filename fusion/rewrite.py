@@ -158,4 +158,3 @@ def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
     for n in inputs:
         _erase_dead(graph, n)
-
