@@ -6,10 +6,9 @@ import sympy
 import torch
 
 from flashfuse.kernels.mask import analyze
-from flashfuse.kernels.spec import AttentionSpec, batch_symbol, to_text
+from flashfuse.kernels.spec import AttentionSpec, to_text
 from flashfuse.patterns.graph import tensor
-from flashfuse.patterns.site import AttentionSite, Operand, Refusal
-from flashfuse.patterns.views import Arrange
+from flashfuse.patterns.site import AttentionSite, Refusal
 from flashfuse.report import Refused, Site
 
 
@@ -44,19 +43,14 @@ def _math(site: AttentionSite) -> str:
 
 def _heads(site: AttentionSite) -> str:
     """Sizes of the batch axes, and which operands do not move along which of them."""
+    sizes = ", ".join(f"n{axis} = {size}" for axis, size in enumerate(site.batch))
     shared: dict[str, list[str]] = {}
     for axis, size in enumerate(site.batch):
-        still = [name for name in "qkv" if size != 1 and _is_shared(getattr(site, name), axis)]
+        still = [name for name in "qkv" if size != 1 and not getattr(site, name).moves_along(axis)]
         if still:
-            shared.setdefault(" and ".join(still), []).append(batch_symbol(axis).name)
-    sizes = ", ".join(f"{batch_symbol(axis)} = {size}" for axis, size in enumerate(site.batch))
-    sharing = "".join(f"; {names} shared over {', '.join(axes)}" for names, axes in shared.items())
+            shared.setdefault(" and ".join(still), []).append(f"n{axis}")
+    sharing = "".join(f"; {names} shared over {', '.join(over)}" for names, over in shared.items())
     return (sizes or "no batch axes") + sharing
-
-
-def _is_shared(operand: Operand, axis: int) -> bool:
-    last = operand.steps[-1] if operand.steps else None
-    return isinstance(last, Arrange) and last.dims[axis] is None
 
 
 def _shape(site: AttentionSite) -> str:

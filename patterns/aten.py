@@ -148,7 +148,8 @@ def _cat(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     parts = [p for p in call.args[0] if len(p.shape) == len(position)]
     start, pieces = ZERO, []
     for part in parts:
-        pieces.append((start, view.element(part, _replaced(position, dim, position[dim] - start))))
+        piece = view.element(part, _replaced(position, dim, position[dim] - start))
+        pieces.append((start, piece if piece.dtype.is_floating_point else view.resolved(piece)))
         start = start + shape(part)[dim]
     result = pieces[-1][1]
     for (begin, piece), (end, _next) in zip(reversed(pieces[:-1]), reversed(pieces[1:]), strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from flashfuse.kernels.spec import AttentionSpec
-from flashfuse.patterns.views import Step
+from flashfuse.patterns.views import Arrange, Step
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Operand:
     node: fx.Node
     steps: tuple[Step, ...]
     dtype: torch.dtype
+
+    def moves_along(self, axis: int) -> bool:
+        """Whether the operand differs along batch axis number `axis`; if not, all of that axis shares it."""
+        last = self.steps[-1]
+        return isinstance(last, Arrange) and last.dims[axis] is not None
 
 
 @dataclass(frozen=True)
