@@ -341,6 +341,8 @@ def _simplify(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | Non
     if op == "where":
         if args[0] in (TRUE, FALSE):
             return cast(args[1] if args[0] == TRUE else args[2], dtype)
+        if args[1:] in ((TRUE, FALSE), (FALSE, TRUE)):
+            return args[0] if args[1] == TRUE else pointwise("not", args[0])
         return cast(args[1], dtype) if args[1] == args[2] else None
     if op in ("and", "or"):
         zero = FALSE if op == "and" else TRUE
