@@ -119,7 +119,7 @@ def test_exports() -> None:
             return attention(q, k, v, [], [q.shape[0], q.shape[1]], call.spec.to_text())[0]
 
     length = torch.export.Dim("length", min=2, max=64)
-    shapes = dict.fromkeys("qkv", {2: length})
+    shapes = {name: {2: length} for name in "qkv"}
     program = torch.export.export(Model(), (call.q, call.k, call.v), dynamic_shapes=shapes)
     longer = make_call(CAUSAL, (2, 3, 23, 8))
     torch.testing.assert_close(program.module()(*longer.tensors[1:4]), Model()(*longer.tensors[1:4]))

@@ -83,7 +83,7 @@ def test_a_spec_refuses_what_no_kernel_means(changes: dict, message: str) -> Non
 
 @pytest.mark.parametrize("text", ["unknown", "qk.real", "f(qk)", "t0[qk]", "n", "size"])
 def test_unreadable_programs_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="score program|index expression|unknown"):
+    with pytest.raises(ValueError, match=r"score program|index expression|unknown"):
         parse(text, CAPTURED)
 
 
