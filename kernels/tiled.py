@@ -22,7 +22,7 @@ from flashfuse.kernels.spec import AttentionSpec
 
 # Queries and keys of a tile, and the most elements of one buffer: 1 MiB in float32, so that a few stay in cache.
 BLOCK_Q = 256
-BLOCK_KV = 512
+BLOCK_KV = 1024
 WORKSPACE = 1 << 18
 
 

@@ -78,7 +78,7 @@ def test_folding_constants_agrees_with_torch(op: str) -> None:
     expected = info.torch(
         *(torch.tensor(a.value, dtype=torch.bool if a.dtype == torch.bool else torch.float64) for a in args)
     )
-    value = int(folded.value) if isinstance(folded, Index) else folded.value  # type: ignore[attr-defined]
+    value = int(folded.value) if isinstance(folded, Index) else folded.value
     assert value == pytest.approx(expected.item(), rel=1e-6)
 
 

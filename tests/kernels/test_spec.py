@@ -42,7 +42,7 @@ def test_negation_binds_to_its_own_argument() -> None:
 )
 def test_index_text(index: object, text: str) -> None:
     assert sorted(index_text(index)) == sorted(text)
-    assert parse(text).value == index  # type: ignore[attr-defined]
+    assert parse(text).value == index
 
 
 def make_spec(**changes: object) -> AttentionSpec:
@@ -57,7 +57,7 @@ def make_spec(**changes: object) -> AttentionSpec:
         "empty_row": "zero",
         "out_order": (0, 2, 1, 3),
     }
-    return AttentionSpec(**{**fields, **changes})  # type: ignore[arg-type]
+    return AttentionSpec(**{**fields, **changes})
 
 
 def test_text_of_a_spec_reads_back_equal() -> None:
