@@ -42,6 +42,7 @@ class ScoreProgram:
     scale: score = scale * inner score.
     fill_threshold: rows whose largest inner score is not above it must see the skipped keys; None when none ever must.
     huge_scores: whether finite scores may be so large that multiplying them by log2(e) overflows.
+    lowest: the score that the smallest finite inner score stands for.
     longest_first: whether later query tiles have more keys to visit.
     path: the generated source.
     """
@@ -52,6 +53,7 @@ class ScoreProgram:
     scale: float
     fill_threshold: float | None
     huge_scores: bool
+    lowest: float
     longest_first: bool
     path: Path
 
@@ -71,9 +73,17 @@ def load_program(spec: AttentionSpec) -> ScoreProgram:
         scale=scale,
         fill_threshold=mask.fill_threshold(scale),
         huge_scores=any(_may_be_huge(e) for e in walk(inner)),
+        lowest=_lowest(spec.score, scale),
         longest_first=any(line.slope > 0 for line in mask.upper),
         path=path,
     )
+
+
+def _lowest(score: Expr, scale: float) -> float:
+    """A fill that would overflow when divided by the scale became the smallest inner score; otherwise that, scaled."""
+    smallest = torch.finfo(torch.float32).min * scale
+    fills = (e.value for e in walk(score) if isinstance(e, Const) and math.isfinite(e.value))
+    return min(smallest, *fills)
 
 
 def _may_be_huge(expr: Expr) -> bool:

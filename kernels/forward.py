@@ -11,6 +11,7 @@ import triton.language as tl
 # Below this a difference of one unit in the last place of a score is enough for a probability of exactly 0 or 1, and
 # multiplying by log2(e) could overflow.
 HUGE: tl.constexpr = tl.constexpr(-1e30)
+LOWEST_FLOAT32: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
@@ -21,7 +22,7 @@ def attention_forward_kernel(
     q_strides, k_strides, v_strides, out_strides,
     batch, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_SCORES: tl.constexpr,
+    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_SCORES: tl.constexpr, LOWEST: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -106,7 +107,9 @@ def attention_forward_kernel(
 
     lse = row_shift * LN2 + tl.log(row_sum)
     if HUGE_SCORES:
-        lse = tl.where(row_max > HUGE, lse, row_max * (LOG2_SCALE * LN2))
+        # log(row_sum) is lost in numbers of this size.
+        huge = tl.where(row_max <= LOWEST_FLOAT32, LOWEST, row_max * (LOG2_SCALE * LN2))
+        lse = tl.where(row_max > HUGE, lse, tl.where(row_sum == 0, float("-inf"), huge))
     lse_ptrs = lse_ptr + position.to(tl.int64) * q_len + offs_q
     tl.store(lse_ptrs, lse, mask=offs_q < q_len)
 
@@ -137,7 +140,7 @@ def _attend(
     BLOCK_D: tl.constexpr = k_ptrs.shape[1]
     BLOCK_DV: tl.constexpr = v_ptrs.shape[1]
     kv_idx = kv_start + tl.arange(0, BLOCK_KV)
-    key = kv_start.to(tl.int64)
+    key = tl.cast(kv_start, tl.int64)
 
     # [block_kv, block_d]
     k = _load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)

@@ -13,11 +13,27 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.codegen import load_program
+from flashfuse.kernels.expr import free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
 from flashfuse.kernels.output import empty_output
-from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec
+from flashfuse.kernels.spec import KV_IDX, MAX_BATCH_AXES, Q_IDX, AttentionSpec
 
 LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the choice of tiles depends on in an attention.
+
+    block_d, block_dv: padded head dims; element_bytes: of the wider product's operands; captured_bytes: of the captured
+    elements loaded for each (query, key) pair, which the pipeline keeps in shared memory.
+    """
+
+    q_len: int
+    block_d: int
+    block_dv: int
+    element_bytes: int
+    captured_bytes: int
 
 
 @dataclass(frozen=True)
@@ -29,15 +45,17 @@ class Launch:
     num_warps: int
     num_stages: int
 
-    def shared_bytes(self, block_d: int, block_dv: int, element_bytes: int) -> int:
-        """Shared memory of the query tile and of every pipeline stage's key and value tiles."""
-        stages = max(self.num_stages, 1)
-        return element_bytes * (self.block_q * block_d + stages * self.block_kv * (block_d + block_dv))
+    def shared_bytes(self, shape: Shape) -> int:
+        """Shared memory of the query tile and of every pipeline stage's key, value and captured tiles."""
+        columns = shape.block_d + shape.block_dv
+        operands = self.block_q * shape.block_d + max(self.num_stages, 1) * self.block_kv * columns
+        captured = self.block_q * self.block_kv * (self.num_stages - 1) * shape.captured_bytes
+        return shape.element_bytes * operands + captured
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice of tiles depends on: "cuda" or "hip", compute capability times ten, shared memory per block."""
+    """What it depends on in a device: "cuda" or "hip", compute capability times ten, shared memory per block."""
 
     backend: str
     arch: int
@@ -59,44 +77,51 @@ class Row:
 TABLE = (
     # Warp-group matrix instructions: 64 query rows a group of four warps.
     Row(64, 2, "cuda", 90, Launch(128, 128, 8, 2)),
-    Row(128, 2, "cuda", 90, Launch(128, 64, 4, 2)),
+    Row(128, 2, "cuda", 90, Launch(128, 64, 8, 3)),
     Row(256, 2, "cuda", 90, Launch(128, 64, 8, 2)),
+    Row(256, 2, "cuda", 90, Launch(128, 32, 8, 2)),
     Row(512, 2, "cuda", 90, Launch(64, 32, 8, 2)),
-    # Matrix instructions of one warp: the query tile and the accumulator share the registers.
+    # Matrix instructions of one warp: query tile and accumulator share the registers.
     Row(64, 2, "cuda", 80, Launch(128, 64, 4, 3)),
+    Row(64, 2, "cuda", 80, Launch(128, 64, 4, 2)),
     Row(128, 2, "cuda", 80, Launch(128, 64, 8, 2)),
+    Row(128, 2, "cuda", 80, Launch(128, 32, 8, 2)),
     Row(256, 2, "cuda", 80, Launch(64, 64, 8, 2)),
     Row(256, 2, "cuda", 80, Launch(64, 32, 8, 1)),
     Row(512, 2, "cuda", 80, Launch(32, 32, 8, 2)),
-    Row(512, 2, "cuda", 80, Launch(16, 16, 4, 1)),
-    Row(128, 2, "hip", 0, Launch(128, 64, 4, 1)),
+    Row(512, 2, "cuda", 80, Launch(32, 16, 8, 1)),
+    Row(64, 2, "hip", 0, Launch(128, 64, 4, 1)),
+    Row(128, 2, "hip", 0, Launch(64, 64, 4, 1)),
     Row(256, 2, "hip", 0, Launch(64, 32, 4, 1)),
     Row(512, 2, "hip", 0, Launch(16, 16, 4, 1)),
     # float32: without TF32 the products run on the ordinary units, out of registers.
-    Row(64, 4, "", 0, Launch(64, 32, 4, 2)),
+    Row(64, 4, "", 0, Launch(64, 32, 8, 2)),
     Row(128, 4, "", 0, Launch(32, 32, 4, 2)),
+    Row(128, 4, "", 0, Launch(32, 16, 4, 1)),
     Row(256, 4, "", 0, Launch(32, 16, 8, 1)),
-    Row(512, 8, "", 0, Launch(16, 16, 4, 1)),
+    Row(256, 8, "", 0, Launch(16, 16, 4, 1)),
+    Row(512, 4, "", 0, Launch(16, 16, 8, 1)),
 )
 
 
-def choose_launch(device: Device, q_len: int, block_d: int, block_dv: int, element_bytes: int) -> Launch:
-    """The launch for a shape. `block_d`, `block_dv`: padded head dims; `element_bytes`: the wider product operand's.
-
-    Short queries take fewer rows.
-    """
-    rows = max(16, triton.next_power_of_2(q_len))
+def choose_launch(device: Device, shape: Shape) -> Launch:
+    """The launch for a shape on a device. Short queries take fewer rows."""
+    rows = max(16, triton.next_power_of_2(shape.q_len))
     for row in TABLE:
         launch = replace(row.launch, block_q=min(row.launch.block_q, rows))
         if (
-            max(block_d, block_dv) <= row.head_dim
-            and element_bytes <= row.element_bytes
+            max(shape.block_d, shape.block_dv) <= row.head_dim
+            and shape.element_bytes <= row.element_bytes
             and row.backend in ("", device.backend)
             and device.arch >= row.arch
-            and launch.shared_bytes(block_d, block_dv, element_bytes) <= device.shared_bytes
+            and launch.shared_bytes(shape) <= device.shared_bytes
         ):
             return launch
-    raise RuntimeError(f"no launch for head dims {block_d}, {block_dv} of {element_bytes} bytes on {device}")
+    raise NoLaunchError(f"no tile of {shape} fits {device}")
+
+
+class NoLaunchError(RuntimeError):
+    """An attention that no row of the launch table can run."""
 
 
 @functools.cache
@@ -123,6 +148,7 @@ def constants(
         "LOG2_SCALE": program.scale * LOG2_E,
         "FILL_THRESHOLD": program.fill_threshold,
         "HUGE_SCORES": program.huge_scores,
+        "LOWEST": program.lowest,
         "ZERO_EMPTY_ROWS": spec.empty_row == "zero",
         "LONGEST_FIRST": program.longest_first,
         "PRODUCT_DTYPE": _triton_dtype(spec.product_dtype),
@@ -137,6 +163,22 @@ def constants(
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
+
+
+def shape_of(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int) -> Shape:
+    """The properties of an attention that its launch depends on."""
+    return Shape(
+        q_len=q_len,
+        block_d=padded(head_dim),
+        block_dv=padded(value_dim),
+        element_bytes=max(spec.product_dtype.itemsize, spec.probs_dtype.itemsize),
+        captured_bytes=sum(c.dtype.itemsize for c in loads(spec.score) if {Q_IDX, KV_IDX} <= free_symbols(c)),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int, device: int | None) -> Launch:
+    return choose_launch(device_of(device), shape_of(spec, q_len, head_dim, value_dim))
 
 
 def padded(head_dim: int) -> int:
@@ -177,9 +219,7 @@ def attention_forward(
 
     precision = _precision(spec)
     if launch is None:
-        element_bytes = max(spec.product_dtype.itemsize, spec.probs_dtype.itemsize)
-        device = device_of(q.device.index if q.is_cuda else None)
-        launch = choose_launch(device, q_len, padded(head_dim), padded(value_dim), element_bytes)
+        launch = _launch(spec, q_len, head_dim, value_dim, q.device.index if q.is_cuda else None)
     grid = (math.prod(batch) * -(-q_len // launch.block_q),)
     arguments = (
         q, k, v, out, lse,
