@@ -7,6 +7,7 @@ import torch
 
 from flashfuse.kernels.mask import analyze
 from flashfuse.kernels.spec import AttentionSpec, to_text
+from flashfuse.patterns.graph import tensor
 from flashfuse.patterns.site import AttentionSite, Refusal
 from flashfuse.report import Refused, Site
 
@@ -66,8 +67,8 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _kernel(site: AttentionSite) -> str:
-    value = site.node.meta["example_value"]
-    on_gpu = isinstance(value, torch.Tensor) and value.device.type == "cuda"
+    output = tensor(site.node)
+    on_gpu = output is not None and output.device.type == "cuda"
     return "flashfuse::attention, Triton" if on_gpu else "flashfuse::attention, tiled torch"
 
 

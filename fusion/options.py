@@ -63,11 +63,12 @@ def misspelt(keys: Mapping[str, Any]) -> str | None:
 
 
 def _closest(key: str) -> str | None:
-    spelled = key.replace("_", ".").replace("-", ".").lower()
-    if spelled in CHOICES:
-        return PREFIX + spelled
-    close = difflib.get_close_matches(spelled, [PREFIX + name for name in CHOICES], n=1, cutoff=0.75)
-    return close[0] if close else None
+    """The option that `key`, with or without a prefix that resembles flashfuse's, was most likely meant to be."""
+    head, dot, name = key.replace("_", ".").replace("-", ".").lower().rpartition(".")
+    if dot and not difflib.get_close_matches(head + dot, [PREFIX], cutoff=0.75):
+        return None
+    close = difflib.get_close_matches(name, CHOICES, n=1, cutoff=0.6 if dot else 0.8)
+    return PREFIX + close[0] if close else None
 
 
 def _did_you_mean(key: str) -> str:

@@ -72,12 +72,12 @@ def transform(gm: fx.GraphModule, strict: bool) -> tuple[fx.GraphModule, Report]
 
 
 def _search(gm: fx.GraphModule, findings: Findings) -> None:
-    from flashfuse.describe import describe_refusal, describe_site
-    from flashfuse.patterns.match import find_attention
-
     for child in _subgraphs(gm).values():
         _search(child, findings)
     with findings.guard("find"):
+        from flashfuse.describe import describe_refusal, describe_site
+        from flashfuse.patterns.match import find_attention
+
         match = find_attention(gm)
         sites = [describe_site(site) for site in match.sites]
         findings.refusals += [describe_refusal(refusal) for refusal in match.refusals]

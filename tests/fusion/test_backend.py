@@ -58,7 +58,7 @@ def test_attention_is_fused_under_every_inner_compiler(inner: str, qkv: tuple[to
 def test_dynamic_shapes(dynamic: bool | None) -> None:
     options = {"flashfuse.inner": "eager", "flashfuse.strict": True}
     run = torch.compile(attention, backend="flashfuse", options=options, dynamic=dynamic, fullgraph=True)
-    for length in (8, 12, 16, 40):
+    for length in (12, 14, 16, 40):
         x = torch.randn(2, 3, length, 8)
         torch.testing.assert_close(run(x, x, x), attention(x, x, x))
     assert len(flashfuse.reports()) == (1 if dynamic else 2)
@@ -191,9 +191,9 @@ def test_unknown_mode_and_option_get_inductors_error() -> None:
 
 
 def test_misspelt_flashfuse_option_gets_a_hint() -> None:
-    with pytest.raises(Exception, match="did you mean 'flashfuse.verify'"):
+    with pytest.raises(Exception, match=r"did you mean 'flashfuse.verify'"):
         torch.compile(plain, backend="flashfuse", options={"flashfuze.verify": True})(torch.ones(3))
-    with pytest.raises(Exception, match="did you mean 'flashfuse.inner'"):
+    with pytest.raises(Exception, match=r"did you mean 'flashfuse.inner'"):
         compiled(plain, iner="eager")(torch.ones(3))
 
 

@@ -20,14 +20,14 @@ def test_keys_are_split_by_prefix() -> None:
 
 @pytest.mark.parametrize("key", ["flashfuse.strct", "flashfuse.Strict", "flashfuse.stict"])
 def test_unknown_key_lists_the_valid_ones_and_the_closest(key: str) -> None:
-    with pytest.raises(ValueError, match="did you mean 'flashfuse.strict'") as caught:
+    with pytest.raises(ValueError, match=r"did you mean 'flashfuse.strict'") as caught:
         parse({key: True})
     for name in ("flashfuse.inner", "flashfuse.verify", "flashfuse.strict"):
         assert name in str(caught.value)
 
 
 def test_unknown_key_far_from_all_others_gets_the_list_only() -> None:
-    with pytest.raises(ValueError, match="unknown option 'flashfuse.window'; valid options are"):
+    with pytest.raises(ValueError, match=r"unknown option 'flashfuse.window'; valid options are"):
         parse({"flashfuse.window": 3})
 
 
