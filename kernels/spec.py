@@ -158,7 +158,7 @@ def to_text(expr: Expr) -> str:
         case Index(value=value):
             return index_text(value)
         case Load(tensor=slot, indices=indices):
-            return f"t{slot}[{', '.join(index_text(i) for i in indices)}]"
+            return f"t{slot}[{', '.join(index_text(i) for i in indices) or '()'}]"
         case Pointwise(op=op, args=args):
             texts = [to_text(a) for a in args]
             if op == "not":
