@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import sympy
 import torch
+
 from flashfuse.kernels.expr import (
     FALSE,
     TRUE,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.kernels.attention_cases import Call, make_call
 from tests.numerics import assert_close_to_exact
 

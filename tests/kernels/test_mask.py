@@ -9,6 +9,7 @@ import random
 import pytest
 import sympy
 import torch
+
 from flashfuse.kernels.expr import Expr, Index, Pointwise
 from flashfuse.kernels.mask import Q_START, Q_STOP, analyze
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, parse, size_symbol, to_text
