@@ -13,10 +13,9 @@ from typing import Any
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv, Mod
-
 from flashfuse.kernels.expr import OPS, Const, Expr, Index, Load, Pointwise, Product
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, batch_symbol, size_symbol
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 Integer = int | torch.Tensor
 
@@ -150,7 +149,7 @@ def _load(load: Load, tile: Tile) -> torch.Tensor:
     An index may leave the tensor at positions whose value a `where` discards (a concatenation is such a `where`), so
     gathered indices are clamped.
     """
-    tensor = tile.captured[load.tensor]  # type: ignore[index]
+    tensor = tile.captured[load.tensor]
     view = _strided(tensor, load, tile)
     if view is not None:
         return view

@@ -41,7 +41,10 @@ def additive_program(problem: Problem) -> AdditiveProgram | None:
 
 
 def split_additive(score: Expr, factor: float = 1.0) -> AdditiveProgram | None:
-    """`score` as scale * Product(0) + bias; None when it is no such sum. `factor` is what multiplies `score` further out."""
+    """`score` as scale * Product(0) + bias; None when it is no such sum.
+
+    factor: what multiplies `score` further out, which may shrink a fill below absorbing a product.
+    """
     match score:
         case Product(slot=0):
             return AdditiveProgram(1.0, Const(score.dtype, 0.0))
@@ -114,7 +117,7 @@ def attend(problem: Problem, program: AdditiveProgram, box: Box) -> tuple[torch.
 
 
 def _four_dims(x: torch.Tensor, batch: tuple[int, ...]) -> torch.Tensor:
-    """[1, 1, T, D], [1, N, T, D] or [M, N, T, D] from an operand over a box with at most two axes of several positions."""
+    """`x` [.., T, D] over a box with at most two axes of several positions, as [M, N, T, D]."""
     x = x.expand(*batch, *x.shape[-2:])
     x = x[tuple(slice(None) if n > 1 else 0 for n in batch)]
     return x[(None,) * (4 - x.dim())]

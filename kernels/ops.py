@@ -3,8 +3,8 @@
     attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] sizes, str spec) -> (Tensor out, Tensor lse)
 
 q: [N.., Tq, D], k: [N.., Tkv, D], v: [N.., Tkv, Dv], broadcast over the batch axes N..; `sizes` are the batch sizes
-followed by size0, size1, .. of the score program; `spec` is `AttentionSpec.to_text()`. out: [N.., Tq, Dv]; lse: [N.., Tq],
-the natural logarithm of the sum of exp(score).
+followed by size0, size1, .. of the score program; `spec` is `AttentionSpec.to_text()`. out: [N.., Tq, Dv];
+lse: [N.., Tq], the natural logarithm of the sum of exp(score).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
@@ -56,6 +55,10 @@ def _check(
     if tuple(c.dtype for c in captured) != spec.captured:
         found = [c.dtype for c in captured]
         raise RuntimeError(f"flashfuse::attention: captured tensors must be {list(spec.captured)}, got {found}")
+    for slot, c in enumerate(captured):
+        # torch lets a scalar on the CPU stand beside tensors elsewhere.
+        if c.device != q.device and (c.dim() or c.device.type != "cpu"):
+            raise RuntimeError(f"flashfuse::attention: captured tensor {slot} is on {c.device}, q on {q.device}")
     torch._check(q.shape[-1] == k.shape[-1], lambda: f"flashfuse::attention: q is {q.shape[-1]} wide, k {k.shape[-1]}")
     torch._check(k.shape[-2] == v.shape[-2], lambda: f"flashfuse::attention: {k.shape[-2]} keys, {v.shape[-2]} values")
 
@@ -82,7 +85,6 @@ def _on_device(choose: Callable[[], Kernel]) -> Kernel:
         parsed = AttentionSpec.from_text(spec)
         _check(parsed, q, k, v, captured, sizes)
         _check_batch(parsed, (q, k, v), sizes)
-        # Scalars that torch lets live on the CPU beside tensors elsewhere.
         captured = [c if c.device == q.device else c.to(q.device, non_blocking=True) for c in captured]
         # The spec states every element type, so an autocast region around the call must not change one.
         with torch.autocast(q.device.type, enabled=False):

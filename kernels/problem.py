@@ -56,7 +56,7 @@ class Problem:
         return {}
 
     def kv_range(self, box: Box) -> KvRange:
-        """The keys that the query rows in `box` have to visit; all of them where the bounds differ along a batch axis."""
+        """The keys that the query rows in `box` visit; all of them where the bounds differ along a batch axis."""
         kv_len = self.k.shape[-2]
         lines = (*self.mask.lower, *self.mask.upper)
         if any(line.offset.has(*self.symbols) for line in lines):

@@ -1,6 +1,7 @@
 """The definition of an attention, in plain PyTorch: every score is materialised, nothing is clever.
 
-Tests hold every kernel to it. With `dtype=torch.float64` it is the exact result that the accuracy rule measures against.
+Tests hold every kernel to it. With `dtype=torch.float64` it is the exact result that the accuracy rule
+measures against.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
 from flashfuse.kernels.spec import AttentionSpec
 

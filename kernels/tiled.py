@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from flashfuse.kernels import flash_cpu
@@ -20,9 +20,9 @@ from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.problem import Box, Problem, slices, split
 from flashfuse.kernels.spec import AttentionSpec
 
-# Queries and keys of a tile, and the most elements of one buffer (1 MiB in float32), so that a few of them stay in cache.
+# Queries and keys of a tile, and the most elements of one buffer: 1 MiB in float32, so that a few stay in cache.
 BLOCK_Q = 256
-BLOCK_KV = 512
+BLOCK_KV = 1024
 WORKSPACE = 1 << 18
 
 
@@ -41,8 +41,10 @@ def attention_tiled(
     if lse.numel() == 0:
         return out, lse
     rank = spec.batch_axes
-    order = sorted(range(rank), key=lambda axis: _is_shared(k, axis) and _is_shared(v, axis))
-    folded = sum(_is_shared(k, axis) and _is_shared(v, axis) for axis in range(rank))
+    shared = [axis for axis in range(rank) if _is_shared(k, axis) and _is_shared(v, axis)]
+    order = [axis for axis in range(rank) if axis not in shared] + shared
+    # One position stands for all on a shared axis.
+    owned = (*(slice(None),) * (rank - len(shared)), *(0,) * len(shared))
     batch, symbols = sizes[:rank], position_symbols(spec)
     q, k, v = (x.expand(*batch, *x.shape[-2:]).permute(*order, rank, rank + 1) for x in (q, k, v))
     problem = Problem(
@@ -51,16 +53,13 @@ def attention_tiled(
         sizes=size_values(spec, q.shape[-2], k.shape[-2], sizes),
         captured=captured,
         q=q,
-        # One position stands for all on a shared axis.
-        k=k[(..., *(0,) * folded, slice(None), slice(None))],
-        v=v[(..., *(0,) * folded, slice(None), slice(None))],
+        k=k[owned],
+        v=v[owned],
     )
     out_rows, lse_rows = out.permute(*order, rank, rank + 1), lse.permute(*order, rank)
     program = flash_cpu.additive_program(problem)
-    boxes = (
-        _boxes(q.shape[:-1], max(q.shape[-1], v.shape[-1])) if program is None else flash_cpu.boxes(problem, program)
-    )
-    for box in boxes:
+    width = max(q.shape[-1], v.shape[-1])
+    for box in _boxes(q.shape[:-1], width) if program is None else flash_cpu.boxes(problem, program):
         where = slices(box)
         done = None if program is None else flash_cpu.attend(problem, program, box)
         out_rows[where], lse_rows[where] = done or _attend(problem, box)
@@ -71,7 +70,7 @@ def _is_shared(x: torch.Tensor, axis: int) -> bool:
     return x.shape[axis] == 1 or x.stride(axis) == 0
 
 
-def _boxes(rows: Sequence[int], width: int) -> itertools.product[Box]:
+def _boxes(rows: Sequence[int], width: int) -> Iterator[Box]:
     """Split the rows [N.., Tq] into boxes whose tiles, and whose [keys, `width`] operands, fit the workspace."""
     budget = max(1, WORKSPACE // (BLOCK_KV * max(width, min(rows[-1], BLOCK_Q))))
     blocks = [min(rows[-1], BLOCK_Q)]

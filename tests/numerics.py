@@ -1,4 +1,4 @@
-"""The one rule by which a result counts as accurate: measured against float64, no worse than eager code by more than a little."""
+"""The one rule by which a result counts as accurate: measured against float64, hardly worse than eager code."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def assert_close_to_exact(
     fused, eager: the same computation in the test's element type; exact: the same values computed in float64.
     dtype: the element type whose ulp the floor is counted in, by default eager's.
 
-    max|fused - exact| <= 2 max|eager - exact| + floor, rms(fused - exact) <= 1.1 rms(eager - exact) + floor, with a floor
-    of a few ulps at max|exact|; NaN where `exact` is NaN, infinite where it is infinite, finite elsewhere.
+    max|fused - exact| <= 2 max|eager - exact| + floor, rms(fused - exact) <= 1.1 rms(eager - exact) + floor, with a
+    floor of a few ulps at max|exact|; NaN where `exact` is NaN, infinite where it is infinite, finite elsewhere.
     """
     dtype = dtype or eager.dtype
     assert fused.shape == exact.shape, f"shape {tuple(fused.shape)}, expected {tuple(exact.shape)}"

@@ -1,0 +1,77 @@
+"""Attention calls for tests: a spec with operands, and the same attention written eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from flashfuse.kernels.reference import attention_reference
+from flashfuse.kernels.spec import AttentionSpec, parse
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of one operator call."""
+
+    spec: AttentionSpec
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    captured: list[torch.Tensor]
+    sizes: list[int]
+
+    @property
+    def arguments(self) -> tuple:
+        """In the operator's order."""
+        return self.q, self.k, self.v, self.captured, self.sizes, self.spec.to_text()
+
+    @property
+    def tensors(self) -> tuple:
+        """In the order of `attention_reference` and of the launchers."""
+        return self.spec, self.q, self.k, self.v, self.captured, self.sizes
+
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return attention_reference(*self.tensors, dtype=torch.float64)
+
+    def eager(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return attention_reference(*self.tensors)
+
+
+def make_call(
+    score: str,
+    q_shape: Sequence[int],
+    kv_len: int | None = None,
+    *,
+    k_batch: Sequence[int] | None = None,
+    v_batch: Sequence[int] | None = None,
+    value_dim: int | None = None,
+    captured: Sequence[torch.Tensor] = (),
+    sizes: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32,
+    empty_row: str = "nan",
+    out_order: Sequence[int] | None = None,
+) -> Call:
+    """A call with random operands: q of `q_shape`, k and v of the same batch axes unless `k_batch`, `v_batch` say."""
+    *batch, q_len, head_dim = q_shape
+    kv_len = q_len if kv_len is None else kv_len
+    types = tuple(c.dtype for c in captured)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    order = tuple(out_order or range(len(q_shape)))
+    spec = AttentionSpec(
+        len(batch), parse(score, types, compute), types, len(sizes), dtype, dtype, dtype, empty_row, order
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    k_batch = batch if k_batch is None else k_batch
+    return Call(
+        spec,
+        random(*q_shape),
+        random(*k_batch, kv_len, head_dim),
+        random(*(k_batch if v_batch is None else v_batch), kv_len, head_dim if value_dim is None else value_dim),
+        list(captured),
+        [*batch, *sizes],
+    )
