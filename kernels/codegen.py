@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def _lowest(score: Expr, scale: float) -> float:
     """A fill that would overflow when divided by the scale became the smallest inner score; otherwise that, scaled."""
     smallest = torch.finfo(torch.float32).min * scale
     fills = (e.value for e in walk(score) if isinstance(e, Const) and math.isfinite(e.value))
-    return min(smallest, *fills)
+    return min([smallest, *fills])
 
 
 def _may_be_huge(expr: Expr) -> bool:

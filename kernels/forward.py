@@ -146,9 +146,7 @@ def _attend(
     k = _load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     # [block_q, block_kv]
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
-    score = SCORE(
-        qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides
-    )
+    score = SCORE(qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides)
     if KEYS_END:
         score = tl.where(kv_idx[None, :] < kv_len, score, float("-inf"))
 
@@ -171,9 +169,7 @@ def _attend(
     # [block_kv, block_dv]
     v = _load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
     # [block_q, block_dv]
-    acc = tl.dot(
-        p.to(PROBS_DTYPE), v, acc * correction[:, None], input_precision=PRECISION, out_dtype=acc.dtype
-    )
+    acc = tl.dot(p.to(PROBS_DTYPE), v, acc * correction[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
     return acc, row_sum, new_max, new_shift
 
 
