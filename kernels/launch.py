@@ -83,8 +83,8 @@ TABLE = (
     Row(256, 2, "cuda", 90, Launch(128, 32, 8, 2)),
     Row(512, 2, "cuda", 90, Launch(64, 32, 8, 2)),
     # Matrix instructions of one warp: query tile and accumulator share the registers.
-    Row(64, 2, "cuda", 80, Launch(128, 64, 4, 3)),
-    Row(64, 2, "cuda", 80, Launch(128, 64, 4, 2)),
+    Row(64, 2, "cuda", 80, Launch(128, 64, 8, 3)),
+    Row(64, 2, "cuda", 80, Launch(128, 64, 8, 2)),
     Row(128, 2, "cuda", 80, Launch(128, 64, 8, 2)),
     Row(128, 2, "cuda", 80, Launch(128, 32, 8, 2)),
     Row(256, 2, "cuda", 80, Launch(64, 64, 8, 2)),
