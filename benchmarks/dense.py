@@ -28,7 +28,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
 import flashfuse.kernels.ops  # noqa: F401  (registers the operator)
-from flashfuse.kernels.launch import Launch, attention_forward
+from flashfuse.kernels.launch import Launch, attention_forward, device_of
 from flashfuse.kernels.spec import AttentionSpec, parse
 
 ROUNDS = 4
@@ -235,7 +235,7 @@ def compare(cases: list[Case]) -> Iterator[dict[str, object]]:
 
 def candidates(case: Case) -> list[Launch]:
     """Tiles worth trying: 16 to 64 query rows a warp, and what shared memory may hold."""
-    limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    limit = device_of(torch.cuda.current_device()).shared_bytes
     found = []
     for block_q, block_kv, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
         shared = 2 * case.dim * (block_q + 2 * stages * block_kv)

@@ -36,8 +36,8 @@ Guards = tuple[Expr, ...]
 class ScoreProgram:
     """The compiled-in part of one attention.
 
-    score_masked, score_full: tile of products -> tile of inner scores, for tiles that meet a mask or the end of the keys,
-        and for those that do not.
+    score_masked, score_full: tile of products -> tile of inner scores, for tiles that meet a mask or the end of the
+        keys, and for those that do not.
     kv_bounds: query tile -> (start, full_start, full_end, end), see `mask.KvRange`.
     scale: score = scale * inner score.
     fill_threshold: rows whose largest inner score is not above it must see the skipped keys; None when none ever must.

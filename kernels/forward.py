@@ -28,7 +28,7 @@ def attention_forward_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
-    """out[n, i, :] = sum_j exp(s_ij - lse_i) v[n, j, :],  lse_i = log(sum_j exp(s_ij)),  s_ij = score(q_i . k_j, n, i, j)
+    """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)),  s_ij = score(q_i . k_j, n, i, j)
 
     Operands have four batch axes (size 1 where the attention has fewer) and strides (n0, n1, n2, n3, row, column), 0 on
     axes they are shared over. One program computes BLOCK_Q rows of one batch position; LOG2_SCALE turns inner scores

@@ -83,8 +83,8 @@ TABLE = (
     Row(256, 2, "cuda", 90, Launch(128, 32, 8, 2)),
     Row(512, 2, "cuda", 90, Launch(64, 32, 8, 2)),
     # Matrix instructions of one warp: query tile and accumulator share the registers.
-    Row(64, 2, "cuda", 80, Launch(128, 64, 4, 3)),
-    Row(64, 2, "cuda", 80, Launch(128, 64, 4, 2)),
+    Row(64, 2, "cuda", 80, Launch(128, 64, 8, 3)),
+    Row(64, 2, "cuda", 80, Launch(128, 64, 8, 2)),
     Row(128, 2, "cuda", 80, Launch(128, 64, 8, 2)),
     Row(128, 2, "cuda", 80, Launch(128, 32, 8, 2)),
     Row(256, 2, "cuda", 80, Launch(64, 64, 8, 2)),
@@ -126,15 +126,16 @@ def device_of(index: int | None) -> Device:
     """The device's properties; None is the interpreter, which has no limits of its own."""
     if index is None:
         return Device("cuda", 80, 1 << 30)
-    properties = torch.cuda.get_device_properties(index)
+    shared_bytes = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     if torch.version.hip is not None:
-        return Device("hip", 0, properties.shared_memory_per_block)
-    return Device("cuda", properties.major * 10 + properties.minor, properties.shared_memory_per_block_optin)
+        return Device("hip", 0, shared_bytes)
+    major, minor = torch.cuda.get_device_capability(index)
+    return Device("cuda", 10 * major + minor, shared_bytes)
 
 
 @functools.lru_cache(maxsize=4096)
 def constants(spec: AttentionSpec, head_dim: int, value_dim: int, precision: str, launch: Launch) -> Mapping[str, Any]:
-    """The compile-time arguments of the kernel, apart from its tile sizes."""
+    """The compile-time arguments and options of the kernel."""
     program = load_program(spec)
     return {
         "SCORE_MASKED": program.score_masked,

@@ -5,7 +5,6 @@ test_interpreter.py starts.
 """
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,11 +31,10 @@ TILES = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=2)
 
 
 @pytest.fixture(autouse=True)
-def _nan_filled_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _nan_filled_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """An element that the kernel does not write stays NaN."""
     allocate = launcher.empty_output
     monkeypatch.setattr(launcher, "empty_output", lambda *args: tuple(x.fill_(torch.nan) for x in allocate(*args)))
-    yield
 
 
 def check(call: Call, launch: Launch | None = TILES) -> tuple[torch.Tensor, torch.Tensor]:
