@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -25,7 +25,7 @@ check: $(VENV)/.dev
 	rm -rf $(VENV)/mypy && mkdir -p $(VENV)/mypy/flashfuse
 	ln -sfn $(CURDIR)/patterns $(CURDIR)/kernels $(CURDIR)/fusion/*.py $(CURDIR)/fusion/py.typed $(VENV)/mypy/flashfuse/
 	MYPYPATH=$(VENV)/mypy $(BIN)/mypy --package flashfuse
-	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/pytest tests/test_imports.py
 
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flashfuse needs Python 3.11 or newer, set PYTHON=")'

@@ -29,8 +29,10 @@ def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
     new_output.meta = copy.copy(old_output.meta)
     made = fx.GraphModule(module, graph, module.__class__.__name__)
     made.meta = dict(module.meta)
+    unused = {copied[n] for n in module.graph.nodes if n.op != "output" and not n.users}
     for site in sites:
         _replace(graph, site, copied)
+    _erase_unused(graph, unused)
     graph.lint()
     made.recompile()
     return made
@@ -52,7 +54,9 @@ def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node
     if tuple(map(str, tensor(out).shape)) != tuple(map(str, seen.shape)):  # type: ignore[union-attr]
         out = build.call(torch.reshape, out, shape)
     node.replace_all_uses_with(out)
-    _erase_dead(graph, node)
+    for dead in (node, *(copied[n] for n in reversed(site.chain))):
+        if not dead.users:
+            graph.erase_node(dead)
 
 
 class _Builder:
@@ -150,11 +154,9 @@ class _Builder:
         return found
 
 
-def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node nobody uses any more, and then those of its inputs that only it used."""
-    if node.users or node.op in ("placeholder", "output", "get_attr") or mutated_inputs(node):
-        return
-    inputs = node.all_input_nodes
-    graph.erase_node(node)
-    for n in inputs:
-        _erase_dead(graph, n)
+def _erase_unused(graph: fx.Graph, kept: set[fx.Node]) -> None:
+    """Erase what only the attentions used: masks, expanded keys. What the user's graph never used stays."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node not in kept and node.op not in ("placeholder", "output") and not mutated_inputs(node):
+            graph.erase_node(node)
+

@@ -341,9 +341,9 @@ def _simplify(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | Non
     if op == "where":
         if args[0] in (TRUE, FALSE):
             return cast(args[1] if args[0] == TRUE else args[2], dtype)
-        if args[1:] in ((TRUE, FALSE), (FALSE, TRUE)):
-            return args[0] if args[1] == TRUE else pointwise("not", args[0])
-        return cast(args[1], dtype) if args[1] == args[2] else None
+        if args[1] == args[2]:
+            return cast(args[1], dtype)
+        return _boolean_choice(*args) if dtype == torch.bool else None
     if op in ("and", "or"):
         zero = FALSE if op == "and" else TRUE
         if zero in args:
@@ -355,11 +355,13 @@ def _simplify(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | Non
     if op == "not":
         if args[0] in (TRUE, FALSE):
             return FALSE if args[0] == TRUE else TRUE
-        return args[0].args[0] if isinstance(args[0], Pointwise) and args[0].op == "not" else None
+        return _negated(args[0])
     if op == "to_bool" and args[0].dtype == torch.bool:
         return args[0]
     if all(n is not None for n in numbers):
         return _fold(op, args, dtype)
+    if (chosen := _through_choice(op, args, numbers, dtype)) is not None:
+        return chosen
     if op == "add" and 0 in numbers:
         return cast(args[1 - numbers.index(0)], dtype)
     # A score is never +inf or NaN where the source is meaningful, so -inf absorbs what is added to it.
@@ -369,10 +371,61 @@ def _simplify(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | Non
         return cast(args[0], dtype)
     if op == "mul" and 1 in numbers:
         return cast(args[1 - numbers.index(1)], dtype)
+    if op == "mul" and dtype.is_floating_point:
+        return _merged_factor(args, numbers, dtype)
     if op == "div" and numbers[1] == 1:
         return cast(args[0], dtype)
     if op == "div" and numbers[1] is not None and numbers[1] != 0 and dtype.is_floating_point:
         return pointwise("mul", args[0], Const(dtype, 1.0 / float(numbers[1])), dtype=dtype)
+    return None
+
+
+_OPPOSITE = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
+
+
+def _negated(expr: Expr) -> Expr | None:
+    if not isinstance(expr, Pointwise):
+        return None
+    if expr.op == "not":
+        return expr.args[0]
+    # Integers are totally ordered; with floats NaN makes a comparison and its opposite both false.
+    if expr.op in _OPPOSITE and all(isinstance(a, Index) for a in expr.args):
+        return pointwise(_OPPOSITE[expr.op], *expr.args)
+    return None
+
+
+def _boolean_choice(condition: Expr, yes: Expr, no: Expr) -> Expr | None:
+    """where(c, True, x) as c | x, and its three kin."""
+    if no == FALSE:
+        return pointwise("and", condition, yes)
+    if yes == TRUE:
+        return pointwise("or", condition, no)
+    if yes == FALSE:
+        return pointwise("and", pointwise("not", condition), no)
+    return pointwise("or", pointwise("not", condition), yes) if no == TRUE else None
+
+
+def _through_choice(op: str, args: tuple[Expr, ...], numbers: list[float | int | None], dtype: torch.dtype) -> Expr | None:
+    """op(where(c, 1, 0), 2) as where(c, op(1, 2), op(0, 2)): arithmetic on a mask's numbers leaves a mask."""
+    varying = [i for i, n in enumerate(numbers) if n is None]
+    if len(varying) != 1 or op == "where":
+        return None
+    choice = args[varying[0]]
+    if not isinstance(choice, Pointwise) or choice.op != "where" or any(_number(a) is None for a in choice.args[1:]):
+        return None
+    branches = [_fold(op, tuple(b if i == varying[0] else a for i, a in enumerate(args)), dtype) for b in choice.args[1:]]
+    if branches[0] is None or branches[1] is None:
+        return None
+    return pointwise("where", choice.args[0], *branches, dtype=dtype)
+
+
+def _merged_factor(args: tuple[Expr, ...], numbers: list[float | int | None], dtype: torch.dtype) -> Expr | None:
+    """(x * c) * d as x * (c d)."""
+    for x, d in ((args[0], numbers[1]), (args[1], numbers[0])):
+        if d is not None and isinstance(x, Pointwise) and x.op == "mul":
+            for y, c in (x.args, x.args[::-1]):
+                if isinstance(c, Const):
+                    return pointwise("mul", y, Const(dtype, float(c.value) * float(d)), dtype=dtype)
     return None
 
 
@@ -403,10 +456,14 @@ def cast(expr: Expr, dtype: torch.dtype) -> Expr:
             return const(float(expr.value), dtype)
         if expr.dtype.is_floating_point:
             return replace(expr, dtype=dtype) if isinstance(expr, Pointwise) else expr
+        if expr.dtype == torch.bool:
+            return pointwise("where", expr, Const(dtype, 1.0), Const(dtype, 0.0), dtype=dtype)
         return Pointwise(dtype, "to_float", (expr,))
     if isinstance(expr, Index):
         return replace(expr, dtype=dtype)
-    if expr.dtype.is_floating_point or expr.dtype == torch.bool:
+    if expr.dtype == torch.bool:
+        return pointwise("where", expr, index(1, dtype), index(0, dtype), dtype=dtype)
+    if expr.dtype.is_floating_point:
         return Pointwise(dtype, "to_int", (expr,))
     return replace(expr, dtype=dtype) if isinstance(expr, Pointwise) else expr
 

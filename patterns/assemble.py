@@ -36,7 +36,7 @@ class Roles:
 
 
 def assemble(
-    lifter: Lifter, node: fx.Node, position: Indices, values: Dot, value_side: Expr, softmax: Softmax, score: Score
+    lifter: Lifter, node: fx.Node, position: Indices, values: Dot, value_side: Expr, softmax: Softmax, score: Score, chain: tuple[fx.Node, ...]
 ) -> AttentionSite:
     """The site whose output is `node` at `position`. Raises Refused where the parts do not fit the operator."""
     out = tensor(node)
@@ -96,6 +96,7 @@ def assemble(
         head_dim=score.dot.extent,
         value_dim=lifter.ranges[roles.d] if roles.d is not None else sympy.Integer(1),
         out_axes=out_axes,
+        chain=chain,
     )
 
 

@@ -17,7 +17,7 @@ import flashfuse.patterns.aten
 import flashfuse.patterns.sdpa  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise, Softmax, substitute
 from flashfuse.patterns.assemble import assemble
-from flashfuse.patterns.graph import Graph, location, name_of, shape, tensor, value
+from flashfuse.patterns.graph import Graph, location, mutated_inputs, name_of, shape, tensor, value
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import as_softmax
 from flashfuse.patterns.refusal import Refused
@@ -141,10 +141,9 @@ def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite 
             continue
         if softmax is None:
             continue
-        score = _score(lifter, softmax, expr.axis, leads)
-        if score.node is not node:
-            _check_private(lifter.graph, score, node)
-        return assemble(lifter, node, position, expr, value_side, softmax, score)
+        score = _score(lifter, softmax, expr.axis, leads, node)
+        chain = _private_chain(lifter.graph, score.node, node) if score.node is not node else ()
+        return assemble(lifter, node, position, expr, value_side, softmax, score, chain)
     if problems:
         raise problems[0]
     return None
@@ -211,39 +210,42 @@ def _behind(node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
     return False
 
 
-def _score(lifter: Lifter, softmax: Softmax, j: sympy.Symbol, leads: set[fx.Node]) -> Score:
+def _score(lifter: Lifter, softmax: Softmax, j: sympy.Symbol, leads: set[fx.Node], site: fx.Node) -> Score:
     argument = softmax.arg if softmax.axis == j else substitute(softmax.arg, {softmax.axis: j})
-    return find_score(lifter, argument, j, leads)
+    return find_score(lifter, argument, j, leads, site)
 
 
-def _check_private(graph: Graph, score: Score, site: fx.Node) -> None:
-    """Nothing but the site may use the scores, the probabilities or what lies between: they will not exist."""
-    region = _between(graph, score.node, site)
-    softmaxes = [n for n in region if name_of(n) in _NORMALISERS]
-    first_softmax = min((graph.position[n] for n in softmaxes), default=len(graph.nodes))
-    for node in region:
+def _private_chain(graph: Graph, product: fx.Node, site: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes from the product to the site, in order. They will not exist, so nothing else may use their values."""
+    region = _between(graph, product, site)
+    chain = tuple(sorted(region, key=graph.position.__getitem__))
+    first_softmax = next((n for n in chain if name_of(n) in _NORMALISERS), None)
+    what = "scores"
+    for node in chain:
+        what = "probabilities" if node is first_softmax else what
+        foreign = [n for n in mutated_inputs(node) if n not in region]
+        if foreign:
+            raise Refused("mutation", f"`{name_of(node)}` writes the scores into `{foreign[0].name}`, which exists outside", node)
         for user in node.users:
             if user in region or user is site or user not in graph.live or not _uses_values(user):
                 continue
-            what = "scores" if graph.position[node] < first_softmax else "probabilities"
             where = "are returned" if user.op == "output" else f"are used again by `{name_of(user)}`"
-            raise Refused(f"{what}-used", f"the {what} {where}, so they have to exist in memory", user if user.op != "output" else node)
+            raise Refused(f"{what}-used", f"the {what} {where}, so they have to exist in memory", node if user.op == "output" else user)
+    return chain
 
 
 def _between(graph: Graph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
-    """Nodes on a path from `start` to `end`, `start` included."""
-    first = graph.position[start]
-    reaches = {start}
-    for node in graph.nodes[first + 1 : graph.position[end]]:
-        if any(n in reaches for n in node.all_input_nodes):
-            reaches.add(node)
-    wanted, queue = set(), [n for n in end.all_input_nodes if n in reaches]
-    while queue:
-        node = queue.pop()
-        if node not in wanted:
+    """Nodes on a path from `start` to `end`, `start` included, and in-place edits of what is on it."""
+    inside = graph.nodes[graph.position[start] + 1 : graph.position[end]]
+    reached = {start}
+    for node in inside:
+        if any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+    wanted = {end}
+    for node in (*reversed(inside), start):
+        if node in reached and (any(u in wanted for u in node.users) or any(n in reached for n in mutated_inputs(node))):
             wanted.add(node)
-            queue += [n for n in node.all_input_nodes if n in reaches and node is not start]
-    return wanted
+    return wanted - {end}
 
 
 def _uses_values(user: fx.Node) -> bool:

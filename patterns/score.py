@@ -18,32 +18,31 @@ from flashfuse.patterns.refusal import Refused
 
 @dataclass(frozen=True)
 class Score:
-    """`program` over `Product(0)`; `dot` is the product with the query side as `lhs`; `node` made it."""
+    """`program` over `Product(0)`; `dot` is the product with the query side as `lhs`; `node` made it (the site itself, where one operator is all)."""
 
     program: Expr
     dot: Dot
     node: fx.Node
 
 
-def find_score(lifter: Lifter, expr: Expr, j: sympy.Symbol, leads: set[fx.Node]) -> Score:
+def find_score(lifter: Lifter, expr: Expr, j: sympy.Symbol, leads: set[fx.Node], site: fx.Node) -> Score:
     """The score program of a normaliser's argument. `leads` are the nodes behind which a product lies.
 
     Raises Refused where there is no product, more than one, or an operator in between that has no index form.
     """
-    found: list[tuple[Dot, fx.Node | None]] = []
-    program = _with_product(lifter, expr, j, leads, found, None)
+    found: list[tuple[Dot, fx.Node]] = []
+    program = _with_product(lifter, expr, j, leads, found, site)
     if not found:
         raise Refused("no-product", "the softmax is not over products of queries and keys")
     if len(found) > 1:
         raise Refused("several-products", "the score is a sum of several products of activations")
     dot, node = found[0]
-    assert node is not None
     i_symbols = free_symbols(dot.lhs) - free_symbols(dot.rhs)
     return Score(_with_program(lifter, program, i_symbols, j), dot, node)
 
 
 def _with_product(
-    lifter: Lifter, expr: Expr, j: sympy.Symbol, leads: set[fx.Node], found: list[tuple[Dot, fx.Node | None]], node: fx.Node | None
+    lifter: Lifter, expr: Expr, j: sympy.Symbol, leads: set[fx.Node], found: list[tuple[Dot, fx.Node]], node: fx.Node
 ) -> Expr:
     """Expand along the path to the product and put `Product(n)` in its place."""
     match expr:
@@ -57,10 +56,10 @@ def _with_product(
     return expr
 
 
-def _through(lifter: Lifter, load: Load, j: sympy.Symbol, leads: set[fx.Node], found: list[tuple[Dot, fx.Node | None]]) -> Expr:
+def _through(lifter: Lifter, load: Load, j: sympy.Symbol, leads: set[fx.Node], found: list[tuple[Dot, fx.Node]]) -> Expr:
     """Behind a load, unless what lies there is not a query-key product: then the load is one of the score's own tensors."""
     assert isinstance(load.tensor, fx.Node)
-    inside: list[tuple[Dot, fx.Node | None]] = []
+    inside: list[tuple[Dot, fx.Node]] = []
     try:
         expr = _with_product(lifter, lifter.expand(load), j, leads, inside, load.tensor)
     except CannotLift as error:
@@ -77,7 +76,7 @@ class NotAProduct(Exception):
     """A contraction that is not of queries with keys."""
 
 
-def _product(dot: Dot, j: sympy.Symbol, found: list[tuple[Dot, fx.Node | None]], node: fx.Node | None) -> Expr:
+def _product(dot: Dot, j: sympy.Symbol, found: list[tuple[Dot, fx.Node]], node: fx.Node) -> Expr:
     left, right = j in free_symbols(dot.lhs), j in free_symbols(dot.rhs)
     if left == right:
         raise NotAProduct
