@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,7 +131,8 @@ def is_control_flow(error: BaseException) -> bool:
 
 def failure(stage: str, error: Exception) -> Failure:
     """Warn about `error`, and the entry a report keeps of it."""
-    summary = f"{type(error).__name__}: {error}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    summary = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
     warnings.warn(f"flashfuse: {stage} failed, compiling without the rewrite: {summary}", RuntimeWarning, stacklevel=2)
     log.info("%s failed", stage, exc_info=error)
     return Failure(stage, summary, "".join(traceback.format_exception(error)))
