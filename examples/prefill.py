@@ -48,6 +48,13 @@ def _llama(attention: str) -> LlamaForCausalLM:
 
 def _gpt2(attention: str) -> GPT2LMHeadModel:
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=256, n_layer=LAYERS, n_head=8, n_positions=4096, attn_implementation=attention
+        vocab_size=VOCABULARY,
+        n_embd=256,
+        n_layer=LAYERS,
+        n_head=8,
+        n_positions=4096,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation=attention,
     )
     return GPT2LMHeadModel(config)

@@ -36,7 +36,7 @@ def flashfuse(
     """
     ours = parse(options)
     compiler = _inner_compiler(mode, ours)
-    rewritten, report = transform(gm, ours.strict)
+    rewritten, report = transform(gm, example_inputs, ours.strict)
     if rewritten is gm:
         record(report)
         return compiler(gm, example_inputs)

@@ -28,7 +28,7 @@ def explain(model: Callable[..., Any]) -> Callable[..., Report]:
         found: list[Report] = []
 
         def only_look(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            found.append(transform(gm, strict=False)[1])
+            found.append(transform(gm, example_inputs, strict=False)[1])
             return gm.forward
 
         torch._dynamo.reset()

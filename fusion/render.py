@@ -67,7 +67,7 @@ def _site_table(number: int, group: list[Site]) -> Table:
         "source": where,
         "line": first.location.code,
         "attention": first.math,
-        "mask": first.mask,
+        "mask structure": first.mask,
         "heads": first.heads,
         "[.., Tq, Tkv, D, Dv]": first.shape,
         "dtypes": first.dtypes,

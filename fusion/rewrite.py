@@ -157,6 +157,10 @@ class _Builder:
 def _erase_unused(graph: fx.Graph, kept: set[fx.Node]) -> None:
     """Erase what only the attentions used: masks, expanded keys. What the user's graph never used stays."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and node not in kept and node.op not in ("placeholder", "output") and not mutated_inputs(node):
+        if (
+            not node.users
+            and node not in kept
+            and node.op not in ("placeholder", "output")
+            and not mutated_inputs(node)
+        ):
             graph.erase_node(node)
-

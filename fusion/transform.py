@@ -10,11 +10,14 @@ import contextlib
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from flashfuse.patterns.site import AttentionSite, Location
 from flashfuse.report import Failure, GraphBreak, Refused, Report, Site
@@ -43,14 +46,19 @@ class Findings:
             self.failures.append(failure(stage, error))
 
 
-def transform(gm: fx.GraphModule, strict: bool) -> tuple[fx.GraphModule, Report]:
+def transform(gm: fx.GraphModule, example_inputs: Sequence[Any], strict: bool) -> tuple[fx.GraphModule, Report]:
     """Rewrite every attention of `gm` and of the graph modules inside it.
+
+    A graph over tensor subclasses is left alone: they may give every operator another meaning.
 
     Returns the graph to compile, which is `gm` itself when nothing was rewritten and a new module otherwise (`gm` is
     never changed), and the report. With `strict`, exceptions of flashfuse's own are raised.
     """
     findings = Findings(strict)
-    _search(gm, findings)
+    if subclass := _subclass(example_inputs):
+        findings.refusals.append(Refused("tensor-subclass", f"the graph works on {subclass} tensors", Location(), ""))
+    else:
+        _search(gm, findings)
     rewritten = gm
     with findings.guard("rewrite"):
         rewritten = _rebuild(gm, findings.matches)
@@ -105,6 +113,15 @@ def _subgraphs(gm: fx.GraphModule) -> dict[str, fx.GraphModule]:
     return {name: child for name, child in gm.named_children() if isinstance(child, fx.GraphModule)}
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def _subclass(example_inputs: Sequence[Any]) -> str | None:
+    """The name of the first type among the graph's tensors that is not torch's own."""
+    kinds = [type(x) for x in example_inputs if isinstance(x, torch.Tensor)]
+    return next((kind.__name__ for kind in kinds if kind not in _PLAIN), None)
+
+
 def is_control_flow(error: BaseException) -> bool:
     """Whether Dynamo raised this to steer itself, which is no failure of anyone's."""
     from torch._dynamo import exc
@@ -114,7 +131,8 @@ def is_control_flow(error: BaseException) -> bool:
 
 def failure(stage: str, error: Exception) -> Failure:
     """Warn about `error`, and the entry a report keeps of it."""
-    summary = f"{type(error).__name__}: {error}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    summary = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
     warnings.warn(f"flashfuse: {stage} failed, compiling without the rewrite: {summary}", RuntimeWarning, stacklevel=2)
     log.info("%s failed", stage, exc_info=error)
     return Failure(stage, summary, "".join(traceback.format_exception(error)))
