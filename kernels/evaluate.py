@@ -13,9 +13,10 @@ from typing import Any
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv, Mod
+
 from flashfuse.kernels.expr import OPS, Const, Expr, Index, Load, Pointwise, Product
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, batch_symbol, size_symbol
-from torch.utils._sympy.functions import FloorDiv, Mod
 
 Integer = int | torch.Tensor
 

@@ -208,7 +208,11 @@ def rewrite(expr: Expr, rule: Callable[[Expr], Expr | None]) -> Expr:
     """Rebuild `expr` bottom-up: `rule` may replace a node (None keeps it), and pointwise nodes are simplified again."""
     children = tuple(rewrite(child, rule) for child in expr.children)
     if children != expr.children:
-        expr = pointwise(expr.op, *children, dtype=expr.dtype) if isinstance(expr, Pointwise) else expr.with_children(children)
+        expr = (
+            pointwise(expr.op, *children, dtype=expr.dtype)
+            if isinstance(expr, Pointwise)
+            else expr.with_children(children)
+        )
     replaced = rule(expr)
     return expr if replaced is None else replaced
 
@@ -405,7 +409,9 @@ def _boolean_choice(condition: Expr, yes: Expr, no: Expr) -> Expr | None:
     return pointwise("or", pointwise("not", condition), yes) if no == TRUE else None
 
 
-def _through_choice(op: str, args: tuple[Expr, ...], numbers: list[float | int | None], dtype: torch.dtype) -> Expr | None:
+def _through_choice(
+    op: str, args: tuple[Expr, ...], numbers: list[float | int | None], dtype: torch.dtype
+) -> Expr | None:
     """op(where(c, 1, 0), 2) as where(c, op(1, 2), op(0, 2)): arithmetic on a mask's numbers leaves a mask."""
     varying = [i for i, n in enumerate(numbers) if n is None]
     if len(varying) != 1 or op == "where":
@@ -413,7 +419,9 @@ def _through_choice(op: str, args: tuple[Expr, ...], numbers: list[float | int |
     choice = args[varying[0]]
     if not isinstance(choice, Pointwise) or choice.op != "where" or any(_number(a) is None for a in choice.args[1:]):
         return None
-    branches = [_fold(op, tuple(b if i == varying[0] else a for i, a in enumerate(args)), dtype) for b in choice.args[1:]]
+    branches = [
+        _fold(op, tuple(b if i == varying[0] else a for i, a in enumerate(args)), dtype) for b in choice.args[1:]
+    ]
     if branches[0] is None or branches[1] is None:
         return None
     return pointwise("where", choice.args[0], *branches, dtype=dtype)
@@ -430,7 +438,9 @@ def _merged_factor(args: tuple[Expr, ...], numbers: list[float | int | None], dt
 
 
 def _fold(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
-    if op not in OPS or any(isinstance(a, Const) and isinstance(a.value, bool) and OPS[op].result == "promote" for a in args):
+    if op not in OPS or any(
+        isinstance(a, Const) and isinstance(a.value, bool) and OPS[op].result == "promote" for a in args
+    ):
         return None
     values = [torch.tensor(_number(a), dtype=torch.float64 if a.dtype.is_floating_point else a.dtype) for a in args]
     result = OPS[op].torch(*values)

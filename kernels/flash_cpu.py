@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
 from flashfuse.kernels.expr import Const, Expr, Pointwise, Product, free_symbols, pointwise, walk
 from flashfuse.kernels.mask import HUGE_FILL
 from flashfuse.kernels.problem import Box, Problem, slices, split

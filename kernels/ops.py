@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
+
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled

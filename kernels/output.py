@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from flashfuse.kernels.spec import AttentionSpec
 
 

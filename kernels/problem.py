@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import sympy
 import torch
+
 from flashfuse.kernels.evaluate import Tile, evaluate
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.mask import Q_START, Q_STOP, KvRange, MaskStructure, analyze

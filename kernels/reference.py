@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
 from flashfuse.kernels.spec import AttentionSpec
 

@@ -80,7 +80,9 @@ class AttentionSpec:
             raise ValueError(f"empty_row is 'nan' or 'zero', got {self.empty_row!r}")
         rank = self.batch_axes + 2
         if sorted(self.out_order) != list(range(rank)) or self.out_order[-1] != rank - 1:
-            raise ValueError(f"out_order must be a permutation of {rank} axes that ends with {rank - 1}, got {self.out_order}")
+            raise ValueError(
+                f"out_order must be a permutation of {rank} axes that ends with {rank - 1}, got {self.out_order}"
+            )
 
     @property
     def compute_dtype(self) -> torch.dtype:

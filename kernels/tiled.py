@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+
 from flashfuse.kernels import flash_cpu
 from flashfuse.kernels.evaluate import position_symbols, size_values
 from flashfuse.kernels.expr import Expr

@@ -9,8 +9,31 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Dot, Expr, Index, Load, Product, Softmax, free_symbols, loads, pointwise, rewrite, walk
-from flashfuse.kernels.spec import KV_IDX, KV_LEN, MAX_BATCH_AXES, Q_IDX, Q_LEN, AttentionSpec, batch_symbol, parse, size_symbol, to_text
+from flashfuse.kernels.expr import (
+    Dot,
+    Expr,
+    Index,
+    Load,
+    Product,
+    Softmax,
+    free_symbols,
+    loads,
+    pointwise,
+    rewrite,
+    walk,
+)
+from flashfuse.kernels.spec import (
+    KV_IDX,
+    KV_LEN,
+    MAX_BATCH_AXES,
+    Q_IDX,
+    Q_LEN,
+    AttentionSpec,
+    batch_symbol,
+    parse,
+    size_symbol,
+    to_text,
+)
 from flashfuse.patterns.axes import fold, folds, radix, resimplify, substituted
 from flashfuse.patterns.graph import location, name_of, tensor, value
 from flashfuse.patterns.indexing import Indices
@@ -37,7 +60,14 @@ class Roles:
 
 
 def assemble(
-    lifter: Lifter, node: fx.Node, position: Indices, values: Dot, value_side: Expr, softmax: Softmax, score: Score, chain: tuple[fx.Node, ...]
+    lifter: Lifter,
+    node: fx.Node,
+    position: Indices,
+    values: Dot,
+    value_side: Expr,
+    softmax: Softmax,
+    score: Score,
+    chain: tuple[fx.Node, ...],
 ) -> AttentionSite:
     """The site whose output is `node` at `position`. Raises Refused where the parts do not fit the operator."""
     out = tensor(node)
@@ -132,7 +162,11 @@ def _roles(node: fx.Node, position: Indices, values: Dot, value_side: Expr, scor
     in_values = free_symbols(value_side)
     in_program = free_symbols(score.program) | free_symbols(score.dot.lhs) | free_symbols(score.dot.rhs)
     ds = [o for o in outs if o in in_values and o not in in_program]
-    rows = [o for o in outs if o not in in_values and o in free_symbols(score.dot.lhs) and o not in free_symbols(score.dot.rhs)]
+    rows = [
+        o
+        for o in outs
+        if o not in in_values and o in free_symbols(score.dot.lhs) and o not in free_symbols(score.dot.rhs)
+    ]
     if len(ds) > 1:
         raise Refused("value-layout", "several dimensions of the values are kept in the output", node)
     if j not in in_values:
@@ -143,7 +177,13 @@ def _roles(node: fx.Node, position: Indices, values: Dot, value_side: Expr, scor
 
 
 def _options(
-    lifter: Lifter, side: Expr, shared: frozenset[sympy.Symbol], dtype: torch.dtype, node: fx.Node, what: str, scaled: bool
+    lifter: Lifter,
+    side: Expr,
+    shared: frozenset[sympy.Symbol],
+    dtype: torch.dtype,
+    node: fx.Node,
+    what: str,
+    scaled: bool,
 ) -> list[Reading]:
     found = readings(lifter, side, shared, dtype, node, scaled)
     if not found:
@@ -178,7 +218,10 @@ class _Splitter:
         for reading in reversed(found):
             if not self._split_for(reading.load.indices):
                 continue
-            last = (self.roles.i, self.roles.j, self.roles.j)[number], (self.roles.r, self.roles.r, self.roles.d)[number]
+            last = (
+                (self.roles.i, self.roles.j, self.roles.j)[number],
+                (self.roles.r, self.roles.r, self.roles.d)[number],
+            )
             if self._plan(reading.load, (*self.batch, *last)) is not None:
                 return reading
         raise Refused("operand-layout", f"no view of `{found[0].load.tensor}` has the layout of an attention operand")
@@ -201,7 +244,9 @@ class _Splitter:
         made = tuple(self.lifter.symbol("n", size) for size in sizes)
         replacement = {symbol: fold(made, self.ranges)}
         self.mapping = {k: sympy.expand(v.subs(replacement)) for k, v in self.mapping.items()} | replacement
-        self.parts = {b: tuple(q for p in parts for q in (made if p == symbol else (p,))) for b, parts in self.parts.items()}
+        self.parts = {
+            b: tuple(q for p in parts for q in (made if p == symbol else (p,))) for b, parts in self.parts.items()
+        }
 
     def _plan(self, load: Load, axes: Sequence[sympy.Symbol | None]) -> tuple[Step, ...] | None:
         return view_plan(substituted(load.indices, self.mapping, self.ranges), sizes_of(load), axes, self.ranges)
@@ -210,7 +255,9 @@ class _Splitter:
         assert isinstance(reading.load.tensor, fx.Node)
         steps = self._plan(reading.load, axes)
         if steps is None:
-            raise Refused("operand-layout", f"no view of `{reading.load.tensor}` has the layout of an attention operand")
+            raise Refused(
+                "operand-layout", f"no view of `{reading.load.tensor}` has the layout of an attention operand"
+            )
         kept = reading.load.dtype if exactly_promotes(reading.load.dtype, dtype) else dtype
         return Operand(reading.load.tensor, steps, kept)
 
@@ -245,13 +292,22 @@ def _check_captured(lifter: Lifter, captured: Sequence[fx.Node], site: fx.Node) 
     for node in captured:
         writer = lifter.graph.writer_between(node, node, site)
         if writer is not None:
-            raise Refused("mutation", f"`{node.name}` is written by `{name_of(writer)}` before the attention's output is computed", writer)
+            raise Refused(
+                "mutation",
+                f"`{node.name}` is written by `{name_of(writer)}` before the attention's output is computed",
+                writer,
+            )
         if not isinstance(value(node), (torch.Tensor, torch.SymFloat)):
             raise Refused("unknown-operator", f"`{node.name}` in the score is not a tensor", node)
 
 
 def _named(
-    program: Expr, axes: Sequence[sympy.Symbol], roles: Roles, captured: Sequence[fx.Node], q_len: sympy.Expr, kv_len: sympy.Expr
+    program: Expr,
+    axes: Sequence[sympy.Symbol],
+    roles: Roles,
+    captured: Sequence[fx.Node],
+    q_len: sympy.Expr,
+    kv_len: sympy.Expr,
 ) -> tuple[Expr, tuple[sympy.Expr, ...]]:
     """The program over the spec's own names, and the graph sizes that its size0, size1, .. stand for."""
     names: dict[sympy.Symbol, sympy.Expr] = {a: batch_symbol(n) for n, a in enumerate(axes)} | {roles.j: KV_IDX}
@@ -308,7 +364,11 @@ def _memory_order(node: fx.Node) -> list[int]:
     assert out is not None
     natural = sorted(range(out.dim()), key=lambda d: (_stride_key(out, d), d))
     users = [u for u in node.users if name_of(u) in ("transpose", "permute", "swapaxes", "movedim")]
-    if len(users) != 1 or len(node.users) != 1 or not all(name_of(u) in ("contiguous", "reshape", "flatten", "clone") for u in users[0].users):
+    if (
+        len(users) != 1
+        or len(node.users) != 1
+        or not all(name_of(u) in ("contiguous", "reshape", "flatten", "clone") for u in users[0].users)
+    ):
         return natural
     moved = tensor(users[0])
     if moved is None or not users[0].users:
@@ -333,4 +393,3 @@ def _permutation(user: fx.Node, rank: int) -> list[int] | None:
     a, b = int(args[0]), int(args[1])  # type: ignore[arg-type]
     order[a], order[b] = order[b], order[a]
     return order
-

@@ -132,7 +132,9 @@ def _unbind(view: NodeView, call: AtenCall, position: Indices, number: int) -> E
 def _repeat(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     sizes = shape(call.args[0])
     kept = position[len(position) - len(sizes) :]
-    return view.element(call.args[0], tuple(divide(at, size, view.ranges)[1] for at, size in zip(kept, sizes, strict=True)))
+    return view.element(
+        call.args[0], tuple(divide(at, size, view.ranges)[1] for at, size in zip(kept, sizes, strict=True))
+    )
 
 
 @row(aten.flip.default)
@@ -154,7 +156,9 @@ def _cat(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     result = pieces[-1][1]
     for (begin, piece), (end, _next) in zip(reversed(pieces[:-1]), reversed(pieces[1:]), strict=True):
         if not _continues(piece, result, position[dim], begin, end):
-            result = pointwise("where", pointwise("lt", index(position[dim]), index(end)), piece, result, dtype=call.output.dtype)
+            result = pointwise(
+                "where", pointwise("lt", index(position[dim]), index(end)), piece, result, dtype=call.output.dtype
+            )
     return result
 
 
@@ -380,13 +384,21 @@ def _reduced(view: NodeView, call: AtenCall, position: Indices, dims: Any, keepd
     if sizes[dim] == 1:
         return view.element(x, position)
     r = view.symbol(sizes[dim])
-    return Reduce(call.output[0].dtype if isinstance(call.output, tuple) else call.output.dtype, kind, view.element(x, _replaced(position, dim, r)), r, sizes[dim])
+    return Reduce(
+        call.output[0].dtype if isinstance(call.output, tuple) else call.output.dtype,
+        kind,
+        view.element(x, _replaced(position, dim, r)),
+        r,
+        sizes[dim],
+    )
 
 
 @row(aten.amax.default, aten.sum.dim_IntList)
 def _reduce(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     kind = "max" if call.func is aten.amax.default else "sum"
-    return _reduced(view, call, position, _argument(call, 1, "dim"), _argument(call, 2, "keepdim", False), kind, call.args[0])
+    return _reduced(
+        view, call, position, _argument(call, 1, "dim"), _argument(call, 2, "keepdim", False), kind, call.args[0]
+    )
 
 
 @row(aten.max.dim)
@@ -414,4 +426,3 @@ def _logsumexp(view: NodeView, call: AtenCall, position: Indices, _: int) -> Exp
     summed = _reduced(view, call, position, call.args[1], _argument(call, 2, "keepdim", False), "sum", call.args[0])
     assert isinstance(summed, Reduce)
     return pointwise("log", Reduce(summed.dtype, "sum", pointwise("exp", summed.arg), summed.axis, summed.extent))
-

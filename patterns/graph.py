@@ -84,7 +84,13 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
         return ()
     first = tuple(a for a in node.args[:1] if isinstance(a, fx.Node))
     out = node.kwargs.get("out")
-    written = (out,) if isinstance(out, fx.Node) else tuple(a for a in out if isinstance(a, fx.Node)) if isinstance(out, (list, tuple)) else ()
+    written = (
+        (out,)
+        if isinstance(out, fx.Node)
+        else tuple(a for a in out if isinstance(a, fx.Node))
+        if isinstance(out, (list, tuple))
+        else ()
+    )
     if node.kwargs.get("inplace") is True:
         return first + written
     if isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -93,7 +99,16 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
         return _schema_mutated(node, node.target)
     name = name_of(node)
     dunder = name.startswith("__") and name.endswith("__")
-    if node.target in _INPLACE_OPERATORS or name in ("setitem", "__setitem__", "__iadd__", "__imul__", "__isub__", "__itruediv__", "__iand__", "__ior__"):
+    if node.target in _INPLACE_OPERATORS or name in (
+        "setitem",
+        "__setitem__",
+        "__iadd__",
+        "__imul__",
+        "__isub__",
+        "__itruediv__",
+        "__iand__",
+        "__ior__",
+    ):
         return first
     if name.endswith("_") and not dunder and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_"):
         return first
@@ -195,7 +210,11 @@ class Graph:
         seen, written = tensor(node), tensor(writer)
         if seen is None or written is None or storage(writer) != storage(node):
             return None
-        same = shape(seen) == shape(written) and seen.stride() == written.stride() and seen.storage_offset() == written.storage_offset()
+        same = (
+            shape(seen) == shape(written)
+            and seen.stride() == written.stride()
+            and seen.storage_offset() == written.storage_offset()
+        )
         return writer if same else None
 
     def location(self, node: fx.Node) -> Location:

@@ -131,7 +131,9 @@ def reshape(
         if len(real) == len(kept) == 1:
             values = [real[0][0]]
         else:
-            values = list(unlinearize(linearize([p for p, _ in real], [s for _, s in real]), kept, ranges)) if kept else []
+            values = (
+                list(unlinearize(linearize([p for p, _ in real], [s for _, s in real]), kept, ranges)) if kept else []
+            )
         result += [ZERO if size == 1 else values.pop(0) for size in inner]
         i, j = i_end, j_end
     return tuple(result)

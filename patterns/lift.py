@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Const, Expr, Index, Load, cast, const, index, pointwise, rewrite, substitute
+from flashfuse.kernels.expr import Expr, Load, cast, const, index, rewrite, substitute
 from flashfuse.patterns.graph import Graph, mutated_inputs, shape, tensor, to_sympy, value
 from flashfuse.patterns.indexing import ZERO, Indices
 from flashfuse.patterns.trace import CannotTrace, Trace, trace
@@ -198,4 +198,3 @@ def _tensor_literal(view: NodeView, position: Indices) -> Expr:
 
 
 NODE_ROWS[torch.tensor] = _tensor_literal
-

@@ -27,7 +27,22 @@ from flashfuse.patterns.site import AttentionSite, Refusal
 
 # What starts a search. A contraction may be spelled with any of these; what it means is read from its ATen calls.
 _CONTRACTIONS = frozenset(
-    {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "baddbmm", "addmm", "addbmm", "mv", "dot", "inner", "tensordot", "chain_matmul"}
+    {
+        "matmul",
+        "__matmul__",
+        "__rmatmul__",
+        "bmm",
+        "mm",
+        "einsum",
+        "baddbmm",
+        "addmm",
+        "addbmm",
+        "mv",
+        "dot",
+        "inner",
+        "tensordot",
+        "chain_matmul",
+    }
 )
 _WHOLE = frozenset({"scaled_dot_product_attention"})
 _NORMALISERS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "special_softmax"})
@@ -63,7 +78,11 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
         if site is not None:
             sites.append(site)
             claimed.update(seeds)
-    refusals = [_refusal(seed, refused.get(seed)) for seed in _unclaimed(graph, products, normalisers, claimed) if name_of(seed) != "exp" or seed in refused]
+    refusals = [
+        _refusal(seed, refused.get(seed))
+        for seed in _unclaimed(graph, products, normalisers, claimed)
+        if name_of(seed) != "exp" or seed in refused
+    ]
     return MatchResult(tuple(sites), tuple(refusals))
 
 
@@ -109,7 +128,10 @@ def _seeds(node: fx.Node, normalisers: dict[fx.Node, frozenset[fx.Node]]) -> fro
 
 
 def _unclaimed(
-    graph: Graph, products: dict[fx.Node, fx.Node], normalisers: dict[fx.Node, frozenset[fx.Node]], claimed: set[fx.Node]
+    graph: Graph,
+    products: dict[fx.Node, fx.Node],
+    normalisers: dict[fx.Node, frozenset[fx.Node]],
+    claimed: set[fx.Node],
 ) -> Iterable[fx.Node]:
     """Live softmaxes over products of activations that no site took."""
     for node in graph.nodes:
@@ -142,7 +164,9 @@ def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite 
     except CannotLift as error:
         raise Refused("unknown-operator", f"`{name_of(node)}` {error.reason}", node) from error
     if not isinstance(expr, Dot):
-        raise Refused("value-product", "the product with the values is combined with something else in one operator", node)
+        raise Refused(
+            "value-product", "the product with the values is combined with something else in one operator", node
+        )
     problems: list[Refused] = []
     for probs_side, value_side in ((expr.lhs, expr.rhs), (expr.rhs, expr.lhs)):
         try:
@@ -167,7 +191,9 @@ def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite 
     return None
 
 
-def _wrong_axis(lifter: Lifter, softmax: Softmax, contracted: sympy.Symbol, leads: set[fx.Node], node: fx.Node) -> Refused:
+def _wrong_axis(
+    lifter: Lifter, softmax: Softmax, contracted: sympy.Symbol, leads: set[fx.Node], node: fx.Node
+) -> Refused:
     """Why a product over another axis than the softmax's is no attention: rows, or heads, are mixed."""
     try:
         dot = find_score(lifter, softmax.arg, softmax.axis, leads, node).dot
@@ -211,7 +237,11 @@ def _other_probs(lifter: Lifter, expr: Pointwise, j: sympy.Symbol, passed: fx.No
         except Refused:
             raise
         if found is not None:
-            raise Refused("probability-factor", f"the probabilities pass through `{expr.op}` with another value before they meet the values", passed)
+            raise Refused(
+                "probability-factor",
+                f"the probabilities pass through `{expr.op}` with another value before they meet the values",
+                passed,
+            )
 
 
 def _opaque_probs(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
@@ -222,7 +252,9 @@ def _opaque_probs(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
     if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
         raise Refused("dropout", "probabilities are dropped at random, which needs the training kernels", node)
     if name in _CONTRACTIONS or name in _WEIGHTED:
-        raise Refused("head-mixing", f"the probabilities are mixed across heads by `{name}` before they meet the values", node)
+        raise Refused(
+            "head-mixing", f"the probabilities are mixed across heads by `{name}` before they meet the values", node
+        )
     raise Refused("unknown-operator", f"`{name}` between the softmax and the values {error.reason}", node)
 
 
@@ -254,12 +286,18 @@ def _private_chain(graph: Graph, product: fx.Node, site: fx.Node) -> tuple[fx.No
         what = "probabilities" if node is first_softmax else what
         foreign = [n for n in mutated_inputs(node) if n not in region]
         if foreign:
-            raise Refused("mutation", f"`{name_of(node)}` writes the scores into `{foreign[0].name}`, which exists outside", node)
+            raise Refused(
+                "mutation", f"`{name_of(node)}` writes the scores into `{foreign[0].name}`, which exists outside", node
+            )
         for user in node.users:
             if user in region or user is site or user not in graph.live or not _uses_values(user):
                 continue
             where = "are returned" if user.op == "output" else f"are used again by `{name_of(user)}`"
-            raise Refused(f"{what}-used", f"the {what} {where}, so they have to exist in memory", node if user.op == "output" else user)
+            raise Refused(
+                f"{what}-used",
+                f"the {what} {where}, so they have to exist in memory",
+                node if user.op == "output" else user,
+            )
     return chain
 
 
@@ -272,13 +310,15 @@ def _between(graph: Graph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
             reached.add(node)
     wanted = {end}
     for node in (*reversed(inside), start):
-        if node in reached and (any(u in wanted for u in node.users) or any(n in reached for n in mutated_inputs(node))):
+        if node in reached and (
+            any(u in wanted for u in node.users) or any(n in reached for n in mutated_inputs(node))
+        ):
             wanted.add(node)
     return wanted - {end}
 
 
 def _uses_values(user: fx.Node) -> bool:
     """Asking for a size, type or device does not need the values."""
-    return user.op == "output" or isinstance(value(user), (torch.Tensor, tuple, list)) and name_of(user) not in ("size", "getattr")
-
-
+    return user.op == "output" or (
+        isinstance(value(user), (torch.Tensor, tuple, list)) and name_of(user) not in ("size", "getattr")
+    )

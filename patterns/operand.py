@@ -26,7 +26,9 @@ class Reading:
     factors: tuple[Expr, ...]
 
 
-def readings(lifter: Lifter, side: Expr, shared: frozenset[sympy.Symbol], dtype: torch.dtype, site: fx.Node, scaled: bool) -> list[Reading]:
+def readings(
+    lifter: Lifter, side: Expr, shared: frozenset[sympy.Symbol], dtype: torch.dtype, site: fx.Node, scaled: bool
+) -> list[Reading]:
     """Places where an operand of a product can be read, nearest first.
 
     `shared` are the symbols a scalar factor may depend on (it must be the same for every element of a row of the

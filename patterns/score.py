@@ -11,7 +11,19 @@ from dataclasses import dataclass
 import sympy
 from torch import fx
 
-from flashfuse.kernels.expr import Dot, Expr, Index, Load, Pointwise, Product, Reduce, Softmax, free_symbols, loads, pointwise
+from flashfuse.kernels.expr import (
+    Dot,
+    Expr,
+    Index,
+    Load,
+    Pointwise,
+    Product,
+    Reduce,
+    Softmax,
+    free_symbols,
+    loads,
+    pointwise,
+)
 from flashfuse.patterns.graph import name_of
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.refusal import Refused
@@ -59,7 +71,9 @@ def _with_product(
     return expr
 
 
-def _through(lifter: Lifter, load: Load, j: sympy.Symbol, leads: set[fx.Node], found: list[tuple[Dot, fx.Node]]) -> Expr:
+def _through(
+    lifter: Lifter, load: Load, j: sympy.Symbol, leads: set[fx.Node], found: list[tuple[Dot, fx.Node]]
+) -> Expr:
     """Behind a load, unless what lies there is not a query-key product: then the load is one of the score's own tensors."""
     assert isinstance(load.tensor, fx.Node)
     before = len(found)
@@ -69,7 +83,9 @@ def _through(lifter: Lifter, load: Load, j: sympy.Symbol, leads: set[fx.Node], f
         if before:
             return load
         label = name_of(error.node or load.tensor)
-        raise Refused("unknown-operator", f"`{label}` between the product and the softmax {error.reason}", load.tensor) from error
+        raise Refused(
+            "unknown-operator", f"`{label}` between the product and the softmax {error.reason}", load.tensor
+        ) from error
     except NotAProduct:
         del found[before:]
         return load
@@ -115,4 +131,8 @@ def _opened(lifter: Lifter, load: Load, i_symbols: frozenset[sympy.Symbol], j: s
 
 
 def _is_program(expr: Expr) -> bool:
-    return all(_is_program(c) for c in expr.children) if isinstance(expr, Pointwise) else isinstance(expr, (Load, Index)) or not expr.children
+    return (
+        all(_is_program(c) for c in expr.children)
+        if isinstance(expr, Pointwise)
+        else isinstance(expr, (Load, Index)) or not expr.children
+    )

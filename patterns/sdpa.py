@@ -17,7 +17,13 @@ from flashfuse.patterns.lift import NODE_ROWS, CannotLift, NodeView
 from flashfuse.patterns.refusal import Refused
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_DEFAULTS: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+_DEFAULTS: dict[str, Any] = {
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
 
 
 def lift_sdpa(view: NodeView, position: Indices) -> Expr:
@@ -37,7 +43,13 @@ def lift_sdpa(view: NodeView, position: Indices) -> Expr:
 
     product = Dot(q.dtype, at("query", tuple(batch), i, r), at("key", heads, j, r), r, head_dim)
     scale = given["scale"]
-    factor = _default_scale(view, head_dim) if scale is None else view.number(value(scale) if isinstance(scale, fx.Node) else scale, scale if isinstance(scale, fx.Node) else None)
+    factor = (
+        _default_scale(view, head_dim)
+        if scale is None
+        else view.number(
+            value(scale) if isinstance(scale, fx.Node) else scale, scale if isinstance(scale, fx.Node) else None
+        )
+    )
     score = pointwise("mul", product, factor, dtype=q.dtype)
     if given["is_causal"]:
         score = _masked(pointwise("le", index(j), index(i)), score)
@@ -65,7 +77,9 @@ def _masked(mask: Expr, score: Expr) -> Expr:
     return pointwise("where", mask, score, Const(score.dtype, -math.inf), dtype=score.dtype)
 
 
-def _kv_heads(view: NodeView, batch: Indices, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grouped: bool) -> Indices:
+def _kv_heads(
+    view: NodeView, batch: Indices, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grouped: bool
+) -> Indices:
     """Batch position in k and v; under enable_gqa query head h reads key/value head h // (heads / kv_heads)."""
     if not grouped or not batch:
         return batch
@@ -73,7 +87,6 @@ def _kv_heads(view: NodeView, batch: Indices, q: torch.Tensor, k: torch.Tensor, 
     if groups is None or k.shape[-3] != v.shape[-3]:
         raise CannotLift(view.node, "has key/value heads that do not divide the query heads")
     return (*batch[:-1], divide(batch[-1], groups, view.ranges)[0])
-
 
 
 NODE_ROWS[F.scaled_dot_product_attention] = lift_sdpa

@@ -96,7 +96,9 @@ def trace(graph: Graph, node: fx.Node) -> Trace:
     recorder = _Recorder(set(inputs))
     try:
         with _as_traced(graph, node), recorder:
-            result = getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
+            result = (
+                getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
+            )
     except Exception as error:
         raise CannotTrace(f"{type(error).__name__}: {error}") from error
     _check_same(result, value(node), node)

@@ -144,5 +144,3 @@ def _divide_offset(offset: sympy.Expr, block: sympy.Expr) -> tuple[sympy.Expr, s
 
 def _expression(coefficients: Mapping[sympy.Symbol, sympy.Expr], offset: sympy.Expr) -> sympy.Expr:
     return sympy.Add(offset, *(c * a for a, c in coefficients.items()))
-
-

@@ -5,6 +5,7 @@ import math
 import pytest
 import sympy
 import torch
+
 from flashfuse.kernels.expr import (
     FALSE,
     OPS,

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-
-from tests.kernels.attention_cases import Call, make_call
-from tests.numerics import assert_close_to_exact
+from attention_cases import Call, make_call
+from numerics import assert_close_to_exact
 
 triton = pytest.importorskip("triton")
 

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from flashfuse.kernels import ops
-from flashfuse.kernels.tiled import attention_tiled
+from attention_cases import Call, make_call
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tests.kernels.attention_cases import Call, make_call
+from flashfuse.kernels import ops
+from flashfuse.kernels.tiled import attention_tiled
 
 CAUSAL = "where(kv_idx <= q_idx, qk * 0.3, -inf)"
 attention = torch.ops.flashfuse.attention

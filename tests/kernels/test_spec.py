@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._sympy.functions import FloorDiv, Mod
+
 from flashfuse.kernels.expr import Const, Pointwise, const, pointwise
 from flashfuse.kernels.spec import Q_IDX, AttentionSpec, batch_symbol, index_text, parse, size_symbol, to_text
-from torch.utils._sympy.functions import FloorDiv, Mod
 
 PROGRAMS = (
     "qk",

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from attention_cases import Call, make_call
+from numerics import assert_close_to_exact
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from flashfuse.kernels import flash_cpu, tiled
 from flashfuse.kernels.spec import parse
 from flashfuse.kernels.tiled import attention_tiled
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from tests.kernels.attention_cases import Call, make_call
-from tests.numerics import assert_close_to_exact
 
 FP32_MIN = torch.finfo(torch.float32).min
 FP16_MIN = torch.finfo(torch.float16).min

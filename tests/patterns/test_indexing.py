@@ -47,7 +47,10 @@ def test_reshape_agrees_with_row_major_order(seed: int) -> None:
     generator = random.Random(seed)
     n = generator.choice([24, 36, 60, 64])
     shape, source = factorizations(n, generator), factorizations(n, generator)
-    symbols = [sympy.Integer(0) if s == 1 else sympy.Symbol(f"x{d}", integer=True, nonnegative=True) for d, s in enumerate(shape)]
+    symbols = [
+        sympy.Integer(0) if s == 1 else sympy.Symbol(f"x{d}", integer=True, nonnegative=True)
+        for d, s in enumerate(shape)
+    ]
     ranges = {x: sympy.Integer(s) for x, s in zip(symbols, shape, strict=True) if isinstance(x, sympy.Symbol)}
     moved = reshape(symbols, sizes(*shape), sizes(*source), ranges)
     for flat, at in enumerate(itertools.product(*map(range, shape))):
@@ -62,7 +65,12 @@ def test_reshape_agrees_with_row_major_order(seed: int) -> None:
 
 def test_a_dimension_that_a_reshape_leaves_alone_keeps_its_index() -> None:
     ranges = {b: sympy.Integer(2), i: H, h: sympy.Integer(4), r: sympy.Integer(8)}
-    assert reshape((b, i, h * 8 + r), (sympy.Integer(2), H, sympy.Integer(32)), (sympy.Integer(2), H, sympy.Integer(4), sympy.Integer(8)), ranges) == (b, i, h, r)
+    assert reshape(
+        (b, i, h * 8 + r),
+        (sympy.Integer(2), H, sympy.Integer(32)),
+        (sympy.Integer(2), H, sympy.Integer(4), sympy.Integer(8)),
+        ranges,
+    ) == (b, i, h, r)
 
 
 def test_radix_of_folded_axes() -> None:

@@ -16,7 +16,11 @@ GROUPS = 2
 
 
 def qkv(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    return torch.randn(B, H, S, D, dtype=dtype), torch.randn(B, H, T, D, dtype=dtype), torch.randn(B, H, T, E, dtype=dtype)
+    return (
+        torch.randn(B, H, S, D, dtype=dtype),
+        torch.randn(B, H, T, D, dtype=dtype),
+        torch.randn(B, H, T, E, dtype=dtype),
+    )
 
 
 def plain(q: Any, k: Any, v: Any) -> Any:
@@ -152,7 +156,9 @@ def test_tiled_heads_are_another_grouping() -> None:
 
 def test_multi_query_heads() -> None:
     q, k, v = torch.randn(B, H, S, D), torch.randn(B, T, D), torch.randn(B, T, E)
-    site = only_site(lambda q, k, v: torch.einsum("bhij,bjd->bhid", torch.einsum("bhid,bjd->bhij", q, k).softmax(-1), v), q, k, v)
+    site = only_site(
+        lambda q, k, v: torch.einsum("bhij,bjd->bhid", torch.einsum("bhid,bjd->bhij", q, k).softmax(-1), v), q, k, v
+    )
     assert site.batch == (B, H)
     assert not site.k.moves_along(1)
     assert not site.v.moves_along(1)
@@ -231,7 +237,11 @@ def test_masks_from_outside_keep_their_broadcast_shape(shape: tuple[int, ...]) -
 
 
 def test_boolean_mask_argument() -> None:
-    site = only_site(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m), *qkv(), torch.ones(B, 1, S, T, dtype=torch.bool))
+    site = only_site(
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m),
+        *qkv(),
+        torch.ones(B, 1, S, T, dtype=torch.bool),
+    )
     assert score_of(site.spec) == f"where(t0[n0, 0, q_idx, kv_idx], (qk * {1 / math.sqrt(D)!r}), -inf)"
     assert site.spec.empty_row == "zero"
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from flashfuse.kernels.reference import attention_reference
 from flashfuse.kernels.spec import AttentionSpec, parse
 
