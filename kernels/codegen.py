@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ Guards = tuple[Expr, ...]
 class ScoreProgram:
     """The compiled-in part of one attention.
 
-    score_masked, score_full: tile of products -> tile of inner scores, for tiles that meet a mask or the end of the keys,
-        and for those that do not.
+    score_masked, score_full: tile of products -> tile of inner scores, for tiles that meet a mask or the end of the
+        keys, and for those that do not.
     kv_bounds: query tile -> (start, full_start, full_end, end), see `mask.KvRange`.
     scale: score = scale * inner score.
     fill_threshold: rows whose largest inner score is not above it must see the skipped keys; None when none ever must.
@@ -83,7 +83,7 @@ def _lowest(score: Expr, scale: float) -> float:
     """A fill that would overflow when divided by the scale became the smallest inner score; otherwise that, scaled."""
     smallest = torch.finfo(torch.float32).min * scale
     fills = (e.value for e in walk(score) if isinstance(e, Const) and math.isfinite(e.value))
-    return min(smallest, *fills)
+    return min([smallest, *fills])
 
 
 def _may_be_huge(expr: Expr) -> bool:

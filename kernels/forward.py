@@ -28,7 +28,7 @@ def attention_forward_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
-    """out[n, i, :] = sum_j exp(s_ij - lse_i) v[n, j, :],  lse_i = log(sum_j exp(s_ij)),  s_ij = score(q_i . k_j, n, i, j)
+    """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)),  s_ij = score(q_i . k_j, n, i, j)
 
     Operands have four batch axes (size 1 where the attention has fewer) and strides (n0, n1, n2, n3, row, column), 0 on
     axes they are shared over. One program computes BLOCK_Q rows of one batch position; LOG2_SCALE turns inner scores
@@ -146,9 +146,7 @@ def _attend(
     k = _load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     # [block_q, block_kv]
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
-    score = SCORE(
-        qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides
-    )
+    score = SCORE(qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides)
     if KEYS_END:
         score = tl.where(kv_idx[None, :] < kv_len, score, float("-inf"))
 
@@ -171,9 +169,7 @@ def _attend(
     # [block_kv, block_dv]
     v = _load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
     # [block_q, block_dv]
-    acc = tl.dot(
-        p.to(PROBS_DTYPE), v, acc * correction[:, None], input_precision=PRECISION, out_dtype=acc.dtype
-    )
+    acc = tl.dot(p.to(PROBS_DTYPE), v, acc * correction[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
     return acc, row_sum, new_max, new_shift
 
 

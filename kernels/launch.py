@@ -17,6 +17,7 @@ from flashfuse.kernels.expr import free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.spec import KV_IDX, MAX_BATCH_AXES, Q_IDX, AttentionSpec
+from flashfuse.kernels.tiled import attention_tiled
 
 LOG2_E = math.log2(math.e)
 
@@ -82,8 +83,8 @@ TABLE = (
     Row(256, 2, "cuda", 90, Launch(128, 32, 8, 2)),
     Row(512, 2, "cuda", 90, Launch(64, 32, 8, 2)),
     # Matrix instructions of one warp: query tile and accumulator share the registers.
-    Row(64, 2, "cuda", 80, Launch(128, 64, 4, 3)),
-    Row(64, 2, "cuda", 80, Launch(128, 64, 4, 2)),
+    Row(64, 2, "cuda", 80, Launch(128, 64, 8, 3)),
+    Row(64, 2, "cuda", 80, Launch(128, 64, 8, 2)),
     Row(128, 2, "cuda", 80, Launch(128, 64, 8, 2)),
     Row(128, 2, "cuda", 80, Launch(128, 32, 8, 2)),
     Row(256, 2, "cuda", 80, Launch(64, 64, 8, 2)),
@@ -99,13 +100,13 @@ TABLE = (
     Row(128, 4, "", 0, Launch(32, 32, 4, 2)),
     Row(128, 4, "", 0, Launch(32, 16, 4, 1)),
     Row(256, 4, "", 0, Launch(32, 16, 8, 1)),
-    Row(256, 8, "", 0, Launch(16, 16, 4, 1)),
+    Row(256, 4, "", 0, Launch(16, 16, 4, 1)),
     Row(512, 4, "", 0, Launch(16, 16, 8, 1)),
 )
 
 
-def choose_launch(device: Device, shape: Shape) -> Launch:
-    """The launch for a shape on a device. Short queries take fewer rows."""
+def choose_launch(device: Device, shape: Shape) -> Launch | None:
+    """The launch for a shape on a device, None where no tile fits. Short queries take fewer rows."""
     rows = max(16, triton.next_power_of_2(shape.q_len))
     for row in TABLE:
         launch = replace(row.launch, block_q=min(row.launch.block_q, rows))
@@ -117,11 +118,7 @@ def choose_launch(device: Device, shape: Shape) -> Launch:
             and launch.shared_bytes(shape) <= device.shared_bytes
         ):
             return launch
-    raise NoLaunchError(f"no tile of {shape} fits {device}")
-
-
-class NoLaunchError(RuntimeError):
-    """An attention that no row of the launch table can run."""
+    return None
 
 
 @functools.cache
@@ -129,17 +126,16 @@ def device_of(index: int | None) -> Device:
     """The device's properties; None is the interpreter, which has no limits of its own."""
     if index is None:
         return Device("cuda", 80, 1 << 30)
-    properties = torch.cuda.get_device_properties(index)
+    shared_bytes = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     if torch.version.hip is not None:
-        return Device("hip", 0, properties.shared_memory_per_block)
-    return Device("cuda", properties.major * 10 + properties.minor, properties.shared_memory_per_block_optin)
+        return Device("hip", 0, shared_bytes)
+    major, minor = torch.cuda.get_device_capability(index)
+    return Device("cuda", 10 * major + minor, shared_bytes)
 
 
 @functools.lru_cache(maxsize=4096)
-def constants(
-    spec: AttentionSpec, head_dim: int, value_dim: int, precision: str, launch: Launch
-) -> Mapping[str, Any]:
-    """The compile-time arguments of the kernel, apart from its tile sizes."""
+def constants(spec: AttentionSpec, head_dim: int, value_dim: int, precision: str, launch: Launch) -> Mapping[str, Any]:
+    """The compile-time arguments and options of the kernel."""
     program = load_program(spec)
     return {
         "SCORE_MASKED": program.score_masked,
@@ -177,7 +173,7 @@ def shape_of(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int) -> 
 
 
 @functools.lru_cache(maxsize=4096)
-def _launch(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int, device: int | None) -> Launch:
+def _launch(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int, device: int | None) -> Launch | None:
     return choose_launch(device_of(device), shape_of(spec, q_len, head_dim, value_dim))
 
 
@@ -209,6 +205,9 @@ def attention_forward(
 
     The arguments are the operator's, already validated. `launch` overrides the table, for searching.
     """
+    if spec.compute_dtype == torch.float64:
+        # Triton 3.6 aborts the process on some float64 products.
+        return attention_tiled(spec, q, k, v, captured, sizes)
     out, lse = empty_output(spec, q, v, sizes)
     (q_len, head_dim), (kv_len, value_dim) = q.shape[-2:], v.shape[-2:]
     batch = tuple(sizes[: spec.batch_axes])
@@ -220,6 +219,8 @@ def attention_forward(
     precision = _precision(spec)
     if launch is None:
         launch = _launch(spec, q_len, head_dim, value_dim, q.device.index if q.is_cuda else None)
+    if launch is None:
+        return attention_tiled(spec, q, k, v, captured, sizes)
     grid = (math.prod(batch) * -(-q_len // launch.block_q),)
     arguments = (
         q, k, v, out, lse,

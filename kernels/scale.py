@@ -16,8 +16,8 @@ from flashfuse.kernels.expr import Const, Expr, Pointwise, pointwise
 def peel_scale(score: Expr) -> tuple[float, Expr]:
     """(scale, inner) with score = scale * inner; (1.0, score) where no common factor stands out.
 
-    Every branch and addend must hold the factor or be a constant. A finite constant is divided by it and kept finite, so
-    a fill of finfo.min stays the smallest number and not minus infinity.
+    Every branch and addend must hold the factor or be a constant. A finite constant is divided by it and kept finite,
+    so a fill of finfo.min stays the smallest number and not minus infinity.
     """
     scale = _factor(score)
     if scale is None or scale == 1.0:

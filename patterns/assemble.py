@@ -14,7 +14,8 @@ from flashfuse.kernels.spec import KV_IDX, KV_LEN, MAX_BATCH_AXES, Q_IDX, Q_LEN,
 from flashfuse.patterns.axes import fold, folds, radix, resimplify, substituted
 from flashfuse.patterns.graph import location, name_of, tensor, value
 from flashfuse.patterns.indexing import Indices
-from flashfuse.patterns.lift import Lifter
+from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.normaliser import open_up
 from flashfuse.patterns.operand import Reading, exactly_promotes, readings, sizes_of
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score
@@ -47,6 +48,8 @@ def assemble(
     roles = _roles(node, position, values, value_side, score)
     q_side, k_side = score.dot.lhs, score.dot.rhs
     shared = free_symbols(q_side) & free_symbols(k_side) - {roles.r}
+    _check_plain(lifter, q_side, k_side, roles, node)
+    _check_plain(lifter, k_side, q_side, roles, node)
     dtype = score.dot.dtype
     options = (
         _options(lifter, q_side, shared, dtype, node, "queries", True),
@@ -106,6 +109,20 @@ def _check_types(node: fx.Node, values: Dot, score: Score) -> None:
             raise Refused("dtype", f"attention is computed in {dot.dtype}, which the kernels do not take", node)
     if (values.dtype == torch.float64) != (score.dot.dtype == torch.float64):
         raise Refused("dtype", "one product is computed in float64 and the other is not", node)
+
+
+def _check_plain(lifter: Lifter, side: Expr, other: Expr, roles: Roles, node: fx.Node) -> None:
+    """Refuse an operand that is itself a matrix of scores: a product pairing the keys with an axis the other side lacks."""
+    try:
+        inner = open_up(lifter, side)
+    except CannotLift:
+        return
+    if not isinstance(inner, Dot):
+        return
+    for x, y in ((inner.lhs, inner.rhs), (inner.rhs, inner.lhs)):
+        paired = free_symbols(y) - free_symbols(x) - free_symbols(other) - {roles.r}
+        if roles.j in free_symbols(x) and paired:
+            raise Refused("head-mixing", "the scores are mixed across heads before the softmax", node)
 
 
 def _roles(node: fx.Node, position: Indices, values: Dot, value_side: Expr, score: Score) -> Roles:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import flashfuse.patterns.aten
 import flashfuse.patterns.sdpa  # noqa: F401
-from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise, Softmax, substitute
+from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise, Softmax, free_symbols, substitute
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.graph import Graph, location, mutated_inputs, name_of, shape, tensor, value
 from flashfuse.patterns.lift import CannotLift, Lifter
@@ -67,21 +68,29 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
 
 
 def _upstream(graph: Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, frozenset[fx.Node]]]:
-    """For every node a product of activations behind it, and the normalisers behind it, without crossing another product."""
+    """For every node a product of activations behind it, and the normalisers behind it, without crossing another product.
+
+    A layer with weights ends both, except that it may mix raw scores (talking heads); a product with values is not one.
+    """
     products: dict[fx.Node, fx.Node] = {}
+    values: set[fx.Node] = set()
     normalisers: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.nodes:
         name = name_of(node)
-        if name in _WEIGHTED or node.op in ("placeholder", "get_attr", "output"):
-            continue
-        if name in _CONTRACTIONS or name in _WHOLE:
-            products[node] = node
+        if node.op in ("placeholder", "get_attr", "output"):
             continue
         inputs = node.all_input_nodes
-        behind = next((products[n] for n in inputs if n in products), None)
-        if behind is not None:
-            products[node] = behind
         seeds = frozenset().union(*(normalisers.get(n, frozenset()) for n in inputs))
+        if name in _CONTRACTIONS or name in _WHOLE:
+            products[node] = node
+            if seeds or name in _WHOLE:
+                values.add(node)
+            continue
+        behind = next((products[n] for n in inputs if n in products), None)
+        if behind is not None and not (name in _WEIGHTED and behind in values):
+            products[node] = behind
+        if name in _WEIGHTED:
+            continue
         if name in _NORMALISERS and not seeds:
             seeds = frozenset((node,))
         if seeds:
@@ -125,6 +134,8 @@ def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite 
     out = tensor(node)
     if out is None:
         return None
+    if free_unbacked_symbols([tensor(n) for n in (node, *node.all_input_nodes)]):
+        raise Refused("data-dependent-shape", "a length depends on data, so it is not known even as a symbol", node)
     position = lifter.position(shape(out), "o")
     try:
         expr = lifter.expand(lifter.load(node, position))
@@ -141,12 +152,32 @@ def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite 
             continue
         if softmax is None:
             continue
+        if softmax.at != expr.axis:
+            problems.append(_wrong_axis(lifter, softmax, expr.axis, leads, node))
+            continue
         score = _score(lifter, softmax, expr.axis, leads, node)
         chain = _private_chain(lifter.graph, score.node, node) if score.node is not node else ()
-        return assemble(lifter, node, position, expr, value_side, softmax, score, chain)
+        site = assemble(lifter, node, position, expr, value_side, softmax, score, chain)
+        for used in (*site.captured, site.q.node, site.k.node, site.v.node):
+            if used in chain:
+                raise Refused("row-dependent", f"the scores are needed as a whole by `{name_of(used)}`", used)
+        return site
     if problems:
         raise problems[0]
     return None
+
+
+def _wrong_axis(lifter: Lifter, softmax: Softmax, contracted: sympy.Symbol, leads: set[fx.Node], node: fx.Node) -> Refused:
+    """Why a product over another axis than the softmax's is no attention: rows, or heads, are mixed."""
+    try:
+        dot = find_score(lifter, softmax.arg, softmax.axis, leads, node).dot
+    except Refused as error:
+        if error.code != "no-product":
+            return error
+    else:
+        if contracted in free_symbols(dot.lhs) and contracted in free_symbols(dot.rhs):
+            return Refused("head-mixing", f"`{name_of(node)}` mixes the probabilities across heads", node)
+    return Refused("softmax-axis", "the softmax is not over the axis that is multiplied with the values")
 
 
 def _find_softmax(lifter: Lifter, expr: Expr, j: sympy.Symbol) -> Softmax | None:
@@ -155,8 +186,6 @@ def _find_softmax(lifter: Lifter, expr: Expr, j: sympy.Symbol) -> Softmax | None
     while True:
         match expr:
             case Softmax():
-                if expr.at != j:
-                    raise Refused("softmax-axis", "the softmax is not over the axis that is multiplied with the values", passed)
                 return expr
             case Pointwise():
                 found = as_softmax(lifter, expr)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import sympy
 from torch import fx
 
-from flashfuse.kernels.expr import Dot, Expr, Index, Load, Pointwise, Product, free_symbols, loads, pointwise
+from flashfuse.kernels.expr import Dot, Expr, Index, Load, Pointwise, Product, Reduce, Softmax, free_symbols, loads, pointwise
+from flashfuse.patterns.graph import name_of
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.refusal import Refused
 
@@ -53,23 +54,25 @@ def _with_product(
             return pointwise(expr.op, *args, dtype=expr.dtype)
         case Load() if expr.tensor in leads and j in free_symbols(expr):
             return _through(lifter, expr, j, leads, found)
+        case Softmax() | Reduce():
+            raise Refused("row-dependent", "a score depends on other scores of its row or column", node)
     return expr
 
 
 def _through(lifter: Lifter, load: Load, j: sympy.Symbol, leads: set[fx.Node], found: list[tuple[Dot, fx.Node]]) -> Expr:
     """Behind a load, unless what lies there is not a query-key product: then the load is one of the score's own tensors."""
     assert isinstance(load.tensor, fx.Node)
-    inside: list[tuple[Dot, fx.Node]] = []
+    before = len(found)
     try:
-        expr = _with_product(lifter, lifter.expand(load), j, leads, inside, load.tensor)
+        return _with_product(lifter, lifter.expand(load), j, leads, found, load.tensor)
     except CannotLift as error:
-        if found:
+        if before:
             return load
-        raise Refused("unknown-operator", f"`{_label(error.node or load.tensor)}` between the product and the softmax {error.reason}", load.tensor) from error
+        label = name_of(error.node or load.tensor)
+        raise Refused("unknown-operator", f"`{label}` between the product and the softmax {error.reason}", load.tensor) from error
     except NotAProduct:
+        del found[before:]
         return load
-    found += inside
-    return expr
 
 
 class NotAProduct(Exception):
@@ -80,9 +83,12 @@ def _product(dot: Dot, j: sympy.Symbol, found: list[tuple[Dot, fx.Node]], node: 
     left, right = j in free_symbols(dot.lhs), j in free_symbols(dot.rhs)
     if left == right:
         raise NotAProduct
-    slot = len(found)
-    found.append((dot if right else Dot(dot.dtype, dot.rhs, dot.lhs, dot.axis, dot.extent), node))
-    return Product(dot.dtype, slot)
+    dot = dot if right else Dot(dot.dtype, dot.rhs, dot.lhs, dot.axis, dot.extent)
+    known = [d for d, _ in found]
+    if dot not in known:
+        found.append((dot, node))
+        known.append(dot)
+    return Product(dot.dtype, known.index(dot))
 
 
 def _with_program(lifter: Lifter, expr: Expr, i_symbols: frozenset[sympy.Symbol], j: sympy.Symbol) -> Expr:
@@ -110,11 +116,3 @@ def _opened(lifter: Lifter, load: Load, i_symbols: frozenset[sympy.Symbol], j: s
 
 def _is_program(expr: Expr) -> bool:
     return all(_is_program(c) for c in expr.children) if isinstance(expr, Pointwise) else isinstance(expr, (Load, Index)) or not expr.children
-
-
-def _label(node: fx.Node | str) -> str:
-    from flashfuse.patterns.graph import name_of
-
-    return name_of(node) if isinstance(node, fx.Node) else str(node)
-
-

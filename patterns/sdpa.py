@@ -14,6 +14,7 @@ from flashfuse.kernels.expr import Const, Dot, Expr, Softmax, index, pointwise
 from flashfuse.patterns.graph import shape, tensor, to_sympy, value
 from flashfuse.patterns.indexing import Indices, divide, quotient
 from flashfuse.patterns.lift import NODE_ROWS, CannotLift, NodeView
+from flashfuse.patterns.refusal import Refused
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
@@ -24,7 +25,7 @@ def lift_sdpa(view: NodeView, position: Indices) -> Expr:
     given = _DEFAULTS | dict(zip(_NAMES, view.node.args, strict=False)) | view.node.kwargs
     dropout = given["dropout_p"]
     if not isinstance(dropout, (int, float)) or dropout != 0:
-        raise CannotLift(view.node, "drops probabilities at random (dropout_p > 0)")
+        raise Refused("dropout", "probabilities are dropped at random, which needs the training kernels", view.node)
     q, k, v = (_operand(view, given[name]) for name in ("query", "key", "value"))
     *batch, i, d = position
     kv_len, head_dim = shape(k)[-2], shape(q)[-1]

@@ -1,0 +1,1 @@
+"""Measurements against other implementations, each in one process and interleaved with its peers."""

@@ -1,0 +1,116 @@
+"""Generated score programs: the scale taken out, what is loaded and where, files and names."""
+
+import math
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+from torch.utils._sympy.functions import FloorDiv, Mod
+
+from flashfuse.kernels.scale import peel_scale
+from flashfuse.kernels.spec import KV_IDX, AttentionSpec, parse, size_symbol, to_text
+
+pytest.importorskip("triton")
+
+from flashfuse.kernels.codegen import generate, index_source, load_program
+
+MIN = torch.finfo(torch.float32).min
+
+
+def make_spec(score: str, *captured: torch.dtype, num_sizes: int = 0) -> AttentionSpec:
+    f32 = torch.float32
+    return AttentionSpec(2, parse(score, captured), captured, num_sizes, f32, f32, f32, "nan", (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("score", "scale", "inner"),
+    [
+        ("qk", 1.0, "qk"),
+        ("qk * 0.125", 0.125, "qk"),
+        ("qk / 8.0", 0.125, "qk"),
+        ("(qk * 0.5) * 0.25", 0.125, "qk"),
+        ("where(kv_idx <= q_idx, qk * 0.125, -inf)", 0.125, "where(kv_idx <= q_idx, qk, -inf)"),
+        ("where(kv_idx <= q_idx, qk * 0.5, -100.0)", 0.5, "where(kv_idx <= q_idx, qk, -200.0)"),
+        (f"qk * 0.125 + where(t0[kv_idx], 0.0, {MIN!r})", 0.125, f"qk + where(t0[kv_idx], 0.0, {MIN!r})"),
+        ("tanh(qk * 0.02) * 50.0", 50.0, "tanh(qk * 0.02)"),
+        ("qk * 0.125 + t1[kv_idx]", 1.0, "qk * 0.125 + t1[kv_idx]"),
+        ("qk * -2.0", 1.0, "qk * -2.0"),
+    ],
+)
+def test_scale_is_taken_out(score: str, scale: float, inner: str) -> None:
+    captured = (torch.bool, torch.float32)
+    found, rest = peel_scale(parse(score, captured))
+    assert found == scale
+    assert to_text(rest) == to_text(parse(inner, captured))
+
+
+def test_plain_program_returns_the_product() -> None:
+    _, source = generate(make_spec("where(kv_idx <= q_idx, qk * 0.125, -inf)"))
+    full = source[source.index("def score_full") : source.index("def kv_bounds")]
+    assert "return qk" in full
+    assert 'return tl.where((kv_idx <= q_idx), qk, float("-inf"))' in source
+
+
+def test_full_tiles_load_without_masks() -> None:
+    """Behind the last key only masked tiles reach; the last query is repeated, so rows need no mask."""
+    _, source = generate(make_spec("qk + t0[n0, q_idx, kv_idx]", torch.float16))
+    masked, full = source.split("def score_full")
+    assert "mask=(kv_idx < kv_len)" in masked
+    assert "mask=" not in full
+    assert "n0.to(tl.int64) * strides[0][0] + q_idx.to(tl.int64) * strides[0][1] + kv_idx" in full
+
+
+def test_a_load_that_where_discards_is_masked() -> None:
+    _, source = generate(make_spec("qk + where(kv_idx < size0, t0[kv_idx], 0.0)", torch.float32, num_sizes=1))
+    assert "mask=(kv_idx < sizes[0])" in source.split("def score_full")[1]
+
+
+def test_shared_values_are_named_once() -> None:
+    _, source = generate(make_spec("max(qk + t0[kv_idx], -(qk + t0[kv_idx]))", torch.float32))
+    full = source.split("def score_full")[1]
+    assert full.count("tl.load") == 1
+
+
+class TowardsZero(int):
+    """An integer that divides as C, and so Triton, does."""
+
+    def __floordiv__(self, other: int) -> "TowardsZero":
+        return TowardsZero(math.trunc(int(self) / int(other)))
+
+    def __mod__(self, other: int) -> "TowardsZero":
+        return TowardsZero(math.fmod(int(self), int(other)))
+
+    def __add__(self, other: int) -> "TowardsZero":
+        return TowardsZero(int(self) + int(other))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: int) -> "TowardsZero":
+        return TowardsZero(int(self) - int(other))
+
+
+@pytest.mark.parametrize("kv", [0, 5, 8, 9, 16])
+def test_division_rounds_down(kv: int) -> None:
+    values = {"kv_idx": TowardsZero(kv)}
+    four = sympy.Integer(4)
+    assert eval(index_source(FloorDiv(KV_IDX - 9, four)), values) == (kv - 9) // 4
+    assert eval(index_source(Mod(KV_IDX - 9, four)), values) == (kv - 9) % 4
+    assert index_source(FloorDiv(KV_IDX, size_symbol(0))) == "(kv_idx // sizes[0])"
+
+
+def test_each_spec_has_its_own_file_and_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FLASHFUSE_CACHE_DIR", str(tmp_path))
+    programs = [load_program(make_spec(f"where(kv_idx <= q_idx + {n}, qk, -inf)")) for n in (11, 12)]
+    assert len({p.path for p in programs}) == len({p.score_masked.fn.__name__ for p in programs}) == 2
+    assert all(p.path.parent == tmp_path for p in programs)
+    assert sorted(tmp_path.iterdir()) == sorted(p.path for p in programs)
+
+
+def test_properties_the_kernel_is_compiled_for() -> None:
+    causal = load_program(make_spec("where(kv_idx <= q_idx, qk * 0.5, -inf)"))
+    assert (causal.scale, causal.fill_threshold, causal.huge_scores, causal.longest_first) == (0.5, None, False, True)
+    filled = load_program(make_spec(f"where(kv_idx <= q_idx, qk * 0.5, {MIN!r})"))
+    assert (filled.fill_threshold, filled.huge_scores, filled.lowest) == (MIN / 2, True, MIN)
+    moderate = load_program(make_spec("where(kv_idx <= q_idx, qk * 0.5, -10000.0)"))
+    assert (moderate.fill_threshold, moderate.huge_scores) == (-20000.0 + 256.0, False)

@@ -1,0 +1,161 @@
+"""The Triton forward kernel at small odd sizes: on a GPU where there is one, otherwise in Triton's interpreter.
+
+The interpreter is chosen when triton is imported, so without a GPU these tests run in a process of their own, which
+test_interpreter.py starts.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.attention_cases import Call, make_call
+from tests.numerics import assert_close_to_exact
+
+triton = pytest.importorskip("triton")
+
+from flashfuse.kernels import launch as launcher  # noqa: E402
+from flashfuse.kernels.launch import Launch, attention_forward  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a GPU or TRITON_INTERPRET=1; test_interpreter.py runs them",
+)
+
+FP32_MIN = torch.finfo(torch.float32).min
+CAUSAL = "where(kv_idx <= q_idx, qk * 0.3, -inf)"
+# Tiles so small that small tensors have many.
+TILES = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=2)
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An element that the kernel does not write stays NaN."""
+    allocate = launcher.empty_output
+    monkeypatch.setattr(launcher, "empty_output", lambda *args: tuple(x.fill_(torch.nan) for x in allocate(*args)))
+
+
+def check(call: Call, launch: Launch | None = TILES) -> tuple[torch.Tensor, torch.Tensor]:
+    exact, eager = call.exact(), call.eager()
+    arguments: list[Any] = [x.to(DEVICE) for x in (call.q, call.k, call.v)]
+    captured = [c.to(DEVICE) for c in call.captured]
+    out, lse = attention_forward(call.spec, *arguments, captured, call.sizes, launch)
+    assert (out.dtype, lse.dtype) == (call.spec.out_dtype, call.spec.compute_dtype)
+    assert_close_to_exact(out, eager[0], exact[0])
+    assert_close_to_exact(lse, eager[1], exact[1])
+    return out, lse
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+PROGRAMS = {
+    "plain": ("qk", []),
+    "scaled": ("qk * 0.3", []),
+    "causal": (CAUSAL, []),
+    "bottom-right": ("where(kv_idx <= q_idx + (kv_len - q_len), qk, -inf)", []),
+    "window": ("where((kv_idx <= q_idx) & (kv_idx > q_idx - 9), qk * 0.3, -inf)", []),
+    "dilated": ("where((q_idx - kv_idx) % 3 == 0, qk, -inf)", []),
+    "chunked": ("where((kv_idx <= q_idx) & (kv_idx // 8 == q_idx // 8), qk, -inf)", []),
+    "alibi": ("qk * 0.3 + to_float(kv_idx - q_idx) * t0[n1]", [noise(3)]),
+    "softcap": ("where(kv_idx <= q_idx, tanh(qk * 0.1) * 5.0, -inf)", []),
+    "bias": ("qk * 0.3 + t0[n0, n1, q_idx, kv_idx]", [noise(2, 3, 45, 37)]),
+    "causal-bias": ("where(kv_idx <= q_idx, qk + t0[0, n1, q_idx, kv_idx], -inf)", [noise(1, 3, 45, 37)]),
+    "bias-table": ("qk + t0[q_idx - kv_idx + (kv_len - 1), n1]", [noise(81, 3, dtype=torch.float16)]),
+    "scalar": ("qk * t0[()]", [torch.tensor(0.7)]),
+    "padding": (f"where(t0[n0, kv_idx], qk * 0.3, {FP32_MIN!r})", [noise(2, 37) < 0.5]),
+    "documents": ("where(t0[kv_idx] == t0[kv_idx * 0], qk, -inf)", [torch.arange(37) // 20]),
+    "concatenated": ("qk + where(kv_idx < 20, t0[kv_idx], t1[kv_idx - 20])", [noise(20), noise(17)]),
+    "constant": ("0.5", []),
+    "no-product": ("t0[kv_idx]", [noise(37)]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs(name: str, dtype: torch.dtype) -> None:
+    score, captured = PROGRAMS[name]
+    check(make_call(score, (2, 3, 45, 20), 37, value_dim=12, captured=captured, dtype=dtype))
+
+
+@pytest.mark.parametrize("fill", ["-inf", repr(FP32_MIN), "-10000.0"])
+@pytest.mark.parametrize("empty_row", ["nan", "zero"])
+def test_rows_without_a_key(fill: str, empty_row: str) -> None:
+    """-inf gives NaN or zeros, a finite fill the average over all keys, those of skipped tiles included."""
+    score = f"where((kv_idx <= q_idx - 20) & (kv_idx > q_idx - 30), qk * 0.1, {fill})"
+    out, _ = check(make_call(score, (1, 2, 70, 16), 50, empty_row=empty_row))
+    if fill == "-inf":
+        assert out[0, 0, 0].isnan().all() if empty_row == "nan" else (out[0, 0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 7.0])
+def test_additive_minimum_never_overflows(scale: float) -> None:
+    """Neither the scale nor log2(e) may turn finfo.min into minus infinity: such a row averages over all keys."""
+    check(make_call(f"qk * {scale} + where(kv_idx <= q_idx - 20, 0.0, {FP32_MIN!r})", (1, 1, 40, 16), 33))
+
+
+@pytest.mark.parametrize("kind", ["additive", "filled", "bias"])
+def test_minimum_from_a_captured_tensor(kind: str) -> None:
+    keep = noise(40, 33) < -1.0
+    keep[3] = False
+    bias = torch.where(keep, 0.0, FP32_MIN)
+    score = {"additive": f"qk + where(t0[q_idx, kv_idx], 0.0, {FP32_MIN!r})", "bias": "qk + t0[q_idx, kv_idx]"}
+    text = score.get(kind, f"where(t0[q_idx, kv_idx], qk * 0.1, {FP32_MIN!r})")
+    check(make_call(text, (1, 1, 40, 16), 33, captured=[bias if kind == "bias" else keep]))
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "kv_len", "k_batch", "v_batch"),
+    [
+        ((17, 16), 9, (), ()),
+        ((3, 17, 16), 9, (1,), (3,)),
+        ((2, 2, 3, 17, 16), 9, (2, 2, 1), (2, 2, 1)),
+        ((2, 1, 2, 3, 17, 16), 9, (1, 1, 2, 3), (2, 1, 1, 1)),
+        ((2, 3, 1, 16), 40, None, None),
+        ((2, 3, 40, 16), 1, None, None),
+        ((0, 3, 40, 16), 5, None, None),
+        ((2, 3, 0, 16), 5, None, None),
+    ],
+)
+def test_batch_axes_and_lengths(
+    q_shape: tuple[int, ...], kv_len: int, k_batch: tuple[int, ...] | None, v_batch: tuple[int, ...] | None
+) -> None:
+    check(make_call("qk * 0.3", q_shape, kv_len, k_batch=k_batch, v_batch=v_batch))
+
+
+def test_no_keys_give_zeros() -> None:
+    call = make_call("qk", (2, 5, 16), 0)
+    out, lse = attention_forward(call.spec, *(x.to(DEVICE) for x in (call.q, call.k, call.v)), [], call.sizes)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 3), (8, 40), (80, 16), (96, 96)])
+def test_head_dims(head_dim: int, value_dim: int) -> None:
+    check(make_call(CAUSAL, (2, 19, head_dim), 35, value_dim=value_dim, dtype=torch.float16))
+
+
+def test_strides_and_output_order() -> None:
+    """Keys stored transposed, values with heads innermost, every other query: nothing is copied."""
+    call = make_call(CAUSAL, (2, 3, 20, 16), 37, out_order=(0, 2, 1, 3))
+    q = torch.stack([call.q, call.q], dim=-2).flatten(-3, -2)[..., ::2, :]
+    k = call.k.mT.contiguous().mT
+    v = call.v.transpose(1, 2).contiguous().transpose(1, 2)
+    out, _ = check(Call(call.spec, q, k, v, [], call.sizes))
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_sizes_reach_the_program_and_its_bounds() -> None:
+    check(make_call("where(kv_idx < size0, qk, -inf)", (2, 20, 16), 40, sizes=[23]))
+
+
+def test_table_launch() -> None:
+    check(make_call(CAUSAL, (2, 200, 64), 150, dtype=torch.float16), launch=None)
+    check(make_call(CAUSAL, (2, 5, 64), 150, dtype=torch.float16), launch=None)
+
+
+def test_float64() -> None:
+    check(make_call(CAUSAL, (2, 20, 16), 37, dtype=torch.float64))

@@ -1,0 +1,185 @@
+"""What must be left alone is left alone, with a stable code, a sentence, and the user's own source line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import matched, only_refusal, only_site
+
+B, H, S, D = 2, 4, 6, 8
+
+
+def qkv() -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(B, H, S, D) for _ in range(3))
+
+
+def scores(q: Any, k: Any) -> Any:
+    return q @ k.transpose(-1, -2)
+
+
+def over_rows(q: Any, k: Any, v: Any) -> Any:
+    return scores(q, k).softmax(-2) @ v
+
+
+def over_heads(q: Any, k: Any, v: Any) -> Any:
+    return scores(q, k).softmax(1) @ v
+
+
+def probabilities_returned(q: Any, k: Any, v: Any) -> Any:
+    probs = scores(q, k).softmax(-1)
+    return probs @ v, probs
+
+
+def probabilities_summed(q: Any, k: Any, v: Any) -> Any:
+    probs = scores(q, k).softmax(-1)
+    return probs @ v + probs.sum(-1, keepdim=True)
+
+
+def scores_returned(q: Any, k: Any, v: Any) -> Any:
+    s = scores(q, k)
+    return s.softmax(-1) @ v, s
+
+
+def values_written_in_place(q: Any, k: Any, v: Any) -> Any:
+    v = v + 1
+    probs = scores(q, k.clone()).softmax(-1)
+    k = k.mul_(2)
+    return probs @ v + k.sum()
+
+
+def mask_written_in_place(q: Any, k: Any, v: Any) -> Any:
+    bias = q.new_zeros(S, S)
+    biased = scores(q, k) + bias.fill_(0.5)
+    bias.fill_(7.0)
+    return biased.softmax(-1) @ v
+
+
+def talking_heads_after(q: Any, k: Any, v: Any) -> Any:
+    probs = scores(q, k).softmax(-1)
+    mixed = torch.einsum("bhij,hg->bgij", probs, q.new_ones(H, H))
+    return mixed @ v
+
+
+def talking_heads_before(q: Any, k: Any, v: Any) -> Any:
+    mixed = F.linear(scores(q, k).permute(0, 2, 3, 1), q.new_ones(H, H)).permute(0, 3, 1, 2)
+    return mixed.softmax(-1) @ v
+
+
+def top_k(q: Any, k: Any, v: Any) -> Any:
+    s = scores(q, k)
+    kept = s.topk(3, dim=-1).values[..., -1:]
+    return s.masked_fill(s < kept, float("-inf")).softmax(-1) @ v
+
+
+def cumulative(q: Any, k: Any, v: Any) -> Any:
+    return scores(q, k).cumsum(-1).softmax(-1) @ v
+
+
+def twice_normalised(q: Any, k: Any, v: Any) -> Any:
+    return scores(q, k).softmax(-1).softmax(-1) @ v
+
+
+def drops_at_random(q: Any, k: Any, v: Any) -> Any:
+    return F.dropout(scores(q, k).softmax(-1), 0.5, training=True) @ v
+
+
+def functional_dropout(q: Any, k: Any, v: Any) -> Any:
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+
+
+def maximum_over_rows(q: Any, k: Any, v: Any) -> Any:
+    s = scores(q, k)
+    e = (s - s.amax(-2, keepdim=True)).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def values_averaged_by_head(q: Any, k: Any, v: Any) -> Any:
+    return scores(q, k).softmax(-1).mean(1)
+
+
+REFUSED = [
+    (over_rows, "softmax-axis", "softmax(-2)"),
+    (over_heads, "softmax-axis", "softmax(1)"),
+    (probabilities_returned, "probabilities-used", "softmax(-1)"),
+    (probabilities_summed, "probabilities-used", "probs.sum"),
+    (scores_returned, "scores-used", "return q @ k.transpose"),
+    (talking_heads_after, "head-mixing", "torch.einsum"),
+    (talking_heads_before, "head-mixing", "@ v"),
+    (top_k, "row-dependent", "topk"),
+    (cumulative, "unknown-operator", "cumsum"),
+    (twice_normalised, "row-dependent", "softmax(-1).softmax(-1)"),
+    (drops_at_random, "dropout", "F.dropout"),
+    (functional_dropout, "dropout", "scaled_dot_product_attention"),
+    (mask_written_in_place, "mutation", "bias.fill_(7.0)"),
+    (values_averaged_by_head, "no-value-product", "softmax(-1)"),
+]
+
+
+@pytest.mark.parametrize(("fn", "code", "line"), REFUSED, ids=lambda x: getattr(x, "__name__", None))
+def test_refused_with_reason_and_line(fn: Callable[..., Any], code: str, line: str) -> None:
+    refusal = only_refusal(fn, *qkv())
+    assert refusal.code == code, refusal
+    assert line in refusal.location.code
+    assert refusal.location.file == __file__
+    assert refusal.reason
+    assert refusal.reason[0].islower() or refusal.reason[0] == "`"
+
+
+def test_maximum_over_another_axis_is_not_a_softmax() -> None:
+    """exp(s - max over rows) / sum over columns: the shift differs along the summed axis and does not cancel."""
+    result = matched(maximum_over_rows, *qkv())
+    assert not result.sites
+
+
+def test_written_operand_is_read_where_it_still_holds() -> None:
+    """The keys are copied before they are overwritten, so the copy is the operand."""
+    site = only_site(values_written_in_place, *qkv())
+    assert site.k.node.name == "clone"
+
+
+def test_dead_probabilities_do_not_count() -> None:
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        probs = scores(q, k).softmax(-1)
+        _unused = probs.sum()
+        return probs @ v
+
+    only_site(fn, *qkv())
+
+
+def test_sizes_of_the_scores_do_not_count() -> None:
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        s = scores(q, k)
+        return (s * s.shape[-1] ** -0.5).softmax(-1) @ v
+
+    only_site(fn, *qkv(), dynamic=True)
+
+
+def test_data_dependent_length() -> None:
+    def fn(x: Any, keep: Any) -> Any:
+        kept = x[keep]
+        return (kept @ kept.T).softmax(-1) @ kept
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        refusal = only_refusal(fn, torch.randn(S, D), torch.tensor([True] * 3 + [False] * 3))
+    assert refusal.code == "data-dependent-shape"
+
+
+def test_training_waits_for_the_backward() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv())
+    refusal = only_refusal(lambda q, k, v: scores(q, k).softmax(-1) @ v, q, k, v)
+    assert refusal.code == "training"
+
+
+def test_no_softmax_over_products_is_no_attention_at_all() -> None:
+    """A router's softmax over a linear layer is not refused: there is nothing to refuse."""
+
+    def router(x: Any, w: Any, experts: Any) -> Any:
+        return torch.einsum("be,ebd->bd", F.linear(x, w).softmax(-1), experts)
+
+    result = matched(router, torch.randn(B, D), torch.randn(H, D), torch.randn(H, B, D))
+    assert not result.sites
+    assert not result.refusals
