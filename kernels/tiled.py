@@ -112,7 +112,8 @@ class _Rows:
         outer = slices(box[: problem.k.dim() - 2])
         pairs = math.prod(len(positions) for positions in box[: len(outer)])
         self.k, self.v = problem.k[outer], problem.v[outer]
-        self.q = problem.q[slices(box)].to(problem.spec.compute_dtype).reshape(pairs, -1, problem.q.shape[-1])
+        q = problem.q[slices(box)].to(problem.spec.compute_dtype)
+        self.q = q.reshape(pairs, math.prod(q.shape[:-1]) // pairs, q.shape[-1])
         self.max = self.q.new_full((*self.q.shape[:2], 1), -math.inf)
         self.sum = torch.zeros_like(self.max)
         self.acc = self.q.new_zeros((*self.q.shape[:2], self.v.shape[-1]))
