@@ -41,7 +41,8 @@ class ScoreProgram:
     kv_bounds: query tile -> (start, full_start, full_end, end), see `mask.KvRange`.
     scale: score = scale * inner score.
     fill_threshold: rows whose largest inner score is not above it must see the skipped keys; None when none ever must.
-    huge_scores: whether finite scores may be so large that multiplying them by log2(e) overflows.
+    huge_factor: a power of two for rows whose scores are so large that multiplying them by log2(e) overflows; None when
+        no row can be.
     lowest: the score that the smallest finite inner score stands for.
     longest_first: whether later query tiles have more keys to visit.
     path: the generated source.
@@ -52,7 +53,7 @@ class ScoreProgram:
     kv_bounds: Any
     scale: float
     fill_threshold: float | None
-    huge_scores: bool
+    huge_factor: float | None
     lowest: float
     longest_first: bool
     path: Path
@@ -72,11 +73,16 @@ def load_program(spec: AttentionSpec) -> ScoreProgram:
         kv_bounds=getattr(module, f"kv_bounds_{digest}"),
         scale=scale,
         fill_threshold=mask.fill_threshold(scale),
-        huge_scores=any(_may_be_huge(e) for e in walk(inner)),
+        huge_factor=_huge_factor(scale) if any(_may_be_huge(e) for e in walk(inner)) else None,
         lowest=_lowest(spec.score, scale),
         longest_first=any(line.slope > 0 for line in mask.upper),
         path=path,
     )
+
+
+def _huge_factor(scale: float) -> float:
+    """The largest power of two that is at most one half and at most scale * log2(e)."""
+    return 2.0 ** min(-1, math.floor(math.log2(scale * math.log2(math.e))))
 
 
 def _lowest(score: Expr, scale: float) -> float:

@@ -22,7 +22,7 @@ def attention_forward_kernel(
     q_strides, k_strides, v_strides, out_strides,
     batch, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_SCORES: tl.constexpr, LOWEST: tl.constexpr,
+    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -78,7 +78,7 @@ def attention_forward_kernel(
     for kv_start in tl.range(full_start, full_end, BLOCK_KV):
         acc, row_sum, row_max, row_shift = _attend(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, n0, n1, n2, n3, q_idx,
-            q_len, kv_len, sizes, captured, captured_strides, SCORE_FULL, False, LOG2_SCALE, HUGE_SCORES,
+            q_len, kv_len, sizes, captured, captured_strides, SCORE_FULL, False, LOG2_SCALE, HUGE_FACTOR,
             PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
@@ -88,7 +88,7 @@ def attention_forward_kernel(
         kv_start = tl.where(i < tiles_before, start, full_end - tiles_before * BLOCK_KV) + i * BLOCK_KV
         acc, row_sum, row_max, row_shift = _attend(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, n0, n1, n2, n3, q_idx,
-            q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, True, LOG2_SCALE, HUGE_SCORES,
+            q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, True, LOG2_SCALE, HUGE_FACTOR,
             PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
@@ -101,12 +101,12 @@ def attention_forward_kernel(
             kv_start = tl.where(i < tiles_before, 0, end - tiles_before * BLOCK_KV) + i * BLOCK_KV
             acc, row_sum, row_max, row_shift = _attend(
                 acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, n0, n1, n2, n3,
-                q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, True, LOG2_SCALE, HUGE_SCORES,
+                q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, True, LOG2_SCALE, HUGE_FACTOR,
                 PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
 
     lse = row_shift * LN2 + tl.log(row_sum)
-    if HUGE_SCORES:
+    if HUGE_FACTOR is not None:
         # log(row_sum) is lost in numbers of this size.
         huge = tl.where(row_max <= LOWEST_FLOAT32, LOWEST, row_max * (LOG2_SCALE * LN2))
         lse = tl.where(row_max > HUGE, lse, tl.where(row_sum == 0, float("-inf"), huge))
@@ -128,7 +128,7 @@ def attention_forward_kernel(
 def _attend(
     acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, n0, n1, n2, n3, q_idx,
     q_len, kv_len, sizes, captured, captured_strides,
-    SCORE: tl.constexpr, KEYS_END: tl.constexpr, LOG2_SCALE: tl.constexpr, HUGE_SCORES: tl.constexpr,
+    SCORE: tl.constexpr, KEYS_END: tl.constexpr, LOG2_SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -152,8 +152,9 @@ def _attend(
 
     # [block_q]
     new_max = tl.maximum(row_max, tl.max(score, 1))
-    if HUGE_SCORES:
-        factor = tl.where(new_max > HUGE, LOG2_SCALE, min(LOG2_SCALE, 0.5)).to(acc.dtype)
+    if HUGE_FACTOR is not None:
+        # A power of two keeps the product exact, so that the difference below is 0 at the maximum, fused or not.
+        factor = tl.where(new_max > HUGE, LOG2_SCALE, HUGE_FACTOR).to(acc.dtype)
         new_shift = new_max * factor
         exponent = score * factor[:, None]
     else:

@@ -143,7 +143,7 @@ def constants(spec: AttentionSpec, head_dim: int, value_dim: int, precision: str
         "KV_BOUNDS": program.kv_bounds,
         "LOG2_SCALE": program.scale * LOG2_E,
         "FILL_THRESHOLD": program.fill_threshold,
-        "HUGE_SCORES": program.huge_scores,
+        "HUGE_FACTOR": program.huge_factor,
         "LOWEST": program.lowest,
         "ZERO_EMPTY_ROWS": spec.empty_row == "zero",
         "LONGEST_FIRST": program.longest_first,

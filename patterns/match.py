@@ -19,6 +19,7 @@ import flashfuse.patterns.sdpa  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise, Softmax, free_symbols, substitute
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.graph import Graph, location, mutated_inputs, name_of, shape, tensor, value
+from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import as_softmax
 from flashfuse.patterns.refusal import Refused
@@ -178,6 +179,9 @@ def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite 
             continue
         if softmax.at != expr.axis:
             problems.append(_wrong_axis(lifter, softmax, expr.axis, leads, node))
+            continue
+        if not same(softmax.extent, expr.extent):
+            problems.append(Refused("extra-columns", "the softmax runs over more columns than there are keys"))
             continue
         score = _score(lifter, softmax, expr.axis, leads, node)
         chain = _private_chain(lifter.graph, score.node, node) if score.node is not node else ()
