@@ -109,8 +109,8 @@ def test_each_spec_has_its_own_file_and_names(monkeypatch: pytest.MonkeyPatch, t
 
 def test_properties_the_kernel_is_compiled_for() -> None:
     causal = load_program(make_spec("where(kv_idx <= q_idx, qk * 0.5, -inf)"))
-    assert (causal.scale, causal.fill_threshold, causal.huge_scores, causal.longest_first) == (0.5, None, False, True)
+    assert (causal.scale, causal.fill_threshold, causal.huge_factor, causal.longest_first) == (0.5, None, None, True)
     filled = load_program(make_spec(f"where(kv_idx <= q_idx, qk * 0.5, {MIN!r})"))
-    assert (filled.fill_threshold, filled.huge_scores, filled.lowest) == (MIN / 2, True, MIN)
+    assert (filled.fill_threshold, filled.huge_factor, filled.lowest) == (MIN / 2, 0.5, MIN)
     moderate = load_program(make_spec("where(kv_idx <= q_idx, qk * 0.5, -10000.0)"))
-    assert (moderate.fill_threshold, moderate.huge_scores) == (-20000.0 + 256.0, False)
+    assert (moderate.fill_threshold, moderate.huge_factor) == (-20000.0 + 256.0, None)
