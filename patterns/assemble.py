@@ -290,7 +290,7 @@ def _captured_dtype(node: fx.Node) -> torch.dtype:
 
 def _check_captured(lifter: Lifter, captured: Sequence[fx.Node], site: fx.Node) -> None:
     for node in captured:
-        writer = lifter.graph.writer_between(node, node, site)
+        writer = lifter.writer_before(node, site)
         if writer is not None:
             raise Refused(
                 "mutation",

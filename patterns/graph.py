@@ -68,6 +68,17 @@ def name_of(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
+_LAYERS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "embedding"})
+
+
+def is_weighted(node: fx.Node) -> bool:
+    """Whether the node applies a layer's weights; `F.linear` of two activations is a product like any other."""
+    if name_of(node) not in _LAYERS:
+        return False
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    return name_of(node) != "linear" or not isinstance(weight, fx.Node) or isinstance(value(weight), torch.nn.Parameter)
+
+
 def functional_target(node: fx.Node) -> Any:
     """For an in-place operator or method its out-of-place twin, None where there is none or the node is not in place."""
     if node.op == "call_function" and node.target in _INPLACE_OPERATORS:
@@ -202,7 +213,7 @@ class Graph:
     def current(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
         """The node whose value `reader` sees where it reads `node`: the last in-place edit of that very tensor.
 
-        None where its memory was written through another view, so that no node stands for the value.
+        None where its memory was written through another view: then no node's definition says what it holds.
         """
         writer = self.writer_between(node, node, reader)
         if writer is None:
@@ -210,12 +221,8 @@ class Graph:
         seen, written = tensor(node), tensor(writer)
         if seen is None or written is None or storage(writer) != storage(node):
             return None
-        same = (
-            shape(seen) == shape(written)
-            and seen.stride() == written.stride()
-            and seen.storage_offset() == written.storage_offset()
-        )
-        return writer if same else None
+        place = (shape(seen), seen.stride(), seen.storage_offset())
+        return writer if place == (shape(written), written.stride(), written.storage_offset()) else None
 
     def location(self, node: fx.Node) -> Location:
         """The innermost frame of the user's source, and the module path."""

@@ -34,6 +34,8 @@ class Lifter:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.ranges: dict[sympy.Symbol, sympy.Expr] = {}
+        self._first_read: dict[fx.Node, fx.Node] = {}
+        self._overwritten: set[fx.Node] = set()
         self._traces: dict[fx.Node, Trace | CannotTrace] = {}
         self._expansions: dict[fx.Node, tuple[Indices, Expr] | CannotLift] = {}
 
@@ -53,10 +55,26 @@ class Lifter:
             raise CannotLift(node, "is not a tensor")
         return Load(t.dtype, node, position)
 
+    def read(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        """The node whose value `reader` sees where it reads `node`; the earliest such place is remembered."""
+        source = self.graph.current(node, reader)
+        if source is None:
+            source = node
+            self._overwritten.add(node)
+        known = self._first_read.get(source, reader)
+        self._first_read[source] = min(known, reader, key=self.graph.position.__getitem__)
+        return source
+
+    def writer_before(self, node: fx.Node, site: fx.Node) -> fx.Node | None:
+        """What writes the memory of `node` after its value was read and before `site`, where the kernel reads it."""
+        return self.graph.writer_between(node, self._first_read.get(node, node), site)
+
     def expand(self, load: Load) -> Expr:
         """One step back: the element in terms of the inputs of the load's node. Raises CannotLift."""
         node = load.tensor
         assert isinstance(node, fx.Node)
+        if node in self._overwritten:
+            raise CannotLift(node, "is written through another view before it is read")
         if node not in self._expansions:
             self._expansions[node] = self._expand(node)
         known = self._expansions[node]
@@ -137,9 +155,7 @@ class NodeView:
 
     def input(self, node: fx.Node, position: Indices) -> Expr:
         """The element of an input node as this node reads it; right-aligned, a dimension of size 1 is broadcast."""
-        source = self.lifter.graph.current(node, self.node)
-        if source is None:
-            raise CannotLift(node, f"memory of {node.name} is written through another view before it is read")
+        source = self.lifter.read(node, self.node)
         t = tensor(source)
         if t is None:
             return self.number(value(source), source)

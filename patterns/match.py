@@ -18,7 +18,7 @@ import flashfuse.patterns.aten
 import flashfuse.patterns.sdpa  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise, Softmax, free_symbols, substitute
 from flashfuse.patterns.assemble import assemble
-from flashfuse.patterns.graph import Graph, location, mutated_inputs, name_of, shape, tensor, value
+from flashfuse.patterns.graph import Graph, is_weighted, location, mutated_inputs, name_of, shape, tensor, value
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import as_softmax
@@ -43,11 +43,11 @@ _CONTRACTIONS = frozenset(
         "inner",
         "tensordot",
         "chain_matmul",
+        "linear",
     }
 )
 _WHOLE = frozenset({"scaled_dot_product_attention"})
 _NORMALISERS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "special_softmax"})
-_WEIGHTED = frozenset({"linear", "conv1d", "conv2d", "conv3d", "embedding"})
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     return MatchResult(tuple(sites), tuple(refusals))
 
 
+def _is_contraction(node: fx.Node) -> bool:
+    """A product of activations, by any of its names."""
+    return name_of(node) in _CONTRACTIONS and not is_weighted(node)
+
+
 def _upstream(graph: Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, frozenset[fx.Node]]]:
     """For every node a product of activations behind it, and the normalisers behind it, without crossing another product.
 
@@ -101,15 +106,15 @@ def _upstream(graph: Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, froze
             continue
         inputs = node.all_input_nodes
         seeds = frozenset().union(*(normalisers.get(n, frozenset()) for n in inputs))
-        if name in _CONTRACTIONS or name in _WHOLE:
+        if _is_contraction(node) or name in _WHOLE:
             products[node] = node
             if seeds or name in _WHOLE:
                 values.add(node)
             continue
         behind = next((products[n] for n in inputs if n in products), None)
-        if behind is not None and not (name in _WEIGHTED and behind in values):
+        if behind is not None and not (is_weighted(node) and behind in values):
             products[node] = behind
-        if name in _WEIGHTED:
+        if is_weighted(node):
             continue
         if name in _NORMALISERS and not seeds:
             seeds = frozenset((node,))
@@ -123,7 +128,7 @@ def _seeds(node: fx.Node, normalisers: dict[fx.Node, frozenset[fx.Node]]) -> fro
     name = name_of(node)
     if name in _WHOLE:
         return frozenset((node,))
-    if name not in _CONTRACTIONS:
+    if not _is_contraction(node):
         return frozenset()
     return frozenset().union(*(normalisers.get(n, frozenset()) for n in node.all_input_nodes))
 
@@ -183,7 +188,7 @@ def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite 
         if not same(softmax.extent, expr.extent):
             problems.append(Refused("extra-columns", "the softmax runs over more columns than there are keys"))
             continue
-        score = _score(lifter, softmax, expr.axis, leads, node)
+        score = _score(lifter, softmax, expr.axis, set() if name_of(node) in _WHOLE else leads, node)
         chain = _private_chain(lifter.graph, score.node, node) if score.node is not node else ()
         site = assemble(lifter, node, position, expr, value_side, softmax, score, chain)
         for used in (*site.captured, site.q.node, site.k.node, site.v.node):
@@ -255,7 +260,7 @@ def _opaque_probs(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
     name = name_of(node)
     if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
         raise Refused("dropout", "probabilities are dropped at random, which needs the training kernels", node)
-    if name in _CONTRACTIONS or name in _WEIGHTED:
+    if _is_contraction(node) or is_weighted(node):
         raise Refused(
             "head-mixing", f"the probabilities are mixed across heads by `{name}` before they meet the values", node
         )

@@ -50,7 +50,7 @@ def readings(
         assert isinstance(expr.tensor, fx.Node)
         if found and not exactly_promotes(expr.dtype, dtype):
             return found
-        if lifter.graph.writer_between(expr.tensor, expr.tensor, site) is None:
+        if lifter.writer_before(expr.tensor, site) is None:
             found.append(Reading(expr, factors))
         try:
             expr = lifter.expand(expr)

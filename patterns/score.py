@@ -24,7 +24,7 @@ from flashfuse.kernels.expr import (
     loads,
     pointwise,
 )
-from flashfuse.patterns.graph import name_of
+from flashfuse.patterns.graph import is_weighted, name_of
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.refusal import Refused
 
@@ -43,68 +43,71 @@ def find_score(lifter: Lifter, expr: Expr, j: sympy.Symbol, leads: set[fx.Node],
 
     Raises Refused where there is no product, more than one, or an operator in between that has no index form.
     """
-    found: list[tuple[Dot, fx.Node]] = []
-    program = _with_product(lifter, expr, j, leads, found, site)
-    if not found:
-        raise Refused("no-product", "the softmax is not over products of queries and keys")
-    if len(found) > 1:
+    search = _Search(lifter, j, leads)
+    program = search.opened(expr, site)
+    if not search.found:
+        raise search.trouble or Refused("no-product", "the softmax is not over products of queries and keys")
+    if len(search.found) > 1:
         raise Refused("several-products", "the score is a sum of several products of activations")
-    dot, node = found[0]
+    dot, node = search.found[0]
     i_symbols = free_symbols(dot.lhs) - free_symbols(dot.rhs)
     return Score(_with_program(lifter, program, i_symbols, j), dot, node)
 
 
-def _with_product(
-    lifter: Lifter, expr: Expr, j: sympy.Symbol, leads: set[fx.Node], found: list[tuple[Dot, fx.Node]], node: fx.Node
-) -> Expr:
-    """Expand along the path to the product and put `Product(n)` in its place."""
-    match expr:
-        case Dot():
-            return _product(expr, j, found, node)
-        case Pointwise():
-            args = tuple(_with_product(lifter, a, j, leads, found, node) for a in expr.args)
-            return pointwise(expr.op, *args, dtype=expr.dtype)
-        case Load() if expr.tensor in leads and j in free_symbols(expr):
-            return _through(lifter, expr, j, leads, found)
-        case Softmax() | Reduce():
-            raise Refused("row-dependent", "a score depends on other scores of its row or column", node)
-    return expr
+class _NoIndexForm(Exception):
+    """Behind a load lies something that is not a score program: the load is one of the score's own tensors."""
 
 
-def _through(
-    lifter: Lifter, load: Load, j: sympy.Symbol, leads: set[fx.Node], found: list[tuple[Dot, fx.Node]]
-) -> Expr:
-    """Behind a load, unless what lies there is not a query-key product: then the load is one of the score's own tensors."""
-    assert isinstance(load.tensor, fx.Node)
-    before = len(found)
-    try:
-        return _with_product(lifter, lifter.expand(load), j, leads, found, load.tensor)
-    except CannotLift as error:
-        if before:
-            return load
-        label = name_of(error.node or load.tensor)
-        raise Refused(
-            "unknown-operator", f"`{label}` between the product and the softmax {error.reason}", load.tensor
-        ) from error
-    except NotAProduct:
-        del found[before:]
+class _Search:
+    """Expands a score along every path that leads to a product, and puts `Product(n)` in the product's place."""
+
+    def __init__(self, lifter: Lifter, j: sympy.Symbol, leads: set[fx.Node]) -> None:
+        self.lifter, self.j, self.leads = lifter, j, leads
+        self.found: list[tuple[Dot, fx.Node]] = []
+        self.trouble: Refused | None = None
+
+    def opened(self, expr: Expr, node: fx.Node) -> Expr:
+        """`expr`, which `node` computes, with its products found."""
+        match expr:
+            case Dot():
+                return self._product(expr, node)
+            case Pointwise():
+                return pointwise(expr.op, *(self.opened(a, node) for a in expr.args), dtype=expr.dtype)
+            case Load() if expr.tensor in self.leads and self.j in free_symbols(expr):
+                return self._through(expr)
+            case Softmax() | Reduce():
+                self._note(Refused("row-dependent", "a score depends on other scores of its row or column", node))
+                raise _NoIndexForm
+        return expr
+
+    def _through(self, load: Load) -> Expr:
+        """Behind a load, or the load itself where no score program lies there."""
+        node = load.tensor
+        assert isinstance(node, fx.Node)
+        before = len(self.found)
+        try:
+            return self.opened(self.lifter.expand(load), node)
+        except CannotLift as error:
+            label = name_of(error.node or node)
+            self._note(Refused("unknown-operator", f"`{label}` before the softmax {error.reason}", error.node or node))
+        except _NoIndexForm:
+            pass
+        del self.found[before:]
         return load
 
+    def _product(self, dot: Dot, node: fx.Node) -> Expr:
+        left, right = self.j in free_symbols(dot.lhs), self.j in free_symbols(dot.rhs)
+        if left == right or is_weighted(node):
+            raise _NoIndexForm
+        dot = dot if right else Dot(dot.dtype, dot.rhs, dot.lhs, dot.axis, dot.extent)
+        known = [d for d, _ in self.found]
+        if dot not in known:
+            self.found.append((dot, node))
+            known.append(dot)
+        return Product(dot.dtype, known.index(dot))
 
-class NotAProduct(Exception):
-    """A contraction that is not of queries with keys."""
-
-
-def _product(dot: Dot, j: sympy.Symbol, found: list[tuple[Dot, fx.Node]], node: fx.Node) -> Expr:
-    left, right = j in free_symbols(dot.lhs), j in free_symbols(dot.rhs)
-    if left == right:
-        raise NotAProduct
-    dot = dot if right else Dot(dot.dtype, dot.rhs, dot.lhs, dot.axis, dot.extent)
-    known = [d for d, _ in found]
-    if dot not in known:
-        found.append((dot, node))
-        known.append(dot)
-    return Product(dot.dtype, known.index(dot))
+    def _note(self, trouble: Refused) -> None:
+        self.trouble = self.trouble or trouble
 
 
 def _with_program(lifter: Lifter, expr: Expr, i_symbols: frozenset[sympy.Symbol], j: sympy.Symbol) -> Expr:

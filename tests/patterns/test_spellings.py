@@ -306,3 +306,9 @@ def test_symbolic_float_scale() -> None:
     with torch._dynamo.config.patch(specialize_float=False):
         site = only_site(Module(), *qkv(), 0.37, dynamic=True)
     assert score_of(site.spec) == "(qk * t0[()])"
+
+
+def test_linear_of_two_activations_is_a_product() -> None:
+    q, k, v = torch.randn(S, D), torch.randn(T, D), torch.randn(E, T)
+    site = only_site(lambda q, k, v: F.linear(torch.softmax(F.linear(q, k), -1), v), q, k, v)
+    assert (site.q_len, site.kv_len, site.head_dim, site.value_dim) == (S, T, D, E)
