@@ -164,6 +164,8 @@ def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite 
         return None
     if free_unbacked_symbols([tensor(n) for n in (node, *node.all_input_nodes)]):
         raise Refused("data-dependent-shape", "a length depends on data, so it is not known even as a symbol", node)
+    if any(0 in shape(t) for n in (node, *node.all_input_nodes) if (t := tensor(n)) is not None):
+        raise Refused("empty", "a dimension has size 0, so there is nothing to compute", node)
     position = lifter.position(shape(out), "o")
     try:
         expr = lifter.expand(lifter.load(node, position))

@@ -175,11 +175,23 @@ def test_training_waits_for_the_backward() -> None:
 
 
 def test_no_softmax_over_products_is_no_attention_at_all() -> None:
-    """A router's softmax over a linear layer is not refused: there is nothing to refuse."""
+    """A router's softmax over a layer is not refused: there is nothing to refuse."""
 
-    def router(x: Any, w: Any, experts: Any) -> Any:
-        return torch.einsum("be,ebd->bd", F.linear(x, w).softmax(-1), experts)
+    class Router(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = torch.nn.Linear(D, H)
 
-    result = matched(router, torch.randn(B, D), torch.randn(H, D), torch.randn(H, B, D))
+        def forward(self, x: Any, experts: Any) -> Any:
+            return torch.einsum("be,ebd->bd", self.gate(x).softmax(-1), experts)
+
+    with torch.no_grad():
+        result = matched(Router(), torch.randn(B, D), torch.randn(H, B, D))
     assert not result.sites
     assert not result.refusals
+
+
+@pytest.mark.parametrize("shape", [(0, H, S, D), (B, 0, S, D), (B, H, 0, D), (B, H, S, 0)], ids=str)
+def test_nothing_to_compute(shape: tuple[int, ...]) -> None:
+    refusal = only_refusal(lambda q, k, v: scores(q, k).softmax(-1) @ v, *(torch.randn(shape) for _ in range(3)))
+    assert refusal.code == "empty"
