@@ -223,11 +223,11 @@ def substitute(expr: Expr, mapping: Mapping[sympy.Symbol, sympy.Expr]) -> Expr:
     def rule(e: Expr) -> Expr | None:
         match e:
             case Load():
-                return replace(e, indices=tuple(sympify(i).subs(mapping) for i in e.indices))
+                return replace(e, indices=tuple(sympify(i).xreplace(mapping) for i in e.indices))
             case Index():
-                return index(e.value.subs(mapping))
+                return index(e.value.xreplace(mapping))
             case Softmax():
-                return replace(e, at=sympify(e.at).subs(mapping))
+                return replace(e, at=sympify(e.at).xreplace(mapping))
         return None
 
     return rewrite(expr, rule)

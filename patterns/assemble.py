@@ -229,7 +229,7 @@ class _Splitter:
     def _split_for(self, indices: Sequence[sympy.Expr]) -> bool:
         """Split batch axes until no index divides one; False where they cannot be split so."""
         for _ in range(2 * MAX_BATCH_AXES):
-            current = [resimplify(i.subs(self.mapping), self.ranges) for i in indices]
+            current = [resimplify(i.xreplace(self.mapping), self.ranges) for i in indices]
             pending = [(s, f) for s in self.batch if (f := folds(current, s))]
             if not pending:
                 return True
@@ -243,7 +243,7 @@ class _Splitter:
     def _split(self, symbol: sympy.Symbol, sizes: Sequence[sympy.Expr]) -> None:
         made = tuple(self.lifter.symbol("n", size) for size in sizes)
         replacement = {symbol: fold(made, self.ranges)}
-        self.mapping = {k: sympy.expand(v.subs(replacement)) for k, v in self.mapping.items()} | replacement
+        self.mapping = {k: sympy.expand(v.xreplace(replacement)) for k, v in self.mapping.items()} | replacement
         self.parts = {
             b: tuple(q for p in parts for q in (made if p == symbol else (p,))) for b, parts in self.parts.items()
         }
@@ -267,7 +267,7 @@ class _Splitter:
                 case Load():
                     return replace(e, indices=substituted(e.indices, self.mapping, self.ranges))
                 case Index():
-                    return replace(e, value=resimplify(e.value.subs(self.mapping), self.ranges))
+                    return replace(e, value=resimplify(e.value.xreplace(self.mapping), self.ranges))
             return None
 
         return rewrite(expr, rule)
@@ -328,9 +328,9 @@ def _named(
     def rule(e: Expr) -> Expr | None:
         match e:
             case Load():
-                return Load(e.dtype, slots[e.tensor], tuple(i.subs(names) for i in e.indices))  # type: ignore[index]
+                return Load(e.dtype, slots[e.tensor], tuple(i.xreplace(names) for i in e.indices))  # type: ignore[index]
             case Index():
-                return Index(e.dtype, sympy.expand(e.value.subs(names)))
+                return Index(e.dtype, sympy.expand(e.value.xreplace(names)))
         return None
 
     return rewrite(program, rule), tuple(sizes)

@@ -66,4 +66,4 @@ def fold(symbols: Sequence[sympy.Symbol], ranges: Ranges) -> sympy.Expr:
 
 
 def substituted(indices: Indices, mapping: dict[sympy.Symbol, sympy.Expr], ranges: Ranges) -> Indices:
-    return tuple(resimplify(i.subs(mapping), ranges) for i in indices)
+    return tuple(resimplify(i.xreplace(mapping), ranges) for i in indices)

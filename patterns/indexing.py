@@ -6,6 +6,7 @@ Every layout operation is a substitution in an index. A reshape is the only one 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import sympy
@@ -24,6 +25,7 @@ def same(a: sympy.Expr, b: sympy.Expr) -> bool:
     return a == b or sympy.expand(a - b) == 0
 
 
+@functools.lru_cache(maxsize=65536)
 def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
     """a / b where b divides a whatever the symbols stand for, else None."""
     if a.is_Integer and b.is_Integer:
