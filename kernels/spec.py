@@ -84,6 +84,14 @@ class AttentionSpec:
                 f"out_order must be a permutation of {rank} axes that ends with {rank - 1}, got {self.out_order}"
             )
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.batch_axes, self.score, self.captured, self.product_dtype, self.probs_dtype, self.out_order))
+
+    def __hash__(self) -> int:
+        """Kept: a spec is looked up on every call of the operator, and its program may be a large expression."""
+        return self._hash
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """Element type of scores, running maximum, sum and accumulator."""
