@@ -67,7 +67,7 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _as_traced(graph: Graph, node: fx.Node) -> Iterator[None]:
+def as_traced(graph: Graph, node: fx.Node) -> Iterator[None]:
     """The modes under which Dynamo saw the node: fake tensors, its autocast regions; no gradients, no new guards."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -95,17 +95,17 @@ def trace(graph: Graph, node: fx.Node) -> Trace:
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
     recorder = _Recorder(set(inputs))
     try:
-        with _as_traced(graph, node), recorder:
+        with as_traced(graph, node), recorder:
             result = (
                 getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
             )
     except Exception as error:
         raise CannotTrace(f"{type(error).__name__}: {error}") from error
-    _check_same(result, value(node), node)
+    check_same(result, value(node), node)
     return Trace(inputs, scalars, recorder.producers, result, (args, kwargs, recorder.calls))
 
 
-def _check_same(got: Any, seen: Any, node: fx.Node) -> None:
+def check_same(got: Any, seen: Any, node: fx.Node) -> None:
     """The recorded output must be what Dynamo saw (shape and type), or the record means nothing."""
     pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(seen), strict=False)
     for a, b in pairs:
