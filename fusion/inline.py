@@ -45,7 +45,7 @@ def inline(graph: Graph, nodes: Iterable[fx.Node]) -> Opened:
     for node in nodes:
         insert = Inserter(copied[node])
         try:
-            fresh = _open(insert, record(graph, node), copied)
+            fresh = _open(insert, node, record(graph, node), copied)
         except (CannotTrace, LookupError) as error:
             for unfinished in reversed(insert.made):
                 made.graph.erase_node(unfinished)
@@ -58,26 +58,29 @@ def inline(graph: Graph, nodes: Iterable[fx.Node]) -> Opened:
     return Opened(made, origin, tuple(refusals))
 
 
-def _open(insert: Inserter, what: Record, copied: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-    """Insert the recorded calls and give their results to the users. Returns the nodes that are needed."""
+def _open(insert: Inserter, node: fx.Node, what: Record, copied: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    """Insert the recorded calls of `node` and give their results to its users. Returns the nodes that are needed.
+
+    `copied` is told which nodes stand for the results from here on: they may be inputs of the next node to open.
+    """
     composite = insert.before
     known = {identity: copied[node] for identity, node in what.inputs.items()}
     needed: set[fx.Node] = set()
     for call in what.calls:
         args, kwargs = _as_nodes(call.args, known, insert), _as_nodes(call.kwargs, known, insert)
-        node = insert.add(call.op, call.target, args, kwargs, call.output)
+        made = insert.add(call.op, call.target, args, kwargs, call.output)
         if call.draws:
-            needed.add(node)
-        _learn(node, call.output, known, insert)
+            needed.add(made)
+        _learn(made, call.output, known, insert)
     if isinstance(what.result, torch.Tensor):
-        composite.replace_all_uses_with(known[id(what.result)])
-    else:
-        results = [(user, known[id(what.result[user.args[1]])]) for user in composite.users]
-        for user, result in results:
-            user.replace_all_uses_with(result)
-            composite.graph.erase_node(user)
+        copied[node] = known[id(what.result)]
+        composite.replace_all_uses_with(copied[node])
+    for user in () if isinstance(what.result, torch.Tensor) else node.users:
+        part, copied[user] = copied[user], known[id(what.result[user.args[1]])]  # type: ignore[index]
+        part.replace_all_uses_with(copied[user])
+        composite.graph.erase_node(part)
     composite.graph.erase_node(composite)
-    return [node for node in reversed(insert.made) if not _erased(node, needed)]
+    return [fresh for fresh in reversed(insert.made) if not _erased(fresh, needed)]
 
 
 def _erased(node: fx.Node, needed: set[fx.Node]) -> bool:

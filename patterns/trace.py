@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -76,9 +77,17 @@ def as_traced(graph: Graph, node: fx.Node) -> Iterator[None]:
             stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
         if graph.fake_mode is not None:
             stack.enter_context(graph.fake_mode)
+            if _has_symbolic_sizes(node):
+                stack.enter_context(enable_python_dispatcher())
             if graph.fake_mode.shape_env is not None:
                 stack.enter_context(graph.fake_mode.shape_env.suppress_guards())
         yield
+
+
+def _has_symbolic_sizes(node: fx.Node) -> bool:
+    """Whether an input has a size that is a symbol; some operators' fakes then exist in Python only."""
+    tensors = [t for n in node.all_input_nodes if (t := tensor(n)) is not None]
+    return any(isinstance(size, torch.SymInt) for t in tensors if t.layout == torch.strided for size in t.shape)
 
 
 def trace(graph: Graph, node: fx.Node) -> Trace:
