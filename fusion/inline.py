@@ -76,7 +76,7 @@ def _open(insert: Inserter, node: fx.Node, what: Record, copied: dict[fx.Node, f
         copied[node] = known[id(what.result)]
         composite.replace_all_uses_with(copied[node])
     for user in () if isinstance(what.result, torch.Tensor) else node.users:
-        part, copied[user] = copied[user], known[id(what.result[user.args[1]])]  # type: ignore[index]
+        part, copied[user] = copied[user], known[id(what.result[user.args[1]])]
         part.replace_all_uses_with(copied[user])
         composite.graph.erase_node(part)
     composite.graph.erase_node(composite)

@@ -105,7 +105,7 @@ class Inserter:
         return self.add("call_function", function, args, {}, function(*fx.map_arg(args, value)))
 
     def _available(self) -> list[fx.Node]:
-        found = []
+        found: list[fx.Node] = []
         for node in self.graph.nodes:
             if node is self.before:
                 return found

@@ -58,7 +58,7 @@ class _Builder(Inserter):
     def __init__(self, site: fx.Node, copied: dict[fx.Node, fx.Node]) -> None:
         super().__init__(site)
         self.copied = copied
-        self.fake_mode = getattr(tensor(site), "fake_mode", None)
+        self.fake_mode: Any = getattr(tensor(site), "fake_mode", None)
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         with torch.no_grad(), self.fake_mode:
@@ -102,7 +102,7 @@ class _Builder(Inserter):
         if tensor(node) is not None:
             return node
         device = tensor(beside).device  # type: ignore[union-attr]
-        settings = {"dtype": torch.float64, "device": device}
+        settings: dict[str, Any] = {"dtype": torch.float64, "device": device}
         with torch.no_grad(), self.fake_mode:
             example = torch.full((), value(node), **settings)
         return self.add("call_function", torch.full, ((), node), settings, example)

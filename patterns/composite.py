@@ -136,7 +136,7 @@ def _check_results_used_alone(node: fx.Node, result: Any) -> None:
         return
     for user in node.users:
         alone = user.target is operator.getitem and isinstance(user.args[1], int)
-        if not alone or not isinstance(result[user.args[1]], torch.Tensor):  # type: ignore[index]
+        if not alone or not isinstance(result[user.args[1]], torch.Tensor):
             raise CannotTrace(f"`{user.name}` uses a result that is no tensor")
 
 

@@ -13,6 +13,7 @@ from numerics import assert_close_to_exact
 from torch import nn
 
 import flashfuse
+from flashfuse.inline import inline
 from flashfuse.patterns.composite import composites
 from flashfuse.patterns.graph import Graph
 from flashfuse.report import Report
@@ -172,21 +173,75 @@ def test_gradients_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_sizes_stay_symbolic(need_weights: bool) -> None:
-    """One graph serves every batch and length."""
-    module = nn.MultiheadAttention(EMBED, HEADS, batch_first=True).eval()
+@pytest.mark.parametrize("settings", ["batch_first", "extra_key", "extra_zero", "dropout_in_eval"])
+def test_sizes_stay_symbolic(settings: str, need_weights: bool) -> None:
+    """One graph serves every batch and length, with padding and a causal mask."""
+    module = nn.MultiheadAttention(EMBED, HEADS, **MODULES[settings]).eval()
 
-    def attend(x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-        return module(x, x, x, padding, need_weights=need_weights)[0]
+    def attend(x: torch.Tensor, padding: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return module(x, x, x, padding, need_weights=need_weights, attn_mask=mask)[0]
 
     options = {"flashfuse.inner": "eager", "flashfuse.strict": True}
     run = torch.compile(attend, backend="flashfuse", options=options, dynamic=True, fullgraph=True)
     for batch, length in ((2, 6), (3, 11), (5, 4)):
-        x, padding = _x(batch, length, EMBED), torch.zeros(batch, length, dtype=torch.bool)
+        x = _x(batch, length, EMBED) if settings == "batch_first" else _x(length, batch, EMBED)
+        padding, mask = torch.zeros(batch, length, dtype=torch.bool), torch.ones(length, length, dtype=torch.bool)
         padding[0, -1] = True
-        torch.testing.assert_close(run(x, padding), attend(x, padding))
+        torch.testing.assert_close(run(x, padding, mask.triu(1)), attend(x, padding, mask.triu(1)))
     (report,) = flashfuse.reports()
     assert len(report.sites) == 1, report.refusals
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_opening_adds_no_guards(need_weights: bool) -> None:
+    module = nn.MultiheadAttention(EMBED, HEADS, add_bias_kv=True).eval()
+    mask = _float(_causal())
+    gm = graph_of(lambda x: module(x, x, x, attn_mask=mask, need_weights=need_weights)[0], _x(), dynamic=True)
+    graph = Graph(gm)
+    assert graph.fake_mode is not None and graph.fake_mode.shape_env is not None
+    shape_env = graph.fake_mode.shape_env
+    guards, replaced = len(shape_env.guards), dict(shape_env.replacements)
+    opened = inline(graph, composites(graph))
+    assert opened.origin and not opened.refusals
+    assert (len(shape_env.guards), dict(shape_env.replacements)) == (guards, replaced)
+
+
+def test_symbolic_dropout_in_training_is_left_alone() -> None:
+    """The probability is a number of the graph, which the calls inside take from the node that gives it."""
+    module = nn.MultiheadAttention(EMBED, HEADS, dropout=0.5).train()
+    _, report = _compiled(lambda x: module(x, x, x, need_weights=False)[0], _x(), dynamic=True)
+    assert not report.sites
+    assert _codes(report) == ["dropout"]
+
+
+def test_inside_a_checkpoint() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    module = nn.MultiheadAttention(EMBED, HEADS).eval()
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda x: module(x, x, x, need_weights=False)[0], x, use_reentrant=False)
+
+    x = _x()
+    out, report = _compiled(attend, x)
+    assert len(report.sites) == 1, report.refusals
+    torch.testing.assert_close(out, attend(x))
+
+
+def test_input_written_before_and_after() -> None:
+    module = nn.MultiheadAttention(EMBED, HEADS).eval()
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x.mul_(2)
+        out = module(x, x, x, need_weights=False)[0]
+        x.add_(1)
+        return out + x
+
+    x = _x()
+    out, report = _compiled(attend, x)
+    assert len(report.sites) == 1, report.refusals
+    torch.testing.assert_close(out, attend(x))
 
 
 def test_autocast_reaches_inside() -> None:
@@ -250,8 +305,6 @@ def test_no_other_function_is_opened() -> None:
 
 def test_function_that_looks_at_data_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """The record of a function stands for it only when no branch in it depends on data."""
-    from flashfuse.inline import inline
-
     module = nn.MultiheadAttention(EMBED, HEADS).eval()
     gm = graph_of(lambda x: module(x, x, x, need_weights=False)[0], _x())
     monkeypatch.setitem(F.multi_head_attention_forward.__globals__, "_mha_shape_check", lambda q, *_: q.sum() > 0)
