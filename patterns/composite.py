@@ -7,7 +7,6 @@ takes are those that Dynamo has guarded already.
 
 from __future__ import annotations
 
-import functools
 import operator
 import types
 import warnings
@@ -82,7 +81,6 @@ def composites(graph: Graph) -> tuple[fx.Node, ...]:
     return tuple(n for n in graph.nodes if n in graph.live and n.op == "call_function" and _is_composite(n.target))
 
 
-@functools.cache
 def _is_composite(target: Any) -> bool:
     """Whether a function's code names an attention, and modes and subclasses see the function as one call."""
     if not isinstance(target, types.FunctionType) or target.__module__ != "torch.nn.functional":

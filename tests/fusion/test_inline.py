@@ -198,11 +198,13 @@ def test_opening_adds_no_guards(need_weights: bool) -> None:
     mask = _float(_causal())
     gm = graph_of(lambda x: module(x, x, x, attn_mask=mask, need_weights=need_weights)[0], _x(), dynamic=True)
     graph = Graph(gm)
-    assert graph.fake_mode is not None and graph.fake_mode.shape_env is not None
+    assert graph.fake_mode is not None
     shape_env = graph.fake_mode.shape_env
+    assert shape_env is not None
     guards, replaced = len(shape_env.guards), dict(shape_env.replacements)
     opened = inline(graph, composites(graph))
-    assert opened.origin and not opened.refusals
+    assert opened.origin
+    assert not opened.refusals
     assert (len(shape_env.guards), dict(shape_env.replacements)) == (guards, replaced)
 
 
