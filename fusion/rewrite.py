@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 import flashfuse.kernels.ops  # noqa: F401
+from flashfuse.insert import Inserter, copy_module
 from flashfuse.patterns.graph import mutated_inputs, tensor, to_sympy, value
 from flashfuse.patterns.site import AttentionSite, Operand
 from flashfuse.patterns.views import Arrange, Narrow, Select, Split, Step
@@ -21,14 +20,8 @@ aten = torch.ops.aten
 
 def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphModule:
     """A copy of `module` in which each site is one `flashfuse::attention` call; `module` itself is not changed."""
-    graph = fx.Graph(module)
-    copied: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(module.graph, copied)
-    old_output = next(n for n in module.graph.nodes if n.op == "output")
-    new_output = graph.output(output, getattr(old_output, "type", None))
-    new_output.meta = copy.copy(old_output.meta)
-    made = fx.GraphModule(module, graph, module.__class__.__name__)
-    made.meta = dict(module.meta)
+    made, copied = copy_module(module)
+    graph = made.graph
     unused = {copied[n] for n in module.graph.nodes if n.op != "output" and not n.users}
     for site in sites:
         _replace(graph, site, copied)
@@ -40,7 +33,7 @@ def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
 
 def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node]) -> None:
     node = copied[site.node]
-    build = _Builder(graph, node, copied)
+    build = _Builder(node, copied)
     sizes = [build.size(s) for s in (*site.batch, *site.sizes)]
     q, k, v = (build.operand(o) for o in (site.q, site.k, site.v))
     captured = [build.captured(copied[n], copied[site.q.node]) for n in site.captured]
@@ -59,24 +52,18 @@ def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node
             graph.erase_node(dead)
 
 
-class _Builder:
-    """Inserts nodes before a site, each with the fake value that Dynamo would have given it."""
+class _Builder(Inserter):
+    """Inserts the operands of a site before it."""
 
-    def __init__(self, graph: fx.Graph, site: fx.Node, copied: dict[fx.Node, fx.Node]) -> None:
-        self.graph, self.site, self.copied = graph, site, copied
-        fake = tensor(site)
-        self.fake_mode = getattr(fake, "fake_mode", None)
+    def __init__(self, site: fx.Node, copied: dict[fx.Node, fx.Node]) -> None:
+        super().__init__(site)
+        self.copied = copied
+        self.fake_mode: Any = getattr(tensor(site), "fake_mode", None)
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
-        with self.graph.inserting_before(self.site):
-            node = self.graph.call_function(function, args)
-        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-            if key in self.site.meta:
-                node.meta[key] = self.site.meta[key]
-        values = fx.map_arg(args, value)
         with torch.no_grad(), self.fake_mode:
-            node.meta["example_value"] = function(*values)
-        return node
+            example = function(*fx.map_arg(args, value))
+        return self.add("call_function", function, args, {}, example)
 
     def operand(self, operand: Operand) -> fx.Node:
         node = self.copied[operand.node]
@@ -115,43 +102,10 @@ class _Builder:
         if tensor(node) is not None:
             return node
         device = tensor(beside).device  # type: ignore[union-attr]
-        with self.graph.inserting_before(self.site):
-            made = self.graph.call_function(torch.full, ((), node), {"dtype": torch.float64, "device": device})
+        settings: dict[str, Any] = {"dtype": torch.float64, "device": device}
         with torch.no_grad(), self.fake_mode:
-            made.meta["example_value"] = torch.full((), value(node), dtype=torch.float64, device=device)
-        return made
-
-    def size(self, expr: sympy.Expr) -> Any:
-        """A size as an integer, or as a node that computes it at run time from the graph's tensors."""
-        if expr.is_Integer:
-            return int(expr)
-        return self._size_node(expr)
-
-    def _size_node(self, expr: sympy.Expr) -> fx.Node:
-        for node in self._available():
-            v = value(node)
-            if isinstance(v, torch.SymInt) and to_sympy(v) == expr:
-                return node
-        for node in self._available():
-            t = tensor(node)
-            for dim, s in enumerate(t.shape if t is not None and t.layout == torch.strided else ()):
-                if isinstance(s, torch.SymInt) and to_sympy(s) == expr:
-                    return self.call(aten.sym_size.int, node, dim)
-        if expr.is_Add or expr.is_Mul:
-            function = operator.add if expr.is_Add else operator.mul
-            result = self.size(expr.args[0])
-            for a in expr.args[1:]:
-                result = self.call(function, result, self.size(a))
-            return result
-        raise LookupError(f"no tensor of the graph has the size {expr}")
-
-    def _available(self) -> list[fx.Node]:
-        found = []
-        for node in self.graph.nodes:
-            if node is self.site:
-                return found
-            found.append(node)
-        return found
+            example = torch.full((), value(node), **settings)
+        return self.add("call_function", torch.full, ((), node), settings, example)
 
 
 def _erase_unused(graph: fx.Graph, kept: set[fx.Node]) -> None:

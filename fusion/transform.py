@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -22,15 +22,24 @@ from torch._subclasses.fake_tensor import FakeTensor
 from flashfuse.patterns.site import AttentionSite, Location
 from flashfuse.report import Failure, GraphBreak, Refused, Report, Site
 
+if TYPE_CHECKING:
+    from flashfuse.patterns.match import MatchResult
+
 log = logging.getLogger(__name__)
+
+Match = tuple[fx.GraphModule, tuple[AttentionSite, ...]]
 
 
 @dataclass
 class Findings:
-    """What has come up in one graph: sites per graph module (its own, and those of higher-order operators)."""
+    """What has come up in one graph.
+
+    matches: per graph module (its own, and those of higher-order operators) the sites, and the module they are in:
+    the graph module itself, or a copy with the functions that hold the sites opened.
+    """
 
     strict: bool
-    matches: dict[fx.GraphModule, tuple[AttentionSite, ...]] = field(default_factory=dict)
+    matches: dict[fx.GraphModule, Match] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refused] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -84,25 +93,46 @@ def _search(gm: fx.GraphModule, findings: Findings) -> None:
         _search(child, findings)
     with findings.guard("find"):
         from flashfuse.describe import describe_refusal, describe_site
-        from flashfuse.patterns.match import find_attention
 
-        match = find_attention(gm)
+        module, match = _find(gm)
         sites = [describe_site(site) for site in match.sites]
         findings.refusals += [describe_refusal(refusal) for refusal in match.refusals]
         findings.sites += sites
-        findings.matches[gm] = match.sites
+        findings.matches[gm] = (module, match.sites)
 
 
-def _rebuild(gm: fx.GraphModule, matches: Mapping[fx.GraphModule, tuple[AttentionSite, ...]]) -> fx.GraphModule:
+def _find(gm: fx.GraphModule) -> tuple[fx.GraphModule, MatchResult]:
+    """The attentions of a graph, also in functions that Dynamo keeps whole, and the module that the sites are in.
+
+    Only functions with a site inside stay open in it; the refusals of the others are kept.
+    """
+    from flashfuse.inline import inline
+    from flashfuse.patterns.composite import composites
+    from flashfuse.patterns.graph import Graph
+    from flashfuse.patterns.match import MatchResult, find_attention
+
+    graph = Graph(gm)
+    whole = composites(graph)
+    opened = inline(graph, whole)
+    match = find_attention(opened.module)
+    refusals = (*opened.refusals, *match.refusals)
+    with_site = {opened.origin[site.node] for site in match.sites if site.node in opened.origin}
+    if with_site == set(whole):
+        return opened.module, MatchResult(match.sites, refusals)
+    opened = inline(graph, [node for node in whole if node in with_site])
+    return opened.module, MatchResult(find_attention(opened.module).sites, refusals)
+
+
+def _rebuild(gm: fx.GraphModule, matches: Mapping[fx.GraphModule, Match]) -> fx.GraphModule:
     """`gm` with the sites of it and of its sub-graphs rewritten; `gm` itself where there are none."""
     from flashfuse.rewrite import rewrite
 
     rebuilt = {name: _rebuild(child, matches) for name, child in _subgraphs(gm).items()}
     changed = {name: child for name, child in rebuilt.items() if child is not getattr(gm, name)}
-    sites = matches.get(gm, ())
+    module, sites = matches.get(gm, (gm, ()))
     if not sites and not changed:
         return gm
-    result = rewrite(gm, sites)
+    result = rewrite(module, sites)
     for name, child in changed.items():
         setattr(result, name, child)
     return result

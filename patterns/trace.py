@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,7 +68,7 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _as_traced(graph: Graph, node: fx.Node) -> Iterator[None]:
+def as_traced(graph: Graph, node: fx.Node) -> Iterator[None]:
     """The modes under which Dynamo saw the node: fake tensors, its autocast regions; no gradients, no new guards."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -76,9 +77,17 @@ def _as_traced(graph: Graph, node: fx.Node) -> Iterator[None]:
             stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
         if graph.fake_mode is not None:
             stack.enter_context(graph.fake_mode)
+            if _has_symbolic_sizes(node):
+                stack.enter_context(enable_python_dispatcher())
             if graph.fake_mode.shape_env is not None:
                 stack.enter_context(graph.fake_mode.shape_env.suppress_guards())
         yield
+
+
+def _has_symbolic_sizes(node: fx.Node) -> bool:
+    """Whether an input has a size that is a symbol; some operators' fakes then exist in Python only."""
+    tensors = [t for n in node.all_input_nodes if (t := tensor(n)) is not None]
+    return any(isinstance(size, torch.SymInt) for t in tensors if t.layout == torch.strided for size in t.shape)
 
 
 def trace(graph: Graph, node: fx.Node) -> Trace:
@@ -95,17 +104,17 @@ def trace(graph: Graph, node: fx.Node) -> Trace:
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
     recorder = _Recorder(set(inputs))
     try:
-        with _as_traced(graph, node), recorder:
+        with as_traced(graph, node), recorder:
             result = (
                 getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
             )
     except Exception as error:
         raise CannotTrace(f"{type(error).__name__}: {error}") from error
-    _check_same(result, value(node), node)
+    check_same(result, value(node), node)
     return Trace(inputs, scalars, recorder.producers, result, (args, kwargs, recorder.calls))
 
 
-def _check_same(got: Any, seen: Any, node: fx.Node) -> None:
+def check_same(got: Any, seen: Any, node: fx.Node) -> None:
     """The recorded output must be what Dynamo saw (shape and type), or the record means nothing."""
     pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(seen), strict=False)
     for a, b in pairs:
