@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from flashfuse.kernels.expr import Expr, Load, cast, const, index, rewrite, substitute
-from flashfuse.patterns.graph import Graph, mutated_inputs, shape, tensor, to_sympy, value
+from flashfuse.patterns.graph import Graph, mutated_inputs, shape, storage, tensor, to_sympy, value
 from flashfuse.patterns.indexing import ZERO, Indices
 from flashfuse.patterns.trace import CannotTrace, Trace, trace
 
@@ -67,7 +67,10 @@ class Lifter:
 
     def writer_before(self, node: fx.Node, site: fx.Node) -> fx.Node | None:
         """What writes the memory of `node` after its value was read and before `site`, where the kernel reads it."""
-        return self.graph.writer_between(node, self._first_read.get(node, node), site)
+        reader = self._first_read.get(node)
+        if reader is not None and any(storage(n) == storage(node) for n in mutated_inputs(reader)):
+            return reader
+        return self.graph.writer_between(node, reader or node, site)
 
     def expand(self, load: Load) -> Expr:
         """One step back: the element in terms of the inputs of the load's node. Raises CannotLift."""

@@ -186,3 +186,18 @@ def test_attention_inside_a_higher_order_operator() -> None:
     compiled = torch.compile(fn, backend="flashfuse", options={"flashfuse.strict": True})
     torch.testing.assert_close(compiled(*args), fn(*args))
     assert sum(len(r.sites) for r in flashfuse.reports()) == 1
+
+
+def test_operands_scaled_in_place_are_scaled_once() -> None:
+    """q /= 4 leaves its memory scaled; the kernel must not read that memory and scale again."""
+
+    def fn(x: Any, k: Any, v: Any) -> Any:
+        q = (x + 1).transpose(1, 2)
+        q /= 4.0
+        q *= 2.0
+        return (q @ k.mT).softmax(-1) @ v
+
+    x, k, v = torch.randn(B, S, H, D), torch.randn(B, H, S, D), torch.randn(B, H, S, D)
+    compiled = torch.compile(fn, backend="flashfuse", options={"flashfuse.strict": True})
+    assert_close_to_exact(compiled(x, k, v), fn(x, k, v), fn(x.double(), k.double(), v.double()))
+    flashfuse.reports()[0].assert_fused(sites=1)
