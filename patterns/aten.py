@@ -1,4 +1,4 @@
-"""Rows: the index form of each ATen operator. One line an operator; layout operators are substitutions in the position."""
+"""Rows: the index form of each ATen operator. Layout operators are substitutions in the position."""
 
 from __future__ import annotations
 
@@ -41,8 +41,13 @@ def _replaced(position: Indices, dim: int, at: sympy.Expr) -> Indices:
 # Layout
 
 
-@row(aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default, aten.lift_fresh.default,
-     aten.lift_fresh_copy.default, aten.detach_.default, aten._to_copy.default, aten.to.dtype, aten.positive.default)  # fmt: skip
+_SAME_ELEMENT = (
+    aten.alias.default, aten.detach.default, aten.detach_.default, aten.clone.default, aten.contiguous.default,
+    aten.lift_fresh.default, aten.lift_fresh_copy.default, aten._to_copy.default, aten.to.dtype, aten.positive.default,
+)  # fmt: skip
+
+
+@row(*_SAME_ELEMENT)
 def _same_element(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     return cast(view.element(call.args[0], position), call.output.dtype)
 
@@ -249,14 +254,18 @@ def _cumsum(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
 # Pointwise
 
 _POINTWISE: dict[Any, str] = {
-    aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.div.Tensor: "div", aten.div.Scalar: "div", aten.neg.default: "neg",
-    aten.abs.default: "abs", aten.exp.default: "exp", aten.log.default: "log", aten.sqrt.default: "sqrt", aten.rsqrt.default: "rsqrt",
-    aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid", aten.erf.default: "erf", aten.sin.default: "sin", aten.cos.default: "cos",
-    aten.maximum.default: "max", aten.minimum.default: "min", aten.pow.Tensor_Scalar: "pow", aten.pow.Tensor_Tensor: "pow",
-    aten.lt.Tensor: "lt", aten.lt.Scalar: "lt", aten.le.Tensor: "le", aten.le.Scalar: "le", aten.gt.Tensor: "gt", aten.gt.Scalar: "gt",
-    aten.ge.Tensor: "ge", aten.ge.Scalar: "ge", aten.eq.Tensor: "eq", aten.eq.Scalar: "eq", aten.ne.Tensor: "ne", aten.ne.Scalar: "ne",
-    aten.clamp_min.default: "max", aten.clamp_max.default: "min", aten.floor.default: "floor",
-    aten.where.self: "where", aten.where.ScalarOther: "where", aten.where.ScalarSelf: "where", aten.where.Scalar: "where",
+    aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.div.Tensor: "div", aten.div.Scalar: "div",
+    aten.neg.default: "neg", aten.abs.default: "abs", aten.floor.default: "floor",
+    aten.exp.default: "exp", aten.log.default: "log", aten.sqrt.default: "sqrt", aten.rsqrt.default: "rsqrt",
+    aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid", aten.erf.default: "erf",
+    aten.sin.default: "sin", aten.cos.default: "cos", aten.pow.Tensor_Scalar: "pow", aten.pow.Tensor_Tensor: "pow",
+    aten.maximum.default: "max", aten.clamp_min.default: "max",
+    aten.minimum.default: "min", aten.clamp_max.default: "min",
+    aten.lt.Tensor: "lt", aten.lt.Scalar: "lt", aten.le.Tensor: "le", aten.le.Scalar: "le",
+    aten.gt.Tensor: "gt", aten.gt.Scalar: "gt", aten.ge.Tensor: "ge", aten.ge.Scalar: "ge",
+    aten.eq.Tensor: "eq", aten.eq.Scalar: "eq", aten.ne.Tensor: "ne", aten.ne.Scalar: "ne",
+    aten.where.self: "where", aten.where.Scalar: "where",
+    aten.where.ScalarOther: "where", aten.where.ScalarSelf: "where",
 }  # fmt: skip
 
 
@@ -268,9 +277,10 @@ def _pointwise(view: NodeView, call: AtenCall, position: Indices, _: int) -> Exp
 row(*_POINTWISE)(_pointwise)
 
 _LOGICAL: dict[Any, str] = {
-    aten.logical_and.default: "and", aten.logical_or.default: "or", aten.logical_not.default: "not", aten.logical_xor.default: "ne",
-    aten.bitwise_and.Tensor: "and", aten.bitwise_or.Tensor: "or", aten.bitwise_not.default: "not", aten.bitwise_xor.Tensor: "ne",
-    aten.bitwise_and.Scalar: "and", aten.bitwise_or.Scalar: "or",
+    aten.logical_and.default: "and", aten.bitwise_and.Tensor: "and", aten.bitwise_and.Scalar: "and",
+    aten.logical_or.default: "or", aten.bitwise_or.Tensor: "or", aten.bitwise_or.Scalar: "or",
+    aten.logical_not.default: "not", aten.bitwise_not.default: "not",
+    aten.logical_xor.default: "ne", aten.bitwise_xor.Tensor: "ne",
 }  # fmt: skip
 
 
@@ -289,10 +299,7 @@ def _sum(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     alpha = _argument(call, 2, "alpha", 1)
     if call.func in (aten.rsub.Scalar, aten.rsub.Tensor):
         a, b = b, a
-        if alpha != 1:
-            a, b = b, a
-            return pointwise("sub", b, pointwise("mul", a, view.number(alpha), dtype=dtype), dtype=dtype)
-    elif alpha != 1:
+    if alpha != 1:
         b = pointwise("mul", b, view.number(alpha), dtype=dtype)
     return pointwise("add" if call.func in (aten.add.Tensor, aten.add.Scalar) else "sub", a, b, dtype=dtype)
 

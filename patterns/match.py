@@ -27,25 +27,10 @@ from flashfuse.patterns.score import Score, find_score
 from flashfuse.patterns.site import AttentionSite, Refusal
 
 # What starts a search. A contraction may be spelled with any of these; what it means is read from its ATen calls.
-_CONTRACTIONS = frozenset(
-    {
-        "matmul",
-        "__matmul__",
-        "__rmatmul__",
-        "bmm",
-        "mm",
-        "einsum",
-        "baddbmm",
-        "addmm",
-        "addbmm",
-        "mv",
-        "dot",
-        "inner",
-        "tensordot",
-        "chain_matmul",
-        "linear",
-    }
-)
+_CONTRACTIONS = frozenset({
+    "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "baddbmm", "addmm", "addbmm", "mv", "dot", "inner",
+    "tensordot", "chain_matmul", "linear",
+})  # fmt: skip
 _WHOLE = frozenset({"scaled_dot_product_attention"})
 _NORMALISERS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "special_softmax"})
 
@@ -93,7 +78,7 @@ def _is_contraction(node: fx.Node) -> bool:
 
 
 def _upstream(graph: Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, frozenset[fx.Node]]]:
-    """For every node a product of activations behind it, and the normalisers behind it, without crossing another product.
+    """For every node a product of activations behind it, and the normalisers behind it up to the next product.
 
     A layer with weights ends both, except that it may mix raw scores (talking heads); a product with values is not one.
     """
@@ -124,7 +109,7 @@ def _upstream(graph: Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, froze
 
 
 def _seeds(node: fx.Node, normalisers: dict[fx.Node, frozenset[fx.Node]]) -> frozenset[fx.Node]:
-    """The normalisers that a contraction takes part of its input from; the node itself where it is a whole attention."""
+    """The normalisers that a contraction takes part of its input from; of a whole attention, the node itself."""
     name = name_of(node)
     if name in _WHOLE:
         return frozenset((node,))
@@ -227,7 +212,8 @@ def _find_softmax(lifter: Lifter, expr: Expr, j: sympy.Symbol) -> Softmax | None
             case Pointwise():
                 found = as_softmax(lifter, expr)
                 if found is None:
-                    return _other_probs(lifter, expr, j, passed)
+                    _refuse_other_factor(lifter, expr, j, passed)
+                    return None
                 expr = found
             case Load():
                 assert isinstance(expr.tensor, fx.Node)
@@ -235,19 +221,16 @@ def _find_softmax(lifter: Lifter, expr: Expr, j: sympy.Symbol) -> Softmax | None
                 try:
                     expr = lifter.expand(expr)
                 except CannotLift as error:
-                    return _opaque_probs(lifter, error, passed)
+                    _refuse_opaque_probs(error, passed)
+                    return None
             case _:
                 return None
 
 
-def _other_probs(lifter: Lifter, expr: Pointwise, j: sympy.Symbol, passed: fx.Node | None) -> None:
-    """Refuse where a softmax is one of the arguments of a pointwise operator; None where there is none at all."""
+def _refuse_other_factor(lifter: Lifter, expr: Pointwise, j: sympy.Symbol, passed: fx.Node | None) -> None:
+    """Refuse where a softmax is one of the arguments of a pointwise operator."""
     for a in expr.args:
-        try:
-            found = _find_softmax(lifter, a, j)
-        except Refused:
-            raise
-        if found is not None:
+        if _find_softmax(lifter, a, j) is not None:
             raise Refused(
                 "probability-factor",
                 f"the probabilities pass through `{expr.op}` with another value before they meet the values",
@@ -255,7 +238,8 @@ def _other_probs(lifter: Lifter, expr: Pointwise, j: sympy.Symbol, passed: fx.No
             )
 
 
-def _opaque_probs(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
+def _refuse_opaque_probs(error: CannotLift, passed: fx.Node) -> None:
+    """Refuse where a normaliser lies behind the operator that cannot be lifted."""
     node = error.node or passed
     if not _behind(node, _NORMALISERS):
         return
