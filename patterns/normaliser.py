@@ -7,6 +7,9 @@ import sympy
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols, substitute
 from flashfuse.patterns.lift import CannotLift, Lifter
 
+# Operators that a normaliser starts from, by their bare names.
+NORMALISERS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "special_softmax"})
+
 
 def open_up(lifter: Lifter, expr: Expr) -> Expr:
     """Expand a load until something other than a load is on top. Raises CannotLift."""
