@@ -150,6 +150,7 @@ def _load(load: Load, tile: Tile) -> torch.Tensor:
     An index may leave the tensor at positions whose value a `where` discards (a concatenation is such a `where`), so
     gathered indices are clamped.
     """
+    assert isinstance(load.tensor, int)
     tensor = tile.captured[load.tensor]
     view = _strided(tensor, load, tile)
     if view is not None:

@@ -91,7 +91,7 @@ class Dot(Expr):
 
 @dataclass(frozen=True)
 class Product(Expr):
-    """In a spec: the query-key product number `slot` at this position, sum over r of q[.., q_idx, r] * k[.., kv_idx, r]."""
+    """In a spec: query-key product number `slot` at this position, sum over r of q[.., q_idx, r] * k[.., kv_idx, r]."""
 
     slot: int
 
@@ -293,7 +293,8 @@ def _round(value: float, dtype: torch.dtype) -> float:
     if not math.isfinite(value) or dtype == torch.float64:
         return value
     rounded = float(torch.tensor(value, dtype=torch.float64).to(dtype))
-    # The limits of a narrow type are exact; other constants keep full precision, which can only be nearer to the source's meaning.
+    # The limits of a narrow type are exact; other constants keep full precision, which can only be nearer to what
+    # the source means.
     return rounded if not math.isfinite(rounded) or abs(value) >= torch.finfo(dtype).max else value
 
 
@@ -419,10 +420,9 @@ def _through_choice(
     choice = args[varying[0]]
     if not isinstance(choice, Pointwise) or choice.op != "where" or any(_number(a) is None for a in choice.args[1:]):
         return None
-    branches = [
-        _fold(op, tuple(b if i == varying[0] else a for i, a in enumerate(args)), dtype) for b in choice.args[1:]
-    ]
-    if branches[0] is None or branches[1] is None:
+    folded = (_fold(op, tuple(b if i == varying[0] else a for i, a in enumerate(args)), dtype) for b in choice.args[1:])
+    branches = [b for b in folded if b is not None]
+    if len(branches) < 2:
         return None
     return pointwise("where", choice.args[0], *branches, dtype=dtype)
 

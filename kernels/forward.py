@@ -170,7 +170,7 @@ def _attend(
     # [block_kv, block_dv]
     v = _load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
     # [block_q, block_dv]
-    if PRECISION == "ieee" and PROBS_DTYPE == tl.float32:
+    if PRECISION == "ieee" and v.dtype == tl.float32:
         # A sum a tile, then a sum over tiles: one chain through all keys rounds several times worse.
         tile = tl.dot(p, v, input_precision=PRECISION, out_dtype=acc.dtype)
         acc = tl.fma(acc, tl.broadcast_to(correction[:, None], acc.shape), tile)

@@ -52,8 +52,8 @@ class AttentionSpec:
     """What one attention computes, independent of sizes and strides.
 
     batch_axes: how many leading batch axes every operand has, 0 to 4.
-    score: the score at (n.., q_idx, kv_idx) in natural-log units; `Product(0)` is the query-key product, and `Load(c, ..)`
-        reads captured tensor number c.
+    score: the score at (n.., q_idx, kv_idx) in natural-log units; `Product(0)` is the query-key product, and
+        `Load(c, ..)` reads captured tensor number c.
     captured: element type of each captured tensor.
     num_sizes: how many run-time integers (`size0`, ..) the program uses besides q_len and kv_len.
     product_dtype: element type in which q and k are multiplied (accumulation is float32, float64 for float64).

@@ -45,7 +45,7 @@ def attention_tiled(
     shared = [axis for axis in range(rank) if _is_shared(k, axis) and _is_shared(v, axis)]
     order = [axis for axis in range(rank) if axis not in shared] + shared
     # One position stands for all on a shared axis.
-    owned = (*(slice(None),) * (rank - len(shared)), *(0,) * len(shared))
+    owned: tuple[slice | int, ...] = (*(slice(None),) * (rank - len(shared)), *(0,) * len(shared))
     batch, symbols = sizes[:rank], position_symbols(spec)
     q, k, v = (x.expand(*batch, *x.shape[-2:]).permute(*order, rank, rank + 1) for x in (q, k, v))
     problem = Problem(

@@ -1,1 +1,1 @@
-"""What a graph means: lifting nodes to index expressions, and the attention pattern over them. Reads graphs, never writes."""
+"""What a graph means: nodes lifted to index expressions, and the attention pattern over them. Reads, never writes."""

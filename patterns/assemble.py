@@ -1,9 +1,8 @@
-"""From a recognised attention to an `AttentionSite`: axes sorted, operands chosen, the score program over its own tensors."""
+"""From a recognised attention to an `AttentionSite`: axes sorted, operands chosen, the score over its own tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
 
 import sympy
 import torch
@@ -20,12 +19,10 @@ from flashfuse.kernels.expr import (
     loads,
     pointwise,
     rewrite,
-    walk,
 )
 from flashfuse.kernels.spec import (
     KV_IDX,
     KV_LEN,
-    MAX_BATCH_AXES,
     Q_IDX,
     Q_LEN,
     AttentionSpec,
@@ -34,29 +31,19 @@ from flashfuse.kernels.spec import (
     size_symbol,
     to_text,
 )
-from flashfuse.patterns.axes import fold, folds, radix, resimplify, substituted
+from flashfuse.patterns.axes import Roles
 from flashfuse.patterns.graph import location, name_of, tensor, value
 from flashfuse.patterns.indexing import Indices
+from flashfuse.patterns.layout import Layout
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import open_up
-from flashfuse.patterns.operand import Reading, exactly_promotes, readings, sizes_of
+from flashfuse.patterns.operand import Reading, exactly_promotes, readings
+from flashfuse.patterns.output_order import output_order
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score
-from flashfuse.patterns.site import AttentionSite, Operand
-from flashfuse.patterns.views import Step, view_plan
+from flashfuse.patterns.site import AttentionSite
 
 _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Roles:
-    """What each symbol of a site is. `i` and `d` are None where that dimension has size 1."""
-
-    batch: tuple[sympy.Symbol, ...]
-    i: sympy.Symbol | None
-    j: sympy.Symbol
-    r: sympy.Symbol
-    d: sympy.Symbol | None
 
 
 def assemble(
@@ -86,15 +73,15 @@ def assemble(
         _options(lifter, k_side, shared, dtype, node, "keys", True),
         _options(lifter, value_side, frozenset(), values.dtype, node, "values", False),
     )
-    split = _Splitter(lifter, roles, score.program, options)
-    q, k, v = split.chosen
+    layout = Layout(lifter, roles, score.program, options)
+    q, k, v = layout.chosen
     program = score.program
     for reading in (q, k):
         for factor in reading.factors:
             program = _scaled(program, factor)
-    program = split.substitute(program)
-    axes = split.batch
-    captured = tuple(dict.fromkeys(x.tensor for x in loads(program)))
+    program = layout.substitute(program)
+    axes = layout.batch
+    captured = _captured(program)
     _check_captured(lifter, captured, node)
     q_len = lifter.ranges[roles.i] if roles.i is not None else sympy.Integer(1)
     kv_len = lifter.ranges[roles.j]
@@ -102,7 +89,7 @@ def assemble(
     product_dtype = _product_dtype(q.load.dtype, k.load.dtype, dtype)
     types = tuple(_captured_dtype(n) for n in captured)
     score_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
-    out_axes, out_order = _output(lifter, node, position, roles, split)
+    out_axes, out_order = output_order(node, position, roles, layout)
     spec = AttentionSpec(
         batch_axes=len(axes),
         score=parse(to_text(program), types, score_dtype),
@@ -118,9 +105,9 @@ def assemble(
         node=node,
         location=location(node),
         spec=spec,
-        q=split.operand(q, (*axes, roles.i, roles.r), product_dtype),
-        k=split.operand(k, (*axes, roles.j, roles.r), product_dtype),
-        v=split.operand(v, (*axes, roles.j, roles.d), values.dtype),
+        q=layout.operand(q, (*axes, roles.i, roles.r), product_dtype),
+        k=layout.operand(k, (*axes, roles.j, roles.r), product_dtype),
+        v=layout.operand(v, (*axes, roles.j, roles.d), values.dtype),
         captured=captured,
         batch=tuple(lifter.ranges[a] for a in axes),
         sizes=sizes,
@@ -142,7 +129,7 @@ def _check_types(node: fx.Node, values: Dot, score: Score) -> None:
 
 
 def _check_plain(lifter: Lifter, side: Expr, other: Expr, roles: Roles, node: fx.Node) -> None:
-    """Refuse an operand that is itself a matrix of scores: a product pairing the keys with an axis the other side lacks."""
+    """Refuse an operand that is itself a matrix of scores: a product of the keys with an axis the other side lacks."""
     try:
         inner = open_up(lifter, side)
     except CannotLift:
@@ -196,91 +183,15 @@ def _scaled(program: Expr, factor: Expr) -> Expr:
     return rewrite(program, lambda e: pointwise("mul", e, factor, dtype=e.dtype) if isinstance(e, Product) else None)
 
 
-class _Splitter:
-    """Chooses how far back each operand is read, and splits folded batch axes so that each is a view."""
-
-    def __init__(self, lifter: Lifter, roles: Roles, program: Expr, options: Sequence[list[Reading]]) -> None:
-        self.lifter, self.roles = lifter, roles
-        self.ranges = lifter.ranges
-        self.mapping: dict[sympy.Symbol, sympy.Expr] = {}
-        self.parts: dict[sympy.Symbol, tuple[sympy.Symbol, ...]] = {b: (b,) for b in roles.batch}
-        self._split_for([i for x in loads(program) for i in x.indices] + _positions(program))
-        chosen = []
-        for number, found in enumerate(options):
-            chosen.append(self._choose(found, number))
-        self.chosen = tuple(chosen)
-
-    @property
-    def batch(self) -> tuple[sympy.Symbol, ...]:
-        return tuple(p for b in self.roles.batch for p in self.parts[b])
-
-    def _choose(self, found: list[Reading], number: int) -> Reading:
-        for reading in reversed(found):
-            if not self._split_for(reading.load.indices):
-                continue
-            last = (
-                (self.roles.i, self.roles.j, self.roles.j)[number],
-                (self.roles.r, self.roles.r, self.roles.d)[number],
-            )
-            if self._plan(reading.load, (*self.batch, *last)) is not None:
-                return reading
-        raise Refused("operand-layout", f"no view of `{found[0].load.tensor}` has the layout of an attention operand")
-
-    def _split_for(self, indices: Sequence[sympy.Expr]) -> bool:
-        """Split batch axes until no index divides one; False where they cannot be split so."""
-        for _ in range(2 * MAX_BATCH_AXES):
-            current = [resimplify(i.xreplace(self.mapping), self.ranges) for i in indices]
-            pending = [(s, f) for s in self.batch if (f := folds(current, s))]
-            if not pending:
-                return True
-            symbol, strides = pending[0]
-            sizes = radix(self.ranges[symbol], strides)
-            if sizes is None or len(self.batch) + len(sizes) - 1 > MAX_BATCH_AXES:
-                return False
-            self._split(symbol, sizes)
-        return False
-
-    def _split(self, symbol: sympy.Symbol, sizes: Sequence[sympy.Expr]) -> None:
-        made = tuple(self.lifter.symbol("n", size) for size in sizes)
-        replacement = {symbol: fold(made, self.ranges)}
-        self.mapping = {k: sympy.expand(v.xreplace(replacement)) for k, v in self.mapping.items()} | replacement
-        self.parts = {
-            b: tuple(q for p in parts for q in (made if p == symbol else (p,))) for b, parts in self.parts.items()
-        }
-
-    def _plan(self, load: Load, axes: Sequence[sympy.Symbol | None]) -> tuple[Step, ...] | None:
-        return view_plan(substituted(load.indices, self.mapping, self.ranges), sizes_of(load), axes, self.ranges)
-
-    def operand(self, reading: Reading, axes: Sequence[sympy.Symbol | None], dtype: torch.dtype) -> Operand:
-        assert isinstance(reading.load.tensor, fx.Node)
-        steps = self._plan(reading.load, axes)
-        if steps is None:
-            raise Refused(
-                "operand-layout", f"no view of `{reading.load.tensor}` has the layout of an attention operand"
-            )
-        kept = reading.load.dtype if exactly_promotes(reading.load.dtype, dtype) else dtype
-        return Operand(reading.load.tensor, steps, kept)
-
-    def substitute(self, expr: Expr) -> Expr:
-        def rule(e: Expr) -> Expr | None:
-            match e:
-                case Load():
-                    return replace(e, indices=substituted(e.indices, self.mapping, self.ranges))
-                case Index():
-                    return replace(e, value=resimplify(e.value.xreplace(self.mapping), self.ranges))
-            return None
-
-        return rewrite(expr, rule)
-
-
-def _positions(program: Expr) -> list[sympy.Expr]:
-    return [e.value for e in walk(program) if isinstance(e, Index)]
-
-
 def _product_dtype(q: torch.dtype, k: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     """The narrowest type in which the product is still exact: bf16 operands cast up to float32 multiply as bf16."""
     narrow = q == k and q in (torch.float16, torch.bfloat16) and exactly_promotes(q, dtype) and dtype == torch.float32
     return q if narrow else dtype
+
+
+def _captured(program: Expr) -> tuple[fx.Node, ...]:
+    """The graph tensors that the program reads, in order of first use."""
+    return tuple(dict.fromkeys(x.tensor for x in loads(program) if isinstance(x.tensor, fx.Node)))
 
 
 def _captured_dtype(node: fx.Node) -> torch.dtype:
@@ -313,7 +224,7 @@ def _named(
     names: dict[sympy.Symbol, sympy.Expr] = {a: batch_symbol(n) for n, a in enumerate(axes)} | {roles.j: KV_IDX}
     if roles.i is not None:
         names[roles.i] = Q_IDX
-    slots = {node: slot for slot, node in enumerate(captured)}
+    slots: dict[Hashable, int] = {node: slot for slot, node in enumerate(captured)}
     used = set(free_symbols(program)) - set(names)
     sizes: list[sympy.Expr] = []
     for symbol in sorted(used, key=str):
@@ -328,68 +239,9 @@ def _named(
     def rule(e: Expr) -> Expr | None:
         match e:
             case Load():
-                return Load(e.dtype, slots[e.tensor], tuple(i.xreplace(names) for i in e.indices))  # type: ignore[index]
+                return Load(e.dtype, slots[e.tensor], tuple(i.xreplace(names) for i in e.indices))
             case Index():
                 return Index(e.dtype, sympy.expand(e.value.xreplace(names)))
         return None
 
     return rewrite(program, rule), tuple(sizes)
-
-
-def _output(
-    lifter: Lifter, node: fx.Node, position: Indices, roles: Roles, split: _Splitter
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(how the operator's result is permuted to the node's dimensions, memory order of the operator's result)."""
-    axes = (*split.batch, roles.i, roles.d)
-    numbers = {a: n for n, a in enumerate(axes) if a is not None}
-    groups = [[numbers[p] for p in split.parts.get(o, (o,))] if isinstance(o, sympy.Symbol) else [] for o in position]
-    missing = [n for n, a in enumerate(axes) if a is None]
-    out_axes = tuple(n for group in groups for n in group) + tuple(missing)
-    order = [n for dim in _memory_order(node) for n in groups[dim]]
-    order = [*(n for n in missing if n != len(axes) - 1), *order]
-    if len(axes) - 1 in missing:
-        order.append(len(axes) - 1)
-    if order[-1] != len(axes) - 1:
-        order = [n for n in range(len(axes))]
-    return out_axes, tuple(order)
-
-
-def _memory_order(node: fx.Node) -> list[int]:
-    """Dimensions of the node's output, outermost in memory first.
-
-    As the graph has it, except where all that is done with it is a transposition followed by a copy: then the order
-    of that copy, which makes the copy disappear.
-    """
-    out = tensor(node)
-    assert out is not None
-    natural = sorted(range(out.dim()), key=lambda d: (_stride_key(out, d), d))
-    users = [u for u in node.users if name_of(u) in ("transpose", "permute", "swapaxes", "movedim")]
-    if (
-        len(users) != 1
-        or len(node.users) != 1
-        or not all(name_of(u) in ("contiguous", "reshape", "flatten", "clone") for u in users[0].users)
-    ):
-        return natural
-    moved = tensor(users[0])
-    if moved is None or not users[0].users:
-        return natural
-    return _permutation(users[0], out.dim()) or natural
-
-
-def _stride_key(out: torch.Tensor, dim: int) -> int:
-    """Larger strides first; a symbolic stride keeps the dimension's own place."""
-    stride = out.stride()[dim]
-    return -stride if isinstance(stride, int) and all(isinstance(s, int) for s in out.stride()) else dim
-
-
-def _permutation(user: fx.Node, rank: int) -> list[int] | None:
-    args = [a for a in user.args[1:]]
-    if name_of(user) == "permute":
-        dims = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
-        return [int(d) % rank for d in dims] if all(isinstance(d, int) for d in dims) else None
-    if len(args) != 2 or not all(isinstance(a, int) for a in args):
-        return None
-    order = list(range(rank))
-    a, b = int(args[0]), int(args[1])  # type: ignore[arg-type]
-    order[a], order[b] = order[b], order[a]
-    return order

@@ -1,4 +1,4 @@
-"""The axes of one attention: sorting a site's index symbols into batch, query and value axes, and splitting folded ones.
+"""The axes of one attention: a site's index symbols as batch, query, key and value axes, and folded ones split.
 
 An index such as h // 4 says that a batch symbol is two axes folded into one: h = group_head * 4 + member. Splitting it
 makes every operand a plain view, grouped heads and folded batches alike.
@@ -7,11 +7,23 @@ makes every operand a plain view, grouped heads and folded batches alike.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.patterns.indexing import Indices, Ranges, divide, quotient
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What each symbol of a site is. `i` and `d` are None where that dimension has size 1."""
+
+    batch: tuple[sympy.Symbol, ...]
+    i: sympy.Symbol | None
+    j: sympy.Symbol
+    r: sympy.Symbol
+    d: sympy.Symbol | None
 
 
 def resimplify(expr: sympy.Expr, ranges: Ranges) -> sympy.Expr:

@@ -1,11 +1,10 @@
-"""Facts about one Dynamo graph that everything else asks for: values, order, liveness, autocast regions, mutations, source.
+"""Facts about one Dynamo graph that all else asks for: values, order, liveness, autocast regions, mutations, source.
 
 The values are Dynamo's own fake tensors (`meta["example_value"]`); nothing is executed here.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -27,6 +26,10 @@ _INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
     if hasattr(operator, "i" + name)
 } | {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
+
+_INPLACE_NAMES = frozenset({
+    "setitem", "__setitem__", "__iadd__", "__imul__", "__isub__", "__itruediv__", "__iand__", "__ior__",
+})  # fmt: skip
 
 
 def value(node: fx.Node) -> Any:
@@ -80,9 +83,9 @@ def is_weighted(node: fx.Node) -> bool:
 
 
 def functional_target(node: fx.Node) -> Any:
-    """For an in-place operator or method its out-of-place twin, None where there is none or the node is not in place."""
+    """The out-of-place twin of an in-place operator or method; None where it has none or the node is not in place."""
     if node.op == "call_function" and node.target in _INPLACE_OPERATORS:
-        return _INPLACE_OPERATORS[node.target]  # type: ignore[index]
+        return _INPLACE_OPERATORS[node.target]
     name = name_of(node)
     if node.op == "call_method" and name.endswith("_") and not name.endswith("__") and hasattr(torch.Tensor, name[:-1]):
         return name[:-1]
@@ -95,13 +98,7 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
         return ()
     first = tuple(a for a in node.args[:1] if isinstance(a, fx.Node))
     out = node.kwargs.get("out")
-    written = (
-        (out,)
-        if isinstance(out, fx.Node)
-        else tuple(a for a in out if isinstance(a, fx.Node))
-        if isinstance(out, (list, tuple))
-        else ()
-    )
+    written = tuple(a for a in (out if isinstance(out, (list, tuple)) else (out,)) if isinstance(a, fx.Node))
     if node.kwargs.get("inplace") is True:
         return first + written
     if isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -110,16 +107,7 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
         return _schema_mutated(node, node.target)
     name = name_of(node)
     dunder = name.startswith("__") and name.endswith("__")
-    if node.target in _INPLACE_OPERATORS or name in (
-        "setitem",
-        "__setitem__",
-        "__iadd__",
-        "__imul__",
-        "__isub__",
-        "__itruediv__",
-        "__iand__",
-        "__ior__",
-    ):
+    if node.target in _INPLACE_OPERATORS or name in _INPLACE_NAMES:
         return first
     if name.endswith("_") and not dunder and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_"):
         return first
@@ -148,7 +136,10 @@ def subgraphs(node: fx.Node) -> Iterator[Any]:
     owner = node.graph.owning_module
     for a in node.all_input_nodes:
         if a.op == "get_attr" and owner is not None:
-            yield functools.reduce(lambda m, part: getattr(m, part, None), str(a.target).split("."), owner)
+            found: Any = owner
+            for part in str(a.target).split("."):
+                found = getattr(found, part, None)
+            yield found
 
 
 class Graph:
@@ -224,16 +215,12 @@ class Graph:
         place = (shape(seen), seen.stride(), seen.storage_offset())
         return writer if place == (shape(written), written.stride(), written.storage_offset()) else None
 
-    def location(self, node: fx.Node) -> Location:
-        """The innermost frame of the user's source, and the module path."""
-        return location(node)
-
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
 
 
 def location(node: fx.Node) -> Location:
-    """Where in the user's model a node comes from."""
+    """Where in the user's model a node comes from: the innermost frame of its source, and the module path."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     stack = node.meta.get("nn_module_stack") or {}
     path = [entry[0] for entry in stack.values()]

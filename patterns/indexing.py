@@ -81,7 +81,8 @@ def divide(expr: sympy.Expr, divisor: sympy.Expr, ranges: Ranges) -> tuple[sympy
     """(expr // divisor, expr % divisor) for a non-negative expr and a positive divisor, simplified."""
     if divisor == 1:
         return expr, ZERO
-    whole, rest = [], []
+    whole: list[sympy.Expr] = []
+    rest: list[sympy.Expr] = []
     for term in sympy.Add.make_args(sympy.expand(expr)):
         part = quotient(term, divisor)
         (rest if part is None else whole).append(term if part is None else part)

@@ -10,44 +10,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
-import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import flashfuse.patterns.aten
+import flashfuse.patterns.aten_layout
 import flashfuse.patterns.sdpa  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise, Softmax, free_symbols, substitute
 from flashfuse.patterns.assemble import assemble
-from flashfuse.patterns.graph import Graph, is_weighted, location, mutated_inputs, name_of, shape, tensor, value
+from flashfuse.patterns.chain import private_chain
+from flashfuse.patterns.graph import Graph, is_weighted, location, name_of, shape, tensor
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import as_softmax
+from flashfuse.patterns.normaliser import NORMALISERS, as_softmax
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score, find_score
 from flashfuse.patterns.site import AttentionSite, Refusal
 
 # What starts a search. A contraction may be spelled with any of these; what it means is read from its ATen calls.
-_CONTRACTIONS = frozenset(
-    {
-        "matmul",
-        "__matmul__",
-        "__rmatmul__",
-        "bmm",
-        "mm",
-        "einsum",
-        "baddbmm",
-        "addmm",
-        "addbmm",
-        "mv",
-        "dot",
-        "inner",
-        "tensordot",
-        "chain_matmul",
-        "linear",
-    }
-)
+_CONTRACTIONS = frozenset({
+    "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "baddbmm", "addmm", "addbmm", "mv", "dot", "inner",
+    "tensordot", "chain_matmul", "linear",
+})  # fmt: skip
 _WHOLE = frozenset({"scaled_dot_product_attention"})
-_NORMALISERS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "special_softmax"})
 
 
 @dataclass(frozen=True)
@@ -93,7 +78,7 @@ def _is_contraction(node: fx.Node) -> bool:
 
 
 def _upstream(graph: Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, frozenset[fx.Node]]]:
-    """For every node a product of activations behind it, and the normalisers behind it, without crossing another product.
+    """For every node a product of activations behind it, and the normalisers behind it up to the next product.
 
     A layer with weights ends both, except that it may mix raw scores (talking heads); a product with values is not one.
     """
@@ -116,7 +101,7 @@ def _upstream(graph: Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, froze
             products[node] = behind
         if is_weighted(node):
             continue
-        if name in _NORMALISERS and not seeds:
+        if name in NORMALISERS and not seeds:
             seeds = frozenset((node,))
         if seeds:
             normalisers[node] = seeds
@@ -124,7 +109,7 @@ def _upstream(graph: Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, froze
 
 
 def _seeds(node: fx.Node, normalisers: dict[fx.Node, frozenset[fx.Node]]) -> frozenset[fx.Node]:
-    """The normalisers that a contraction takes part of its input from; the node itself where it is a whole attention."""
+    """The normalisers that a contraction takes part of its input from; of a whole attention, the node itself."""
     name = name_of(node)
     if name in _WHOLE:
         return frozenset((node,))
@@ -191,7 +176,7 @@ def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite 
             problems.append(Refused("extra-columns", "the softmax runs over more columns than there are keys"))
             continue
         score = _score(lifter, softmax, expr.axis, set() if name_of(node) in _WHOLE else leads, node)
-        chain = _private_chain(lifter.graph, score.node, node) if score.node is not node else ()
+        chain = private_chain(lifter.graph, score.node, node) if score.node is not node else ()
         site = assemble(lifter, node, position, expr, value_side, softmax, score, chain)
         for used in (*site.captured, site.q.node, site.k.node, site.v.node):
             if used in chain:
@@ -227,7 +212,8 @@ def _find_softmax(lifter: Lifter, expr: Expr, j: sympy.Symbol) -> Softmax | None
             case Pointwise():
                 found = as_softmax(lifter, expr)
                 if found is None:
-                    return _other_probs(lifter, expr, j, passed)
+                    _refuse_other_factor(lifter, expr, j, passed)
+                    return None
                 expr = found
             case Load():
                 assert isinstance(expr.tensor, fx.Node)
@@ -235,19 +221,16 @@ def _find_softmax(lifter: Lifter, expr: Expr, j: sympy.Symbol) -> Softmax | None
                 try:
                     expr = lifter.expand(expr)
                 except CannotLift as error:
-                    return _opaque_probs(lifter, error, passed)
+                    _refuse_opaque_probs(error, passed)
+                    return None
             case _:
                 return None
 
 
-def _other_probs(lifter: Lifter, expr: Pointwise, j: sympy.Symbol, passed: fx.Node | None) -> None:
-    """Refuse where a softmax is one of the arguments of a pointwise operator; None where there is none at all."""
+def _refuse_other_factor(lifter: Lifter, expr: Pointwise, j: sympy.Symbol, passed: fx.Node | None) -> None:
+    """Refuse where a softmax is one of the arguments of a pointwise operator."""
     for a in expr.args:
-        try:
-            found = _find_softmax(lifter, a, j)
-        except Refused:
-            raise
-        if found is not None:
+        if _find_softmax(lifter, a, j) is not None:
             raise Refused(
                 "probability-factor",
                 f"the probabilities pass through `{expr.op}` with another value before they meet the values",
@@ -255,9 +238,10 @@ def _other_probs(lifter: Lifter, expr: Pointwise, j: sympy.Symbol, passed: fx.No
             )
 
 
-def _opaque_probs(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
+def _refuse_opaque_probs(error: CannotLift, passed: fx.Node) -> None:
+    """Refuse where a normaliser lies behind the operator that cannot be lifted."""
     node = error.node or passed
-    if not _behind(node, _NORMALISERS):
+    if not _behind(node, NORMALISERS):
         return
     name = name_of(node)
     if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
@@ -285,51 +269,3 @@ def _behind(node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
 def _score(lifter: Lifter, softmax: Softmax, j: sympy.Symbol, leads: set[fx.Node], site: fx.Node) -> Score:
     argument = softmax.arg if softmax.axis == j else substitute(softmax.arg, {softmax.axis: j})
     return find_score(lifter, argument, j, leads, site)
-
-
-def _private_chain(graph: Graph, product: fx.Node, site: fx.Node) -> tuple[fx.Node, ...]:
-    """The nodes from the product to the site, in order. They will not exist, so nothing else may use their values."""
-    region = _between(graph, product, site)
-    chain = tuple(sorted(region, key=graph.position.__getitem__))
-    first_softmax = next((n for n in chain if name_of(n) in _NORMALISERS), None)
-    what = "scores"
-    for node in chain:
-        what = "probabilities" if node is first_softmax else what
-        foreign = [n for n in mutated_inputs(node) if n not in region]
-        if foreign:
-            raise Refused(
-                "mutation", f"`{name_of(node)}` writes the scores into `{foreign[0].name}`, which exists outside", node
-            )
-        for user in node.users:
-            if user in region or user is site or user not in graph.live or not _uses_values(user):
-                continue
-            where = "are returned" if user.op == "output" else f"are used again by `{name_of(user)}`"
-            raise Refused(
-                f"{what}-used",
-                f"the {what} {where}, so they have to exist in memory",
-                node if user.op == "output" else user,
-            )
-    return chain
-
-
-def _between(graph: Graph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
-    """Nodes on a path from `start` to `end`, `start` included, and in-place edits of what is on it."""
-    inside = graph.nodes[graph.position[start] + 1 : graph.position[end]]
-    reached = {start}
-    for node in inside:
-        if any(n in reached for n in node.all_input_nodes):
-            reached.add(node)
-    wanted = {end}
-    for node in (*reversed(inside), start):
-        if node in reached and (
-            any(u in wanted for u in node.users) or any(n in reached for n in mutated_inputs(node))
-        ):
-            wanted.add(node)
-    return wanted - {end}
-
-
-def _uses_values(user: fx.Node) -> bool:
-    """Asking for a size, type or device does not need the values."""
-    return user.op == "output" or (
-        isinstance(value(user), (torch.Tensor, tuple, list)) and name_of(user) not in ("size", "getattr")
-    )

@@ -1,4 +1,4 @@
-"""Recognising the normaliser: softmax as one operator, or assembled from exp, sum and div in any order real code uses."""
+"""Recognising the normaliser: softmax as one operator, or put together from exp, sum and div in any usual order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import sympy
 
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols, substitute
 from flashfuse.patterns.lift import CannotLift, Lifter
+
+# Operators that a normaliser starts from, by their bare names.
+NORMALISERS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "special_softmax"})
 
 
 def open_up(lifter: Lifter, expr: Expr) -> Expr:
@@ -18,7 +21,7 @@ def open_up(lifter: Lifter, expr: Expr) -> Expr:
 def as_softmax(lifter: Lifter, expr: Expr) -> Softmax | None:
     """The softmax that exp(x) / sum_j exp(x) or exp(x) * (1 / sum_j exp(x)) stands for, None where it is neither.
 
-    Whatever is subtracted from x, if it is the same for all j, changes nothing in the quotient; usually the row maximum.
+    Whatever is subtracted from x, usually the row maximum, changes nothing in the quotient if it is the same for all j.
     """
     if not isinstance(expr, Pointwise) or expr.op not in ("div", "mul"):
         return None

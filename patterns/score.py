@@ -31,7 +31,10 @@ from flashfuse.patterns.refusal import Refused
 
 @dataclass(frozen=True)
 class Score:
-    """`program` over `Product(0)`; `dot` is the product with the query side as `lhs`; `node` made it (the site itself, where one operator is all)."""
+    """`program` over `Product(0)`; `dot` is the product with the query side as `lhs`; `node` made it.
+
+    `node` is the site itself where one operator is the whole attention.
+    """
 
     program: Expr
     dot: Dot
@@ -134,8 +137,6 @@ def _opened(lifter: Lifter, load: Load, i_symbols: frozenset[sympy.Symbol], j: s
 
 
 def _is_program(expr: Expr) -> bool:
-    return (
-        all(_is_program(c) for c in expr.children)
-        if isinstance(expr, Pointwise)
-        else isinstance(expr, (Load, Index)) or not expr.children
-    )
+    if isinstance(expr, Pointwise):
+        return all(_is_program(c) for c in expr.children)
+    return isinstance(expr, (Load, Index)) or not expr.children

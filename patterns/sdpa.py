@@ -1,4 +1,4 @@
-"""`F.scaled_dot_product_attention` as one more spelling: the expression it stands for, with its own rule for empty rows."""
+"""`F.scaled_dot_product_attention` as one more spelling: what it stands for, with its own rule for empty rows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,8 @@ from flashfuse.patterns.refusal import Refused
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS: dict[str, Any] = {
-    "attn_mask": None,
-    "dropout_p": 0.0,
-    "is_causal": False,
-    "scale": None,
-    "enable_gqa": False,
-}
+    "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False,
+}  # fmt: skip
 
 
 def lift_sdpa(view: NodeView, position: Indices) -> Expr:
@@ -43,13 +39,10 @@ def lift_sdpa(view: NodeView, position: Indices) -> Expr:
 
     product = Dot(q.dtype, at("query", tuple(batch), i, r), at("key", heads, j, r), r, head_dim)
     scale = given["scale"]
-    factor = (
-        _default_scale(view, head_dim)
-        if scale is None
-        else view.number(
-            value(scale) if isinstance(scale, fx.Node) else scale, scale if isinstance(scale, fx.Node) else None
-        )
-    )
+    if scale is None:
+        factor = _default_scale(view, head_dim)
+    else:
+        factor = view.number(value(scale), scale) if isinstance(scale, fx.Node) else view.number(scale)
     score = pointwise("mul", product, factor, dtype=q.dtype)
     if given["is_causal"]:
         score = _masked(pointwise("le", index(j), index(i)), score)

@@ -48,7 +48,8 @@ class AttentionSite:
     """One attention found in a graph: `node` produces its output, which `spec` describes.
 
     `batch` are the sizes of the spec's batch axes, `sizes` what its `size0`, .. stand for, both over the graph's size
-    symbols. The operator's result [batch axes.., q_len, value_dim], permuted by `out_axes`, is `node`'s output reshaped.
+    symbols. The operator's result [batch axes.., q_len, value_dim], permuted by `out_axes`, is `node`'s output
+    reshaped.
     `captured` are the nodes behind the score program's loads, `chain` the nodes whose work the kernel takes over.
     """
 

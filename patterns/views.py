@@ -91,7 +91,7 @@ def _dimension(
             return None
         whole = offset == 0 and step == 1 and same(extent, size)
         return ([] if whole else [Narrow(dim, offset, extent, step)]), [axis]
-    block = _inner_block(coefficients, ranges)
+    block = _inner_block(coefficients)
     outer_size = quotient(size, block) if block is not None else None
     if block is None or outer_size is None:
         return None
@@ -124,7 +124,7 @@ def _affine(at: sympy.Expr, ranges: Ranges) -> tuple[Mapping[sympy.Symbol, sympy
     return None if rest.free_symbols & set(ranges) else (coefficients, rest)
 
 
-def _inner_block(coefficients: Mapping[sympy.Symbol, sympy.Expr], ranges: Ranges) -> sympy.Expr | None:
+def _inner_block(coefficients: Mapping[sympy.Symbol, sympy.Expr]) -> sympy.Expr | None:
     """The stride of the second innermost axis: everything inside it is one block."""
     for candidate in coefficients.values():
         inner = [a for a, c in coefficients.items() if quotient(c, candidate) is None]

@@ -1,4 +1,4 @@
-"""Attention inside a function that Dynamo keeps whole: `F.multi_head_attention_forward` in every form of its arguments."""
+"""Attention in a function that Dynamo keeps whole: `F.multi_head_attention_forward` in every form of its arguments."""
 
 from __future__ import annotations
 

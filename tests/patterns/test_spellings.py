@@ -100,7 +100,8 @@ def functional(q: Any, k: Any, v: Any) -> Any:
 
 SPELLINGS = [
     plain, scaled_queries, scaled_both, folded_heads, baddbmm, einsum, einsum_sequence_first, assembled,
-    assembled_with_max_values, unshifted, in_place, transposed_output, contiguous_everywhere, zero_dim_tensor_scale, functional,
+    assembled_with_max_values, unshifted, in_place, transposed_output, contiguous_everywhere, zero_dim_tensor_scale,
+    functional,
 ]  # fmt: skip
 
 

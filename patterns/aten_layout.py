@@ -1,0 +1,174 @@
+"""Rows of the ATen operators that only move elements: each is a substitution in the position."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+
+from flashfuse.kernels.expr import Expr, Index, cast, index, pointwise, substitute
+from flashfuse.patterns.graph import shape, to_sympy
+from flashfuse.patterns.indexing import ZERO, Indices, divide, reshape
+from flashfuse.patterns.lift import CannotLift, NodeView
+from flashfuse.patterns.rows import argument, replaced, row
+from flashfuse.patterns.trace import AtenCall
+
+aten = torch.ops.aten
+
+_SAME_ELEMENT = (
+    aten.alias.default, aten.detach.default, aten.detach_.default, aten.clone.default, aten.contiguous.default,
+    aten.lift_fresh.default, aten.lift_fresh_copy.default, aten._to_copy.default, aten.to.dtype, aten.positive.default,
+)  # fmt: skip
+
+
+@row(*_SAME_ELEMENT)
+def _same_element(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    return cast(view.element(call.args[0], position), call.output.dtype)
+
+
+@row(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+def _reshape(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    source = call.args[0]
+    return view.element(source, reshape(position, shape(call.output), shape(source), view.ranges))
+
+
+@row(aten.expand.default)
+def _expand(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    return view.element(call.args[0], position)
+
+
+@row(aten.permute.default)
+def _permute(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    source = [ZERO] * len(position)
+    for at, dim in zip(position, call.args[1], strict=True):
+        source[dim % len(position)] = at
+    return view.element(call.args[0], tuple(source))
+
+
+@row(aten.transpose.int, aten.t.default)
+def _transpose(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    a, b = call.args[1:] if len(call.args) == 3 else (0, -1)
+    swapped = list(position)
+    if swapped:
+        swapped[a], swapped[b] = swapped[b], swapped[a]
+    return view.element(call.args[0], tuple(swapped))
+
+
+@row(aten.unsqueeze.default)
+def _unsqueeze(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    dim = call.args[1] % len(position)
+    return view.element(call.args[0], position[:dim] + position[dim + 1 :])
+
+
+@row(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+def _squeeze(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    sizes = shape(call.args[0])
+    dims = argument(call, 1, "dim", range(len(sizes)))
+    dims = {d % max(len(sizes), 1) for d in ([dims] if isinstance(dims, int) else dims)}
+    kept = iter(position)
+    source = tuple(ZERO if d in dims and size == 1 else next(kept) for d, size in enumerate(sizes))
+    return view.element(call.args[0], source)
+
+
+@row(aten.slice.Tensor)
+def _slice(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    dim = argument(call, 1, "dim", 0) % len(position)
+    start, step = argument(call, 2, "start"), argument(call, 4, "step", 1)
+    begin = _clamped_start(to_sympy(0 if start is None else start), shape(call.args[0])[dim])
+    return view.element(call.args[0], replaced(position, dim, begin + to_sympy(step) * position[dim]))
+
+
+def _clamped_start(start: sympy.Expr, size: sympy.Expr) -> sympy.Expr:
+    if start.is_negative:
+        start = start + size
+        return start if start.is_nonnegative is not False else ZERO
+    return start
+
+
+@row(aten.select.int)
+def _select(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    source = call.args[0]
+    dim = call.args[1] % len(source.shape)
+    at = to_sympy(call.args[2])
+    at = at + shape(source)[dim] if at.is_negative else at
+    return view.element(source, (*position[:dim], at, *position[dim:]))
+
+
+@row(aten.split.Tensor, aten.split_with_sizes.default)
+def _split(view: NodeView, call: AtenCall, position: Indices, number: int) -> Expr:
+    dim = argument(call, 2, "dim", 0) % len(position)
+    start = sum((shape(part)[dim] for part in call.output[:number]), ZERO)
+    return view.element(call.args[0], replaced(position, dim, start + position[dim]))
+
+
+@row(aten.unbind.int)
+def _unbind(view: NodeView, call: AtenCall, position: Indices, number: int) -> Expr:
+    dim = argument(call, 1, "dim", 0) % (len(position) + 1)
+    return view.element(call.args[0], (*position[:dim], sympy.Integer(number), *position[dim:]))
+
+
+@row(aten.repeat.default)
+def _repeat(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    sizes = shape(call.args[0])
+    kept = position[len(position) - len(sizes) :]
+    return view.element(
+        call.args[0], tuple(divide(at, size, view.ranges)[1] for at, size in zip(kept, sizes, strict=True))
+    )
+
+
+@row(aten.flip.default)
+def _flip(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    sizes, dims = shape(call.args[0]), {d % len(position) for d in call.args[1]}
+    return view.element(call.args[0], tuple(sizes[d] - 1 - at if d in dims else at for d, at in enumerate(position)))
+
+
+@row(aten.cat.default)
+def _cat(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    """A choice by position. Parts that are one formula of the position merge: cat([-1], arange) is position - 1."""
+    dim = argument(call, 1, "dim", 0) % len(position)
+    parts = [p for p in call.args[0] if len(p.shape) == len(position)]
+    start, pieces = ZERO, []
+    for part in parts:
+        piece = view.element(part, replaced(position, dim, position[dim] - start))
+        pieces.append((start, piece if piece.dtype.is_floating_point else view.resolved(piece)))
+        start = start + shape(part)[dim]
+    result = pieces[-1][1]
+    for (begin, piece), (end, _next) in zip(reversed(pieces[:-1]), reversed(pieces[1:]), strict=True):
+        if not _continues(piece, result, position[dim], begin, end):
+            result = pointwise(
+                "where", pointwise("lt", index(position[dim]), index(end)), piece, result, dtype=call.output.dtype
+            )
+    return result
+
+
+def _continues(piece: Expr, rest: Expr, at: sympy.Expr, begin: sympy.Expr, end: sympy.Expr) -> bool:
+    """Whether `rest`, read where `piece` stands, is `piece`: the same formula, or one element that agrees."""
+    if not isinstance(piece, Index) or not isinstance(rest, Index) or not isinstance(at, sympy.Symbol):
+        return False
+    if piece == rest:
+        return True
+    return end - begin == 1 and substitute(piece, {at: begin}) == substitute(rest, {at: begin})
+
+
+@row(aten.index.Tensor)
+def _index(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    """x[.., tensor, ..] where the index tensors are formulas of the position."""
+    source, given = call.args[0], list(call.args[1])
+    given += [None] * (len(source.shape) - len(given))
+    slots = [d for d, t in enumerate(given) if t is not None]
+    if any(given[d].dtype == torch.bool for d in slots):
+        raise CannotLift(view.node, "selects elements by a boolean mask, so its size depends on data")
+    rank = max(len(given[d].shape) for d in slots)
+    together = slots == list(range(slots[0], slots[-1] + 1))
+    first = slots[0] if together else 0
+    picked, rest = position[first : first + rank], iter(position[:first] + position[first + rank :])
+    sizes = shape(source)
+    source_position: list[sympy.Expr] = []
+    for d, t in enumerate(given):
+        if t is None:
+            source_position.append(next(rest))
+            continue
+        at = view.resolved(view.element(t, tuple(picked)))
+        if not isinstance(at, Index) or at.value.is_negative:
+            raise CannotLift(view.node, "looks elements up at positions that depend on data")
+        source_position.append(ZERO if sizes[d] == 1 else at.value)
+    return view.element(source, tuple(source_position))

@@ -1,0 +1,61 @@
+"""The nodes whose work the kernel takes over: everything between the product of queries and keys and the output.
+
+They will not exist after the rewrite, so nothing outside may need what they compute or write.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from flashfuse.patterns.graph import Graph, mutated_inputs, name_of, value
+from flashfuse.patterns.normaliser import NORMALISERS
+from flashfuse.patterns.refusal import Refused
+
+
+def private_chain(graph: Graph, product: fx.Node, site: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes from the product to the site, in order. Raises Refused where something else needs one of them."""
+    region = _between(graph, product, site)
+    chain = tuple(sorted(region, key=graph.position.__getitem__))
+    first_softmax = next((n for n in chain if name_of(n) in NORMALISERS), None)
+    what = "scores"
+    for node in chain:
+        what = "probabilities" if node is first_softmax else what
+        foreign = [n for n in mutated_inputs(node) if n not in region]
+        if foreign:
+            raise Refused(
+                "mutation", f"`{name_of(node)}` writes the scores into `{foreign[0].name}`, which exists outside", node
+            )
+        for user in node.users:
+            if user in region or user is site or user not in graph.live or not _uses_values(user):
+                continue
+            where = "are returned" if user.op == "output" else f"are used again by `{name_of(user)}`"
+            raise Refused(
+                f"{what}-used",
+                f"the {what} {where}, so they have to exist in memory",
+                node if user.op == "output" else user,
+            )
+    return chain
+
+
+def _between(graph: Graph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """Nodes on a path from `start` to `end`, `start` included, and in-place edits of what is on it."""
+    inside = graph.nodes[graph.position[start] + 1 : graph.position[end]]
+    reached = {start}
+    for node in inside:
+        if any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+    wanted = {end}
+    for node in (*reversed(inside), start):
+        if node in reached and (
+            any(u in wanted for u in node.users) or any(n in reached for n in mutated_inputs(node))
+        ):
+            wanted.add(node)
+    return wanted - {end}
+
+
+def _uses_values(user: fx.Node) -> bool:
+    """Asking for a size, type or device does not need the values."""
+    return user.op == "output" or (
+        isinstance(value(user), (torch.Tensor, tuple, list)) and name_of(user) not in ("size", "getattr")
+    )

@@ -1,0 +1,108 @@
+"""How the operands of one attention are laid out: which tensor each is read from, over which batch axes.
+
+Models fold axes together, as in `(batch * heads, length, dim)`, or let several query heads share one key head. An
+operand is a plain view of its tensor only over the axes before they were folded, so a layout starts from the axes of
+the output and splits a batch axis wherever the score program or an operand divides it. Of the places an operand can be
+read at, the furthest back from which a view still leads to those axes is taken: it leaves the fewest copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import sympy
+import torch
+from torch import fx
+
+from flashfuse.kernels.expr import Expr, Index, Load, loads, rewrite, walk
+from flashfuse.kernels.spec import MAX_BATCH_AXES
+from flashfuse.patterns.axes import Roles, fold, folds, radix, resimplify, substituted
+from flashfuse.patterns.lift import Lifter
+from flashfuse.patterns.operand import Reading, exactly_promotes, sizes_of
+from flashfuse.patterns.refusal import Refused
+from flashfuse.patterns.site import Operand
+from flashfuse.patterns.views import Step, view_plan
+
+
+class Layout:
+    """Chooses how far back each operand is read, and splits folded batch axes so that each is a view.
+
+    options: the readings of the queries, the keys and the values, each nearest first.
+    chosen: the reading taken for each. parts: for every batch axis of the output the axes it was split into.
+    Raises Refused where an operand has no reading that is a view.
+    """
+
+    def __init__(self, lifter: Lifter, roles: Roles, program: Expr, options: Sequence[list[Reading]]) -> None:
+        self.lifter, self.roles = lifter, roles
+        self.ranges = lifter.ranges
+        self.mapping: dict[sympy.Symbol, sympy.Expr] = {}
+        self.parts: dict[sympy.Symbol, tuple[sympy.Symbol, ...]] = {b: (b,) for b in roles.batch}
+        positions = [e.value for e in walk(program) if isinstance(e, Index)]
+        self._split_for([i for x in loads(program) for i in x.indices] + positions)
+        own_axes = ((roles.i, roles.r), (roles.j, roles.r), (roles.j, roles.d))
+        self.chosen = tuple(self._choose(found, own) for found, own in zip(options, own_axes, strict=True))
+
+    @property
+    def batch(self) -> tuple[sympy.Symbol, ...]:
+        """The batch axes after splitting."""
+        return tuple(p for b in self.roles.batch for p in self.parts[b])
+
+    def operand(self, reading: Reading, axes: Sequence[sympy.Symbol | None], dtype: torch.dtype) -> Operand:
+        """The tensor that is read, as a view with a dimension for each of `axes`."""
+        assert isinstance(reading.load.tensor, fx.Node)
+        steps = self._plan(reading.load, axes)
+        if steps is None:
+            raise _no_view(reading)
+        kept = reading.load.dtype if exactly_promotes(reading.load.dtype, dtype) else dtype
+        return Operand(reading.load.tensor, steps, kept)
+
+    def substitute(self, expr: Expr) -> Expr:
+        """The expression over the axes after splitting."""
+
+        def rule(e: Expr) -> Expr | None:
+            match e:
+                case Load():
+                    return replace(e, indices=substituted(e.indices, self.mapping, self.ranges))
+                case Index():
+                    return replace(e, value=resimplify(e.value.xreplace(self.mapping), self.ranges))
+            return None
+
+        return rewrite(expr, rule)
+
+    def _choose(self, found: list[Reading], own_axes: tuple[sympy.Symbol | None, ...]) -> Reading:
+        for reading in reversed(found):
+            if not self._split_for(reading.load.indices):
+                continue
+            if self._plan(reading.load, (*self.batch, *own_axes)) is not None:
+                return reading
+        raise _no_view(found[0])
+
+    def _split_for(self, indices: Sequence[sympy.Expr]) -> bool:
+        """Split batch axes until no index divides one; False where they cannot be split so."""
+        for _ in range(2 * MAX_BATCH_AXES):
+            current = [resimplify(i.xreplace(self.mapping), self.ranges) for i in indices]
+            pending = [(s, f) for s in self.batch if (f := folds(current, s))]
+            if not pending:
+                return True
+            symbol, strides = pending[0]
+            sizes = radix(self.ranges[symbol], strides)
+            if sizes is None or len(self.batch) + len(sizes) - 1 > MAX_BATCH_AXES:
+                return False
+            self._split(symbol, sizes)
+        return False
+
+    def _split(self, symbol: sympy.Symbol, sizes: Sequence[sympy.Expr]) -> None:
+        made = tuple(self.lifter.symbol("n", size) for size in sizes)
+        replacement = {symbol: fold(made, self.ranges)}
+        self.mapping = {k: sympy.expand(v.xreplace(replacement)) for k, v in self.mapping.items()} | replacement
+        self.parts = {
+            b: tuple(q for p in parts for q in (made if p == symbol else (p,))) for b, parts in self.parts.items()
+        }
+
+    def _plan(self, load: Load, axes: Sequence[sympy.Symbol | None]) -> tuple[Step, ...] | None:
+        return view_plan(substituted(load.indices, self.mapping, self.ranges), sizes_of(load), axes, self.ranges)
+
+
+def _no_view(reading: Reading) -> Refused:
+    return Refused("operand-layout", f"no view of `{reading.load.tensor}` has the layout of an attention operand")
