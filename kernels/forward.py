@@ -16,11 +16,11 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 # Lengths change from call to call and nothing is gained from knowing that they are 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["batch", "q_len", "kv_len", "sizes"])
+@triton.jit(do_not_specialize=["batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     q_strides, k_strides, v_strides, out_strides,
-    batch, q_len, kv_len, sizes, captured, captured_strides,
+    batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
     LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr,
@@ -40,10 +40,10 @@ def attention_forward_kernel(
     q_tiles = tl.cdiv(q_len, BLOCK_Q)
     tile = tl.program_id(0) % q_tiles
     position = tl.program_id(0) // q_tiles
-    n3 = position % batch[3]
-    n2 = position // batch[3] % batch[2]
-    n1 = position // (batch[3] * batch[2]) % batch[1]
-    n0 = position // (batch[3] * batch[2] * batch[1])
+    n3 = position % batch_3
+    n2 = position // batch_3 % batch_2
+    n1 = position // (batch_3 * batch_2) % batch_1
+    n0 = position // (batch_3 * batch_2 * batch_1)
     if LONGEST_FIRST:
         tile = q_tiles - 1 - tile
 

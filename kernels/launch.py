@@ -225,7 +225,7 @@ def attention_forward(
     arguments = (
         q, k, v, out, lse,
         *(_strides(x, batch) for x in (q, k, v, out)),
-        (*batch, *(1,) * (MAX_BATCH_AXES - len(batch))), q_len, kv_len,
+        *(*batch, *(1,) * (MAX_BATCH_AXES - len(batch)))[1:], q_len, kv_len,
         tuple(sizes[spec.batch_axes :]), tuple(captured), tuple(c.stride() for c in captured),
     )  # fmt: skip
     with torch.cuda.device_of(q):

@@ -36,6 +36,19 @@ def attention_tiled(
     sizes: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` [N.., Tq, Dv] and `lse` [N.., Tq] of q [.., Tq, D], k [.., Tkv, D] and v [.., Tkv, Dv], on any device."""
+    # The spec states every element type, so an autocast region around the call must not change one.
+    with torch.autocast(q.device.type, enabled=False):
+        return _attention(spec, q, k, v, captured, sizes)
+
+
+def _attention(
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = empty_output(spec, q, v, sizes)
     if k.shape[-2] == 0:
         return out.zero_(), lse.fill_(-math.inf)

@@ -85,7 +85,7 @@ def source_of(spec: AttentionSpec, ranks: tuple[int, ...], arguments: dict[str, 
         elif name.endswith("_strides"):
             signature[name] = strides((i,), 6)
         else:
-            signature[name] = {"batch": ("i32",) * 4, "sizes": ("i32",) * spec.num_sizes}.get(name, "i32")
+            signature[name] = ("i32",) * spec.num_sizes if name == "sizes" else "i32"
     return ASTSource(
         attention_forward_kernel, signature, constant, {path: [["tt.divisibility", 16]] for path in aligned}
     )
