@@ -12,6 +12,7 @@ from torch import fx
 import flashfuse.kernels.ops  # noqa: F401
 from flashfuse.insert import Inserter, copy_module
 from flashfuse.patterns.graph import mutated_inputs, tensor, to_sympy, value
+from flashfuse.patterns.output_order import memory_order
 from flashfuse.patterns.site import AttentionSite, Operand
 from flashfuse.patterns.views import Arrange, Narrow, Select, Split, Step
 
@@ -46,6 +47,8 @@ def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node
     shape = [build.size(to_sympy(s)) for s in seen.shape]
     if tuple(map(str, tensor(out).shape)) != tuple(map(str, seen.shape)):  # type: ignore[union-attr]
         out = build.call(torch.reshape, out, shape)
+    if not site.free_layout:
+        out = build.laid_out_as(out, seen)
     node.replace_all_uses_with(out)
     for dead in (node, *(copied[n] for n in reversed(site.chain))):
         if not dead.users:
@@ -65,8 +68,24 @@ class _Builder(Inserter):
             example = function(*fx.map_arg(args, value))
         return self.add("call_function", function, args, {}, example)
 
+    def read(self, node: fx.Node) -> fx.Node:
+        """The tensor without its history: a site wants no gradient, even where it is read before a `detach`."""
+        t = tensor(node)
+        return self.call(aten.detach.default, node) if t is not None and t.requires_grad else node
+
+    def laid_out_as(self, node: fx.Node, seen: torch.Tensor) -> fx.Node:
+        """The node's value with the strides of `seen`, on which views behind it may count."""
+        t = tensor(node)
+        assert t is not None
+        if all(size == 1 or str(a) == str(b) for size, a, b in zip(t.shape, t.stride(), seen.stride(), strict=True)):
+            return node
+        order = memory_order(seen)
+        node = self.call(aten.permute.default, node, order)
+        node = self.call(torch.Tensor.contiguous, node)
+        return self.call(aten.permute.default, node, [order.index(d) for d in range(len(order))])
+
     def operand(self, operand: Operand) -> fx.Node:
-        node = self.copied[operand.node]
+        node = self.read(self.copied[operand.node])
         t = tensor(node)
         assert t is not None
         if t.dtype != operand.dtype:
@@ -100,7 +119,7 @@ class _Builder(Inserter):
     def captured(self, node: fx.Node, beside: fx.Node) -> fx.Node:
         """A captured tensor; a symbolic float becomes a 0-d tensor."""
         if tensor(node) is not None:
-            return node
+            return self.read(node)
         device = tensor(beside).device  # type: ignore[union-attr]
         settings: dict[str, Any] = {"dtype": torch.float64, "device": device}
         with torch.no_grad(), self.fake_mode:

@@ -44,7 +44,7 @@ def batch_symbol(axis: int) -> sympy.Symbol:
 @functools.cache
 def size_symbol(slot: int) -> sympy.Symbol:
     """The run-time integer `sizes[batch_axes + slot]` of the operator call."""
-    return sympy.Symbol(f"size{slot}", integer=True, positive=True)
+    return sympy.Symbol(f"size{slot}", integer=True)
 
 
 @dataclass(frozen=True)

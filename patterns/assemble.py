@@ -89,7 +89,7 @@ def assemble(
     product_dtype = _product_dtype(q.load.dtype, k.load.dtype, dtype)
     types = tuple(_captured_dtype(n) for n in captured)
     score_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
-    out_axes, out_order = output_order(node, position, roles, layout)
+    out_axes, out_order, free_layout = output_order(node, position, roles, layout)
     spec = AttentionSpec(
         batch_axes=len(axes),
         score=parse(to_text(program), types, score_dtype),
@@ -116,6 +116,7 @@ def assemble(
         head_dim=score.dot.extent,
         value_dim=lifter.ranges[roles.d] if roles.d is not None else sympy.Integer(1),
         out_axes=out_axes,
+        free_layout=free_layout,
         chain=chain,
     )
 

@@ -7,7 +7,7 @@ import torch
 
 from flashfuse.kernels.expr import Expr, Index, cast, index, pointwise, substitute
 from flashfuse.patterns.graph import shape, to_sympy
-from flashfuse.patterns.indexing import ZERO, Indices, divide, reshape
+from flashfuse.patterns.indexing import ZERO, Indices, divide, quotient, reshape, within
 from flashfuse.patterns.lift import CannotLift, NodeView
 from flashfuse.patterns.rows import argument, replaced, row
 from flashfuse.patterns.trace import AtenCall
@@ -71,26 +71,27 @@ def _squeeze(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
 
 @row(aten.slice.Tensor)
 def _slice(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    dim = argument(call, 1, "dim", 0) % len(position)
-    start, step = argument(call, 2, "start"), argument(call, 4, "step", 1)
-    begin = _clamped_start(to_sympy(0 if start is None else start), shape(call.args[0])[dim])
-    return view.element(call.args[0], replaced(position, dim, begin + to_sympy(step) * position[dim]))
-
-
-def _clamped_start(start: sympy.Expr, size: sympy.Expr) -> sympy.Expr:
-    if start.is_negative:
-        start = start + size
-        return start if start.is_nonnegative is not False else ZERO
-    return start
+    dim, step = argument(call, 1, "dim", 0) % len(position), to_sympy(argument(call, 4, "step", 1))
+    begin = _begins_at(view, call, dim)
+    return view.element(call.args[0], replaced(position, dim, begin + step * position[dim]))
 
 
 @row(aten.select.int)
 def _select(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    dim = call.args[1] % len(call.args[0].shape)
+    return view.element(call.args[0], (*position[:dim], _begins_at(view, call, dim), *position[dim:]))
+
+
+def _begins_at(view: NodeView, call: AtenCall, dim: int) -> sympy.Expr:
+    """Where a slice or selection begins, read off the view itself: torch has wrapped and clamped the given number."""
     source = call.args[0]
-    dim = call.args[1] % len(source.shape)
-    at = to_sympy(call.args[2])
-    at = at + shape(source)[dim] if at.is_negative else at
-    return view.element(source, (*position[:dim], at, *position[dim:]))
+    stride = to_sympy(source.stride(dim))
+    if stride == 0 or shape(source)[dim] == 1:
+        return ZERO
+    begin = quotient(to_sympy(call.output.storage_offset() - source.storage_offset()), stride)
+    if begin is None:
+        raise CannotLift(view.node, "takes a slice at a place that is not known even as a symbol")
+    return begin
 
 
 @row(aten.split.Tensor, aten.split_with_sizes.default)
@@ -168,7 +169,16 @@ def _index(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
             source_position.append(next(rest))
             continue
         at = view.resolved(view.element(t, tuple(picked)))
-        if not isinstance(at, Index) or at.value.is_negative:
+        if not isinstance(at, Index):
             raise CannotLift(view.node, "looks elements up at positions that depend on data")
-        source_position.append(ZERO if sizes[d] == 1 else at.value)
+        source_position.append(_wrapped(view, at.value, sizes[d]))
     return view.element(source, tuple(source_position))
+
+
+def _wrapped(view: NodeView, at: sympy.Expr, size: sympy.Expr) -> sympy.Expr:
+    """A looked-up position, counted from the end where it may be negative; it must be provably inside the tensor."""
+    if within(at, size, view.ranges):
+        return at
+    if within(at + size, 2 * size, view.ranges):
+        return divide(at + size, size, view.ranges)[1]
+    raise CannotLift(view.node, "looks elements up at positions that may lie outside the tensor")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from flashfuse.patterns.graph import Graph, mutated_inputs, name_of, value
 from flashfuse.patterns.normaliser import NORMALISERS
@@ -55,7 +56,7 @@ def _between(graph: Graph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
 
 
 def _uses_values(user: fx.Node) -> bool:
-    """Asking for a size, type or device does not need the values."""
-    return user.op == "output" or (
-        isinstance(value(user), (torch.Tensor, tuple, list)) and name_of(user) not in ("size", "getattr")
-    )
+    """Asking for a size, type or device does not need the values; writing them anywhere does."""
+    if user.op == "output" or mutated_inputs(user):
+        return True
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value(user)))

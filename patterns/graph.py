@@ -5,6 +5,8 @@ The values are Dynamo's own fake tensors (`meta["example_value"]`); nothing is e
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from flashfuse.patterns.site import Location
 
@@ -23,11 +26,11 @@ _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 # operator.iadd and its kind; the functional form is the name without its first letter
 _INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     getattr(operator, "i" + name): getattr(operator, name)
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift")
     if hasattr(operator, "i" + name)
 } | {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
 
-_INPLACE_NAMES = frozenset({
+_INPLACE_METHODS = frozenset({
     "setitem", "__setitem__", "__iadd__", "__imul__", "__isub__", "__itruediv__", "__iand__", "__ior__",
 })  # fmt: skip
 
@@ -96,22 +99,53 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     """The input nodes whose memory this node may write."""
     if node.op in ("placeholder", "output", "get_attr"):
         return ()
-    first = tuple(a for a in node.args[:1] if isinstance(a, fx.Node))
-    out = node.kwargs.get("out")
-    written = tuple(a for a in (out if isinstance(out, (list, tuple)) else (out,)) if isinstance(a, fx.Node))
-    if node.kwargs.get("inplace") is True:
-        return first + written
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
         return tuple(node.all_input_nodes) if _may_mutate(node) else ()
-    if isinstance(node.target, torch._ops.OpOverload):
-        return _schema_mutated(node, node.target)
-    name = name_of(node)
-    dunder = name.startswith("__") and name.endswith("__")
-    if node.target in _INPLACE_OPERATORS or name in _INPLACE_NAMES:
-        return first
-    if name.endswith("_") and not dunder and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_"):
-        return first
+    if isinstance(target, torch._ops.OpOverload):
+        return _schema_mutated(node, target)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = (getattr(target, name) for name in target.overloads())
+        return tuple(dict.fromkeys(n for overload in overloads for n in _schema_mutated(node, overload)))
+    if _is_foreign(target):
+        return tuple(node.all_input_nodes)
+    written = _nodes_in(node.kwargs.get("out"))
+    if _writes_first(node):
+        return (*_nodes_in(node.args[:1]), *written)
     return written
+
+
+def _writes_first(node: fx.Node) -> bool:
+    """Whether a function or method of torch writes its first argument: by its trailing underscore, or inplace=True."""
+    name = name_of(node)
+    if node.target in _INPLACE_OPERATORS or name in _INPLACE_METHODS:
+        return True
+    if name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_"):
+        return True
+    place = _inplace_argument(node.target) if node.op == "call_function" else None
+    flag = node.kwargs.get("inplace", node.args[place] if place is not None and place < len(node.args) else False)
+    return flag is not False
+
+
+@functools.cache
+def _inplace_argument(function: Any) -> int | None:
+    """The place of the argument `inplace` of a Python function, None where it takes none."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def _is_foreign(target: Any) -> bool:
+    """Whether the function is the user's own (`torch.compiler.allow_in_graph`), of which nothing is known."""
+    module = getattr(target, "__module__", None)
+    known = ("torch", "_operator", "operator", "math", "builtins", "einops")
+    return isinstance(module, str) and callable(target) and module.split(".")[0] not in known
+
+
+def _nodes_in(argument: Any) -> tuple[fx.Node, ...]:
+    return tuple(n for n in pytree.tree_leaves(argument) if isinstance(n, fx.Node))
 
 
 def _schema_mutated(node: fx.Node, target: torch._ops.OpOverload) -> tuple[fx.Node, ...]:
@@ -121,7 +155,7 @@ def _schema_mutated(node: fx.Node, target: torch._ops.OpOverload) -> tuple[fx.No
     for i, argument in enumerate(target._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
-            found += [a for a in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(a, fx.Node)]
+            found += _nodes_in(given)
     return tuple(found)
 
 
@@ -140,6 +174,11 @@ def subgraphs(node: fx.Node) -> Iterator[Any]:
             for part in str(a.target).split("."):
                 found = getattr(found, part, None)
             yield found
+
+
+def _place(t: torch.Tensor) -> tuple[Any, ...]:
+    """Where and how the tensor lies in its memory: two tensors of one storage and one place are the same tensor."""
+    return (t.dtype, shape(t), t.stride(), t.storage_offset(), t.is_conj(), t.is_neg())
 
 
 class Graph:
@@ -212,8 +251,7 @@ class Graph:
         seen, written = tensor(node), tensor(writer)
         if seen is None or written is None or storage(writer) != storage(node):
             return None
-        place = (shape(seen), seen.stride(), seen.storage_offset())
-        return writer if place == (shape(written), written.stride(), written.storage_offset()) else None
+        return writer if _place(seen) == _place(written) else None
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')

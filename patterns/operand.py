@@ -60,7 +60,9 @@ def readings(
 
 def exactly_promotes(source: torch.dtype, target: torch.dtype) -> bool:
     """Whether every value of `source` is a value of `target`."""
-    return source.is_floating_point and torch.promote_types(source, target) == target
+    if not source.is_floating_point or source.itemsize < 2:
+        return source == target
+    return torch.promote_types(source, target) == target
 
 
 def _without_factor(expr: Pointwise, shared: frozenset[sympy.Symbol]) -> tuple[Expr, Expr] | None:

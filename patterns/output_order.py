@@ -16,15 +16,15 @@ from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.layout import Layout
 
 _TRANSPOSITIONS = ("transpose", "permute", "swapaxes", "movedim")
-_COPIES = ("contiguous", "reshape", "flatten", "clone")
 
 
 def output_order(
     node: fx.Node, position: Indices, roles: Roles, layout: Layout
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(how the operator's result is permuted to the node's dimensions, memory order of the operator's result).
+) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+    """(how the operator's result is permuted to the node's dimensions, its order in memory, whether that order is free).
 
-    Both number the axes of the result [batch axes.., q, d]; the order has the outermost first and always ends in d.
+    The first two number the axes of the result [batch axes.., q, d]; the order has the outermost first and always ends
+    in d. Where it is not free, the graph may count on the very strides that the node has.
     """
     axes = (*layout.batch, roles.i, roles.d)
     last = len(axes) - 1
@@ -32,34 +32,49 @@ def output_order(
     groups = [[numbers[p] for p in layout.parts.get(o, (o,))] if isinstance(o, sympy.Symbol) else [] for o in position]
     missing = [n for n, a in enumerate(axes) if a is None]
     out_axes = (*(n for group in groups for n in group), *missing)
-    order = [n for n in missing if n != last] + [n for dim in _memory_order(node) for n in groups[dim]]
+    dims, free = _memory_order(node)
+    order = [n for n in missing if n != last] + [n for dim in dims for n in groups[dim]]
     if last in missing:
         order.append(last)
-    return out_axes, tuple(order) if order[-1] == last else tuple(range(len(axes)))
+    return out_axes, tuple(order) if order[-1] == last else tuple(range(len(axes))), free
 
 
-def _memory_order(node: fx.Node) -> list[int]:
-    """Dimensions of the node's output, outermost in memory first.
+def _memory_order(node: fx.Node) -> tuple[list[int], bool]:
+    """(dimensions of the node's output, outermost in memory first; whether the graph leaves that order open).
 
-    As the graph has it, except where all that is done with it is a transposition followed by a copy: then the order
-    of that copy, which makes the copy disappear.
+    As the graph has it, except where all that is done with it is a transposition followed by a copy into contiguous
+    memory: then the order of that copy, which makes the copy disappear.
     """
     out = tensor(node)
     assert out is not None
-    natural = sorted(range(out.dim()), key=lambda d: (_stride_key(out, d), d))
+    natural = memory_order(out), False
     if len(node.users) != 1:
         return natural
     (user,) = node.users
-    copied = bool(user.users) and all(name_of(u) in _COPIES for u in user.users)
-    if name_of(user) not in _TRANSPOSITIONS or not copied or tensor(user) is None:
+    moved = tensor(user)
+    if name_of(user) not in _TRANSPOSITIONS or moved is None or not user.users:
         return natural
-    return _permutation(user, out.dim()) or natural
+    if not all(_copies(u, moved) for u in user.users):
+        return natural
+    dims = _permutation(user, out.dim())
+    return natural if dims is None else (dims, True)
 
 
-def _stride_key(out: torch.Tensor, dim: int) -> int:
-    """Larger strides first; a symbolic stride keeps the dimension's own place."""
-    stride = out.stride()[dim]
-    return -stride if isinstance(stride, int) and all(isinstance(s, int) for s in out.stride()) else dim
+def memory_order(t: torch.Tensor) -> list[int]:
+    """The tensor's dimensions, largest stride first."""
+    return sorted(range(t.dim()), key=lambda d: (-_hint(t.stride(d)), d))
+
+
+def _hint(stride: int | torch.SymInt) -> int:
+    return stride if isinstance(stride, int) else int(stride.node.hint or 0)
+
+
+def _copies(user: fx.Node, source: torch.Tensor) -> bool:
+    """Whether the user copies `source`, which is not contiguous, into contiguous memory."""
+    made = tensor(user)
+    if name_of(user) not in ("contiguous", "reshape", "flatten") or made is None:
+        return False
+    return made.untyped_storage()._cdata != source.untyped_storage()._cdata
 
 
 def _permutation(user: fx.Node, rank: int) -> list[int] | None:

@@ -67,6 +67,7 @@ class AttentionSite:
     head_dim: sympy.Expr
     value_dim: sympy.Expr
     out_axes: tuple[int, ...]
+    free_layout: bool
     chain: tuple[fx.Node, ...] = field(default=(), compare=False)
 
 
