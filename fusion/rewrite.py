@@ -11,7 +11,8 @@ from torch import fx
 
 import flashfuse.kernels.ops  # noqa: F401
 from flashfuse.insert import Inserter, copy_module
-from flashfuse.patterns.graph import mutated_inputs, tensor, to_sympy, value
+from flashfuse.patterns.graph import mutated_inputs, shape, tensor, to_sympy, value
+from flashfuse.patterns.indexing import same
 from flashfuse.patterns.output_order import memory_order
 from flashfuse.patterns.site import AttentionSite, Operand
 from flashfuse.patterns.views import Arrange, Narrow, Select, Split, Step
@@ -44,9 +45,10 @@ def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node
         out = build.call(aten.permute.default, out, list(site.out_axes))
     seen = tensor(node)
     assert seen is not None
-    shape = [build.size(to_sympy(s)) for s in seen.shape]
-    if tuple(map(str, tensor(out).shape)) != tuple(map(str, seen.shape)):  # type: ignore[union-attr]
-        out = build.call(torch.reshape, out, shape)
+    made = tensor(out)
+    assert made is not None
+    if shape(made) != shape(seen):
+        out = build.call(torch.reshape, out, [build.size(s) for s in shape(seen)])
     if not site.free_layout:
         out = build.laid_out_as(out, seen)
     node.replace_all_uses_with(out)
@@ -77,7 +79,8 @@ class _Builder(Inserter):
         """The node's value with the strides of `seen`, on which views behind it may count."""
         t = tensor(node)
         assert t is not None
-        if all(size == 1 or str(a) == str(b) for size, a, b in zip(t.shape, t.stride(), seen.stride(), strict=True)):
+        strides = zip(shape(t), t.stride(), seen.stride(), strict=True)
+        if all(size == 1 or same(to_sympy(a), to_sympy(b)) for size, a, b in strides):
             return node
         order = memory_order(seen)
         node = self.call(aten.permute.default, node, order)

@@ -157,6 +157,10 @@ def _cast(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.to(dtype)
 
 
+def _rounded(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x.to(dtype).to(x.dtype)
+
+
 OPS: Mapping[str, Op] = {
     "add": Op(2, "promote", torch.add, "({} + {})"),
     "sub": Op(2, "promote", torch.sub, "({} - {})"),
@@ -190,7 +194,13 @@ OPS: Mapping[str, Op] = {
     "to_float": Op(1, "float", _cast(torch.float32), "{}.to(tl.float32)"),
     "to_int": Op(1, "int", _cast(torch.int64), "{}.to(tl.int32)"),
     "to_bool": Op(1, "bool", _cast(torch.bool), "({} != 0)"),
+    "to_float16": Op(1, "float", _rounded(torch.float16), "{}.to(tl.float16).to(tl.float32)"),
+    "to_bfloat16": Op(1, "float", _rounded(torch.bfloat16), "{}.to(tl.bfloat16).to(tl.float32)"),
+    "to_float32": Op(1, "float", _rounded(torch.float32), "{}.to(tl.float32)"),
 }
+
+# Rounding to a narrower type, where the source program asks for it in so many words.
+ROUNDINGS = {"to_float16": torch.float16, "to_bfloat16": torch.bfloat16, "to_float32": torch.float32}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -332,7 +342,8 @@ def _result_dtype(info: Op, args: tuple[Expr, ...]) -> torch.dtype:
     return torch.float32 if info.result == "float" and not dtype.is_floating_point else dtype
 
 
-def _number(e: Expr) -> float | int | None:
+def number(e: Expr) -> float | int | None:
+    """The value of a constant expression, None for any other."""
     if isinstance(e, Const):
         return e.value
     if isinstance(e, Index) and e.value.is_Integer:
@@ -342,7 +353,7 @@ def _number(e: Expr) -> float | int | None:
 
 def _simplify(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
     """Identities that hold for every value, NaN and infinities of the other operand aside where the comment says so."""
-    numbers = [_number(a) for a in args]
+    numbers = [number(a) for a in args]
     if op == "where":
         if args[0] in (TRUE, FALSE):
             return cast(args[1] if args[0] == TRUE else args[2], dtype)
@@ -376,12 +387,8 @@ def _simplify(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | Non
         return cast(args[0], dtype)
     if op == "mul" and 1 in numbers:
         return cast(args[1 - numbers.index(1)], dtype)
-    if op == "mul" and dtype.is_floating_point:
-        return _merged_factor(args, numbers, dtype)
     if op == "div" and numbers[1] == 1:
         return cast(args[0], dtype)
-    if op == "div" and numbers[1] is not None and numbers[1] != 0 and dtype.is_floating_point:
-        return pointwise("mul", args[0], Const(dtype, 1.0 / float(numbers[1])), dtype=dtype)
     return None
 
 
@@ -418,7 +425,7 @@ def _through_choice(
     if len(varying) != 1 or op == "where":
         return None
     choice = args[varying[0]]
-    if not isinstance(choice, Pointwise) or choice.op != "where" or any(_number(a) is None for a in choice.args[1:]):
+    if not isinstance(choice, Pointwise) or choice.op != "where" or any(number(a) is None for a in choice.args[1:]):
         return None
     folded = (_fold(op, tuple(b if i == varying[0] else a for i, a in enumerate(args)), dtype) for b in choice.args[1:])
     branches = [b for b in folded if b is not None]
@@ -427,22 +434,12 @@ def _through_choice(
     return pointwise("where", choice.args[0], *branches, dtype=dtype)
 
 
-def _merged_factor(args: tuple[Expr, ...], numbers: list[float | int | None], dtype: torch.dtype) -> Expr | None:
-    """(x * c) * d as x * (c d)."""
-    for x, d in ((args[0], numbers[1]), (args[1], numbers[0])):
-        if d is not None and isinstance(x, Pointwise) and x.op == "mul":
-            for y, c in (x.args, x.args[::-1]):
-                if isinstance(c, Const):
-                    return pointwise("mul", y, Const(dtype, float(c.value) * float(d)), dtype=dtype)
-    return None
-
-
 def _fold(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
     if op not in OPS or any(
         isinstance(a, Const) and isinstance(a.value, bool) and OPS[op].result == "promote" for a in args
     ):
         return None
-    values = [torch.tensor(_number(a), dtype=torch.float64 if a.dtype.is_floating_point else a.dtype) for a in args]
+    values = [torch.tensor(number(a), dtype=torch.float64 if a.dtype.is_floating_point else a.dtype) for a in args]
     result = OPS[op].torch(*values)
     if result.is_floating_point() and bool(torch.isnan(result)):
         return None
@@ -476,6 +473,22 @@ def cast(expr: Expr, dtype: torch.dtype) -> Expr:
     if expr.dtype.is_floating_point:
         return Pointwise(dtype, "to_int", (expr,))
     return replace(expr, dtype=dtype) if isinstance(expr, Pointwise) else expr
+
+
+def converted(expr: Expr, source: torch.dtype, dtype: torch.dtype) -> Expr:
+    """`expr`, which holds a `source`, converted as a program asks with `.to(dtype)`: a narrower float rounds."""
+    name = "to_" + str(dtype).removeprefix("torch.")
+    if isinstance(expr, Const) or name not in ROUNDINGS or source == torch.bool or _holds(dtype, source):
+        return cast(expr, dtype)
+    wide = expr if source.is_floating_point else cast(expr, torch.float32)
+    return pointwise(name, wide, dtype=dtype)
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every value of `narrow` that a score program meets is one of `wide`; float32 holds all positions."""
+    if not narrow.is_floating_point:
+        return wide.itemsize >= 4
+    return narrow.itemsize < 2 or torch.promote_types(narrow, wide) == wide
 
 
 def conjunction(terms: list[Expr] | tuple[Expr, ...]) -> Expr:

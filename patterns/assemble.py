@@ -40,7 +40,7 @@ from flashfuse.patterns.normaliser import open_up
 from flashfuse.patterns.operand import Reading, exactly_promotes, readings
 from flashfuse.patterns.output_order import output_order
 from flashfuse.patterns.refusal import Refused
-from flashfuse.patterns.score import Score
+from flashfuse.patterns.score import Score, settled
 from flashfuse.patterns.site import AttentionSite
 
 _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -79,7 +79,7 @@ def assemble(
     for reading in (q, k):
         for factor in reading.factors:
             program = _scaled(program, factor)
-    program = layout.substitute(program)
+    program = settled(layout.substitute(program), score.dot.dtype)
     axes = layout.batch
     captured = _captured(program)
     _check_captured(lifter, captured, node)

@@ -89,7 +89,10 @@ _POINTWISE: dict[Any, str] = {
 
 def _pointwise(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     arguments = [view.element(a, position) for a in call.args]
-    return pointwise(_POINTWISE[call.func], *arguments, dtype=call.output.dtype)
+    op = _POINTWISE[call.func]
+    return pointwise(
+        "and" if op == "mul" and call.output.dtype == torch.bool else op, *arguments, dtype=call.output.dtype
+    )
 
 
 row(*_POINTWISE)(_pointwise)
@@ -114,6 +117,8 @@ def _logical(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
 def _sum(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     dtype = call.output.dtype
     a, b = (view.element(x, position) for x in call.args[:2])
+    if dtype == torch.bool:
+        return pointwise("or", a, b, dtype=dtype)
     alpha = argument(call, 2, "alpha", 1)
     if call.func in (aten.rsub.Scalar, aten.rsub.Tensor):
         a, b = b, a

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 import torch
 
-from flashfuse.kernels.expr import Expr, Index, cast, index, pointwise, substitute
+from flashfuse.kernels.expr import Expr, Index, converted, index, pointwise, substitute
 from flashfuse.patterns.graph import shape, to_sympy
 from flashfuse.patterns.indexing import ZERO, Indices, divide, quotient, reshape, within
 from flashfuse.patterns.lift import CannotLift, NodeView
@@ -22,7 +22,19 @@ _SAME_ELEMENT = (
 
 @row(*_SAME_ELEMENT)
 def _same_element(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    return cast(view.element(call.args[0], position), call.output.dtype)
+    source, dtype = call.args[0].dtype, call.output.dtype
+    element = view.element(call.args[0], position)
+    integer = not (dtype.is_floating_point or dtype == torch.bool)
+    if integer and not isinstance(element, Index) and source not in (dtype, torch.bool) and _wraps(source, dtype):
+        raise CannotLift(view.node, f"turns {source} into {dtype}, which may wrap around")
+    if dtype.is_floating_point and dtype.itemsize < 2 and dtype != source:
+        raise CannotLift(view.node, f"rounds to {dtype}")
+    return converted(element, source, dtype)
+
+
+def _wraps(source: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether some value of `source` has no counterpart in the integer type `dtype`; int64 holds what scores hold."""
+    return dtype != torch.int64 and torch.promote_types(source, dtype) != dtype
 
 
 @row(aten.view.default, aten._unsafe_view.default, aten.reshape.default)

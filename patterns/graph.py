@@ -17,7 +17,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv
 
+from flashfuse.patterns.indexing import quotient
 from flashfuse.patterns.site import Location
 
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
@@ -47,7 +49,16 @@ def tensor(node: fx.Node) -> torch.Tensor | None:
 
 def to_sympy(size: Any) -> sympy.Expr:
     """A size, possibly symbolic, as a sympy expression over the graph's size symbols."""
-    return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat)) else sympy.sympify(size)
+    if not isinstance(size, (torch.SymInt, torch.SymFloat)):
+        return sympy.sympify(size)
+    expr: sympy.Expr = size.node.expr
+    return expr.replace(FloorDiv, _divided) if expr.has(FloorDiv) else expr
+
+
+def _divided(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    """a // b without the division where it leaves no remainder: a reshape of equal sizes gives s * s // s."""
+    exact = quotient(a, b)
+    return FloorDiv(a, b) if exact is None else exact
 
 
 def shape(t: torch.Tensor) -> tuple[sympy.Expr, ...]:

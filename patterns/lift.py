@@ -14,9 +14,9 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Expr, Load, cast, const, index, rewrite, substitute
+from flashfuse.kernels.expr import Expr, Index, Load, Pointwise, const, converted, index, rewrite, substitute
 from flashfuse.patterns.graph import Graph, mutated_inputs, shape, storage, tensor, to_sympy, value
-from flashfuse.patterns.indexing import ZERO, Indices
+from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds
 from flashfuse.patterns.trace import CannotTrace, Trace, trace
 
 
@@ -114,7 +114,7 @@ class Lifter:
             else:
                 made = self._trace(node)
                 expr = NodeView(self, node, made).element(made.result, position)
-            return position, cast(expr, t.dtype) if mutated_inputs(node) else expr
+            return position, converted(expr, expr.dtype, t.dtype) if mutated_inputs(node) else expr
         except CannotTrace as error:
             return CannotLift(node, str(error))
         except CannotLift as error:
@@ -192,7 +192,34 @@ class NodeView:
         row = ATEN_ROWS.get(call.func)
         if row is None:
             raise CannotLift(self.node, f"uses {call.func}, which has no index form")
-        return row(self, call, position, number)
+        result = row(self, call, position, number)
+        if isinstance(call.output, torch.Tensor) and may_wrap(result, call.output.dtype, self.ranges):
+            raise CannotLift(self.node, f"computes in {call.output.dtype}, which may wrap around")
+        return result
+
+
+_ARITHMETIC = ("add", "sub", "mul", "neg", "abs", "pow")
+
+
+def may_wrap(expr: Expr, dtype: torch.dtype, ranges: Ranges) -> bool:
+    """Whether integer arithmetic may leave the range of its type; int64 holds whatever positions and sizes make."""
+    if dtype in (torch.bool, torch.int64) or dtype.is_floating_point or dtype.is_complex:
+        return False
+    if isinstance(expr, Pointwise):
+        return expr.op in _ARITHMETIC
+    if not isinstance(expr, Index) or (isinstance(expr.value, (sympy.Integer, sympy.Symbol)) and dtype == torch.int32):
+        return False
+    limits = bounds(expr.value, ranges)
+    if limits is None or not all(limit.is_Integer for limit in limits):
+        return dtype != torch.int32 or not _small(expr.value)
+    info = torch.iinfo(dtype)
+    return not (info.min <= limits[0] and limits[1] <= info.max)
+
+
+def _small(value: sympy.Expr) -> bool:
+    """Whether a position is a sum of a few positions and sizes, none of which comes near 2**31."""
+    terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(value))]
+    return all(rest.is_Symbol or rest == 1 for _, rest in terms) and sum(abs(c) for c, r in terms if r != 1) <= 16
 
 
 def aligned(position: Indices, sizes: tuple[sympy.Expr, ...]) -> Indices:

@@ -10,19 +10,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
+import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import flashfuse.patterns.aten
 import flashfuse.patterns.aten_layout
 import flashfuse.patterns.sdpa  # noqa: F401
-from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise, Softmax, free_symbols, substitute
+from flashfuse.kernels.expr import ROUNDINGS, Dot, Expr, Load, Pointwise, Softmax, free_symbols, substitute
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.chain import private_chain
 from flashfuse.patterns.graph import Graph, is_weighted, location, name_of, shape, tensor
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import NORMALISERS, as_softmax
+from flashfuse.patterns.operand import exactly_promotes
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score, find_score
 from flashfuse.patterns.site import AttentionSite, Refusal
@@ -163,7 +165,7 @@ def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite 
     problems: list[Refused] = []
     for probs_side, value_side in ((expr.lhs, expr.rhs), (expr.rhs, expr.lhs)):
         try:
-            softmax = _find_softmax(lifter, probs_side, expr.axis)
+            softmax = _find_softmax(lifter, probs_side, expr.axis, expr.dtype)
         except Refused as error:
             problems.append(error)
             continue
@@ -202,17 +204,21 @@ def _wrong_axis(
     return Refused("softmax-axis", "the softmax is not over the axis that is multiplied with the values")
 
 
-def _find_softmax(lifter: Lifter, expr: Expr, j: sympy.Symbol) -> Softmax | None:
+def _find_softmax(lifter: Lifter, expr: Expr, j: sympy.Symbol, dtype: torch.dtype) -> Softmax | None:
     """The normaliser on the probabilities' side of a product, through casts and layout; None where there is none."""
     passed: fx.Node | None = None
     while True:
         match expr:
             case Softmax():
                 return expr
+            case Pointwise(op=op) if op in ROUNDINGS:
+                if not exactly_promotes(dtype, ROUNDINGS[op]):
+                    raise Refused("rounded", f"the probabilities are rounded to {ROUNDINGS[op]} on their way", passed)
+                expr = expr.args[0]
             case Pointwise():
                 found = as_softmax(lifter, expr)
                 if found is None:
-                    _refuse_other_factor(lifter, expr, j, passed)
+                    _refuse_other_factor(lifter, expr, j, dtype, passed)
                     return None
                 expr = found
             case Load():
@@ -227,10 +233,12 @@ def _find_softmax(lifter: Lifter, expr: Expr, j: sympy.Symbol) -> Softmax | None
                 return None
 
 
-def _refuse_other_factor(lifter: Lifter, expr: Pointwise, j: sympy.Symbol, passed: fx.Node | None) -> None:
+def _refuse_other_factor(
+    lifter: Lifter, expr: Pointwise, j: sympy.Symbol, dtype: torch.dtype, passed: fx.Node | None
+) -> None:
     """Refuse where a softmax is one of the arguments of a pointwise operator."""
     for a in expr.args:
-        if _find_softmax(lifter, a, j) is not None:
+        if _find_softmax(lifter, a, j, dtype) is not None:
             raise Refused(
                 "probability-factor",
                 f"the probabilities pass through `{expr.op}` with another value before they meet the values",

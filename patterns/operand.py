@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, free_symbols
+from flashfuse.kernels.expr import ROUNDINGS, Const, Expr, Load, Pointwise, free_symbols, pointwise
 from flashfuse.patterns.graph import shape, tensor
 from flashfuse.patterns.lift import CannotLift, Lifter
 
@@ -36,8 +36,14 @@ def readings(
     """
     found: list[Reading] = []
     factors: tuple[Expr, ...] = ()
-    expr = side
+    expr, rounded = side, False
     while True:
+        if isinstance(expr, Pointwise) and ROUNDINGS.get(expr.op) == dtype and not found and not factors:
+            # The product's own conversion (autocast): the operand is read before it and converted again.
+            expr, rounded = expr.args[0], True
+            continue
+        if isinstance(expr, Pointwise) and rounded:
+            return found
         if isinstance(expr, Pointwise):
             passed = _without_factor(expr, shared) if scaled else None
             if passed is None:
@@ -48,7 +54,7 @@ def readings(
         if not isinstance(expr, Load):
             return found
         assert isinstance(expr.tensor, fx.Node)
-        if found and not exactly_promotes(expr.dtype, dtype):
+        if not rounded and not exactly_promotes(expr.dtype, dtype):
             return found
         if lifter.writer_before(expr.tensor, site) is None:
             found.append(Reading(expr, factors))
@@ -73,7 +79,7 @@ def _without_factor(expr: Pointwise, shared: frozenset[sympy.Symbol]) -> tuple[E
         return None
     x, c = expr.args
     if _is_scalar(c, shared) and not _is_scalar(x, shared):
-        return (x, c) if expr.op == "mul" else (x, Pointwise(expr.dtype, "div", (Const(torch.float32, 1.0), c)))
+        return (x, c) if expr.op == "mul" else (x, pointwise("div", Const(torch.float32, 1.0), c, dtype=expr.dtype))
     if expr.op == "mul" and _is_scalar(x, shared) and not _is_scalar(c, shared):
         return c, x
     return None

@@ -21,7 +21,7 @@ _TRANSPOSITIONS = ("transpose", "permute", "swapaxes", "movedim")
 def output_order(
     node: fx.Node, position: Indices, roles: Roles, layout: Layout
 ) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
-    """(how the operator's result is permuted to the node's dimensions, its order in memory, whether that order is free).
+    """(how the result is permuted to the node's dimensions, its order in memory, whether that order is free).
 
     The first two number the axes of the result [batch axes.., q, d]; the order has the outermost first and always ends
     in d. Where it is not free, the graph may count on the very strides that the node has.

@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sympy
+import torch
 from torch import fx
 
 from flashfuse.kernels.expr import (
+    ROUNDINGS,
+    Const,
     Dot,
     Expr,
     Index,
@@ -22,10 +25,13 @@ from flashfuse.kernels.expr import (
     Softmax,
     free_symbols,
     loads,
+    number,
     pointwise,
+    walk,
 )
 from flashfuse.patterns.graph import is_weighted, name_of
 from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.operand import exactly_promotes
 from flashfuse.patterns.refusal import Refused
 
 
@@ -111,6 +117,39 @@ class _Search:
 
     def _note(self, trouble: Refused) -> None:
         self.trouble = self.trouble or trouble
+
+
+# Where an argument's last bit may decide the result, so that it must be computed as written.
+_STEPS = frozenset({"floor", "to_int", "to_bool", "lt", "le", "gt", "ge", "eq", "ne"})
+
+
+def settled(expr: Expr, dtype: torch.dtype) -> Expr:
+    """The program with the scale of its product gathered: x / c is x * (1 / c), and factors of factors are one.
+
+    Roundings of the scores to a type that holds their own element type `dtype` go too: wider is nearer to the source's
+    meaning. Masks and biases stay exactly as written.
+    """
+    if not isinstance(expr, Pointwise) or expr.op in _STEPS or not any(isinstance(e, Product) for e in walk(expr)):
+        return expr
+    args = tuple(settled(a, dtype) for a in expr.args)
+    if expr.op in ROUNDINGS and exactly_promotes(dtype, ROUNDINGS[expr.op]):
+        return args[0]
+    if expr.op == "div" and number(args[1]):
+        return _times(args[0], 1.0 / float(number(args[1]) or 1.0), expr.dtype)
+    if expr.op == "mul":
+        for x, c in (args, args[::-1]):
+            if (factor := number(c)) is not None:
+                return _times(x, float(factor), expr.dtype)
+    return pointwise(expr.op, *args, dtype=expr.dtype)
+
+
+def _times(expr: Expr, factor: float, dtype: torch.dtype) -> Expr:
+    """expr * factor, where expr may have a factor already."""
+    if isinstance(expr, Pointwise) and expr.op == "mul":
+        for x, c in (expr.args, expr.args[::-1]):
+            if (known := number(c)) is not None:
+                return pointwise("mul", x, Const(dtype, factor * float(known)), dtype=dtype)
+    return pointwise("mul", expr, Const(dtype, factor), dtype=dtype)
 
 
 def _with_program(lifter: Lifter, expr: Expr, i_symbols: frozenset[sympy.Symbol], j: sympy.Symbol) -> Expr:

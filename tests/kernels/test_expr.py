@@ -51,7 +51,6 @@ CAUSAL = pointwise("le", index(KV_IDX), index(Q_IDX))
         (pointwise("mul", const(1.0), QK), QK),
         (pointwise("sub", QK, const(0.0)), QK),
         (pointwise("add", QK, const(-math.inf)), const(-math.inf)),
-        (pointwise("div", QK, const(8.0)), pointwise("mul", QK, const(0.125))),
         (pointwise("le", index(Q_IDX), index(Q_IDX)), TRUE),
         (pointwise("lt", index(Q_IDX), index(0)), FALSE),
         (pointwise("sub", index(Q_IDX + 3), index(Q_IDX)), index(3)),
