@@ -32,6 +32,8 @@ def _factor(expr: Expr) -> float | None:
             return None
         case Pointwise(op="mul", args=(Const(value=value), rest) | (rest, Const(value=value))):
             return value * (_factor(rest) or 1.0) if 0 < value < math.inf else 1.0
+        case Pointwise(op="div", args=(rest, Const(value=value))):
+            return (_factor(rest) or 1.0) / value if 0 < value < math.inf else 1.0
         case Pointwise(op="where", args=(_, left, right)) | Pointwise(op="add" | "sub", args=(left, right)):
             factors = {_factor(left), _factor(right)} - {None}
             return factors.pop() if len(factors) == 1 else (1.0 if factors else None)
@@ -45,6 +47,9 @@ def _divide(expr: Expr, scale: float) -> Expr:
             largest = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
             return expr if math.isinf(value) else Const(dtype, min(max(value / scale, -largest), largest))
         case Pointwise(op="mul", args=(Const(value=value), rest) | (rest, Const(value=value))):
+            inner = _factor(rest)
+            return rest if inner is None or inner == 1.0 else _divide(rest, inner)
+        case Pointwise(op="div", args=(rest, Const())):
             inner = _factor(rest)
             return rest if inner is None or inner == 1.0 else _divide(rest, inner)
         case Pointwise(op=op, args=(*condition, left, right), dtype=dtype):

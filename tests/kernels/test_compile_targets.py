@@ -18,6 +18,7 @@ from flashfuse.kernels.spec import AttentionSpec, parse
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from flashfuse.kernels.forward import attention_forward_kernel  # noqa: E402
@@ -95,8 +96,14 @@ def assembler_report(ptx: str, arch: int, folder: Path) -> str:
     """What ptxas says about registers, spills and serialised matrix instructions."""
     file = folder / "kernel.ptx"
     file.write_text(ptx)
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    command = [ptxas, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", file, "-o", folder / "kernel.cubin"]
+    command = [
+        get_ptxas(arch).path,
+        "-v",
+        f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}",
+        file,
+        "-o",
+        folder / "kernel.cubin",
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
