@@ -62,7 +62,7 @@ def _memory_order(node: fx.Node) -> tuple[list[int], bool]:
 
 def memory_order(t: torch.Tensor) -> list[int]:
     """The tensor's dimensions, largest stride first."""
-    return sorted(range(t.dim()), key=lambda d: (-_hint(t.stride(d)), d))
+    return sorted(range(t.dim()), key=lambda d: (-_hint(t.stride()[d]), d))
 
 
 def _hint(stride: int | torch.SymInt) -> int:
