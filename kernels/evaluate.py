@@ -15,7 +15,8 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import OPS, Const, Expr, Index, Load, Pointwise, Product
+from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Product
+from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, batch_symbol, size_symbol
 
 Integer = int | torch.Tensor

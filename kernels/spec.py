@@ -24,7 +24,8 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import OPS, Const, Expr, Index, Load, Pointwise, Product, cast, const, index, pointwise
+from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Product, cast, const, index, pointwise
+from flashfuse.kernels.operators import OPS
 
 MAX_BATCH_AXES = 4
 

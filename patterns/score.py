@@ -13,7 +13,6 @@ import torch
 from torch import fx
 
 from flashfuse.kernels.expr import (
-    ROUNDINGS,
     Const,
     Dot,
     Expr,
@@ -29,6 +28,7 @@ from flashfuse.kernels.expr import (
     pointwise,
     walk,
 )
+from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.graph import is_weighted, name_of
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.operand import exactly_promotes

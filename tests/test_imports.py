@@ -15,7 +15,12 @@ ROOT = Path(__file__).parent.parent
 # What a file in a folder may import of the project, as prefixes.
 ALLOWED = {
     "kernels": ("flashfuse.kernels",),
-    "patterns": ("flashfuse.patterns", "flashfuse.kernels.spec", "flashfuse.kernels.expr"),
+    "patterns": (
+        "flashfuse.patterns",
+        "flashfuse.kernels.spec",
+        "flashfuse.kernels.expr",
+        "flashfuse.kernels.operators",
+    ),
     "fusion": ("flashfuse",),
 }
 

@@ -9,7 +9,8 @@ from attention_cases import make_call
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.evaluate import Tile, evaluate, evaluate_index
-from flashfuse.kernels.expr import OPS, Const, Expr, Index, Load, Pointwise, Softmax
+from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Softmax
+from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.reference import attention_reference
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, batch_symbol, parse, size_symbol
 

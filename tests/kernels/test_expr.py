@@ -8,7 +8,6 @@ import torch
 
 from flashfuse.kernels.expr import (
     FALSE,
-    OPS,
     TRUE,
     Const,
     Expr,
@@ -28,9 +27,11 @@ from flashfuse.kernels.expr import (
     substitute,
     walk,
 )  # fmt: skip
+from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import KV_IDX, Q_IDX
 
 QK = Product(torch.float32, 0)
+
 FLAG = Load(torch.bool, 0, (Q_IDX, KV_IDX))
 CAUSAL = pointwise("le", index(KV_IDX), index(Q_IDX))
 
