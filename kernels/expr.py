@@ -373,8 +373,13 @@ def _fold(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
         isinstance(a, Const) and isinstance(a.value, bool) and OPS[op].result == "promote" for a in args
     ):
         return None
-    values = [torch.tensor(number(a), dtype=torch.float64 if a.dtype.is_floating_point else a.dtype) for a in args]
-    result = OPS[op].torch(*values)
+    work = torch.float64 if torch.float64 in (dtype, *(a.dtype for a in args)) else torch.float32
+    try:
+        values = [torch.tensor(number(a), dtype=work if a.dtype.is_floating_point else a.dtype) for a in args]
+        # As torch computes it: in float32, then rounded to the result's own type.
+        result = OPS[op].torch(*values).to(dtype)
+    except RuntimeError:
+        return None
     if result.is_floating_point() and bool(torch.isnan(result)):
         return None
     return const(result.item(), dtype)

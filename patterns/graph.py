@@ -32,9 +32,13 @@ _INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     if hasattr(operator, "i" + name)
 } | {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
 
-_INPLACE_METHODS = frozenset({
-    "setitem", "__setitem__", "__iadd__", "__imul__", "__isub__", "__itruediv__", "__iand__", "__ior__",
-})  # fmt: skip
+# Functions that write some of their arguments when another one says so.
+_STATEFUL: dict[str, tuple[tuple[str, ...], str]] = {
+    "embedding": (("weight",), "max_norm"),
+    "embedding_bag": (("weight",), "max_norm"),
+    "batch_norm": (("running_mean", "running_var"), "training"),
+    "instance_norm": (("running_mean", "running_var"), "use_input_stats"),
+}
 
 
 def value(node: fx.Node) -> Any:
@@ -120,7 +124,7 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
         return tuple(dict.fromkeys(n for overload in overloads for n in _schema_mutated(node, overload)))
     if _is_foreign(target):
         return tuple(node.all_input_nodes)
-    written = _nodes_in(node.kwargs.get("out"))
+    written = (*_nodes_in(node.kwargs.get("out")), *_state_written(node))
     if _writes_first(node):
         return (*_nodes_in(node.args[:1]), *written)
     return written
@@ -129,13 +133,27 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
 def _writes_first(node: fx.Node) -> bool:
     """Whether a function or method of torch writes its first argument: by its trailing underscore, or inplace=True."""
     name = name_of(node)
-    if node.target in _INPLACE_OPERATORS or name in _INPLACE_METHODS:
+    if node.target in _INPLACE_OPERATORS or name in ("setitem", "__setitem__"):
+        return True
+    if name.startswith("__i") and name.endswith("__") and hasattr(operator, name.strip("_")):
         return True
     if name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_"):
         return True
     place = _inplace_argument(node.target) if node.op == "call_function" else None
     flag = node.kwargs.get("inplace", node.args[place] if place is not None and place < len(node.args) else False)
     return flag is not False
+
+
+def _state_written(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Running statistics and renormalised weights; all inputs where the arguments cannot be told apart."""
+    names, when = _STATEFUL.get(name_of(node), ((), ""))
+    if not names or node.op != "call_function":
+        return ()
+    try:
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return tuple(node.all_input_nodes)
+    return _nodes_in([given.get(name) for name in names]) if given.get(when) not in (None, False) else ()
 
 
 @functools.cache

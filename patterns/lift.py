@@ -202,24 +202,31 @@ _ARITHMETIC = ("add", "sub", "mul", "neg", "abs", "pow")
 
 
 def may_wrap(expr: Expr, dtype: torch.dtype, ranges: Ranges) -> bool:
-    """Whether integer arithmetic may leave the range of its type; int64 holds whatever positions and sizes make."""
-    if dtype in (torch.bool, torch.int64) or dtype.is_floating_point or dtype.is_complex:
+    """Whether integer arithmetic may leave the range of its type; what int64 tensors hold is taken to be small."""
+    if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
         return False
     if isinstance(expr, Pointwise):
-        return expr.op in _ARITHMETIC
+        return expr.op in _ARITHMETIC and dtype != torch.int64
     if not isinstance(expr, Index) or (isinstance(expr.value, (sympy.Integer, sympy.Symbol)) and dtype == torch.int32):
         return False
     limits = bounds(expr.value, ranges)
     if limits is None or not all(limit.is_Integer for limit in limits):
-        return dtype != torch.int32 or not _small(expr.value)
+        return dtype not in (torch.int32, torch.int64) or not _small(expr.value, 16 if dtype == torch.int32 else 2**31)
     info = torch.iinfo(dtype)
     return not (info.min <= limits[0] and limits[1] <= info.max)
 
 
-def _small(value: sympy.Expr) -> bool:
-    """Whether a position is a sum of a few positions and sizes, none of which comes near 2**31."""
+def _small(value: sympy.Expr, most: int) -> bool:
+    """Whether a position is a sum of positions and sizes, none near 2**31, with coefficients of at most `most` in all."""
     terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(value))]
-    return all(rest.is_Symbol or rest == 1 for _, rest in terms) and sum(abs(c) for c, r in terms if r != 1) <= 16
+    if most <= 16 and not all(rest.is_Symbol or rest == 1 for _, rest in terms):
+        return False
+    return sum(abs(c) for c, r in terms if r != 1) <= most
+
+
+def small_position(value: sympy.Expr) -> bool:
+    """Whether float32 holds the position exactly: a sum of a few positions and sizes, below 2**24 in any model."""
+    return _small(value, 16)
 
 
 def aligned(position: Indices, sizes: tuple[sympy.Expr, ...]) -> Indices:

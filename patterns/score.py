@@ -30,7 +30,7 @@ from flashfuse.kernels.expr import (
 )
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.graph import is_weighted, name_of
-from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.lift import CannotLift, Lifter, small_position
 from flashfuse.patterns.operand import exactly_promotes
 from flashfuse.patterns.refusal import Refused
 
@@ -60,7 +60,10 @@ def find_score(lifter: Lifter, expr: Expr, j: sympy.Symbol, leads: set[fx.Node],
         raise Refused("several-products", "the score is a sum of several products of activations")
     dot, node = search.found[0]
     i_symbols = free_symbols(dot.lhs) - free_symbols(dot.rhs)
-    return Score(_with_program(lifter, program, i_symbols, j), dot, node)
+    try:
+        return Score(_with_program(lifter, program, i_symbols, j), dot, node)
+    except _Inexact:
+        raise Refused("inexact", "a mask compares numbers that would be computed in another type") from None
 
 
 class _NoIndexForm(Exception):
@@ -152,14 +155,45 @@ def _times(expr: Expr, factor: float, dtype: torch.dtype) -> Expr:
     return pointwise("mul", expr, Const(dtype, factor), dtype=dtype)
 
 
+class _Inexact(Exception):
+    """A mask compares, rounds or truncates numbers that the kernel would compute in another type than the source."""
+
+
 def _with_program(lifter: Lifter, expr: Expr, i_symbols: frozenset[sympy.Symbol], j: sympy.Symbol) -> Expr:
     """Expand masks and biases as large as the score matrix, and anything made of positions alone."""
     match expr:
-        case Pointwise():
-            return pointwise(expr.op, *(_with_program(lifter, a, i_symbols, j) for a in expr.args), dtype=expr.dtype)
+        case Pointwise(op=op):
+            args = tuple(_with_program(lifter, a, i_symbols, j) for a in expr.args)
+            if op in _STEPS:
+                args = tuple(_exact(new, old) for new, old in zip(args, expr.args, strict=True))
+            return pointwise(op, *args, dtype=expr.dtype)
         case Load():
             return _opened(lifter, expr, i_symbols, j)
     return expr
+
+
+def _exact(opened: Expr, written: Expr) -> Expr:
+    """An argument of a step, opened as far as its value stays exactly the source's; scores are as wide as can be."""
+    for candidate in (opened, written):
+        if _is_exact(candidate) or any(isinstance(e, Product) for e in walk(candidate)):
+            return candidate
+    raise _Inexact
+
+
+def _is_exact(expr: Expr) -> bool:
+    """Whether the kernel's float32 holds exactly what the source computed: no arithmetic on floats, no wide types."""
+    match expr:
+        case Index() | Const():
+            return True
+        case Load(dtype=dtype):
+            return dtype != torch.float64
+        case Pointwise(op="to_float", args=(Index(value=value),)):
+            return small_position(value)
+        case Pointwise(op="where" | "neg" | "abs" | "min" | "max") | Pointwise(dtype=torch.bool):
+            return all(_is_exact(c) for c in expr.children)
+        case Pointwise(dtype=dtype):
+            return not dtype.is_floating_point and all(_is_exact(c) for c in expr.children)
+    return False
 
 
 def _opened(lifter: Lifter, load: Load, i_symbols: frozenset[sympy.Symbol], j: sympy.Symbol) -> Expr:
@@ -171,7 +205,10 @@ def _opened(lifter: Lifter, load: Load, i_symbols: frozenset[sympy.Symbol], j: s
         return load
     if not _is_program(inner):
         return load
-    opened = _with_program(lifter, inner, i_symbols, j)
+    try:
+        opened = _with_program(lifter, inner, i_symbols, j)
+    except _Inexact:
+        return load
     return opened if square or not loads(opened) or isinstance(inner, Load) else load
 
 

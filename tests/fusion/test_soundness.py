@@ -252,3 +252,45 @@ def test_equal_sizes_share_a_symbol() -> None:
     q, k, v = (torch.randn(3, 3, S, D) for _ in range(3))
     check(lambda q, k, v: attend(q @ k.mT, v), q, k, v, dynamic=True)
     assert flashfuse.reports()[0].sites
+
+
+def test_renormalised_and_running_tensors_are_seen() -> None:
+    def embedding(q: Any, k: Any, v: Any, i: Any) -> Any:
+        s = q @ k.mT
+        e = torch.nn.functional.embedding(i, k[0, 0], max_norm=0.3)
+        return attend(s, v), e
+
+    def statistics(q: Any, k: Any, v: Any, b: Any) -> Any:
+        s = q @ k.mT + b
+        y = torch.nn.functional.batch_norm(v.reshape(-1, S), b, b.clone(), training=True)
+        return attend(s, v), y
+
+    def dunder(q: Any, k: Any, v: Any) -> Any:
+        s = q @ k.mT
+        k.__imod__(2)
+        return attend(s, v)
+
+    check(embedding, *qkv(), torch.arange(3))
+    check(statistics, *qkv(), torch.randn(S))
+    check(dunder, *qkv())
+
+
+STEPS = {
+    "float_sum": lambda m: (m.float() * 0.1 + 0.2) > 0.3,
+    "half_product": lambda m: (m.half() * 2049) == 2048,
+    "bfloat16_sum": lambda m: (m.bfloat16() * 256 + 1) > 256,
+    "floor": lambda m: (m.float() * 0.3 / 0.1).floor() == 2,
+    "truncated": lambda m: (m.float() * 0.29 * 100).long() == 28,
+    "wide_integers": lambda m: (a := torch.arange(S) + 2**24).double()[:, None] != a.double()[None],
+    "wide_floats": lambda m: (a := torch.arange(S).double() * 1e-12 + 1)[:, None] > a[None],
+    "bfloat16_positions": lambda m: (torch.arange(S, dtype=torch.bfloat16) + 256)[:, None] == 257 + torch.arange(S),
+    "int64_wraps": lambda m: (torch.full((S, 1), 2**62) * 2) < torch.arange(S),
+    "int64_squares": lambda m: ((torch.arange(S) * 3037000500) ** 2 < 0)[:, None] | (torch.arange(S) < 1),
+    "divided": lambda m: (torch.arange(S)[:, None] / 49.0) == (torch.arange(S)[None] * (1 / 49)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mask", STEPS.values(), ids=STEPS.keys())
+def test_what_decides_a_mask_is_computed_as_written(mask: Callable[..., Any], dtype: torch.dtype) -> None:
+    check(lambda q, k, v, m: attend((q @ k.mT).masked_fill(mask(m), -1e9), v), *qkv(dtype), torch.rand(S, S) > 0.5)
