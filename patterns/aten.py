@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,8 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv
 
-from flashfuse.kernels.expr import Const, Dot, Expr, Index, Reduce, Softmax, cast, const, index, pointwise
+from flashfuse.kernels.expr import Const, Dot, Expr, Index, Reduce, Softmax, cast, const, converted, index, pointwise
+from flashfuse.kernels.operators import OPS
 from flashfuse.patterns.graph import shape, to_sympy
 from flashfuse.patterns.indexing import ZERO, Indices, divide
 from flashfuse.patterns.lift import CannotLift, NodeView, Row
@@ -88,11 +90,30 @@ _POINTWISE: dict[Any, str] = {
 
 
 def _pointwise(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    arguments = [view.element(a, position) for a in call.args]
     op = _POINTWISE[call.func]
+    if OPS[op].result == "bool":
+        return _comparison(view, op, call.args, position)
+    arguments = [view.element(a, position) for a in call.args]
     return pointwise(
         "and" if op == "mul" and call.output.dtype == torch.bool else op, *arguments, dtype=call.output.dtype
     )
+
+
+def _comparison(view: NodeView, op: str, args: Any, position: Indices) -> Expr:
+    """Both sides in their common type, as torch compares them: 257 equals 256 in bfloat16."""
+    types = [a.dtype for a in args if isinstance(a, torch.Tensor)]
+    common = torch.result_type(*args) if len(args) == 2 else types[0]
+    sides = []
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            sides.append(converted(view.element(a, position), a.dtype, common))
+        elif isinstance(a, (bool, int, float)) and math.isfinite(a):
+            sides.append(
+                const(torch.tensor(a, dtype=torch.float64).to(common).item() if common.is_floating_point else a)
+            )
+        else:
+            sides.append(view.element(a, position))
+    return pointwise(op, *sides, dtype=torch.bool)
 
 
 row(*_POINTWISE)(_pointwise)

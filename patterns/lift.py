@@ -94,9 +94,10 @@ class Lifter:
             if not isinstance(e, Load) or e.dtype.is_floating_point:
                 return None
             try:
-                return self.resolved(self.expand(e))
+                made = self.resolved(self.expand(e))
             except CannotLift:
                 return None
+            return None if may_wrap(made, e.dtype, self.ranges) else made
 
         return rewrite(expr, rule)
 
@@ -206,27 +207,31 @@ def may_wrap(expr: Expr, dtype: torch.dtype, ranges: Ranges) -> bool:
     if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
         return False
     if isinstance(expr, Pointwise):
-        return expr.op in _ARITHMETIC and dtype != torch.int64
+        return expr.op == "pow" or (expr.op in _ARITHMETIC and dtype != torch.int64)
     if not isinstance(expr, Index) or (isinstance(expr.value, (sympy.Integer, sympy.Symbol)) and dtype == torch.int32):
         return False
     limits = bounds(expr.value, ranges)
     if limits is None or not all(limit.is_Integer for limit in limits):
-        return dtype not in (torch.int32, torch.int64) or not _small(expr.value, 16 if dtype == torch.int32 else 2**31)
+        limit = {torch.int32: (16, 2**30), torch.int64: (2**31, 2**62)}.get(dtype)
+        return limit is None or not _small(expr.value, *limit)
     info = torch.iinfo(dtype)
     return not (info.min <= limits[0] and limits[1] <= info.max)
 
 
-def _small(value: sympy.Expr, most: int) -> bool:
-    """Whether a position is a sum of positions and sizes, none near 2**31, with coefficients of at most `most` in all."""
+def _small(value: sympy.Expr, most: int, constant: int) -> bool:
+    """Whether a position is a sum of positions and sizes, each far below 2**31, that stays small.
+
+    `most` bounds the sum of the coefficients, `constant` the constant term.
+    """
     terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(value))]
     if most <= 16 and not all(rest.is_Symbol or rest == 1 for _, rest in terms):
         return False
-    return sum(abs(c) for c, r in terms if r != 1) <= most
+    return all(abs(c) <= (constant if r == 1 else most) for c, r in terms) and sum(1 for _, r in terms if r != 1) <= 16
 
 
 def small_position(value: sympy.Expr) -> bool:
     """Whether float32 holds the position exactly: a sum of a few positions and sizes, below 2**24 in any model."""
-    return _small(value, 16)
+    return _small(value, 16, 2**20)
 
 
 def aligned(position: Indices, sizes: tuple[sympy.Expr, ...]) -> Indices:

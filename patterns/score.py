@@ -30,7 +30,7 @@ from flashfuse.kernels.expr import (
 )
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.graph import is_weighted, name_of
-from flashfuse.patterns.lift import CannotLift, Lifter, small_position
+from flashfuse.patterns.lift import CannotLift, Lifter, may_wrap, small_position
 from flashfuse.patterns.operand import exactly_promotes
 from flashfuse.patterns.refusal import Refused
 
@@ -189,10 +189,9 @@ def _is_exact(expr: Expr) -> bool:
             return dtype != torch.float64
         case Pointwise(op="to_float", args=(Index(value=value),)):
             return small_position(value)
-        case Pointwise(op="where" | "neg" | "abs" | "min" | "max") | Pointwise(dtype=torch.bool):
-            return all(_is_exact(c) for c in expr.children)
-        case Pointwise(dtype=dtype):
-            return not dtype.is_floating_point and all(_is_exact(c) for c in expr.children)
+        case Pointwise(op=op, dtype=dtype):
+            whole = op in ("where", "neg", "abs", "min", "max") or op in ROUNDINGS or not dtype.is_floating_point
+            return whole and all(_is_exact(c) for c in expr.children)
     return False
 
 
@@ -208,6 +207,8 @@ def _opened(lifter: Lifter, load: Load, i_symbols: frozenset[sympy.Symbol], j: s
     try:
         opened = _with_program(lifter, inner, i_symbols, j)
     except _Inexact:
+        return load
+    if may_wrap(opened, load.dtype, lifter.ranges):
         return load
     return opened if square or not loads(opened) or isinstance(inner, Load) else load
 
