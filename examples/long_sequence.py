@@ -53,7 +53,8 @@ def long_sequence(console: Console, device: torch.device, dtype: torch.dtype) ->
                 outputs[name] = run(x)
                 peaks.append(measure.peak_bytes(lambda: run(x), device))  # noqa: B023
                 times.append(measure.seconds(lambda: run(x), device, repeats=3))  # noqa: B023
-        growth[name] = math.log2(peaks[-1] / peaks[-2])
+        lengths = list(inputs)
+        growth[name] = math.log(peaks[-1] / peaks[0]) / math.log(lengths[-1] / lengths[0])
         cells = [f"{peak / 2**20:.1f}, {1e3 * took:.1f}" for peak, took in zip(peaks, times, strict=True)]
         table.add_row(label, *cells, f"length^{growth[name]:.2f}")
     console.print(table)
