@@ -24,7 +24,18 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Product, free_symbols, pointwise, walk
+from flashfuse.kernels.expr import (
+    Const,
+    Expr,
+    Gather,
+    Index,
+    Load,
+    Pointwise,
+    Product,
+    free_symbols,
+    pointwise,
+    walk,
+)
 from flashfuse.kernels.mask import HUGE_FILL, MaskStructure, analyze
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.scale import peel_scale
@@ -97,7 +108,7 @@ def _may_be_huge(expr: Expr) -> bool:
     match expr:
         case Const(value=value):
             return math.isfinite(value) and abs(value) >= -HUGE_FILL
-        case Load(dtype=dtype):
+        case Load(dtype=dtype) | Gather(dtype=dtype):
             return dtype.is_floating_point
     return False
 
@@ -210,14 +221,14 @@ class _Writer:
 
     def emit(self, expr: Expr, guards: Guards = ()) -> str:
         """The text of a value; `guards` are the conditions under which it is used at all."""
-        key = (expr, guards if any(isinstance(e, Load) for e in walk(expr)) else ())
+        key = (expr, guards if any(isinstance(e, (Load, Gather)) for e in walk(expr)) else ())
         if key in self._names:
             return self._names[key]
         text = self._text(expr, key[1])
-        shared = isinstance(expr, Load) or (isinstance(expr, Pointwise) and self._uses[expr] > 1)
-        if not shared:
+        read = isinstance(expr, (Load, Gather))
+        if not read and not (isinstance(expr, Pointwise) and self._uses[expr] > 1):
             return text
-        name = f"t{expr.tensor}_{len(self.lines)}" if isinstance(expr, Load) else f"x{len(self.lines)}"
+        name = f"t{expr.tensor}_{len(self.lines)}" if isinstance(expr, (Load, Gather)) else f"x{len(self.lines)}"
         self.lines.append(f"{name} = {text}")
         self._names[key] = name
         return name
@@ -230,7 +241,7 @@ class _Writer:
                 return self._constant(value)
             case Index(value=value):
                 return index_source(value)
-            case Load():
+            case Load() | Gather():
                 return self._load(expr, guards)
             case Pointwise(op="to_float", args=(arg,)):
                 return f"({self.emit(arg, guards)}).to({self._float})"
@@ -254,18 +265,13 @@ class _Writer:
         exact = self._float == "tl.float32" and (value == 0 or abs(value) >= torch.finfo(torch.float32).tiny)
         return repr(value) if exact else f"tl.full((), {value!r}, {self._float})"
 
-    def _load(self, load: Load, guards: Guards) -> str:
-        """A load whose address sums its scalar terms first and its terms in both positions last.
+    def _load(self, load: Load | Gather, guards: Guards) -> str:
+        """A load, masked by the conditions under which its value is used, and behind the last key.
 
-        Indices may leave the tensor where a `where` discards the value, so the load is masked by that condition, and
-        behind the last key. Rows behind the last query repeat it and need no mask.
+        Indices may leave the tensor where a `where` discards the value. Rows behind the last query repeat it and need
+        no mask.
         """
-        slot = load.tensor
-        terms = []
-        for axis, index in enumerate(load.indices):
-            stride = f"strides[{slot}][{axis}]"
-            terms += [(_position_rank(t), _offset(t, stride)) for t in sympy.Add.make_args(sympy.expand(index))]
-        address = " + ".join([f"captured[{slot}]", *(text for _, text in sorted(terms, key=lambda t: t[0]) if text)])
+        address = " + ".join([f"captured[{load.tensor}]", *self._offsets(load, guards)])
         positions = _positions(load)
         masks = [self.emit(g) for g in guards if _positions(g) <= positions]
         if self._keys_end and KV_IDX in positions:
@@ -274,10 +280,21 @@ class _Writer:
         widened = f".to({self._float})" if load.dtype.is_floating_point else ""
         return f"tl.load({address}{masked}){widened}"
 
+    def _offsets(self, load: Load | Gather, guards: Guards) -> list[str]:
+        """The terms of the address: scalars first, and terms in both positions last."""
+        if isinstance(load, Gather):
+            strides = [f"strides[{load.tensor}][{axis}]" for axis in range(len(load.at))]
+            return [f"({self.emit(a, guards)}).to(tl.int64) * {s}" for a, s in zip(load.at, strides, strict=True)]
+        terms = []
+        for axis, index in enumerate(load.indices):
+            stride = f"strides[{load.tensor}][{axis}]"
+            terms += [(_position_rank(t), _offset(t, stride)) for t in sympy.Add.make_args(sympy.expand(index))]
+        return [text for _, text in sorted(terms, key=lambda t: t[0]) if text]
+
 
 def _with_guard(guards: Guards, condition: Expr) -> Guards:
     """`guards` and `condition`, when the latter depends on positions and sizes only."""
-    if any(isinstance(e, (Load, Product)) for e in walk(condition)):
+    if any(isinstance(e, (Load, Gather, Product)) for e in walk(condition)):
         return guards
     return tuple(dict.fromkeys((*guards, condition)))
 

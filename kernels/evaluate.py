@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Product
+from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, batch_symbol, size_symbol
 
@@ -87,6 +87,8 @@ def evaluate(expr: Expr, tile: Tile) -> torch.Tensor:
                 return result if isinstance(result, torch.Tensor) else torch.full((), result, device=tile.device)
             case Load():
                 return _widen(_load(e, tile), tile.dtype)
+            case Gather(tensor=slot, at=at):
+                return _widen(_gathered(tile.captured[slot], [value(a) for a in at]), tile.dtype)  # type: ignore[index]
             case Pointwise(op="to_float", args=(arg,)):
                 return value(arg).to(tile.dtype)
             case Pointwise(op=op, args=args):
@@ -156,15 +158,16 @@ def _load(load: Load, tile: Tile) -> torch.Tensor:
     view = _strided(tensor, load, tile)
     if view is not None:
         return view
+    positions = [evaluate_index(index, tile.symbols) for index in load.indices]
+    return _gathered(
+        tensor, [p if isinstance(p, torch.Tensor) else torch.tensor(p, device=tensor.device) for p in positions]
+    )
+
+
+def _gathered(tensor: torch.Tensor, positions: Sequence[torch.Tensor]) -> torch.Tensor:
     if tensor.numel() == 0:
         return torch.zeros((), dtype=tensor.dtype, device=tensor.device)
-    indices = []
-    for index, extent in zip(load.indices, tensor.shape, strict=True):
-        positions = evaluate_index(index, tile.symbols)
-        if isinstance(positions, int):
-            positions = torch.full((), positions, device=tensor.device)
-        indices.append(positions.clamp(0, extent - 1))
-    return tensor[tuple(indices)]
+    return tensor[tuple(p.clamp(0, extent - 1) for p, extent in zip(positions, tensor.shape, strict=True))]
 
 
 def _strided(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None:

@@ -46,6 +46,24 @@ class Load(Expr):
 
 
 @dataclass(frozen=True)
+class Gather(Expr):
+    """The element of a materialised tensor at computed positions, one integer expression per dimension: a look-up.
+
+    The positions lie inside the tensor; `gather` builds one, and a `Load` where all positions are formulas.
+    """
+
+    tensor: Hashable
+    at: tuple[Expr, ...]
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return self.at
+
+    def with_children(self, children: tuple[Expr, ...]) -> Expr:
+        return gather(self.dtype, self.tensor, children)
+
+
+@dataclass(frozen=True)
 class Index(Expr):
     """An integer computed from positions and sizes only."""
 
@@ -191,9 +209,9 @@ def free_symbols(expr: Expr) -> frozenset[sympy.Symbol]:
     return frozenset().union(*(free_symbols(c) for c in expr.children))
 
 
-def loads(expr: Expr) -> tuple[Load, ...]:
-    """The distinct loads of the expression, in order of first use."""
-    return tuple(dict.fromkeys(e for e in walk(expr) if isinstance(e, Load)))
+def loads(expr: Expr) -> tuple[Load | Gather, ...]:
+    """The distinct reads of tensors in the expression, in order of first use."""
+    return tuple(dict.fromkeys(e for e in walk(expr) if isinstance(e, (Load, Gather))))
 
 
 def sympify(value: Any) -> sympy.Expr:
@@ -244,6 +262,12 @@ def _round(value: float, dtype: torch.dtype) -> float:
 
 def index(value: Any, dtype: torch.dtype = torch.int64) -> Index:
     return Index(dtype, sympify(value))
+
+
+def gather(dtype: torch.dtype, tensor: Hashable, at: tuple[Expr, ...]) -> Expr:
+    """The element of `tensor` at computed positions; a plain `Load` where every position is a formula."""
+    formulas = tuple(a.value for a in at if isinstance(a, Index))
+    return Load(dtype, tensor, formulas) if len(formulas) == len(at) else Gather(dtype, tensor, at)
 
 
 def pointwise(op: str, *args: Expr, dtype: torch.dtype | None = None) -> Expr:

@@ -199,6 +199,7 @@ def attention_forward(
     v: torch.Tensor,
     captured: Sequence[torch.Tensor],
     sizes: Sequence[int],
+    kv_ranges: torch.Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` [N.., Tq, Dv] and `lse` [N.., Tq] of q [.., Tq, D], k [.., Tkv, D], v [.., Tkv, Dv] that broadcast.
@@ -207,7 +208,7 @@ def attention_forward(
     """
     if spec.compute_dtype == torch.float64:
         # Triton 3.6 aborts the process on some float64 products.
-        return attention_tiled(spec, q, k, v, captured, sizes)
+        return attention_tiled(spec, q, k, v, captured, sizes, kv_ranges)
     out, lse = empty_output(spec, q, v, sizes)
     (q_len, head_dim), (kv_len, value_dim) = q.shape[-2:], v.shape[-2:]
     batch = tuple(sizes[: spec.batch_axes])
@@ -220,7 +221,7 @@ def attention_forward(
     if launch is None:
         launch = _launch(spec, q_len, head_dim, value_dim, q.device.index if q.is_cuda else None)
     if launch is None:
-        return attention_tiled(spec, q, k, v, captured, sizes)
+        return attention_tiled(spec, q, k, v, captured, sizes, kv_ranges)
     grid = (math.prod(batch) * -(-q_len // launch.block_q),)
     arguments = (
         q, k, v, out, lse,

@@ -21,6 +21,7 @@ from flashfuse.kernels.expr import (
     TRUE,
     Const,
     Expr,
+    Gather,
     Index,
     Load,
     Pointwise,
@@ -190,7 +191,7 @@ def _structured_predicates(expr: Expr) -> Iterator[Expr]:
     if (
         expr.dtype == torch.bool
         and not isinstance(expr, Const)
-        and not any(isinstance(e, (Load, Product)) for e in walk(expr))
+        and not any(isinstance(e, (Load, Gather, Product)) for e in walk(expr))
     ):
         yield expr
         return

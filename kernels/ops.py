@@ -1,9 +1,12 @@
 """The operator `flashfuse::attention`: what a compiled graph calls, and where each device's kernel is chosen.
 
-    attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] sizes, str spec) -> (Tensor out, Tensor lse)
+    attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] sizes, str spec, Tensor? kv_ranges=None)
+        -> (Tensor out, Tensor lse)
 
 q: [N.., Tq, D], k: [N.., Tkv, D], v: [N.., Tkv, Dv], broadcast over the batch axes N..; `sizes` are the batch sizes
-followed by size0, size1, .. of the score program; `spec` is `AttentionSpec.to_text()`. out: [N.., Tq, Dv];
+followed by size0, size1, .. of the score program; `spec` is `AttentionSpec.to_text()`. kv_ranges: int32
+[N'.., ceil(Tq / MASK_BLOCK), 4], N' broadcasting to N: for each MASK_BLOCK queries the keys that a mask which depends on
+data leaves, as `mask.KvRange`; without it every key that positions alone do not rule out is visited. out: [N.., Tq, Dv];
 lse: [N.., Tq], the natural logarithm of the sum of exp(score).
 """
 
@@ -26,7 +29,8 @@ Kernel = Callable[..., Outputs]
 
 _library = torch.library.Library("flashfuse", "DEF")
 _library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] sizes, str spec) -> (Tensor out, Tensor lse)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] sizes, str spec, Tensor? kv_ranges=None)"
+    " -> (Tensor out, Tensor lse)",
     # Output strides depend on the spec alone, so inputs may come in whatever layout their producer prefers: no copies.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
@@ -82,12 +86,13 @@ def _on_device(choose: Callable[[], Kernel]) -> Kernel:
         captured: Sequence[torch.Tensor],
         sizes: Sequence[int],
         spec: str,
+        kv_ranges: torch.Tensor | None = None,
     ) -> Outputs:
         parsed = AttentionSpec.from_text(spec)
         _check(parsed, q, k, v, captured, sizes)
         _check_batch(parsed, (q, k, v), sizes)
         captured = [c if c.device == q.device else c.to(q.device, non_blocking=True) for c in captured]
-        return choose()(parsed, q, k, v, captured, sizes)
+        return choose()(parsed, q, k, v, captured, sizes, kv_ranges)
 
     return attention
 
@@ -122,6 +127,7 @@ def _fake(
     captured: Sequence[torch.Tensor],
     sizes: Sequence[int],
     spec: str,
+    kv_ranges: torch.Tensor | None = None,
 ) -> Outputs:
     parsed = AttentionSpec.from_text(spec)
     _check(parsed, q, k, v, captured, sizes)

@@ -2,8 +2,11 @@
 
 An attention is, over batch axes n0, n1, .. (batch, key/value head, query group, ... whatever the model has):
 
-    out[n.., i, d] = sum_j P[n.., i, j] * v[n.., j, d]
-    P[n.., i, :]   = softmax_j( score(sum_r q[n.., i, r] * k[n.., j, r], n.., i, j) )
+    out[n.., i, d] = sum_j factor(n.., i, j) * P[n.., i, j] * v[n.., j, d]
+    P[n.., i, j]   = exp(S[n.., i, j]) / (exp(sink(n.., i)) + sum_j exp(S[n.., i, j]))
+    S[n.., i, j]   = score(sum_r q[n.., i, r] * k[n.., j, r], n.., i, j)
+
+without `factor` and `sink` an ordinary softmax attention. With the normaliser "none" P is S itself, as in sigmoid attention.
 
 Operands are tensors [N0, .., Nm, T, D] that broadcast against each other over the batch axes: an axis of size 1 (or of
 stride 0) is shared. Grouped-query attention is therefore q [B, Hkv, G, Tq, D] with k and v [B, Hkv, 1, Tkv, D]; no
@@ -24,7 +27,20 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Product, cast, const, index, pointwise
+from flashfuse.kernels.expr import (
+    Const,
+    Expr,
+    Gather,
+    Index,
+    Load,
+    Pointwise,
+    Product,
+    cast,
+    const,
+    gather,
+    index,
+    pointwise,
+)
 from flashfuse.kernels.operators import OPS
 
 MAX_BATCH_AXES = 4
@@ -62,6 +78,10 @@ class AttentionSpec:
     out_dtype: element type of the output.
     empty_row: "nan" or "zero", what a row whose every score is -inf gives.
     out_order: memory order of the output's axes [n.., q, d], outermost first; the last is always d.
+    normaliser: "softmax", or "none" where `score` is the weight of the value itself.
+    sink: one more score of each row, at (n.., q_idx), that takes probability and has no value; None for no sink.
+        Softmax-plus-one is the sink 0.
+    factor: what the probability at (n.., q_idx, kv_idx) is multiplied by after the softmax; None for 1.
     """
 
     batch_axes: int
@@ -73,12 +93,19 @@ class AttentionSpec:
     out_dtype: torch.dtype
     empty_row: str
     out_order: tuple[int, ...]
+    normaliser: str = "softmax"
+    sink: Expr | None = None
+    factor: Expr | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.batch_axes <= MAX_BATCH_AXES:
             raise ValueError(f"an attention has 0 to {MAX_BATCH_AXES} batch axes, got {self.batch_axes}")
         if self.empty_row not in ("nan", "zero"):
             raise ValueError(f"empty_row is 'nan' or 'zero', got {self.empty_row!r}")
+        if self.normaliser not in ("softmax", "none"):
+            raise ValueError(f"normaliser is 'softmax' or 'none', got {self.normaliser!r}")
+        if self.normaliser == "none" and self.sink is not None:
+            raise ValueError("a sink takes part in a softmax, and the normaliser is 'none'")
         rank = self.batch_axes + 2
         if sorted(self.out_order) != list(range(rank)) or self.out_order[-1] != rank - 1:
             raise ValueError(
@@ -87,11 +114,17 @@ class AttentionSpec:
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.batch_axes, self.score, self.captured, self.product_dtype, self.probs_dtype, self.out_order))
+        programs = (self.score, self.sink, self.factor)
+        return hash((self.batch_axes, programs, self.captured, self.product_dtype, self.probs_dtype, self.out_order))
 
     def __hash__(self) -> int:
         """Kept: a spec is looked up on every call of the operator, and its program may be a large expression."""
         return self._hash
+
+    @property
+    def programs(self) -> tuple[Expr, ...]:
+        """Every expression of the spec."""
+        return tuple(e for e in (self.score, self.sink, self.factor) if e is not None)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -111,6 +144,9 @@ class AttentionSpec:
                 "out_dtype": _name(self.out_dtype),
                 "empty_row": self.empty_row,
                 "out_order": list(self.out_order),
+                "normaliser": self.normaliser,
+                "sink": None if self.sink is None else to_text(self.sink),
+                "factor": None if self.factor is None else to_text(self.factor),
             }
         )
 
@@ -126,6 +162,10 @@ def _parse_spec(text: str) -> AttentionSpec:
     captured = tuple(_dtype(d) for d in fields["captured"])
     product_dtype = _dtype(fields["product_dtype"])
     score_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
+
+    def optional(name: str) -> Expr | None:
+        return None if fields[name] is None else parse(fields[name], captured, score_dtype)
+
     return AttentionSpec(
         batch_axes=fields["batch_axes"],
         score=parse(fields["score"], captured, score_dtype),
@@ -136,6 +176,9 @@ def _parse_spec(text: str) -> AttentionSpec:
         out_dtype=_dtype(fields["out_dtype"]),
         empty_row=fields["empty_row"],
         out_order=tuple(fields["out_order"]),
+        normaliser=fields["normaliser"],
+        sink=optional("sink"),
+        factor=optional("factor"),
     )
 
 
@@ -170,6 +213,8 @@ def to_text(expr: Expr) -> str:
             return index_text(value)
         case Load(tensor=slot, indices=indices):
             return f"t{slot}[{', '.join(index_text(i) for i in indices) or '()'}]"
+        case Gather(tensor=slot, at=at):
+            return f"t{slot}[{', '.join(to_text(a) for a in at)}]"
         case Pointwise(op=op, args=args):
             texts = [to_text(a) for a in args]
             if op == "not":
@@ -211,6 +256,12 @@ def parse(text: str, captured: tuple[torch.dtype, ...] = (), score_dtype: torch.
             raise ValueError(f"{ast.unparse(node)} is not an index expression in {text!r}")
         return parsed.value
 
+    def position(node: ast.expr) -> Expr:
+        parsed = build(node)
+        if parsed.dtype.is_floating_point or parsed.dtype == torch.bool:
+            raise ValueError(f"{ast.unparse(node)} is not an integer position in {text!r}")
+        return parsed
+
     def build(node: ast.expr) -> Expr:
         match node:
             case ast.Constant(value=bool() | int() | float() as value):
@@ -229,7 +280,7 @@ def parse(text: str, captured: tuple[torch.dtype, ...] = (), score_dtype: torch.
             case ast.Subscript(value=ast.Name(id=name), slice=inner):
                 slot = int(name.removeprefix("t"))
                 parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-                return Load(captured[slot], slot, tuple(number(p) for p in parts))
+                return gather(captured[slot], slot, tuple(position(p) for p in parts))
             case ast.BinOp(left=left, op=ast.FloorDiv(), right=right):
                 return index(FloorDiv(number(left), number(right)))
             case ast.BinOp(left=left, op=ast.Mod(), right=right):

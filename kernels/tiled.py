@@ -34,11 +34,12 @@ def attention_tiled(
     v: torch.Tensor,
     captured: Sequence[torch.Tensor],
     sizes: Sequence[int],
+    kv_ranges: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` [N.., Tq, Dv] and `lse` [N.., Tq] of q [.., Tq, D], k [.., Tkv, D] and v [.., Tkv, Dv], on any device."""
     # The spec states every element type, so an autocast region around the call must not change one.
     with torch.autocast(q.device.type, enabled=False):
-        return _attention(spec, q, k, v, captured, sizes)
+        return _attention(spec, q, k, v, captured, sizes, kv_ranges)
 
 
 def _attention(
@@ -48,6 +49,7 @@ def _attention(
     v: torch.Tensor,
     captured: Sequence[torch.Tensor],
     sizes: Sequence[int],
+    kv_ranges: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = empty_output(spec, q, v, sizes)
     if k.shape[-2] == 0:
