@@ -4,10 +4,11 @@
         -> (Tensor out, Tensor lse)
 
 q: [N.., Tq, D], k: [N.., Tkv, D], v: [N.., Tkv, Dv], broadcast over the batch axes N..; `sizes` are the batch sizes
-followed by size0, size1, .. of the score program; `spec` is `AttentionSpec.to_text()`. kv_ranges: int32
-[N'.., ceil(Tq / MASK_BLOCK), 4], N' broadcasting to N: for each MASK_BLOCK queries the keys that a mask which depends on
-data leaves, as `mask.KvRange`; without it every key that positions alone do not rule out is visited. out: [N.., Tq, Dv];
+followed by size0, size1, .. of the score program; `spec` is `AttentionSpec.to_text()`. out: [N.., Tq, Dv];
 lse: [N.., Tq], the natural logarithm of the sum of exp(score).
+
+kv_ranges: int32 [N'.., ceil(Tq / MASK_BLOCK), 4], N' broadcasting to N: the `mask.KvRange` of each MASK_BLOCK queries
+under a mask that depends on data. Without it every key that positions alone do not rule out is visited.
 """
 
 from __future__ import annotations

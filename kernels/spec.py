@@ -6,7 +6,8 @@ An attention is, over batch axes n0, n1, .. (batch, key/value head, query group,
     P[n.., i, j]   = exp(S[n.., i, j]) / (exp(sink(n.., i)) + sum_j exp(S[n.., i, j]))
     S[n.., i, j]   = score(sum_r q[n.., i, r] * k[n.., j, r], n.., i, j)
 
-without `factor` and `sink` an ordinary softmax attention. With the normaliser "none" P is S itself, as in sigmoid attention.
+without `factor` and `sink` an ordinary softmax attention. With the normaliser "none" P is S itself, as in sigmoid
+attention.
 
 Operands are tensors [N0, .., Nm, T, D] that broadcast against each other over the batch axes: an axis of size 1 (or of
 stride 0) is shared. Grouped-query attention is therefore q [B, Hkv, G, Tq, D] with k and v [B, Hkv, 1, Tkv, D]; no
@@ -259,7 +260,7 @@ def parse(text: str, captured: tuple[torch.dtype, ...] = (), score_dtype: torch.
     def position(node: ast.expr) -> Expr:
         parsed = build(node)
         if parsed.dtype.is_floating_point or parsed.dtype == torch.bool:
-            raise ValueError(f"{ast.unparse(node)} is not an integer position in {text!r}")
+            raise ValueError(f"{ast.unparse(node)} is not an index expression in {text!r}")
         return parsed
 
     def build(node: ast.expr) -> Expr:
