@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from flashfuse.kernels.expr import (
     pointwise,
     walk,
 )
-from flashfuse.kernels.mask import HUGE_FILL, MaskStructure, analyze
+from flashfuse.kernels.mask import HUGE_FILL, MaskStructure, mask_of
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.scale import peel_scale
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, to_text
@@ -57,6 +57,10 @@ class ScoreProgram:
         no row can be.
     lowest: the score that the smallest finite inner score stands for.
     longest_first: whether later query tiles have more keys to visit.
+    sink: rows -> the score without a value of each; None where there is none.
+    factor_masked, factor_full: tile -> the factor of its probabilities, for tiles that may reach behind the last key
+        and for those that do not; None where there is no factor, or one for a whole row.
+    row_factor: rows -> the factor of all their probabilities; None where there is none, or it differs along the row.
     path: the generated source.
     """
 
@@ -68,21 +72,33 @@ class ScoreProgram:
     huge_factor: float | None
     lowest: float
     longest_first: bool
+    sink: Any
+    factor_masked: Any
+    factor_full: Any
+    row_factor: Any
     path: Path
 
 
 @functools.lru_cache(maxsize=1024)
 def load_program(spec: AttentionSpec) -> ScoreProgram:
     """Generate, write and import the functions of a spec."""
-    scale, inner = peel_scale(spec.score)
-    mask = analyze(inner)
+    scale, inner = _scale_and_inner(spec)
+    mask = mask_of(spec, inner)
     digest, source = generate(spec)
     path = _write(digest, source)
     module = _import(path)
+
+    def function(name: str) -> Any:
+        return getattr(module, f"{name}_{digest}", None)
+
     return ScoreProgram(
-        score_masked=getattr(module, f"score_masked_{digest}"),
-        score_full=getattr(module, f"score_full_{digest}"),
-        kv_bounds=getattr(module, f"kv_bounds_{digest}"),
+        score_masked=function("score_masked"),
+        score_full=function("score_full"),
+        kv_bounds=function("kv_bounds"),
+        sink=function("sink"),
+        factor_masked=function("factor_masked"),
+        factor_full=function("factor_full"),
+        row_factor=function("row_factor"),
         scale=scale,
         fill_threshold=mask.fill_threshold(scale),
         huge_factor=_huge_factor(scale) if any(_may_be_huge(e) for e in walk(inner)) else None,
@@ -90,6 +106,11 @@ def load_program(spec: AttentionSpec) -> ScoreProgram:
         longest_first=any(line.slope > 0 for line in mask.upper),
         path=path,
     )
+
+
+def _scale_and_inner(spec: AttentionSpec) -> tuple[float, Expr]:
+    """The scale that the kernel applies inside its exponential, if there is one, and the rest of the score."""
+    return peel_scale(spec.score) if spec.normaliser == "softmax" else (1.0, spec.score)
 
 
 def _huge_factor(scale: float) -> float:
@@ -143,6 +164,22 @@ def kv_bounds_HASH(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes):
 {bounds_body}
 '''
 
+_TILE_FUNCTION = '''
+
+@triton.jit
+def {name}_HASH(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, strides):
+    """{text}"""
+{body}
+'''
+
+_ROW_FUNCTION = '''
+
+@triton.jit
+def {name}_HASH(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, strides):
+    """{text}"""
+{body}
+'''
+
 _IMPORTS = {
     "libdevice.": "from triton.language.extra import libdevice",
     "tanh(": "from flashfuse.kernels.elementary import tanh",
@@ -151,14 +188,15 @@ _IMPORTS = {
 
 def generate(spec: AttentionSpec) -> tuple[str, str]:
     """(hash, source text) of the spec's module."""
-    scale, inner = peel_scale(spec.score)
-    mask = analyze(inner)
+    scale, inner = _scale_and_inner(spec)
+    mask = mask_of(spec, inner)
     bodies = {
-        "masked_body": _score_body(inner, spec.compute_dtype, keys_end=True),
-        "full_body": _score_body(mask.full, spec.compute_dtype, keys_end=False),
+        "masked_body": _tile_body(inner, spec.compute_dtype, keys_end=True),
+        "full_body": _tile_body(mask.full, spec.compute_dtype, keys_end=False),
         "bounds_body": _bounds_body(mask),
     }
-    imports = [line for use, line in _IMPORTS.items() if any(use in body for body in bodies.values())]
+    further = "".join(_further_functions(spec))
+    imports = [line for use, line in _IMPORTS.items() if any(use in text for text in (*bodies.values(), further))]
     source = _TEMPLATE.format(
         score=to_text(spec.score),
         mask=mask.describe(),
@@ -168,16 +206,38 @@ def generate(spec: AttentionSpec) -> tuple[str, str]:
         full=to_text(mask.full),
         **bodies,
     )
+    source += further
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     return digest, source.replace("_HASH", f"_{digest}")
 
 
-def _score_body(score: Expr, float_dtype: torch.dtype, keys_end: bool) -> str:
-    writer = _Writer(score, float_dtype, keys_end)
-    result = writer.emit(score)
-    if not any(isinstance(e, Product) for e in walk(score)):
+def _further_functions(spec: AttentionSpec) -> Iterator[str]:
+    """The functions of what some specs have besides a score: a sink, and a factor of tiles or of whole rows."""
+    if spec.sink is not None:
+        yield _ROW_FUNCTION.format(name="sink", text=to_text(spec.sink), body=_row_body(spec.sink))
+    if spec.factor is None:
+        return
+    text = to_text(spec.factor)
+    if KV_IDX not in free_symbols(spec.factor):
+        yield _ROW_FUNCTION.format(name="row_factor", text=text, body=_row_body(spec.factor))
+        return
+    for name, keys_end in (("factor_masked", True), ("factor_full", False)):
+        yield _TILE_FUNCTION.format(name=name, text=text, body=_tile_body(spec.factor, spec.compute_dtype, keys_end))
+
+
+def _tile_body(expr: Expr, float_dtype: torch.dtype, keys_end: bool) -> str:
+    writer = _Writer(expr, float_dtype, keys_end)
+    result = writer.emit(expr)
+    if not any(isinstance(e, Product) for e in walk(expr)):
         result = f"tl.full(qk.shape, 0, qk.dtype) + {result}"
     return _indented([*writer.lines, f"return {result}"])
+
+
+def _row_body(expr: Expr) -> str:
+    """Only float32 reaches the kernel; float64 is computed in torch."""
+    writer = _Writer(expr, torch.float32, keys_end=False)
+    result = writer.emit(expr)
+    return _indented([*writer.lines, f"return tl.full(q_idx.shape, 0, tl.float32) + {result}"])
 
 
 def _bounds_body(mask: MaskStructure) -> str:

@@ -38,6 +38,11 @@ def additive_program(problem: Problem) -> AdditiveProgram | None:
     same_width = q.shape[-1] == v.shape[-1] and all(x.stride(-1) == 1 for x in (q, k, v))
     if q.device.type != "cpu" or len(dtypes) > 1 or not same_width:
         return None
+    if spec.normaliser != "softmax" or spec.factor is not None:
+        return None
+    # The sink rescales the kernel's output, which is a rounding more than a narrow type has to spare.
+    if spec.sink is not None and spec.out_dtype != spec.compute_dtype:
+        return None
     return split_additive(spec.score)
 
 
@@ -114,7 +119,11 @@ def attend(problem: Problem, program: AdditiveProgram, box: Box) -> tuple[torch.
     threshold = problem.mask.fill_threshold()
     if threshold is not None and bool((lse - math.log(len(keys)) <= threshold).any()):
         return None
-    return out.reshape(*batch, *out.shape[-2:]), lse.reshape(*batch, lse.shape[-1])
+    out, lse = out.reshape(*batch, *out.shape[-2:]), lse.reshape(*batch, lse.shape[-1])
+    if problem.spec.sink is None:
+        return out, lse
+    sink = problem.evaluate_rows(problem.spec.sink, box)
+    return out * torch.sigmoid(lse - sink).unsqueeze(-1), torch.logaddexp(lse, sink)
 
 
 def _four_dims(x: torch.Tensor, batch: tuple[int, ...]) -> torch.Tensor:

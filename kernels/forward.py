@@ -23,13 +23,16 @@ def attention_forward_kernel(
     batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
     LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
-    ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr,
+    ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr, NORMALISED: tl.constexpr,
+    SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)),  s_ij = score(q_i . k_j, n, i, j)
 
+    SINK adds exp(sink(n, i)) to the sum, FACTOR or ROW_FACTOR multiplies exp(s_ij - lse_i); where the score is not
+    NORMALISED, out_i = sum_j s_ij v_j.
     Operands have four batch axes (size 1 where the attention has fewer) and strides (n0, n1, n2, n3, row, column), 0 on
     axes they are shared over. One program computes BLOCK_Q rows of one batch position; LOG2_SCALE turns inner scores
     into base-2 logarithms.
@@ -78,8 +81,8 @@ def attention_forward_kernel(
     for kv_start in tl.range(full_start, full_end, BLOCK_KV):
         acc, row_sum, row_max, row_shift = _attend(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, n0, n1, n2, n3, q_idx,
-            q_len, kv_len, sizes, captured, captured_strides, SCORE_FULL, False, LOG2_SCALE, HUGE_FACTOR,
-            PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            q_len, kv_len, sizes, captured, captured_strides, SCORE_FULL, FACTOR_FULL, False, LOG2_SCALE, HUGE_FACTOR,
+            NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     tiles_before = (full_start - start) // BLOCK_KV
@@ -88,8 +91,8 @@ def attention_forward_kernel(
         kv_start = tl.where(i < tiles_before, start, full_end - tiles_before * BLOCK_KV) + i * BLOCK_KV
         acc, row_sum, row_max, row_shift = _attend(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, n0, n1, n2, n3, q_idx,
-            q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, True, LOG2_SCALE, HUGE_FACTOR,
-            PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED, True, LOG2_SCALE,
+            HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     if FILL_THRESHOLD is not None:
@@ -101,22 +104,33 @@ def attention_forward_kernel(
             kv_start = tl.where(i < tiles_before, 0, end - tiles_before * BLOCK_KV) + i * BLOCK_KV
             acc, row_sum, row_max, row_shift = _attend(
                 acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, n0, n1, n2, n3,
-                q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, True, LOG2_SCALE, HUGE_FACTOR,
-                PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+                q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED, True, LOG2_SCALE,
+                HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
 
-    lse = row_shift * LN2 + tl.log(row_sum)
-    if HUGE_FACTOR is not None:
-        # log(row_sum) is lost in numbers of this size.
-        huge = tl.where(row_max <= LOWEST_FLOAT32, LOWEST, row_max * (LOG2_SCALE * LN2))
-        lse = tl.where(row_max > HUGE, lse, tl.where(row_sum == 0, float("-inf"), huge))
+    if SINK is not None:
+        sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
+        acc, row_sum, lse = _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE, LOWEST)
+    elif NORMALISED:
+        lse = row_shift * LN2 + tl.log(row_sum)
+        if HUGE_FACTOR is not None:
+            # log(row_sum) is lost in numbers of this size.
+            huge = _huge_row_max(row_max, LOG2_SCALE, LOWEST)
+            lse = tl.where(row_max > HUGE, lse, tl.where(row_sum == 0, float("-inf"), huge))
+    else:
+        lse = row_sum
     lse_ptrs = lse_ptr + position.to(tl.int64) * q_len + offs_q
     tl.store(lse_ptrs, lse, mask=offs_q < q_len)
 
-    # A row without any key has row_sum 0: 0 / 0 is the NaN that softmax gives.
-    if ZERO_EMPTY_ROWS:
-        row_sum = tl.where(row_sum == 0, 1.0, row_sum)
-    out = acc / row_sum[:, None]
+    out = acc
+    if NORMALISED:
+        # A row without any key has row_sum 0: 0 / 0 is the NaN that softmax gives.
+        if ZERO_EMPTY_ROWS:
+            row_sum = tl.where(row_sum == 0, 1.0, row_sum)
+        out = acc / row_sum[:, None]
+    if ROW_FACTOR is not None:
+        row_factor = ROW_FACTOR(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
+        out = out * row_factor[:, None]
     out_ptrs = _tile_pointers(_batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), offs_q, offs_dv, out_strides)
     stored = offs_q[:, None] < q_len
     if VALUE_DIM != BLOCK_DV:
@@ -128,9 +142,9 @@ def attention_forward_kernel(
 def _attend(
     acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, n0, n1, n2, n3, q_idx,
     q_len, kv_len, sizes, captured, captured_strides,
-    SCORE: tl.constexpr, KEYS_END: tl.constexpr, LOG2_SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr,
-    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    SCORE: tl.constexpr, FACTOR: tl.constexpr, KEYS_END: tl.constexpr, LOG2_SCALE: tl.constexpr,
+    HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
+    PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """One key tile: acc and row_sum take in exp2(LOG2_SCALE * score - row_shift), row_shift = LOG2_SCALE * row_max.
 
@@ -148,24 +162,36 @@ def _attend(
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
     score = SCORE(qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides)
     if KEYS_END:
-        score = tl.where(kv_idx[None, :] < kv_len, score, float("-inf"))
+        score = tl.where(kv_idx[None, :] < kv_len, score, float("-inf") if NORMALISED else 0.0)
 
-    # [block_q]
-    new_max = tl.maximum(row_max, tl.max(score, 1))
-    if HUGE_FACTOR is not None:
-        # A power of two keeps the product exact, so that the difference below is 0 at the maximum, fused or not.
-        factor = tl.where(new_max > HUGE, LOG2_SCALE, HUGE_FACTOR).to(acc.dtype)
-        new_shift = new_max * factor
-        exponent = score * factor[:, None]
+    if NORMALISED:
+        # [block_q]
+        new_max = tl.maximum(row_max, tl.max(score, 1))
+        if HUGE_FACTOR is not None:
+            # A power of two keeps the product exact, so that the difference below is 0 at the maximum, fused or not.
+            factor = tl.where(new_max > HUGE, LOG2_SCALE, HUGE_FACTOR).to(acc.dtype)
+            new_shift = new_max * factor
+            exponent = score * factor[:, None]
+        else:
+            new_shift = new_max * LOG2_SCALE
+            exponent = score * LOG2_SCALE
+        # -inf minus -inf is NaN: a row without any key so far subtracts nothing.
+        subtracted = tl.where(new_max == float("-inf"), 0.0, new_shift)
+        # [block_q, block_kv]
+        p = tl.exp2(exponent - subtracted[:, None])
+        correction = tl.exp2(row_shift - subtracted)
+        row_sum = row_sum * correction + tl.sum(p, 1)
     else:
-        new_shift = new_max * LOG2_SCALE
-        exponent = score * LOG2_SCALE
-    # -inf minus -inf is NaN: a row without any key so far subtracts nothing.
-    subtracted = tl.where(new_max == float("-inf"), 0.0, new_shift)
-    # [block_q, block_kv]
-    p = tl.exp2(exponent - subtracted[:, None])
-    correction = tl.exp2(row_shift - subtracted)
-    row_sum = row_sum * correction + tl.sum(p, 1)
+        p = score
+        correction = tl.full(row_max.shape, 1.0, acc.dtype)
+        new_max, new_shift = row_max, row_shift
+    if FACTOR is not None:
+        weight = FACTOR(
+            qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides
+        )  # fmt: skip
+        if KEYS_END:
+            weight = tl.where(kv_idx[None, :] < kv_len, weight, 0.0)
+        p *= weight
 
     # [block_kv, block_dv]
     v = _load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
@@ -177,6 +203,30 @@ def _attend(
     else:
         acc = tl.dot(p.to(PROBS_DTYPE), v, acc * correction[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
     return acc, row_sum, new_max, new_shift
+
+
+@triton.jit
+def _huge_row_max(row_max, LOG2_SCALE: tl.constexpr, LOWEST: tl.constexpr):
+    """The largest score of rows whose base-2 logarithm would overflow."""
+    return tl.where(row_max <= LOWEST_FLOAT32, LOWEST, row_max * (LOG2_SCALE * LN2))
+
+
+@triton.jit
+def _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE: tl.constexpr, LOWEST: tl.constexpr):
+    """acc and row_sum after one more score without a value, and the log-sum-exp with it.
+
+    Scores of huge rows compare in units so large that they stay finite: their differences are 0 or decide alone.
+    """
+    huge = tl.where(row_sum == 0, float("-inf"), _huge_row_max(row_max, LOG2_SCALE, LOWEST))
+    is_huge = row_max <= HUGE
+    row = tl.where(is_huge, huge * 0.5, row_shift)
+    unit = tl.where(is_huge, 0.5, 1 / LN2)
+    shift = tl.maximum(row, sink * unit)
+    subtracted = tl.where(shift == float("-inf"), 0.0, shift)
+    decay = tl.exp2(row - subtracted)
+    row_sum = row_sum * decay + tl.exp2(tl.fma(sink, unit, -subtracted))
+    lse = tl.where(is_huge, tl.maximum(huge, sink), shift * LN2 + tl.log(row_sum))
+    return acc * decay[:, None], row_sum, lse
 
 
 @triton.jit

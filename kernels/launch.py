@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.codegen import load_program
-from flashfuse.kernels.expr import free_symbols, loads
+from flashfuse.kernels.expr import Gather, Load, free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.spec import KV_IDX, MAX_BATCH_AXES, Q_IDX, AttentionSpec
@@ -147,6 +147,11 @@ def constants(spec: AttentionSpec, head_dim: int, value_dim: int, precision: str
         "LOWEST": program.lowest,
         "ZERO_EMPTY_ROWS": spec.empty_row == "zero",
         "LONGEST_FIRST": program.longest_first,
+        "NORMALISED": spec.normaliser == "softmax",
+        "SINK": program.sink,
+        "FACTOR_MASKED": program.factor_masked,
+        "FACTOR_FULL": program.factor_full,
+        "ROW_FACTOR": program.row_factor,
         "PRODUCT_DTYPE": _triton_dtype(spec.product_dtype),
         "PROBS_DTYPE": _triton_dtype(spec.probs_dtype),
         "PRECISION": precision,
@@ -168,8 +173,13 @@ def shape_of(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int) -> 
         block_d=padded(head_dim),
         block_dv=padded(value_dim),
         element_bytes=max(spec.product_dtype.itemsize, spec.probs_dtype.itemsize),
-        captured_bytes=sum(c.dtype.itemsize for c in loads(spec.score) if {Q_IDX, KV_IDX} <= free_symbols(c)),
+        captured_bytes=sum(c.dtype.itemsize for c in _tile_loads(spec)),
     )
+
+
+def _tile_loads(spec: AttentionSpec) -> Iterable[Load | Gather]:
+    """What the spec's programs read for each (query, key) pair."""
+    return dict.fromkeys(c for e in spec.programs for c in loads(e) if {Q_IDX, KV_IDX} <= free_symbols(c))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -215,7 +225,7 @@ def attention_forward(
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
     if kv_len == 0:
-        return out.zero_(), lse.fill_(-math.inf)
+        return attention_tiled(spec, q, k, v, captured, sizes)
 
     precision = _precision(spec)
     if launch is None:

@@ -31,7 +31,7 @@ from flashfuse.kernels.expr import (
     walk,
 )
 from flashfuse.kernels.expr import pointwise as make
-from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, to_text
+from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, to_text
 
 # The query tile [q_start, q_stop) that loop bounds are written for; never empty.
 Q_START = sympy.Symbol("q_start", integer=True, nonnegative=True)
@@ -150,6 +150,13 @@ class MaskStructure:
         lines = [f"kv_idx >= {line.slope * Q_IDX + line.offset}" for line in self.lower]
         lines += [f"kv_idx <= {line.slope * Q_IDX + line.offset}" for line in self.upper]
         return " & ".join(lines + [to_text(term) for term in self.rest])
+
+
+def mask_of(spec: AttentionSpec, score: Expr) -> MaskStructure:
+    """The structure of a spec's score, or of that score without its scale; every key counts where nothing is masked."""
+    if spec.normaliser == "none":
+        return MaskStructure(full=score, fill=None, lower=(), upper=(), rest=())
+    return analyze(score)
 
 
 def analyze(score: Expr) -> MaskStructure:

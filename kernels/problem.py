@@ -14,12 +14,12 @@ import torch
 
 from flashfuse.kernels.evaluate import Tile, evaluate
 from flashfuse.kernels.expr import Expr
-from flashfuse.kernels.mask import Q_START, Q_STOP, KvRange, MaskStructure, analyze
+from flashfuse.kernels.mask import Q_START, Q_STOP, KvRange, MaskStructure, mask_of
 from flashfuse.kernels.spec import AttentionSpec
 
 Box = tuple[range, ...]
 
-analyze = functools.lru_cache(maxsize=4096)(analyze)
+mask_of = functools.lru_cache(maxsize=4096)(mask_of)
 
 
 def slices(box: Box) -> tuple[slice, ...]:
@@ -50,7 +50,7 @@ class Problem:
 
     @functools.cached_property
     def mask(self) -> MaskStructure:
-        return analyze(self.spec.score)
+        return mask_of(self.spec, self.spec.score)
 
     @functools.cached_property
     def _ranges(self) -> dict[range, KvRange]:
@@ -77,3 +77,7 @@ class Problem:
         """`expr` over a box of scores, with size 1 on the axes it does not depend on."""
         axes = tuple(zip(self.symbols, box, strict=True))
         return evaluate(expr, Tile(axes, self.sizes, products, self.captured, self.spec.compute_dtype, self.q.device))
+
+    def evaluate_rows(self, expr: Expr, box: Box) -> torch.Tensor:
+        """`expr`, which has no key position, over a box of rows, with size 1 on the axes it does not depend on."""
+        return self.evaluate_broadcast(expr, (*box, range(1))).squeeze(-1)

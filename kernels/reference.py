@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
+from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.spec import AttentionSpec
 
 
@@ -43,11 +44,21 @@ def attention_reference(
         dtype=compute,
         device=q.device,
     )
-    scores = evaluate(spec.score, tile).to(compute).expand(*batch, q_len, kv_len)
-    lse = torch.logsumexp(scores, dim=-1) if kv_len else scores.new_full((*batch, q_len), -torch.inf)
-    probs = torch.softmax(scores, dim=-1)
-    if spec.empty_row == "zero":
-        probs = probs.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+
+    def values(expr: Expr, columns: int) -> torch.Tensor:
+        return evaluate(expr, tile).to(compute).expand(*batch, q_len, columns)
+
+    scores = values(spec.score, kv_len)
+    if spec.normaliser == "none":
+        probs, lse = scores, scores.new_zeros((*batch, q_len))
+    else:
+        columns = scores if spec.sink is None else torch.cat([scores, values(spec.sink, 1)], dim=-1)
+        lse = torch.logsumexp(columns, dim=-1) if columns.shape[-1] else scores.new_full((*batch, q_len), -torch.inf)
+        probs = torch.softmax(columns, dim=-1)[..., :kv_len]
+        if spec.empty_row == "zero":
+            probs = probs.masked_fill((columns == -torch.inf).all(-1, keepdim=True), 0.0)
+    if spec.factor is not None:
+        probs = probs * values(spec.factor, kv_len)
     out = rounded(probs, spec.probs_dtype) @ rounded(v, spec.probs_dtype)
     out = out.expand(*batch, q_len, v.shape[-1])
     return (out, lse) if dtype else (out.to(spec.out_dtype), lse)

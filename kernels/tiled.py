@@ -52,8 +52,6 @@ def _attention(
     kv_ranges: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = empty_output(spec, q, v, sizes)
-    if k.shape[-2] == 0:
-        return out.zero_(), lse.fill_(-math.inf)
     if lse.numel() == 0:
         return out, lse
     rank = spec.batch_axes
@@ -73,6 +71,9 @@ def _attention(
         v=v[owned],
     )
     out_rows, lse_rows = out.permute(*order, rank, rank + 1), lse.permute(*order, rank)
+    if k.shape[-2] == 0:
+        lse_rows.copy_(_lse_without_keys(problem, tuple(map(range, lse_rows.shape))))
+        return out.zero_(), lse
     program = flash_cpu.additive_program(problem)
     width = max(q.shape[-1], v.shape[-1])
     for box in _boxes(q.shape[:-1], width) if program is None else flash_cpu.boxes(problem, program):
@@ -109,10 +110,15 @@ def _attend(problem: Problem, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
     if threshold is not None and bool((rows.max <= threshold).any()):
         rows.visit(range(keys.start), spec.score)
         rows.visit(range(keys.end, problem.k.shape[-2]), spec.score)
-    out = rows.acc / rows.sum
-    if spec.empty_row == "zero":
-        out = out.masked_fill(rows.max == -math.inf, 0.0)
-    return out.view(*shape, -1), (rows.max + rows.sum.log()).view(shape)
+    out, lse = rows.result()
+    return out.view(*shape, -1), lse.view(shape)
+
+
+def _lse_without_keys(problem: Problem, box: Box) -> torch.Tensor:
+    """Log-sum-exp, broadcastable to [box..], where there are no keys at all."""
+    if problem.spec.sink is not None:
+        return problem.evaluate_rows(problem.spec.sink, box)
+    return problem.q.new_tensor(0.0 if problem.spec.normaliser == "none" else -math.inf)
 
 
 class _Rows:
@@ -147,11 +153,41 @@ class _Rows:
         # [pairs, rows, keys]
         product = torch.bmm(self.q, k.mT)
         scores = self.problem.evaluate(score, (*self.box, keys), product).reshape(product.shape)
+        if self.problem.spec.normaliser == "none":
+            self.acc.baddbmm_(self._weights(scores, keys), v)
+            return
         row_max = torch.maximum(self.max, scores.amax(-1, keepdim=True))
         # A row of only -inf so far: any finite shift keeps its probabilities zero.
         shift = row_max.masked_fill(row_max == -math.inf, 0.0)
         probs = torch.sub(scores, shift).exp_()
         decay = torch.exp(self.max - shift)
         self.sum = self.sum * decay + probs.sum(-1, keepdim=True)
-        self.acc.mul_(decay).baddbmm_(probs, v)
+        self.acc.mul_(decay).baddbmm_(self._weights(probs, keys), v)
         self.max = row_max
+
+    def _weights(self, probs: torch.Tensor, keys: range) -> torch.Tensor:
+        """What multiplies the values [pairs, rows, keys]: the probabilities times the spec's factor."""
+        factor = self.problem.spec.factor
+        if factor is None:
+            return probs
+        box = (*self.box, keys)
+        shape = tuple(len(positions) for positions in box)
+        return (probs.view(shape) * self.problem.evaluate_broadcast(factor, box)).view(probs.shape)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [pairs, rows, Dv] and log-sum-exp [pairs, rows, 1] after the last key."""
+        spec = self.problem.spec
+        if spec.normaliser == "none":
+            return self.acc, torch.zeros_like(self.sum)
+        acc, total, row_max = self.acc, self.sum, self.max
+        if spec.sink is not None:
+            sink = self.problem.evaluate_rows(spec.sink, self.box).to(total.dtype)
+            sink = sink.expand([len(positions) for positions in self.box]).reshape(total.shape)
+            row_max = torch.maximum(row_max, sink)
+            shift = row_max.masked_fill(row_max == -math.inf, 0.0)
+            decay = torch.exp(self.max - shift)
+            acc, total = acc * decay, total * decay + torch.exp(sink - shift)
+        out = acc / total
+        if spec.empty_row == "zero":
+            out = out.masked_fill(row_max == -math.inf, 0.0)
+        return out, row_max + total.log()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.reference import attention_reference
 from flashfuse.kernels.spec import AttentionSpec, parse
 
@@ -52,6 +53,9 @@ def make_call(
     dtype: torch.dtype = torch.float32,
     empty_row: str = "nan",
     out_order: Sequence[int] | None = None,
+    normaliser: str = "softmax",
+    sink: str | None = None,
+    factor: str | None = None,
 ) -> Call:
     """A call with random operands: q of `q_shape`, k and v of the same batch axes unless `k_batch`, `v_batch` say."""
     *batch, q_len, head_dim = q_shape
@@ -59,8 +63,23 @@ def make_call(
     types = tuple(c.dtype for c in captured)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     order = tuple(out_order or range(len(q_shape)))
+
+    def program(text: str | None) -> Expr | None:
+        return None if text is None else parse(text, types, compute)
+
     spec = AttentionSpec(
-        len(batch), parse(score, types, compute), types, len(sizes), dtype, dtype, dtype, empty_row, order
+        batch_axes=len(batch),
+        score=parse(score, types, compute),
+        captured=types,
+        num_sizes=len(sizes),
+        product_dtype=dtype,
+        probs_dtype=dtype,
+        out_dtype=dtype,
+        empty_row=empty_row,
+        out_order=order,
+        normaliser=normaliser,
+        sink=program(sink),
+        factor=program(factor),
     )
     generator = torch.Generator().manual_seed(0)
 
