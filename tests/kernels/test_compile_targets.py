@@ -40,7 +40,16 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "plain": ("qk * 0.125", (), ()),
     "causal": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (), ()),
     "bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[0, n1, q_idx, kv_idx], -inf)", (torch.bfloat16,), (4,)),
+    "sink": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (torch.bfloat16,), (1,)),
+    "factor": ("where(t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)", (torch.bool,), (2,)),
+    "sigmoid": ("sigmoid(where(kv_idx <= q_idx, qk * 0.125, -inf))", (torch.float32,), (1,)),
     "padding": ("where((kv_idx <= q_idx) & t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)", (torch.bool,), (2,)),
+}
+# What a spec has besides its score.
+FURTHER: dict[str, dict[str, str]] = {
+    "sink": {"sink": "t0[n1]"},
+    "factor": {"factor": "where(t0[n0, kv_idx], 1.0, 0.0)"},
+    "sigmoid": {"normaliser": "none", "factor": "t0[n1]"},
 }
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -52,6 +61,10 @@ CASES = [
     ("sm90", "causal", 128, BF16),
     ("sm90", "bias", 128, BF16),
     ("sm90", "padding", 80, BF16),
+    ("sm90", "sink", 128, BF16),
+    ("sm90", "factor", 128, BF16),
+    ("sm90", "sigmoid", 128, BF16),
+    ("gfx942", "sink", 64, BF16),
     ("sm90", "causal", 256, BF16),
     ("sm100", "causal", 128, BF16),
     ("gfx942", "bias", 128, BF16),
@@ -111,7 +124,11 @@ def assembler_report(ptx: str, arch: int, folder: Path) -> str:
 def test_compiles_within_limits(device: str, program: str, head_dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
     limits, target = DEVICES[device]
     text, captured, ranks = PROGRAMS[program]
-    spec = AttentionSpec(2, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3))
+    further: dict[str, Any] = {
+        name: value if name == "normaliser" else parse(value, captured)
+        for name, value in FURTHER.get(program, {}).items()
+    }
+    spec = AttentionSpec(2, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3), **further)
     launch = choose_launch(limits, shape_of(spec, 4096, head_dim, head_dim))
     assert launch is not None
     arguments = dict(constants(spec, head_dim, head_dim, "ieee", launch))
