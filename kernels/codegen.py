@@ -61,6 +61,7 @@ class ScoreProgram:
     factor_masked, factor_full: tile -> the factor of its probabilities, for tiles that may reach behind the last key
         and for those that do not; None where there is no factor, or one for a whole row.
     row_factor: rows -> the factor of all their probabilities; None where there is none, or it differs along the row.
+    row_kept: rows -> whether they are kept where others become zero; None where all are.
     path: the generated source.
     """
 
@@ -76,6 +77,7 @@ class ScoreProgram:
     factor_masked: Any
     factor_full: Any
     row_factor: Any
+    row_kept: Any
     path: Path
 
 
@@ -99,6 +101,7 @@ def load_program(spec: AttentionSpec) -> ScoreProgram:
         factor_masked=function("factor_masked"),
         factor_full=function("factor_full"),
         row_factor=function("row_factor"),
+        row_kept=function("row_kept"),
         scale=scale,
         fill_threshold=mask.fill_threshold(scale),
         huge_factor=_huge_factor(scale) if any(_may_be_huge(e) for e in walk(inner)) else None,
@@ -219,7 +222,8 @@ def _further_functions(spec: AttentionSpec) -> Iterator[str]:
         return
     text = to_text(spec.factor)
     if KV_IDX not in free_symbols(spec.factor):
-        yield _ROW_FUNCTION.format(name="row_factor", text=text, body=_row_body(spec.factor))
+        name = "row_kept" if spec.factor.dtype == torch.bool else "row_factor"
+        yield _ROW_FUNCTION.format(name=name, text=text, body=_row_body(spec.factor))
         return
     for name, keys_end in (("factor_masked", True), ("factor_full", False)):
         yield _TILE_FUNCTION.format(name=name, text=text, body=_tile_body(spec.factor, spec.compute_dtype, keys_end))
@@ -237,6 +241,8 @@ def _row_body(expr: Expr) -> str:
     """Only float32 reaches the kernel; float64 is computed in torch."""
     writer = _Writer(expr, torch.float32, keys_end=False)
     result = writer.emit(expr)
+    if expr.dtype == torch.bool:
+        return _indented([*writer.lines, f"return (q_idx >= 0) & {result}"])
     return _indented([*writer.lines, f"return tl.full(q_idx.shape, 0, tl.float32) + {result}"])
 
 

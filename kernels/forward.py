@@ -24,15 +24,16 @@ def attention_forward_kernel(
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
     LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr, NORMALISED: tl.constexpr,
-    SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
+    SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr,
+    ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)),  s_ij = score(q_i . k_j, n, i, j)
 
-    SINK adds exp(sink(n, i)) to the sum, FACTOR or ROW_FACTOR multiplies exp(s_ij - lse_i); where the score is not
-    NORMALISED, out_i = sum_j s_ij v_j.
+    SINK adds exp(sink(n, i)) to the sum, FACTOR or ROW_FACTOR multiplies exp(s_ij - lse_i), and rows that are not
+    ROW_KEPT become 0; where the score is not NORMALISED, out_i = sum_j s_ij v_j.
     Operands have four batch axes (size 1 where the attention has fewer) and strides (n0, n1, n2, n3, row, column), 0 on
     axes they are shared over. One program computes BLOCK_Q rows of one batch position; LOG2_SCALE turns inner scores
     into base-2 logarithms.
@@ -110,6 +111,9 @@ def attention_forward_kernel(
 
     if SINK is not None:
         sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
+        if not ZERO_EMPTY_ROWS:
+            # What eager code multiplies by a weight of 0 is NaN already.
+            acc = tl.where((row_sum == 0)[:, None], float("nan"), acc)
         acc, row_sum, lse = _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE, LOWEST)
     elif NORMALISED:
         lse = row_shift * LN2 + tl.log(row_sum)
@@ -131,6 +135,9 @@ def attention_forward_kernel(
     if ROW_FACTOR is not None:
         row_factor = ROW_FACTOR(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
         out = out * row_factor[:, None]
+    if ROW_KEPT is not None:
+        row_kept = ROW_KEPT(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
+        out = tl.where(row_kept[:, None], out, 0.0)
     out_ptrs = _tile_pointers(_batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), offs_q, offs_dv, out_strides)
     stored = offs_q[:, None] < q_len
     if VALUE_DIM != BLOCK_DV:

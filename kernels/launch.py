@@ -152,6 +152,7 @@ def constants(spec: AttentionSpec, head_dim: int, value_dim: int, precision: str
         "FACTOR_MASKED": program.factor_masked,
         "FACTOR_FULL": program.factor_full,
         "ROW_FACTOR": program.row_factor,
+        "ROW_KEPT": program.row_kept,
         "PRODUCT_DTYPE": _triton_dtype(spec.product_dtype),
         "PROBS_DTYPE": _triton_dtype(spec.probs_dtype),
         "PRECISION": precision,

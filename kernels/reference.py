@@ -55,10 +55,12 @@ def attention_reference(
         columns = scores if spec.sink is None else torch.cat([scores, values(spec.sink, 1)], dim=-1)
         lse = torch.logsumexp(columns, dim=-1) if columns.shape[-1] else scores.new_full((*batch, q_len), -torch.inf)
         probs = torch.softmax(columns, dim=-1)[..., :kv_len]
-        if spec.empty_row == "zero":
-            probs = probs.masked_fill((columns == -torch.inf).all(-1, keepdim=True), 0.0)
+        if kv_len:
+            empty = (scores == -torch.inf).all(-1, keepdim=True)
+            probs = probs.masked_fill(empty, 0.0 if spec.empty_row == "zero" else torch.nan)
     if spec.factor is not None:
-        probs = probs * values(spec.factor, kv_len)
+        factor = values(spec.factor, kv_len)
+        probs = probs.masked_fill(factor == 0, 0.0) if spec.factor.dtype == torch.bool else probs * factor
     out = rounded(probs, spec.probs_dtype) @ rounded(v, spec.probs_dtype)
     out = out.expand(*batch, q_len, v.shape[-1])
     return (out, lse) if dtype else (out.to(spec.out_dtype), lse)

@@ -38,6 +38,7 @@ from flashfuse.kernels.expr import (
     Product,
     cast,
     const,
+    free_symbols,
     gather,
     index,
     pointwise,
@@ -77,12 +78,14 @@ class AttentionSpec:
     product_dtype: element type in which q and k are multiplied (accumulation is float32, float64 for float64).
     probs_dtype: element type in which the probabilities meet v.
     out_dtype: element type of the output.
-    empty_row: "nan" or "zero", what a row whose every score is -inf gives.
+    empty_row: "nan" or "zero", what a row whose every score is -inf gives, whatever its sink. Beside a sink in the
+        softmax itself such a row is "zero"; where the sink is applied to a softmax's result it is "nan".
     out_order: memory order of the output's axes [n.., q, d], outermost first; the last is always d.
     normaliser: "softmax", or "none" where `score` is the weight of the value itself.
     sink: one more score of each row, at (n.., q_idx), that takes probability and has no value; None for no sink.
         Softmax-plus-one is the sink 0.
-    factor: what the probability at (n.., q_idx, kv_idx) is multiplied by after the softmax; None for 1.
+    factor: what the probability at (n.., q_idx, kv_idx) is multiplied by after the softmax; None for 1. A boolean one
+        is the same for a whole row, and a row where it is false gives 0, even one without a key.
     """
 
     batch_axes: int
@@ -107,6 +110,8 @@ class AttentionSpec:
             raise ValueError(f"normaliser is 'softmax' or 'none', got {self.normaliser!r}")
         if self.normaliser == "none" and self.sink is not None:
             raise ValueError("a sink takes part in a softmax, and the normaliser is 'none'")
+        if self.factor is not None and self.factor.dtype == torch.bool and KV_IDX in free_symbols(self.factor):
+            raise ValueError("a boolean factor decides over whole rows, and this one differs along the keys")
         rank = self.batch_axes + 2
         if sorted(self.out_order) != list(range(rank)) or self.out_order[-1] != rank - 1:
             raise ValueError(

@@ -168,21 +168,32 @@ class _Rows:
     def _weights(self, probs: torch.Tensor, keys: range) -> torch.Tensor:
         """What multiplies the values [pairs, rows, keys]: the probabilities times the spec's factor."""
         factor = self.problem.spec.factor
-        if factor is None:
+        if factor is None or factor.dtype == torch.bool:
             return probs
         box = (*self.box, keys)
         shape = tuple(len(positions) for positions in box)
         return (probs.view(shape) * self.problem.evaluate_broadcast(factor, box)).view(probs.shape)
 
+    def _of_rows(self, expr: Expr) -> torch.Tensor:
+        """`expr`, which has no key position, of every row [pairs, rows, 1]."""
+        shape = [len(positions) for positions in self.box]
+        return self.problem.evaluate_rows(expr, self.box).expand(shape).reshape(self.sum.shape)
+
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [pairs, rows, Dv] and log-sum-exp [pairs, rows, 1] after the last key."""
         spec = self.problem.spec
-        if spec.normaliser == "none":
-            return self.acc, torch.zeros_like(self.sum)
+        out, lse = self._normalised() if spec.normaliser == "softmax" else (self.acc, torch.zeros_like(self.sum))
+        if spec.factor is not None and spec.factor.dtype == torch.bool:
+            out = out.masked_fill(~self._of_rows(spec.factor), 0.0)
+        return out, lse
+
+    def _normalised(self) -> tuple[torch.Tensor, torch.Tensor]:
+        spec = self.problem.spec
         acc, total, row_max = self.acc, self.sum, self.max
         if spec.sink is not None:
-            sink = self.problem.evaluate_rows(spec.sink, self.box).to(total.dtype)
-            sink = sink.expand([len(positions) for positions in self.box]).reshape(total.shape)
+            if spec.empty_row == "nan":
+                acc = acc.masked_fill(row_max == -math.inf, math.nan)
+            sink = self._of_rows(spec.sink).to(total.dtype)
             row_max = torch.maximum(row_max, sink)
             shift = row_max.masked_fill(row_max == -math.inf, 0.0)
             decay = torch.exp(self.max - shift)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import sympy
 
-from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols, substitute
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols, number, substitute
 from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.shift import same_element, same_value
 
 # Operators that a normaliser starts from, by their bare names.
-NORMALISERS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "special_softmax"})
+NORMALISERS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "special_softmax", "logsumexp"})
+# Those of them that are no normaliser alone.
+PARTIAL = frozenset({"exp", "logsumexp"})
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """exp(arg) / (sum over the softmax's axis of exp(arg) + the sum of exp(sink) over `sinks`)."""
+
+    softmax: Softmax
+    sinks: tuple[Expr, ...] = ()
 
 
 def open_up(lifter: Lifter, expr: Expr) -> Expr:
@@ -18,78 +33,171 @@ def open_up(lifter: Lifter, expr: Expr) -> Expr:
     return expr
 
 
-def as_softmax(lifter: Lifter, expr: Expr) -> Softmax | None:
-    """The softmax that exp(x) / sum_j exp(x) or exp(x) * (1 / sum_j exp(x)) stands for, None where it is neither.
+def as_softmax(lifter: Lifter, expr: Expr) -> Normalised | None:
+    """The softmax that a quotient or an exponential stands for, None where it is neither.
 
-    Whatever is subtracted from x, usually the row maximum, changes nothing in the quotient if it is the same for all j.
+    exp(x) / sum_j exp(x), exp(x) * (1 / sum_j exp(x)), exp(x - log(sum_j exp(x))) and exp(log_softmax(x)). Whatever is
+    subtracted from x, usually the row maximum, changes nothing in the quotient if it is the same for all j.
     """
-    if not isinstance(expr, Pointwise) or expr.op not in ("div", "mul"):
+    if not isinstance(expr, Pointwise):
         return None
-    for numerator, below in (expr.args, expr.args[::-1]) if expr.op == "mul" else (expr.args,):
-        denominator = below if expr.op == "div" else _reciprocal_of(lifter, below)
-        if denominator is None:
-            continue
+    if expr.op == "exp":
+        return _exponential(lifter, expr.args[0])
+    for numerator, denominator in _quotients(lifter, expr):
         found = _quotient(lifter, numerator, denominator)
         if found is not None:
             return found
     return None
 
 
-def _reciprocal_of(lifter: Lifter, expr: Expr) -> Expr | None:
-    try:
-        top = open_up(lifter, expr)
-    except CannotLift:
-        return None
-    if isinstance(top, Pointwise) and top.op == "div" and isinstance(top.args[0], Const) and top.args[0].value == 1:
-        return top.args[1]
-    return None
+def _quotients(lifter: Lifter, expr: Pointwise) -> Iterator[tuple[Expr, Expr]]:
+    """What is divided by what."""
+    if expr.op == "div":
+        yield expr.args[0], expr.args[1]
+    if expr.op != "mul":
+        return
+    for numerator, inverse in (expr.args, expr.args[::-1]):
+        try:
+            top = open_up(lifter, inverse)
+        except CannotLift:
+            continue
+        if isinstance(top, Pointwise) and top.op == "div" and number(top.args[0]) == 1:
+            yield numerator, top.args[1]
 
 
-def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Softmax | None:
-    """Compare exp(x) above and below, opening both in step until they are the same element at two places of the row."""
+def _exponential(lifter: Lifter, exponent: Expr) -> Normalised | None:
+    """exp of log_softmax(x), or of x - logsumexp(x)."""
     try:
-        total = open_up(lifter, denominator)
-        if not isinstance(total, Reduce) or total.kind != "sum":
+        top = open_up(lifter, exponent)
+        if not isinstance(top, Pointwise) or top.op not in ("log", "sub"):
             return None
-        above, below = numerator, total.arg
-        at = _place(above, below, total.axis)
-        while at is None:
-            above, below = _one_step(lifter, above), _one_step(lifter, below)
-            at = _place(above, below, total.axis)
-        exponential = open_up(lifter, below)
+        if top.op == "log":
+            inner = open_up(lifter, top.args[0])
+            return Normalised(inner) if isinstance(inner, Softmax) else None
+        total = as_logsumexp(lifter, top.args[1])
     except CannotLift:
         return None
-    if not isinstance(exponential, Pointwise) or exponential.op != "exp":
+    if total is None:
         return None
-    score = _without_shift(lifter, exponential.args[0], total.axis)
-    return Softmax(total.dtype, score, total.axis, at, total.extent)
+    at = _place(lifter, top.args[0], total.arg, total.axis)
+    return None if at is None else Normalised(Softmax(total.dtype, total.arg, total.axis, at, total.extent))
 
 
-def _one_step(lifter: Lifter, expr: Expr) -> Expr:
-    if isinstance(expr, Load):
-        return lifter.expand(expr)
-    if isinstance(expr, Pointwise) and expr.op == "exp" and isinstance(expr.args[0], Load):
-        return Pointwise(expr.dtype, "exp", (lifter.expand(expr.args[0]),))
-    raise CannotLift(None, "is not an exponential")
+def as_logsumexp(lifter: Lifter, expr: Expr) -> Reduce | None:
+    """The sum over x whose log(sum exp(x)) an expression is, with x as its `arg`; None where it is none."""
+    top = open_up(lifter, expr)
+    if not isinstance(top, Pointwise) or top.op != "log":
+        return None
+    total = open_up(lifter, top.args[0])
+    if not isinstance(total, Reduce) or total.kind != "sum":
+        return None
+    inner = open_up(lifter, total.arg)
+    if not isinstance(inner, Pointwise) or inner.op != "exp":
+        return None
+    return Reduce(total.dtype, "sum", inner.args[0], total.axis, total.extent)
 
 
-def _place(above: Expr, below: Expr, axis: sympy.Symbol) -> sympy.Symbol | None:
-    """Where on the summed axis `above` stands, if it is `below` there."""
-    for at in free_symbols(above) - free_symbols(below):
-        if substitute(below, {axis: at}) == above:
-            return at
+def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised | None:
+    """exp(x) over a sum of the same exp(x), and possibly of one more term that is the same for the whole row."""
+    try:
+        total, further = _sum_and_rest(lifter, denominator)
+        if total is None:
+            return None
+        at = _place(lifter, numerator, total.arg, total.axis)
+        exponential = open_up(lifter, total.arg)
+    except CannotLift:
+        return None
+    if at is None or not isinstance(exponential, Pointwise) or exponential.op != "exp":
+        return None
+    score, shift = _without_shift(lifter, exponential.args[0], total.axis)
+    if further is None:
+        return Normalised(Softmax(total.dtype, score, total.axis, at, total.extent))
+    sink = _relative_to(lifter, further, shift)
+    if sink is None:
+        score, sink = exponential.args[0], _relative_to(lifter, further, None)
+    return None if sink is None else Normalised(Softmax(total.dtype, score, total.axis, at, total.extent), (sink,))
+
+
+def _sum_and_rest(lifter: Lifter, denominator: Expr) -> tuple[Reduce | None, Expr | None]:
+    """The sum over a row in a denominator, and what is added to it."""
+    top = open_up(lifter, denominator)
+    if isinstance(top, Reduce) and top.kind == "sum":
+        return top, None
+    if isinstance(top, Pointwise) and top.op == "add":
+        for part, rest in (top.args, top.args[::-1]):
+            inner = _opened_or_none(lifter, part)
+            if isinstance(inner, Reduce) and inner.kind == "sum" and inner.axis not in free_symbols(rest):
+                return inner, rest
+    return None, None
+
+
+def _opened_or_none(lifter: Lifter, expr: Expr) -> Expr | None:
+    try:
+        return open_up(lifter, expr)
+    except CannotLift:
+        return None
+
+
+def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None) -> Expr | None:
+    """The score whose exponential `term` is where `shift` was subtracted from all scores; None where it is none.
+
+    Softmax-plus-one is the term 1 without a shift and exp(-shift) with one: the score 0.
+    """
+    top = _opened_or_none(lifter, term)
+    if top is None:
+        return None
+    value = number(top)
+    if value is not None:
+        return Const(top.dtype, math.log(value)) if value > 0 and shift is None else None
+    if not isinstance(top, Pointwise) or top.op != "exp":
+        return None
+    if shift is None:
+        return top.args[0]
+    exponent = _opened_or_none(lifter, top.args[0])
+    match exponent:
+        case Pointwise(op="neg", args=(m,)) if same_value(lifter, m, shift):
+            return Const(exponent.dtype, 0.0)
+        case Pointwise(op="sub", args=(score, m)) if same_value(lifter, m, shift):
+            return score
     return None
 
 
-def _without_shift(lifter: Lifter, score: Expr, axis: sympy.Symbol) -> Expr:
-    """x from x - m, where m is the same for every element of the row."""
+def _place(lifter: Lifter, above: Expr, below: Expr, axis: sympy.Symbol) -> sympy.Expr | None:
+    """Where on the summed axis `above` stands, if it is `below` there: both are opened in step."""
+    stepped: tuple[Expr | None, Expr | None] = above, below
+    while stepped[0] is not None and stepped[1] is not None:
+        above, below = stepped
+        for at in free_symbols(above) - free_symbols(below):
+            if substitute(below, {axis: at}) == above:
+                return at
+        places = same_element(below, above, {axis})
+        if places is not None:
+            return places.get(axis)
+        stepped = _one_step(lifter, above), _one_step(lifter, below)
+    return None
+
+
+def _one_step(lifter: Lifter, expr: Expr) -> Expr | None:
+    """One load expanded: the expression itself, or what an exponential is of."""
+    try:
+        if isinstance(expr, Load):
+            return lifter.expand(expr)
+        if isinstance(expr, Pointwise) and expr.op == "exp" and isinstance(expr.args[0], Load):
+            return Pointwise(expr.dtype, "exp", (lifter.expand(expr.args[0]),))
+    except CannotLift:
+        pass
+    return None
+
+
+def _without_shift(lifter: Lifter, score: Expr, axis: sympy.Symbol) -> tuple[Expr, Expr | None]:
+    """(x, m) from x - m, where m is the same for every element of the row; (score, None) where nothing is subtracted."""
     top = score
     while True:
         if isinstance(top, Pointwise) and top.op == "sub" and axis not in free_symbols(top.args[1]):
-            return top.args[0]
+            return top.args[0], top.args[1]
         if not isinstance(top, Load):
-            return score
+            return score, None
         try:
             top = lifter.expand(top)
         except CannotLift:
-            return score
+            return score, None

@@ -95,7 +95,8 @@ def test_row_without_a_key_leaves_everything_to_the_sink(fill: str, empty_row: s
     """Skipped tiles included: nothing that is masked comes near a sink of ordinary size."""
     score = f"where((kv_idx <= q_idx - 20) & (kv_idx > q_idx - 30), qk * 0.1, {fill})"
     out, lse = check(make_call(score, (1, 2, 70, 16), 50, sink="t0[n1]", captured=[noise(2)], empty_row=empty_row))
-    assert (out[0, :, 0] == 0).all()
+    nothing = fill == "-inf" and empty_row == "nan"
+    assert (out[0, :, 0].isnan() if nothing else out[0, :, 0] == 0).all()
     torch.testing.assert_close(lse[0, :, 0], noise(2).double())
 
 
@@ -139,6 +140,22 @@ FACTORS = {
 def test_factor_leaves_the_sum_alone(name: str, score: str, dtype: torch.dtype) -> None:
     factor, captured, _ = FACTORS[name]
     check(make_call(score, SHAPE, KV_LEN, factor=factor, captured=[captured], dtype=dtype))
+
+
+@pytest.mark.parametrize("sink", [None, "0.5"])
+@pytest.mark.parametrize("fill", ["-inf", repr(FP32_MIN)])
+def test_rows_that_become_zero(fill: str, sink: str | None) -> None:
+    """Also those that are NaN: rows without a key, of which the others stay NaN."""
+    kept = torch.arange(45) % 2 == 0
+    score = f"where(kv_idx <= q_idx - 20, qk, {fill})"
+    out, _ = check(make_call(score, (2, 45, 16), sink=sink, factor="t0[q_idx]", captured=[kept]))
+    assert (out[:, ~kept] == 0).all()
+    assert out[:, kept][:, :5].isnan().all() == (fill == "-inf")
+
+
+def test_boolean_factor_is_of_rows() -> None:
+    with pytest.raises(ValueError, match="rows"):
+        make_call("qk", (2, 5, 16), factor="kv_idx < 3")
 
 
 def test_factor_with_sink() -> None:

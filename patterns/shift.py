@@ -1,0 +1,147 @@
+"""Shifts that cannot change a softmax: a maximum subtracted from the scores, which eager code does to avoid overflow.
+
+exp(x - m) / sum exp(x - m) is exp(x) / sum exp(x) wherever m is one finite number for the whole row. The maximum of a row,
+or of more than the row, is that, or it is -inf and so is the whole row, which gives NaN either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+
+import sympy
+from torch import fx
+
+from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Reduce, free_symbols, pointwise
+from flashfuse.kernels.mask import HUGE_FILL
+from flashfuse.patterns.lift import CannotLift, Lifter
+
+# How many operators back two spellings of one value are compared.
+_STEPS = 6
+
+
+def without_shift(lifter: Lifter, expr: Expr, axis: sympy.Symbol, leads: AbstractSet[fx.Node]) -> Expr | None:
+    """A softmax's argument without the maxima that are subtracted on the way from the product; None where none is.
+
+    On that way a shift may be scaled (https://arxiv.org/abs/2105.13290, section 2.4) or masked: a fill that absorbs any
+    score absorbs the shift as well. `leads` are the nodes behind which a product lies.
+    """
+    if axis not in free_symbols(expr):
+        return None
+    match expr:
+        case Load(tensor=tensor) if tensor in leads:
+            opened = _expanded(lifter, expr)
+            return None if opened is None else without_shift(lifter, opened, axis, leads)
+        case Pointwise(op="sub", args=(x, m)) if axis not in free_symbols(m):
+            inner = without_shift(lifter, x, axis, leads)
+            if _is_maximum(lifter, m, x, axis):
+                return x if inner is None else inner
+            return None if inner is None else pointwise("sub", inner, m, dtype=expr.dtype)
+        case Pointwise(op=op, args=args):
+            for slot in _transparent(expr, axis):
+                inner = without_shift(lifter, args[slot], axis, leads)
+                if inner is not None:
+                    return pointwise(op, *args[:slot], inner, *args[slot + 1 :], dtype=expr.dtype)
+    return None
+
+
+def _transparent(expr: Pointwise, axis: sympy.Symbol) -> Iterator[int]:
+    """The arguments to which adding a number adds a number to the result, the same along the row."""
+    match expr:
+        case Pointwise(op="add"):
+            yield from (0, 1)
+        case Pointwise(op="sub"):
+            yield 0
+        case Pointwise(op="mul", args=args):
+            yield from (slot for slot in (0, 1) if axis not in free_symbols(args[1 - slot]))
+        case Pointwise(op="div", args=(_, below)) if axis not in free_symbols(below):
+            yield 0
+        case Pointwise(op="where", args=(_, *branches)):
+            for slot in (0, 1):
+                fill = branches[1 - slot]
+                if isinstance(fill, Const) and fill.value <= HUGE_FILL:
+                    yield slot + 1
+
+
+def _is_maximum(lifter: Lifter, m: Expr, x: Expr, axis: sympy.Symbol) -> bool:
+    """Whether m is the maximum of x over its row or over more; of x before its masks, too."""
+    for reduced in _steps(lifter, m):
+        # A maximum that is kept above a number is as finite.
+        while isinstance(reduced, Pointwise) and reduced.op == "max" and isinstance(reduced.args[1], Const):
+            reduced = _opened(lifter, reduced.args[0])
+        bound: set[sympy.Symbol] = set()
+        while isinstance(reduced, Reduce) and reduced.kind == "max":
+            bound.add(reduced.axis)
+            reduced = reduced.arg
+        if bound:
+            return any(
+                axis in places.values()
+                for inside in _steps(lifter, reduced)
+                for outside in _unmasked(lifter, x)
+                if (places := same_element(inside, outside, bound)) is not None
+            )
+    return False
+
+
+def _unmasked(lifter: Lifter, x: Expr) -> Iterator[Expr]:
+    """x, and what x is before something is added to it or masked in it."""
+    for step in _steps(lifter, x):
+        yield step
+        if isinstance(step, Pointwise) and step.op in ("where", "add"):
+            for branch in step.args[-2:]:
+                if not isinstance(branch, Const):
+                    yield from _steps(lifter, branch)
+
+
+def _steps(lifter: Lifter, expr: Expr) -> Iterator[Expr]:
+    """The expression, and what it is seen through one operator after the other."""
+    yield expr
+    for _ in range(_STEPS):
+        opened = _expanded(lifter, expr) if isinstance(expr, Load) else None
+        if opened is None:
+            return
+        expr = opened
+        yield expr
+
+
+def _opened(lifter: Lifter, expr: Expr) -> Expr:
+    *_, last = _steps(lifter, expr)
+    return last
+
+
+def _expanded(lifter: Lifter, load: Load) -> Expr | None:
+    try:
+        return lifter.expand(load)
+    except CannotLift:
+        return None
+
+
+def same_element(
+    inside: Expr, outside: Expr, bound: AbstractSet[sympy.Symbol]
+) -> dict[sympy.Symbol, sympy.Expr] | None:
+    """Where the bound symbols of `inside` have to stand for it to be `outside`; None where nothing makes them equal."""
+    places: dict[sympy.Symbol, sympy.Expr] = {}
+
+    def at(i: sympy.Expr, o: sympy.Expr) -> bool:
+        if i in bound:
+            return places.setdefault(i, o) == o
+        return bool(i.xreplace(places) == o)
+
+    def equal(i: Expr, o: Expr) -> bool:
+        match i, o:
+            case Load(), Load():
+                same = i.tensor == o.tensor and len(i.indices) == len(o.indices)
+                return same and all(at(a, b) for a, b in zip(i.indices, o.indices, strict=True))
+            case Index(), Index():
+                return at(i.value, o.value)
+            case Pointwise(), Pointwise():
+                return i.op == o.op and all(equal(a, b) for a, b in zip(i.args, o.args, strict=True))
+        return i == o
+
+    return places if equal(inside, outside) else None
+
+
+def same_value(lifter: Lifter, a: Expr, b: Expr) -> bool:
+    """Whether two expressions are the same element, seen through the operators that made them."""
+    others = list(_steps(lifter, b))
+    return any(step in others for step in _steps(lifter, a))

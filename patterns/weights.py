@@ -1,0 +1,268 @@
+"""What multiplies the values of a product: probabilities, seen through everything between the normaliser and the product.
+
+Probabilities may be rounded, multiplied by what does not depend on them, set to zero where something is masked, and
+cleared of NaN. A sum of several probabilities is several attentions of one output, since the product is linear
+(https://arxiv.org/abs/2410.05258, equation 1). An extra column of the softmax that meets no value is a sink
+(https://arxiv.org/abs/2309.17453, section 3.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+
+import sympy
+import torch
+from torch import fx
+
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Softmax, free_symbols, number, pointwise, substitute
+from flashfuse.kernels.operators import ROUNDINGS
+from flashfuse.patterns.graph import is_weighted, name_of
+from flashfuse.patterns.indexing import ZERO
+from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.normaliser import NORMALISERS, Normalised, as_softmax
+from flashfuse.patterns.operand import exactly_promotes
+from flashfuse.patterns.refusal import Refused
+from flashfuse.patterns.seeds import is_contraction
+from flashfuse.patterns.shift import without_shift
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The probabilities of one softmax at column j of the values, and what became of them.
+
+    arg: the softmax's argument at column j; sinks: its arguments in columns that have no value.
+    factors: what the probabilities are multiplied by. kept: conditions outside which they are replaced by 0.
+    empty_row: what a row of only -inf gives.
+    """
+
+    arg: Expr
+    sinks: tuple[Expr, ...]
+    empty_row: str
+    factors: tuple[Expr, ...] = ()
+    kept: tuple[Expr, ...] = ()
+
+    def times(self, factor: Expr) -> Weights:
+        return replace(self, factors=(*self.factors, factor))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The axis that the weights are multiplied with the values over, and what lies behind it.
+
+    j in [0, extent): the columns of the values. dtype: of the product. leads: nodes behind which a product lies.
+    barren: what is known to hold no softmax.
+    """
+
+    lifter: Lifter
+    j: sympy.Symbol
+    extent: sympy.Expr
+    dtype: torch.dtype
+    leads: AbstractSet[fx.Node]
+    barren: set[Expr] = field(default_factory=set)
+
+
+class OtherAxis(Exception):
+    """The softmax is not over the axis that is multiplied with the values."""
+
+    def __init__(self, softmax: Softmax) -> None:
+        super().__init__()
+        self.softmax = softmax
+
+
+def find_weights(columns: Columns, expr: Expr, passed: fx.Node | None = None) -> tuple[Weights, ...]:
+    """The softmaxes whose sum the weights `expr` are; none where there is no softmax.
+
+    passed: the node last looked through. Raises Refused, and OtherAxis.
+    """
+    if expr in columns.barren:
+        return ()
+    terms = _search(columns, expr, passed)
+    if not terms:
+        columns.barren.add(expr)
+    return terms
+
+
+def _search(columns: Columns, expr: Expr, passed: fx.Node | None) -> tuple[Weights, ...]:
+    if isinstance(expr, Load):
+        assert isinstance(expr.tensor, fx.Node)
+        try:
+            return find_weights(columns, columns.lifter.expand(expr), expr.tensor)
+        except CannotLift as error:
+            _refuse_opaque(error, expr.tensor)
+            return ()
+    if isinstance(expr, Softmax):
+        return (_at_columns(columns, Normalised(expr)),)
+    if not isinstance(expr, Pointwise):
+        return ()
+    found = as_softmax(columns.lifter, expr)
+    if found is not None:
+        return (_at_columns(columns, found),)
+    if expr.op in ROUNDINGS:
+        return _rounded(columns, expr, passed)
+    return _RULES.get(expr.op, _other)(columns, expr, passed)
+
+
+def _rounded(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
+    terms = find_weights(columns, expr.args[0], passed)
+    if terms and not exactly_promotes(columns.dtype, ROUNDINGS[expr.op]):
+        raise Refused("rounded", f"the probabilities are rounded to {ROUNDINGS[expr.op]} on their way", passed)
+    return terms
+
+
+def _product(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
+    left, right = (find_weights(columns, a, passed) for a in expr.args)
+    if left and right:
+        raise Refused("probability-factor", "the probabilities are multiplied with other probabilities", passed)
+    return tuple(w.times(expr.args[1]) for w in left) or tuple(w.times(expr.args[0]) for w in right)
+
+
+def _quotient(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
+    terms = find_weights(columns, expr.args[0], passed)
+    if not terms:
+        return _other(columns, expr, passed)
+    inverse = pointwise("div", Const(expr.dtype, 1.0), expr.args[1], dtype=expr.dtype)
+    return tuple(w.times(inverse) for w in terms)
+
+
+def _negated(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
+    return tuple(w.times(Const(expr.dtype, -1.0)) for w in find_weights(columns, expr.args[0], passed))
+
+
+def _sum(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
+    left, right = (find_weights(columns, a, passed) for a in expr.args)
+    if not left and not right:
+        return ()
+    if not left or not right:
+        raise Refused("probability-term", "something is added to the probabilities before they meet the values", passed)
+    sign = -1.0 if expr.op == "sub" else 1.0
+    return (*left, *(w.times(Const(expr.dtype, sign)) for w in right))
+
+
+def _choice(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
+    """Probabilities replaced by 0: where they are NaN, or where a condition holds that does not depend on them."""
+    condition, yes, no = expr.args
+    for chosen, other, kept in ((yes, no, condition), (no, yes, pointwise("not", condition))):
+        if number(other) != 0:
+            continue
+        terms = find_weights(columns, chosen, passed)
+        if not terms:
+            return ()
+        if _is_not_nan(kept, chosen):
+            return _without_nan(terms, passed)
+        return tuple(replace(w, kept=(*w.kept, kept)) for w in terms)
+    return _other(columns, expr, passed)
+
+
+def _is_not_nan(condition: Expr, x: Expr) -> bool:
+    match condition:
+        case Pointwise(op="not", args=(Pointwise(op="ne", args=(a, b)),)) | Pointwise(op="eq", args=(a, b)):
+            return a == b == x
+    return False
+
+
+def _without_nan(terms: tuple[Weights, ...], passed: fx.Node | None) -> tuple[Weights, ...]:
+    """NaN is what a row without any key gives; such a row becomes zero."""
+    if len(terms) > 1 or terms[0].factors:
+        raise Refused("probability-factor", "the probabilities are cleared of NaN after another operation", passed)
+    return (replace(terms[0], empty_row="zero"),)
+
+
+def _limit(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
+    """A limit that no probability reaches."""
+    terms = find_weights(columns, expr.args[0], passed)
+    limit = number(expr.args[1])
+    outside = limit is not None and (limit >= 1 if expr.op == "min" else limit <= 0)
+    if outside and len(terms) == 1 and not terms[0].factors:
+        return terms
+    return _other(columns, expr, passed)
+
+
+def _other(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
+    """Refuse where a softmax is one of the arguments of a pointwise operator."""
+    if any(find_weights(columns, a, passed) for a in expr.args):
+        raise Refused(
+            "probability-factor",
+            f"the probabilities pass through `{expr.op}` with another value before they meet the values",
+            passed,
+        )
+    return ()
+
+
+_RULES = {
+    "mul": _product, "div": _quotient, "neg": _negated, "add": _sum, "sub": _sum, "where": _choice, "min": _limit,
+    "max": _limit,
+}  # fmt: skip
+
+
+def _refuse_opaque(error: CannotLift, passed: fx.Node) -> None:
+    """Refuse where a normaliser lies behind the operator that cannot be lifted."""
+    node = error.node or passed
+    if not _behind(node, NORMALISERS):
+        return
+    name = name_of(node)
+    if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
+        raise Refused("dropout", "probabilities are dropped at random, which needs the training kernels", node)
+    if is_contraction(node) or is_weighted(node):
+        raise Refused(
+            "head-mixing", f"the probabilities are mixed across heads by `{name}` before they meet the values", node
+        )
+    raise Refused("unknown-operator", f"`{name}` between the softmax and the values {error.reason}", node)
+
+
+def _behind(node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
+    """Whether an operator of one of these names lies shortly behind a node."""
+    seen, queue = {node}, [node]
+    while queue and len(seen) < limit:
+        current = queue.pop()
+        if name_of(current) in names:
+            return True
+        fresh = [n for n in current.all_input_nodes if n not in seen and n.op not in ("placeholder", "get_attr")]
+        seen.update(fresh)
+        queue += fresh
+    return False
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Columns
+
+_MOST_SINKS = 4
+
+
+def _at_columns(columns: Columns, found: Normalised) -> Weights:
+    """The softmax's argument at the values' column j, and in the columns that lie outside them."""
+    softmax, lifter = found.softmax, columns.lifter
+    before = sympy.expand(softmax.at - columns.j)
+    if before.free_symbols & lifter.ranges.keys():
+        raise OtherAxis(softmax)
+    behind = sympy.expand(softmax.extent - before - columns.extent)
+    # A fully masked row gives NaN again once its maximum, -inf, is subtracted: only softmax's own rule may be read so.
+    arg = without_shift(lifter, softmax.arg, softmax.axis, columns.leads) if softmax.empty_row == "nan" else None
+    arg = softmax.arg if arg is None else arg
+    if not (before.is_Integer and behind.is_Integer and 0 <= before and 0 <= behind <= _MOST_SINKS - before):
+        raise Refused("extra-columns", "the softmax runs over more columns than there are keys")
+    outside = [ZERO + n for n in range(int(before))]
+    outside += [before + columns.extent + n for n in range(int(behind))]
+    sinks = tuple(substitute(arg, {softmax.axis: at}) for at in outside)
+    return Weights(substitute(arg, {softmax.axis: softmax.at}), (*sinks, *found.sinks), softmax.empty_row)
+
+
+def combined(sinks: tuple[Expr, ...]) -> Expr | None:
+    """One score whose exponential is the sum of all of theirs; None where there are none."""
+    if len(sinks) < 2:
+        return sinks[0] if sinks else None
+    values = [number(s) for s in sinks]
+    if all(v is not None for v in values):
+        largest = max(float(v) for v in values if v is not None)
+        total = sum(math.exp(float(v) - largest) for v in values if v is not None)
+        return Const(sinks[0].dtype, largest + math.log(total))
+    highest = sinks[0]
+    for sink in sinks[1:]:
+        highest = pointwise("max", highest, sink)
+    total_: Expr | None = None
+    for sink in sinks:
+        term = pointwise("exp", pointwise("sub", sink, highest))
+        total_ = term if total_ is None else pointwise("add", total_, term)
+    assert total_ is not None
+    return pointwise("add", highest, pointwise("log", total_))
