@@ -14,7 +14,6 @@ from flashfuse.kernels.expr import (
     Index,
     Load,
     Product,
-    Softmax,
     free_symbols,
     loads,
     pointwise,
@@ -32,6 +31,7 @@ from flashfuse.kernels.spec import (
     to_text,
 )
 from flashfuse.patterns.axes import Roles
+from flashfuse.patterns.ending import Ending
 from flashfuse.patterns.graph import location, name_of, tensor, value
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.layout import Layout
@@ -52,7 +52,7 @@ def assemble(
     position: Indices,
     values: Dot,
     value_side: Expr,
-    softmax: Softmax,
+    end: Ending,
     score: Score,
     chain: tuple[fx.Node, ...],
 ) -> AttentionSite:
@@ -62,7 +62,7 @@ def assemble(
     _check_types(node, values, score)
     if out.requires_grad:
         raise Refused("training", "gradients are wanted here, and the backward kernels do not exist yet", node)
-    roles = _roles(node, position, values, value_side, score)
+    roles = _roles(node, position, values, value_side, score, end)
     q_side, k_side = score.dot.lhs, score.dot.rhs
     shared = free_symbols(q_side) & free_symbols(k_side) - {roles.r}
     _check_plain(lifter, q_side, k_side, roles, node)
@@ -73,7 +73,7 @@ def assemble(
         _options(lifter, k_side, shared, dtype, node, "keys", True),
         _options(lifter, value_side, frozenset(), values.dtype, node, "values", False),
     )
-    layout = Layout(lifter, roles, score.program, options)
+    layout = Layout(lifter, roles, (score.program, *end.programs), options)
     q, k, v = layout.chosen
     program = score.program
     for reading in (q, k):
@@ -81,25 +81,34 @@ def assemble(
             program = _scaled(program, factor)
     program = settled(layout.substitute(program), score.dot.dtype)
     axes = layout.batch
-    captured = _captured(program)
+    sink, factor = (None if e is None else layout.substitute(e) for e in (end.sink, end.factor))
+    programs = [e for e in (program, sink, factor) if e is not None]
+    captured = _captured(programs)
     _check_captured(lifter, captured, node)
     q_len = lifter.ranges[roles.i] if roles.i is not None else sympy.Integer(1)
     kv_len = lifter.ranges[roles.j]
-    program, sizes = _named(program, axes, roles, captured, q_len, kv_len)
+    names, sizes = _names(programs, axes, roles, q_len, kv_len)
     product_dtype = _product_dtype(q.load.dtype, k.load.dtype, dtype)
     types = tuple(_captured_dtype(n) for n in captured)
     score_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
     out_axes, out_order, free_layout = output_order(node, position, roles, layout)
+
+    def final(expr: Expr) -> Expr:
+        return parse(to_text(_named(expr, names, captured)), types, score_dtype)
+
     spec = AttentionSpec(
         batch_axes=len(axes),
-        score=parse(to_text(program), types, score_dtype),
+        score=final(program),
         captured=types,
         num_sizes=len(sizes),
         product_dtype=product_dtype,
         probs_dtype=values.dtype,
         out_dtype=out.dtype,
-        empty_row=softmax.empty_row,
+        empty_row=end.empty_row,
         out_order=out_order,
+        normaliser=end.normaliser,
+        sink=None if sink is None else final(sink),
+        factor=None if factor is None else final(factor),
     )
     return AttentionSite(
         node=node,
@@ -143,12 +152,13 @@ def _check_plain(lifter: Lifter, side: Expr, other: Expr, roles: Roles, node: fx
             raise Refused("head-mixing", "the scores are mixed across heads before the softmax", node)
 
 
-def _roles(node: fx.Node, position: Indices, values: Dot, value_side: Expr, score: Score) -> Roles:
+def _roles(node: fx.Node, position: Indices, values: Dot, value_side: Expr, score: Score, end: Ending) -> Roles:
     """Sort the output's symbols: d is only in the values, i only in the queries, the rest is batch."""
     j, r = values.axis, score.dot.axis
     outs = [o for o in position if isinstance(o, sympy.Symbol)]
     in_values = free_symbols(value_side)
-    in_program = free_symbols(score.program) | free_symbols(score.dot.lhs) | free_symbols(score.dot.rhs)
+    parts = (score.program, score.dot.lhs, score.dot.rhs, *end.programs)
+    in_program = frozenset().union(*map(free_symbols, parts))
     ds = [o for o in outs if o in in_values and o not in in_program]
     rows = [
         o
@@ -190,9 +200,9 @@ def _product_dtype(q: torch.dtype, k: torch.dtype, dtype: torch.dtype) -> torch.
     return q if narrow else dtype
 
 
-def _captured(program: Expr) -> tuple[fx.Node, ...]:
-    """The graph tensors that the program reads, in order of first use."""
-    return tuple(dict.fromkeys(x.tensor for x in loads(program) if isinstance(x.tensor, fx.Node)))
+def _captured(programs: Sequence[Expr]) -> tuple[fx.Node, ...]:
+    """The graph tensors that the programs read, in order of first use."""
+    return tuple(dict.fromkeys(x.tensor for e in programs for x in loads(e) if isinstance(x.tensor, fx.Node)))
 
 
 def _captured_dtype(node: fx.Node) -> torch.dtype:
@@ -213,20 +223,18 @@ def _check_captured(lifter: Lifter, captured: Sequence[fx.Node], site: fx.Node) 
             raise Refused("unknown-operator", f"`{node.name}` in the score is not a tensor", node)
 
 
-def _named(
-    program: Expr,
+def _names(
+    programs: Sequence[Expr],
     axes: Sequence[sympy.Symbol],
     roles: Roles,
-    captured: Sequence[fx.Node],
     q_len: sympy.Expr,
     kv_len: sympy.Expr,
-) -> tuple[Expr, tuple[sympy.Expr, ...]]:
-    """The program over the spec's own names, and the graph sizes that its size0, size1, .. stand for."""
+) -> tuple[dict[sympy.Symbol, sympy.Expr], tuple[sympy.Expr, ...]]:
+    """The spec's name of every symbol in the programs, and the graph sizes that its size0, size1, .. stand for."""
     names: dict[sympy.Symbol, sympy.Expr] = {a: batch_symbol(n) for n, a in enumerate(axes)} | {roles.j: KV_IDX}
     if roles.i is not None:
         names[roles.i] = Q_IDX
-    slots: dict[Hashable, int] = {node: slot for slot, node in enumerate(captured)}
-    used = set(free_symbols(program)) - set(names)
+    used = frozenset().union(*map(free_symbols, programs)) - set(names)
     sizes: list[sympy.Expr] = []
     for symbol in sorted(used, key=str):
         if symbol == kv_len:
@@ -236,6 +244,12 @@ def _named(
         else:
             names[symbol] = size_symbol(len(sizes))
             sizes.append(symbol)
+    return names, tuple(sizes)
+
+
+def _named(program: Expr, names: dict[sympy.Symbol, sympy.Expr], captured: Sequence[fx.Node]) -> Expr:
+    """The program over the spec's own names."""
+    slots: dict[Hashable, int] = {node: slot for slot, node in enumerate(captured)}
 
     def rule(e: Expr) -> Expr | None:
         match e:
@@ -245,4 +259,4 @@ def _named(
                 return Index(e.dtype, sympy.expand(e.value.xreplace(names)))
         return None
 
-    return rewrite(program, rule), tuple(sizes)
+    return rewrite(program, rule)

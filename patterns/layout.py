@@ -33,13 +33,16 @@ class Layout:
     Raises Refused where an operand has no reading that is a view.
     """
 
-    def __init__(self, lifter: Lifter, roles: Roles, program: Expr, options: Sequence[list[Reading]]) -> None:
+    def __init__(
+        self, lifter: Lifter, roles: Roles, programs: Sequence[Expr], options: Sequence[list[Reading]]
+    ) -> None:
         self.lifter, self.roles = lifter, roles
         self.ranges = lifter.ranges
         self.mapping: dict[sympy.Symbol, sympy.Expr] = {}
         self.parts: dict[sympy.Symbol, tuple[sympy.Symbol, ...]] = {b: (b,) for b in roles.batch}
-        positions = [e.value for e in walk(program) if isinstance(e, Index)]
-        self._split_for([i for x in loads(program) for i in x.indices] + positions)
+        for program in programs:
+            positions = [e.value for e in walk(program) if isinstance(e, Index)]
+            self._split_for([i for x in loads(program) for i in x.indices] + positions)
         own_axes = ((roles.i, roles.r), (roles.j, roles.r), (roles.j, roles.d))
         self.chosen = tuple(self._choose(found, own) for found, own in zip(options, own_axes, strict=True))
 

@@ -6,8 +6,8 @@ argument lifts to a score program over one product of queries and keys, is an at
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -17,18 +17,22 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 import flashfuse.patterns.aten
 import flashfuse.patterns.aten_layout
 import flashfuse.patterns.sdpa  # noqa: F401
-from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise, Softmax, free_symbols, substitute
-from flashfuse.kernels.operators import ROUNDINGS
+from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols
 from flashfuse.patterns.assemble import assemble
+from flashfuse.patterns.cases import decided
 from flashfuse.patterns.chain import private_chain
-from flashfuse.patterns.graph import Graph, is_weighted, location, name_of, shape, tensor
-from flashfuse.patterns.indexing import same
+from flashfuse.patterns.ending import Ending, ending, is_linear
+from flashfuse.patterns.gate import Gated, as_gated
+from flashfuse.patterns.graph import Graph, location, name_of, shape, tensor, value
+from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import NORMALISERS, as_softmax
-from flashfuse.patterns.operand import exactly_promotes
+from flashfuse.patterns.normaliser import PARTIAL, place
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score, find_score
+from flashfuse.patterns.seeds import WHOLE, Upstream, is_contraction, unclaimed, upstream
 from flashfuse.patterns.site import AttentionSite, Refusal
+from flashfuse.patterns.weights import Columns, OtherAxis, Weights, find_weights
+
 
 @dataclass(frozen=True)
 class MatchResult:
@@ -41,17 +45,17 @@ class MatchResult:
 def find_attention(module: fx.GraphModule) -> MatchResult:
     """Find every attention in a Dynamo graph (its nodes carry fake tensors in `meta`). The graph is not changed."""
     graph = Graph(module)
-    products, normalisers = _upstream(graph)
+    up = upstream(graph)
     lifter = Lifter(graph)
     sites: list[AttentionSite] = []
     refused: dict[fx.Node, Refused] = {}
     claimed: set[fx.Node] = set()
     for node in graph.nodes:
-        seeds = _seeds(node, normalisers)
-        if node not in graph.live or not seeds:
+        seeds = up.seeds(node)
+        if node not in graph.live or not seeds or seeds <= claimed:
             continue
         try:
-            site = _match(lifter, node, set(products))
+            site = _match(lifter, node, up.products.keys())
         except Refused as error:
             for seed in seeds:
                 refused.setdefault(seed, error)
@@ -59,12 +63,18 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
         if site is not None:
             sites.append(site)
             claimed.update(seeds)
+    softmaxes = dict.fromkeys(unclaimed(graph, up, claimed))
     refusals = [
         _refusal(seed, refused.get(seed))
-        for seed in _unclaimed(graph, products, normalisers, claimed)
-        if name_of(seed) != "exp" or seed in refused
+        for seed in (*softmaxes, *(n for n in refused if n not in softmaxes and n not in claimed and _is_curve(up, n)))
+        if name_of(seed) not in PARTIAL or seed in refused
     ]
     return MatchResult(tuple(sites), tuple(refusals))
+
+
+def _is_curve(up: Upstream, node: fx.Node) -> bool:
+    """Whether a search started from a product without a normaliser."""
+    return up.curved.get(node) == frozenset((node,)) and node not in up.normalisers
 
 
 def _refusal(seed: fx.Node, error: Refused | None) -> Refusal:
@@ -77,7 +87,7 @@ def _refusal(seed: fx.Node, error: Refused | None) -> Refusal:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite | None:
+def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> AttentionSite | None:
     """The attention whose output `node` is; None where it is some other contraction. Raises Refused."""
     out = tensor(node)
     if out is None:
@@ -91,43 +101,128 @@ def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite 
         expr = lifter.expand(lifter.load(node, position))
     except CannotLift as error:
         raise Refused("unknown-operator", f"`{name_of(node)}` {error.reason}", node) from error
+    whole = name_of(node) in WHOLE
+    gated = as_gated(lifter, expr)
+    if gated is not None:
+        return _terms(lifter, node, position, gated.product, leads, gated)
+    if not isinstance(expr, Dot) and not is_contraction(node) and not whole:
+        return None
     if not isinstance(expr, Dot):
         raise Refused(
             "value-product", "the product with the values is combined with something else in one operator", node
         )
+    return _terms(lifter, node, position, expr, frozenset() if whole else leads)
+
+
+def _terms(
+    lifter: Lifter,
+    node: fx.Node,
+    position: Indices,
+    product: Dot,
+    leads: AbstractSet[fx.Node],
+    gated: Gated | None = None,
+) -> AttentionSite | None:
+    """The attention with these values, which may be a sum of several. Raises Refused."""
     problems: list[Refused] = []
-    for probs_side, value_side in ((expr.lhs, expr.rhs), (expr.rhs, expr.lhs)):
+    for probs_side, value_side in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
+        columns = Columns(lifter, product.axis, product.extent, product.dtype, leads)
         try:
-            softmax = _find_softmax(lifter, probs_side, expr.axis, expr.dtype)
+            terms = find_weights(columns, probs_side)
+            if gated is not None and terms:
+                terms = _with_gate(lifter, terms, gated, product.axis)
         except Refused as error:
             problems.append(error)
             continue
-        if softmax is None:
+        except OtherAxis as error:
+            problems.append(_wrong_axis(lifter, error.softmax, product.axis, leads, node))
             continue
-        if softmax.at != expr.axis:
-            problems.append(_wrong_axis(lifter, softmax, expr.axis, leads, node))
-            continue
-        if not same(softmax.extent, expr.extent):
-            problems.append(Refused("extra-columns", "the softmax runs over more columns than there are keys"))
-            continue
-        score = _score(lifter, softmax, expr.axis, set() if name_of(node) in _WHOLE else leads, node)
-        chain = private_chain(lifter.graph, score.node, node) if score.node is not node else ()
-        site = assemble(lifter, node, position, expr, value_side, softmax, score, chain)
-        for used in (*site.captured, site.q.node, site.k.node, site.v.node):
-            if used in chain:
-                raise Refused("row-dependent", f"the scores are needed as a whole by `{name_of(used)}`", used)
-        return site
+        if terms:
+            sites = [_site(lifter, node, position, product, value_side, w, leads) for w in terms]
+            return sites[0] if len(sites) == 1 else replace(sites[0], plus=tuple(sites[1:]))
     if problems:
         raise problems[0]
+    if gated is not None:
+        return None
+    for weights_side, value_side in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
+        site = _unnormalised(lifter, node, position, product, weights_side, value_side, leads)
+        if site is not None:
+            return site
     return None
 
 
+def _with_gate(lifter: Lifter, terms: tuple[Weights, ...], gated: Gated, j: sympy.Symbol) -> tuple[Weights, ...]:
+    """The weights with the sink of a gate; none where its log-sum-exp is another row's or another softmax's."""
+    if len(terms) > 1 or terms[0].sinks:
+        return ()
+    same_scores = place(lifter, terms[0].arg, gated.total.arg, gated.total.axis) == j
+    return (replace(terms[0], sinks=(gated.sink,)),) if same_scores else ()
+
+
+def _site(
+    lifter: Lifter,
+    node: fx.Node,
+    position: Indices,
+    product: Dot,
+    value_side: Expr,
+    weights: Weights,
+    leads: AbstractSet[fx.Node],
+) -> AttentionSite:
+    score = _score(lifter, weights.arg, product.axis, leads, node)
+    end = ending(lifter, weights, score, product.axis, leads)
+    return _assembled(lifter, node, position, product, value_side, score, end)
+
+
+def _assembled(
+    lifter: Lifter, node: fx.Node, position: Indices, product: Dot, value_side: Expr, score: Score, end: Ending
+) -> AttentionSite:
+    chain = private_chain(lifter.graph, score.node, node) if score.node is not node else ()
+    site = assemble(lifter, node, position, product, value_side, end, score, chain)
+    for used in (*site.captured, site.q.node, site.k.node, site.v.node):
+        if used in chain:
+            raise Refused("row-dependent", f"the scores are needed as a whole by `{name_of(used)}`", used)
+    return site
+
+
+def _unnormalised(
+    lifter: Lifter,
+    node: fx.Node,
+    position: Indices,
+    product: Dot,
+    weights_side: Expr,
+    value_side: Expr,
+    leads: AbstractSet[fx.Node],
+) -> AttentionSite | None:
+    """Weights that are a function of the product alone, as in sigmoid attention (https://arxiv.org/abs/2409.04431).
+
+    None for products of activations that are no such function, or a linear one, and for layers with weights.
+    """
+    try:
+        score = _score(lifter, weights_side, product.axis, leads, node)
+    except Refused:
+        return None
+    if score.node is node or is_linear(score.program):
+        return None
+    site = _assembled(lifter, node, position, product, value_side, score, Ending("none"))
+    return None if any(_is_weight(o.node) for o in (site.q, site.k, site.v)) else site
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a tensor is made from parameters alone."""
+    if isinstance(value(node), torch.nn.Parameter):
+        return True
+    return (
+        node.op not in ("placeholder", "get_attr")
+        and bool(node.all_input_nodes)
+        and all(map(_is_weight, node.all_input_nodes))
+    )
+
+
 def _wrong_axis(
-    lifter: Lifter, softmax: Softmax, contracted: sympy.Symbol, leads: set[fx.Node], node: fx.Node
+    lifter: Lifter, softmax: Softmax, contracted: sympy.Symbol, leads: AbstractSet[fx.Node], node: fx.Node
 ) -> Refused:
     """Why a product over another axis than the softmax's is no attention: rows, or heads, are mixed."""
     try:
-        dot = find_score(lifter, softmax.arg, softmax.axis, leads, node).dot
+        dot = find_score(lifter, softmax.arg, softmax.axis, set(leads), node).dot
     except Refused as error:
         if error.code != "no-product":
             return error
@@ -137,76 +232,6 @@ def _wrong_axis(
     return Refused("softmax-axis", "the softmax is not over the axis that is multiplied with the values")
 
 
-def _find_softmax(lifter: Lifter, expr: Expr, j: sympy.Symbol, dtype: torch.dtype) -> Softmax | None:
-    """The normaliser on the probabilities' side of a product, through casts and layout; None where there is none."""
-    passed: fx.Node | None = None
-    while True:
-        match expr:
-            case Softmax():
-                return expr
-            case Pointwise(op=op) if op in ROUNDINGS:
-                if not exactly_promotes(dtype, ROUNDINGS[op]):
-                    raise Refused("rounded", f"the probabilities are rounded to {ROUNDINGS[op]} on their way", passed)
-                expr = expr.args[0]
-            case Pointwise():
-                found = as_softmax(lifter, expr)
-                if found is None:
-                    _refuse_other_factor(lifter, expr, j, dtype, passed)
-                    return None
-                expr = found
-            case Load():
-                assert isinstance(expr.tensor, fx.Node)
-                passed = expr.tensor
-                try:
-                    expr = lifter.expand(expr)
-                except CannotLift as error:
-                    _refuse_opaque_probs(error, passed)
-                    return None
-            case _:
-                return None
-
-
-def _refuse_other_factor(
-    lifter: Lifter, expr: Pointwise, j: sympy.Symbol, dtype: torch.dtype, passed: fx.Node | None
-) -> None:
-    """Refuse where a softmax is one of the arguments of a pointwise operator."""
-    for a in expr.args:
-        if _find_softmax(lifter, a, j, dtype) is not None:
-            raise Refused(
-                "probability-factor",
-                f"the probabilities pass through `{expr.op}` with another value before they meet the values",
-                passed,
-            )
-
-
-def _refuse_opaque_probs(error: CannotLift, passed: fx.Node) -> None:
-    """Refuse where a normaliser lies behind the operator that cannot be lifted."""
-    node = error.node or passed
-    if not _behind(node, NORMALISERS):
-        return
-    name = name_of(node)
-    if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
-        raise Refused("dropout", "probabilities are dropped at random, which needs the training kernels", node)
-    if _is_contraction(node) or is_weighted(node):
-        raise Refused(
-            "head-mixing", f"the probabilities are mixed across heads by `{name}` before they meet the values", node
-        )
-    raise Refused("unknown-operator", f"`{name}` between the softmax and the values {error.reason}", node)
-
-
-def _behind(node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
-    """Whether an operator of one of these names lies shortly behind a node."""
-    seen, queue = {node}, [node]
-    while queue and len(seen) < limit:
-        current = queue.pop()
-        if name_of(current) in names:
-            return True
-        fresh = [n for n in current.all_input_nodes if n not in seen and n.op not in ("placeholder", "get_attr")]
-        seen.update(fresh)
-        queue += fresh
-    return False
-
-
-def _score(lifter: Lifter, softmax: Softmax, j: sympy.Symbol, leads: set[fx.Node], site: fx.Node) -> Score:
-    argument = softmax.arg if softmax.axis == j else substitute(softmax.arg, {softmax.axis: j})
-    return find_score(lifter, argument, j, leads, site)
+def _score(lifter: Lifter, argument: Expr, j: sympy.Symbol, leads: AbstractSet[fx.Node], site: fx.Node) -> Score:
+    found = find_score(lifter, argument, j, set(leads), site)
+    return replace(found, program=decided(found.program, lifter.ranges))

@@ -79,7 +79,7 @@ def _exponential(lifter: Lifter, exponent: Expr) -> Normalised | None:
         return None
     if total is None:
         return None
-    at = _place(lifter, top.args[0], total.arg, total.axis)
+    at = place(lifter, top.args[0], total.arg, total.axis)
     return None if at is None else Normalised(Softmax(total.dtype, total.arg, total.axis, at, total.extent))
 
 
@@ -103,7 +103,7 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
         total, further = _sum_and_rest(lifter, denominator)
         if total is None:
             return None
-        at = _place(lifter, numerator, total.arg, total.axis)
+        at = place(lifter, numerator, total.arg, total.axis)
         exponential = open_up(lifter, total.arg)
     except CannotLift:
         return None
@@ -114,8 +114,20 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
         return Normalised(Softmax(total.dtype, score, total.axis, at, total.extent))
     sink = _relative_to(lifter, further, shift)
     if sink is None:
-        score, sink = exponential.args[0], _relative_to(lifter, further, None)
-    return None if sink is None else Normalised(Softmax(total.dtype, score, total.axis, at, total.extent), (sink,))
+        score, shift, sink = exponential.args[0], None, _relative_to(lifter, further, None)
+    if sink is None:
+        return None
+    # exp(-inf - m) is 0 beside the further term, unless m is -inf as well.
+    finite = shift is None or _has_lower_limit(lifter, shift)
+    return Normalised(
+        Softmax(total.dtype, score, total.axis, at, total.extent, empty_row="zero" if finite else "nan"), (sink,)
+    )
+
+
+def _has_lower_limit(lifter: Lifter, shift: Expr) -> bool:
+    """Whether a number keeps the shift finite where the whole row is -inf."""
+    top = _opened_or_none(lifter, shift)
+    return isinstance(top, Pointwise) and top.op == "max" and any(number(a) is not None for a in top.args)
 
 
 def _sum_and_rest(lifter: Lifter, denominator: Expr) -> tuple[Reduce | None, Expr | None]:
@@ -162,7 +174,7 @@ def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None) -> Expr | None:
     return None
 
 
-def _place(lifter: Lifter, above: Expr, below: Expr, axis: sympy.Symbol) -> sympy.Expr | None:
+def place(lifter: Lifter, above: Expr, below: Expr, axis: sympy.Symbol) -> sympy.Expr | None:
     """Where on the summed axis `above` stands, if it is `below` there: both are opened in step."""
     stepped: tuple[Expr | None, Expr | None] = above, below
     while stepped[0] is not None and stepped[1] is not None:
@@ -190,7 +202,7 @@ def _one_step(lifter: Lifter, expr: Expr) -> Expr | None:
 
 
 def _without_shift(lifter: Lifter, score: Expr, axis: sympy.Symbol) -> tuple[Expr, Expr | None]:
-    """(x, m) from x - m, where m is the same for every element of the row; (score, None) where nothing is subtracted."""
+    """(x, m) from x - m, where m is the same for the whole row; (score, None) where nothing is subtracted."""
     top = score
     while True:
         if isinstance(top, Pointwise) and top.op == "sub" and axis not in free_symbols(top.args[1]):

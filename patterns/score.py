@@ -155,6 +155,14 @@ def _times(expr: Expr, factor: float, dtype: torch.dtype) -> Expr:
     return pointwise("mul", expr, Const(dtype, factor), dtype=dtype)
 
 
+def read_program(lifter: Lifter, expr: Expr, i_symbols: frozenset[sympy.Symbol], j: sympy.Symbol) -> Expr:
+    """A program without a product, its tensors read where a score's would be. Raises Refused."""
+    try:
+        return _with_program(lifter, expr, i_symbols, j)
+    except _Inexact:
+        raise Refused("inexact", "a mask compares numbers that would be computed in another type") from None
+
+
 class _Inexact(Exception):
     """A mask compares, rounds or truncates numbers that the kernel would compute in another type than the source."""
 

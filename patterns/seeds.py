@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from torch import fx
 
 from flashfuse.patterns.graph import Graph, is_weighted, name_of
 from flashfuse.patterns.normaliser import NORMALISERS
+
+Seeds = frozenset[fx.Node]
 
 # What starts a search. A contraction may be spelled with any of these; what it means is read from its ATen calls.
 _CONTRACTIONS = frozenset({
@@ -15,6 +18,13 @@ _CONTRACTIONS = frozenset({
     "tensordot", "chain_matmul", "linear",
 })  # fmt: skip
 WHOLE = frozenset({"scaled_dot_product_attention"})
+# What may rescale an attention's output.
+_GATES = frozenset({"mul", "mul_", "imul", "__mul__", "__rmul__", "__imul__", "multiply"})
+# What makes a product of activations more than a product: a chain of linear operators is left to the matrix products.
+_CURVED = frozenset({
+    "sigmoid", "sigmoid_", "relu", "relu_", "silu", "gelu", "tanh", "tanh_", "square", "pow", "__pow__", "leaky_relu",
+    "clamp", "clamp_", "clip", "clamp_min", "clamp_min_", "abs", "exp", "maximum", "mul", "__mul__",
+})  # fmt: skip
 
 
 def is_contraction(node: fx.Node) -> bool:
@@ -22,26 +32,56 @@ def is_contraction(node: fx.Node) -> bool:
     return name_of(node) in _CONTRACTIONS and not is_weighted(node)
 
 
-def upstream(graph: Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, frozenset[fx.Node]]]:
-    """For every node a product of activations behind it, and the normalisers behind it up to the next product.
+@dataclass(frozen=True)
+class Upstream:
+    """What lies behind the nodes of a graph.
 
-    A layer with weights ends both, except that it may mix raw scores (talking heads); a product with values is not one.
+    products: a product of activations. normalisers: the normalisers up to the next product. curved: operators that may
+    make a product of activations non-linear, up to the next product. values: products with what was normalised, and
+    the normalisers.
+    A layer with weights ends all, except that it may mix raw scores (talking heads); a product with values is not one.
     """
+
+    products: Mapping[fx.Node, fx.Node]
+    normalisers: Mapping[fx.Node, Seeds]
+    curved: Mapping[fx.Node, Seeds]
+    values: Mapping[fx.Node, Seeds]
+
+    def seeds(self, node: fx.Node) -> Seeds:
+        """What a contraction takes part of its input from; of a whole attention, the node itself."""
+        name = name_of(node)
+        if name in WHOLE:
+            return frozenset((node,))
+        if name in _GATES:
+            return self._gated(node)
+        if not is_contraction(node):
+            return frozenset()
+        return _union(self.normalisers, node) or _union(self.curved, node)
+
+    def _gated(self, node: fx.Node) -> Seeds:
+        """Of an attention's output multiplied with something that was made from scores: the normalisers of both."""
+        outputs = [self.values[p] for n in node.all_input_nodes if (p := self.products.get(n)) in self.values]
+        gates = _union(self.normalisers, node)
+        return gates.union(*outputs) if outputs and gates else frozenset()
+
+
+def upstream(graph: Graph) -> Upstream:
+    """One pass over the graph in its order."""
     products: dict[fx.Node, fx.Node] = {}
-    values: set[fx.Node] = set()
-    normalisers: dict[fx.Node, frozenset[fx.Node]] = {}
+    values: dict[fx.Node, Seeds] = {}
+    normalisers: dict[fx.Node, Seeds] = {}
+    curved: dict[fx.Node, Seeds] = {}
     for node in graph.nodes:
         name = name_of(node)
         if node.op in ("placeholder", "get_attr", "output"):
             continue
-        inputs = node.all_input_nodes
-        seeds = frozenset().union(*(normalisers.get(n, frozenset()) for n in inputs))
+        seeds = _union(normalisers, node)
         if is_contraction(node) or name in WHOLE:
             products[node] = node
             if seeds or name in WHOLE:
-                values.add(node)
+                values[node] = seeds or frozenset((node,))
             continue
-        behind = next((products[n] for n in inputs if n in products), None)
+        behind = next((products[n] for n in node.all_input_nodes if n in products), None)
         if behind is not None and not (is_weighted(node) and behind in values):
             products[node] = behind
         if is_weighted(node):
@@ -50,28 +90,23 @@ def upstream(graph: Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, frozen
             seeds = frozenset((node,))
         if seeds:
             normalisers[node] = seeds
-    return products, normalisers
+        bends = _union(curved, node)
+        if not bends and name in _CURVED and behind is not None and behind not in values:
+            bends = frozenset((node,))
+        if bends:
+            curved[node] = bends
+    return Upstream(products, normalisers, curved, values)
 
 
-def seeds_of(node: fx.Node, normalisers: dict[fx.Node, frozenset[fx.Node]]) -> frozenset[fx.Node]:
-    """The normalisers that a contraction takes part of its input from; of a whole attention, the node itself."""
-    name = name_of(node)
-    if name in WHOLE:
-        return frozenset((node,))
-    if not is_contraction(node):
-        return frozenset()
-    return frozenset().union(*(normalisers.get(n, frozenset()) for n in node.all_input_nodes))
+def _union(known: Mapping[fx.Node, Seeds], node: fx.Node) -> Seeds:
+    return frozenset().union(*(known.get(n, frozenset()) for n in node.all_input_nodes))
 
 
-def unclaimed(
-    graph: Graph,
-    products: dict[fx.Node, fx.Node],
-    normalisers: dict[fx.Node, frozenset[fx.Node]],
-    claimed: set[fx.Node],
-) -> Iterable[fx.Node]:
+def unclaimed(graph: Graph, up: Upstream, claimed: set[fx.Node]) -> Iterable[fx.Node]:
     """Live softmaxes over products of activations that no site took."""
     for node in graph.nodes:
         whole = name_of(node) in WHOLE
-        softmax = normalisers.get(node) == frozenset((node,)) and any(n in products for n in node.all_input_nodes)
+        first = up.normalisers.get(node) == frozenset((node,))
+        softmax = first and any(n in up.products for n in node.all_input_nodes)
         if (whole or softmax) and node in graph.live and node not in claimed:
             yield node

@@ -1,7 +1,7 @@
 """Shifts that cannot change a softmax: a maximum subtracted from the scores, which eager code does to avoid overflow.
 
-exp(x - m) / sum exp(x - m) is exp(x) / sum exp(x) wherever m is one finite number for the whole row. The maximum of a row,
-or of more than the row, is that, or it is -inf and so is the whole row, which gives NaN either way.
+exp(x - m) / sum exp(x - m) is exp(x) / sum exp(x) wherever m is one finite number for the whole row. The maximum of a
+row, or of more than the row, is that, or it is -inf and so is the whole row, which gives NaN either way.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ class AttentionSite:
     `batch` are the sizes of the spec's batch axes, `sizes` what its `size0`, .. stand for, both over the graph's size
     symbols. The operator's result [batch axes.., q_len, value_dim], permuted by `out_axes`, is `node`'s output
     reshaped.
+    `plus` are further attentions whose outputs are added to this one's, with the same `node`.
     `captured` are the nodes behind the score program's loads, `chain` the nodes whose work the kernel takes over.
     """
 
@@ -69,6 +70,7 @@ class AttentionSite:
     out_axes: tuple[int, ...]
     free_layout: bool
     chain: tuple[fx.Node, ...] = field(default=(), compare=False)
+    plus: tuple[AttentionSite, ...] = ()
 
 
 @dataclass(frozen=True)

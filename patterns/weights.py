@@ -1,4 +1,4 @@
-"""What multiplies the values of a product: probabilities, seen through everything between the normaliser and the product.
+"""What multiplies the values of a product: probabilities, seen through everything between normaliser and product.
 
 Probabilities may be rounded, multiplied by what does not depend on them, set to zero where something is masked, and
 cleared of NaN. A sum of several probabilities is several attentions of one output, since the product is linear
@@ -16,10 +16,9 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Softmax, free_symbols, number, pointwise, substitute
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Softmax, number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.graph import is_weighted, name_of
-from flashfuse.patterns.indexing import ZERO
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import NORMALISERS, Normalised, as_softmax
 from flashfuse.patterns.operand import exactly_promotes
@@ -240,12 +239,13 @@ def _at_columns(columns: Columns, found: Normalised) -> Weights:
     # A fully masked row gives NaN again once its maximum, -inf, is subtracted: only softmax's own rule may be read so.
     arg = without_shift(lifter, softmax.arg, softmax.axis, columns.leads) if softmax.empty_row == "nan" else None
     arg = softmax.arg if arg is None else arg
-    if not (before.is_Integer and behind.is_Integer and 0 <= before and 0 <= behind <= _MOST_SINKS - before):
+    if not (before.is_Integer and behind.is_Integer and before >= 0 and 0 <= behind <= _MOST_SINKS - before):
         raise Refused("extra-columns", "the softmax runs over more columns than there are keys")
-    outside = [ZERO + n for n in range(int(before))]
+    outside = [sympy.Integer(n) for n in range(int(before))]
     outside += [before + columns.extent + n for n in range(int(behind))]
     sinks = tuple(substitute(arg, {softmax.axis: at}) for at in outside)
-    return Weights(substitute(arg, {softmax.axis: softmax.at}), (*sinks, *found.sinks), softmax.empty_row)
+    empty_row = "zero" if sinks else softmax.empty_row
+    return Weights(substitute(arg, {softmax.axis: softmax.at}), (*sinks, *found.sinks), empty_row)
 
 
 def combined(sinks: tuple[Expr, ...]) -> Expr | None:

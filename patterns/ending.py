@@ -1,0 +1,166 @@
+"""How an attention ends: what its probabilities become between the softmax and the values, over the graph's tensors.
+
+A probability that is set to zero where its score was masked already is what it was, except in rows without any key:
+there eager code turns NaN into zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from flashfuse.kernels.expr import (
+    FALSE,
+    TRUE,
+    Const,
+    Dot,
+    Expr,
+    Load,
+    Pointwise,
+    Product,
+    Reduce,
+    Softmax,
+    conjunction,
+    conjuncts,
+    free_symbols,
+    loads,
+    pointwise,
+    rewrite,
+    walk,
+)
+from flashfuse.patterns.graph import name_of
+from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.refusal import Refused
+from flashfuse.patterns.score import Score, read_program
+from flashfuse.patterns.weights import Weights, combined
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The part of a spec that is not its score, as programs over the graph's tensors."""
+
+    normaliser: str
+    empty_row: str = "nan"
+    sink: Expr | None = None
+    factor: Expr | None = None
+
+    @property
+    def programs(self) -> tuple[Expr, ...]:
+        return tuple(e for e in (self.sink, self.factor) if e is not None)
+
+
+def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, leads: AbstractSet[fx.Node]) -> Ending:
+    """The ending of one softmax whose score was found. Raises Refused where it is not one the kernels have."""
+    i_symbols = free_symbols(score.dot.lhs) - free_symbols(score.dot.rhs)
+
+    def read(expr: Expr) -> Expr:
+        return read_program(lifter, expr, i_symbols, j)
+
+    sink = combined(tuple(read(_sink(lifter, s, score, leads)) for s in weights.sinks))
+    factor: Expr | None = None
+    for f in map(read, weights.factors):
+        factor = f if factor is None else pointwise("mul", factor, f)
+    empty_row = weights.empty_row
+    kept = conjunction([read(k) for k in weights.kept])
+    if kept != TRUE:
+        factor, empty_row = _zeroed(score.program, kept, factor, empty_row, j)
+    if factor is not None:
+        _check_small(factor, i_symbols, j)
+    return Ending("softmax", empty_row, sink, factor)
+
+
+def _sink(lifter: Lifter, expr: Expr, score: Score, leads: AbstractSet[fx.Node]) -> Expr:
+    """The argument of a softmax in a column without a value, seen through what it shares with the scores."""
+    match expr:
+        case Load(tensor=tensor) if tensor == score.node:
+            raise Refused("extra-columns", "the softmax runs over more keys than there are values", score.node)
+        case Load(tensor=tensor) if tensor in leads:
+            try:
+                opened = lifter.expand(expr)
+            except CannotLift as error:
+                label = name_of(error.node) if error.node is not None else "an operator"
+                raise Refused("unknown-operator", f"`{label}` before the softmax {error.reason}", error.node) from error
+            stored = any(isinstance(e, (Dot, Reduce, Softmax)) for e in walk(opened))
+            return expr if stored else _sink(lifter, opened, score, leads)
+        case Pointwise(op=op, args=args):
+            return pointwise(op, *(_sink(lifter, a, score, leads) for a in args), dtype=expr.dtype)
+    return expr
+
+
+def _check_small(factor: Expr, i_symbols: AbstractSet[sympy.Symbol], j: sympy.Symbol) -> None:
+    """A factor as large as the score matrix must come from outside: one made in the graph would have to be stored."""
+    for x in loads(factor):
+        node, symbols = x.tensor, free_symbols(x)
+        assert isinstance(node, fx.Node)
+        if j in symbols and symbols & i_symbols and node.op not in ("placeholder", "get_attr"):
+            raise Refused(
+                "probability-factor",
+                f"the probabilities are multiplied with `{node.name}`, which is as large as they are",
+                node,
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Probabilities set to zero
+
+
+def _zeroed(program: Expr, kept: Expr, factor: Expr | None, empty_row: str, j: sympy.Symbol) -> tuple[Expr | None, str]:
+    """Factor and empty-row rule of probabilities that are 0 unless `kept`."""
+    one_or_factor = Const(torch.float32, 1.0) if factor is None else factor
+    multiplied = pointwise("where", kept, one_or_factor, Const(one_or_factor.dtype, 0.0))
+    terms = conjuncts(kept)
+    masked = [_assumed(program, term, False) for term in terms]
+    # NaN times 0 is not 0, so a product says the same only where no row can be without a key.
+    if empty_row == "zero" or not _may_be_empty(program) or not any(map(_may_be_empty, masked)):
+        return multiplied, empty_row
+    if j not in free_symbols(kept) and factor is None:
+        return kept, empty_row
+    open_ = program
+    for term in terms:
+        open_ = _assumed(open_, term, True)
+    if all(isinstance(m, Const) and m.value == -math.inf for m in masked) and not _may_be_empty(open_):
+        return factor, "zero"
+    raise Refused("probability-mask", "probabilities are set to zero where it is not known whether they are NaN")
+
+
+def _may_be_empty(program: Expr) -> bool:
+    """Whether a row's every score may be -inf: a tensor of floats is taken to leave each row a key."""
+    return any(isinstance(e, Const) and e.value == -math.inf for e in walk(program))
+
+
+def _assumed(program: Expr, term: Expr, truth: bool) -> Expr:
+    """The program where a condition is known."""
+    while isinstance(term, Pointwise) and term.op == "not":
+        term, truth = term.args[0], not truth
+    known = TRUE if truth else FALSE
+    return rewrite(program, lambda e: known if e == term else None)
+
+
+def is_linear(program: Expr) -> bool:
+    """Whether a program is linear in its products, up to what is added: then it is no attention but matrix products."""
+    return all(_is_linear(e) for e in walk(program))
+
+
+def _is_linear(expr: Expr) -> bool:
+    if not isinstance(expr, Pointwise):
+        return True
+    varying = [slot for slot, a in enumerate(expr.args) if _varies(a)]
+    match expr.op:
+        case "add" | "sub" | "neg":
+            return True
+        case "mul":
+            return len(varying) < 2
+        case "div":
+            return 1 not in varying
+        case "where":
+            return 0 not in varying
+    return not varying or expr.op.startswith("to_float") or expr.op == "to_bfloat16"
+
+
+def _varies(expr: Expr) -> bool:
+    return any(isinstance(e, Product) for e in walk(expr))
