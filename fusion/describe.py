@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 import torch
 
-from flashfuse.kernels.mask import analyze
+from flashfuse.kernels.mask import mask_of
 from flashfuse.kernels.spec import AttentionSpec, to_text
 from flashfuse.patterns.graph import tensor
 from flashfuse.patterns.site import AttentionSite, Refusal
@@ -21,7 +21,7 @@ def describe_site(site: AttentionSite) -> Site:
         location=site.location,
         node=site.node.name,
         math=_math(site),
-        mask=analyze(spec.score).describe(),
+        mask=mask_of(spec, spec.score).describe(),
         heads=_heads(site),
         shape=_shape(site),
         dtypes=", ".join(f"{part} {_short(dtype)}" for part, dtype in _dtypes(spec)),
@@ -36,9 +36,24 @@ def describe_refusal(refusal: Refusal) -> Refused:
 
 
 def _math(site: AttentionSite) -> str:
+    return "; plus ".join(map(_term, (site, *site.plus)))
+
+
+def _term(site: AttentionSite) -> str:
     captured = "".join(f"; t{slot} = {node.name}" for slot, node in enumerate(site.captured))
     names = f"q = {site.q.node.name}; k = {site.k.node.name}; v = {site.v.node.name}"
-    return f"softmax({to_text(site.spec.score)}) @ v, qk = q @ k.T; {names}{captured}"
+    return f"{_weights(site.spec)} @ v, qk = q @ k.T; {names}{captured}"
+
+
+def _weights(spec: AttentionSpec) -> str:
+    """What multiplies the values; the columns of a softmax that have no value are cut off by the slice."""
+    text = to_text(spec.score)
+    if spec.normaliser == "softmax":
+        text = f"softmax({text})" if spec.sink is None else f"softmax([{text}, {to_text(spec.sink)}])[:-1]"
+    if spec.factor is None:
+        return text
+    factor = to_text(spec.factor)
+    return f"where({factor}, {text}, 0)" if spec.factor.dtype == torch.bool else f"({text} * {factor})"
 
 
 def _heads(site: AttentionSite) -> str:

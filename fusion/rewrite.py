@@ -35,26 +35,36 @@ def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
 
 def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node]) -> None:
     node = copied[site.node]
-    build = _Builder(node, copied)
-    sizes = [build.size(s) for s in (*site.batch, *site.sizes)]
-    q, k, v = (build.operand(o) for o in (site.q, site.k, site.v))
-    captured = [build.captured(copied[n], copied[site.q.node]) for n in site.captured]
-    pair = build.call(torch.ops.flashfuse.attention.default, q, k, v, captured, sizes, site.spec.to_text())
-    out = build.call(operator.getitem, pair, 0)
-    if site.out_axes != tuple(range(len(site.out_axes))):
-        out = build.call(aten.permute.default, out, list(site.out_axes))
     seen = tensor(node)
     assert seen is not None
-    made = tensor(out)
-    assert made is not None
-    if shape(made) != shape(seen):
-        out = build.call(torch.reshape, out, [build.size(s) for s in shape(seen)])
+    build = _Builder(node, copied)
+    out = _output(build, site, seen)
+    for term in site.plus:
+        out = build.call(aten.add.Tensor, out, _output(build, term, seen))
+    if site.plus and site.spec.out_dtype != seen.dtype:
+        out = build.call(torch.Tensor.to, out, seen.dtype)
     if not site.free_layout:
         out = build.laid_out_as(out, seen)
     node.replace_all_uses_with(out)
     for dead in (node, *(copied[n] for n in reversed(site.chain))):
         if not dead.users:
             graph.erase_node(dead)
+
+
+def _output(build: _Builder, site: AttentionSite, seen: torch.Tensor) -> fx.Node:
+    """The operator's output in the shape of the tensor it stands for."""
+    sizes = [build.size(s) for s in (*site.batch, *site.sizes)]
+    q, k, v = (build.operand(o) for o in (site.q, site.k, site.v))
+    captured = [build.captured(build.copied[n], build.copied[site.q.node]) for n in site.captured]
+    pair = build.call(torch.ops.flashfuse.attention.default, q, k, v, captured, sizes, site.spec.to_text())
+    out = build.call(operator.getitem, pair, 0)
+    if site.out_axes != tuple(range(len(site.out_axes))):
+        out = build.call(aten.permute.default, out, list(site.out_axes))
+    made = tensor(out)
+    assert made is not None
+    if shape(made) != shape(seen):
+        out = build.call(torch.reshape, out, [build.size(s) for s in shape(seen)])
+    return out
 
 
 class _Builder(Inserter):

@@ -227,21 +227,17 @@ def _added_contraction(view: NodeView, call: AtenCall, position: Indices, _: int
 def _reduced(view: NodeView, call: AtenCall, position: Indices, dims: Any, keepdim: bool, kind: str, x: Any) -> Expr:
     sizes = shape(x)
     dims = list(range(len(sizes))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
-    if len(dims) != 1:
-        raise CannotLift(view.node, "reduces several dimensions at once")
-    dim = dims[0] % len(sizes)
-    if not keepdim:
+    dims = sorted(dim % len(sizes) for dim in dims)
+    for dim in () if keepdim else dims:
         position = (*position[:dim], ZERO, *position[dim:])
-    if sizes[dim] == 1:
-        return view.element(x, position)
-    r = view.symbol(sizes[dim])
-    return Reduce(
-        call.output[0].dtype if isinstance(call.output, tuple) else call.output.dtype,
-        kind,
-        view.element(x, replaced(position, dim, r)),
-        r,
-        sizes[dim],
-    )
+    axes = {dim: view.symbol(sizes[dim]) for dim in dims if sizes[dim] != 1}
+    for dim, r in axes.items():
+        position = replaced(position, dim, r)
+    result = view.element(x, position)
+    dtype = call.output[0].dtype if isinstance(call.output, tuple) else call.output.dtype
+    for dim, r in reversed(axes.items()):
+        result = Reduce(dtype, kind, result, r, sizes[dim])
+    return result
 
 
 @row(aten.amax.default, aten.sum.dim_IntList)
@@ -250,6 +246,11 @@ def _reduce(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     return _reduced(
         view, call, position, argument(call, 1, "dim"), argument(call, 2, "keepdim", False), kind, call.args[0]
     )
+
+
+@row(aten.max.default)
+def _largest(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    return _reduced(view, call, position, None, False, "max", call.args[0])
 
 
 @row(aten.max.dim)
@@ -275,5 +276,6 @@ def _softmax(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
 @row(aten.logsumexp.default)
 def _logsumexp(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     summed = _reduced(view, call, position, call.args[1], argument(call, 2, "keepdim", False), "sum", call.args[0])
-    assert isinstance(summed, Reduce)
+    if not isinstance(summed, Reduce) or isinstance(summed.arg, Reduce):
+        raise CannotLift(view.node, "sums exponentials over no dimension or over several")
     return pointwise("log", Reduce(summed.dtype, "sum", pointwise("exp", summed.arg), summed.axis, summed.extent))

@@ -25,6 +25,7 @@ from flashfuse.kernels.expr import (
     Product,
     Reduce,
     Softmax,
+    cast,
     conjunction,
     conjuncts,
     free_symbols,
@@ -63,12 +64,12 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
 
     sink = combined(tuple(read(_sink(lifter, s, score, leads)) for s in weights.sinks))
     factor: Expr | None = None
-    for f in map(read, weights.factors):
+    for f in (read(f if f.dtype.is_floating_point else cast(f, torch.float32)) for f in weights.factors):
         factor = f if factor is None else pointwise("mul", factor, f)
     empty_row = weights.empty_row
     kept = conjunction([read(k) for k in weights.kept])
     if kept != TRUE:
-        factor, empty_row = _zeroed(score.program, kept, factor, empty_row, j)
+        factor, empty_row = _zeroed(lifter, score.program, kept, factor, empty_row, j)
     if factor is not None:
         _check_small(factor, i_symbols, j)
     return Ending("softmax", empty_row, sink, factor)
@@ -109,11 +110,14 @@ def _check_small(factor: Expr, i_symbols: AbstractSet[sympy.Symbol], j: sympy.Sy
 # Probabilities set to zero
 
 
-def _zeroed(program: Expr, kept: Expr, factor: Expr | None, empty_row: str, j: sympy.Symbol) -> tuple[Expr | None, str]:
+def _zeroed(
+    lifter: Lifter, program: Expr, kept: Expr, factor: Expr | None, empty_row: str, j: sympy.Symbol
+) -> tuple[Expr | None, str]:
     """Factor and empty-row rule of probabilities that are 0 unless `kept`."""
     one_or_factor = Const(torch.float32, 1.0) if factor is None else factor
     multiplied = pointwise("where", kept, one_or_factor, Const(one_or_factor.dtype, 0.0))
-    terms = conjuncts(kept)
+    # The same condition may be computed twice, so both sides are seen through to what their masks are made of.
+    program, terms = lifter.resolved(program), conjuncts(lifter.resolved(kept))
     masked = [_assumed(program, term, False) for term in terms]
     # NaN times 0 is not 0, so a product says the same only where no row can be without a key.
     if empty_row == "zero" or not _may_be_empty(program) or not any(map(_may_be_empty, masked)):

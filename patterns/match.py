@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import flashfuse.patterns.aten
 import flashfuse.patterns.aten_layout
+import flashfuse.patterns.aten_numbers
 import flashfuse.patterns.sdpa  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols
 from flashfuse.patterns.assemble import assemble
@@ -137,8 +138,7 @@ def _terms(
             problems.append(_wrong_axis(lifter, error.softmax, product.axis, leads, node))
             continue
         if terms:
-            sites = [_site(lifter, node, position, product, value_side, w, leads) for w in terms]
-            return sites[0] if len(sites) == 1 else replace(sites[0], plus=tuple(sites[1:]))
+            return _added(lifter, [_site(lifter, node, position, product, value_side, w, leads) for w in terms])
     if problems:
         raise problems[0]
     if gated is not None:
@@ -148,6 +148,17 @@ def _terms(
         if site is not None:
             return site
     return None
+
+
+def _added(lifter: Lifter, sites: list[AttentionSite]) -> AttentionSite:
+    """Attentions whose outputs are added, each kept as wide as it was computed until then."""
+    if len(sites) == 1:
+        return sites[0]
+    chain = tuple(sorted({n for site in sites for n in site.chain}, key=lifter.graph.position.__getitem__))
+    for site in sites:
+        _check_apart(site, chain)
+    wide = [replace(s, spec=replace(s.spec, out_dtype=s.spec.compute_dtype), chain=chain) for s in sites]
+    return replace(wide[0], plus=tuple(wide[1:]))
 
 
 def _with_gate(lifter: Lifter, terms: tuple[Weights, ...], gated: Gated, j: sympy.Symbol) -> tuple[Weights, ...]:
@@ -177,10 +188,15 @@ def _assembled(
 ) -> AttentionSite:
     chain = private_chain(lifter.graph, score.node, node) if score.node is not node else ()
     site = assemble(lifter, node, position, product, value_side, end, score, chain)
+    _check_apart(site, chain)
+    return site
+
+
+def _check_apart(site: AttentionSite, chain: tuple[fx.Node, ...]) -> None:
+    """Refuse where the kernel would read what it takes the place of."""
     for used in (*site.captured, site.q.node, site.k.node, site.v.node):
         if used in chain:
             raise Refused("row-dependent", f"the scores are needed as a whole by `{name_of(used)}`", used)
-    return site
 
 
 def _unnormalised(

@@ -126,7 +126,7 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
 
 def _has_lower_limit(lifter: Lifter, shift: Expr) -> bool:
     """Whether a number keeps the shift finite where the whole row is -inf."""
-    top = _opened_or_none(lifter, shift)
+    top = opened_or_none(lifter, shift)
     return isinstance(top, Pointwise) and top.op == "max" and any(number(a) is not None for a in top.args)
 
 
@@ -137,13 +137,13 @@ def _sum_and_rest(lifter: Lifter, denominator: Expr) -> tuple[Reduce | None, Exp
         return top, None
     if isinstance(top, Pointwise) and top.op == "add":
         for part, rest in (top.args, top.args[::-1]):
-            inner = _opened_or_none(lifter, part)
+            inner = opened_or_none(lifter, part)
             if isinstance(inner, Reduce) and inner.kind == "sum" and inner.axis not in free_symbols(rest):
                 return inner, rest
     return None, None
 
 
-def _opened_or_none(lifter: Lifter, expr: Expr) -> Expr | None:
+def opened_or_none(lifter: Lifter, expr: Expr) -> Expr | None:
     try:
         return open_up(lifter, expr)
     except CannotLift:
@@ -155,7 +155,7 @@ def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None) -> Expr | None:
 
     Softmax-plus-one is the term 1 without a shift and exp(-shift) with one: the score 0.
     """
-    top = _opened_or_none(lifter, term)
+    top = opened_or_none(lifter, term)
     if top is None:
         return None
     value = number(top)
@@ -165,7 +165,7 @@ def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None) -> Expr | None:
         return None
     if shift is None:
         return top.args[0]
-    exponent = _opened_or_none(lifter, top.args[0])
+    exponent = opened_or_none(lifter, top.args[0])
     match exponent:
         case Pointwise(op="neg", args=(m,)) if same_value(lifter, m, shift):
             return Const(exponent.dtype, 0.0)

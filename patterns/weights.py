@@ -20,11 +20,11 @@ from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Softmax, number
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.graph import is_weighted, name_of
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import NORMALISERS, Normalised, as_softmax
+from flashfuse.patterns.normaliser import NORMALISERS, Normalised, as_softmax, opened_or_none
 from flashfuse.patterns.operand import exactly_promotes
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.seeds import is_contraction
-from flashfuse.patterns.shift import without_shift
+from flashfuse.patterns.shift import same_value, without_shift
 
 
 @dataclass(frozen=True)
@@ -148,17 +148,21 @@ def _choice(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[
         terms = find_weights(columns, chosen, passed)
         if not terms:
             return ()
-        if _is_not_nan(kept, chosen):
+        if _is_not_nan(columns.lifter, kept, chosen):
             return _without_nan(terms, passed)
         return tuple(replace(w, kept=(*w.kept, kept)) for w in terms)
     return _other(columns, expr, passed)
 
 
-def _is_not_nan(condition: Expr, x: Expr) -> bool:
-    match condition:
-        case Pointwise(op="not", args=(Pointwise(op="ne", args=(a, b)),)) | Pointwise(op="eq", args=(a, b)):
-            return a == b == x
-    return False
+def _is_not_nan(lifter: Lifter, condition: Expr, x: Expr) -> bool:
+    """Whether the condition is that x, here possibly within the limits of its type, is not NaN."""
+    while isinstance(x, Pointwise) and x.op in ("min", "max") and number(x.args[1]) is not None:
+        x = x.args[0]
+    negated = isinstance(condition, Pointwise) and condition.op == "not"
+    opened = opened_or_none(lifter, condition.children[0] if negated else condition)
+    if not isinstance(opened, Pointwise) or opened.op != ("ne" if negated else "eq"):
+        return False
+    return opened.args[0] == opened.args[1] and same_value(lifter, opened.args[0], x)
 
 
 def _without_nan(terms: tuple[Weights, ...], passed: fx.Node | None) -> tuple[Weights, ...]:

@@ -1,0 +1,69 @@
+"""Rows of ATen operators that ask about single numbers or bend them: NaN and infinity, and activation functions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from flashfuse.kernels.expr import Expr, const, pointwise
+from flashfuse.patterns.indexing import Indices
+from flashfuse.patterns.lift import CannotLift, NodeView
+from flashfuse.patterns.rows import argument, row
+from flashfuse.patterns.trace import AtenCall
+
+aten = torch.ops.aten
+
+
+@row(aten.isnan.default)
+def _isnan(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    """NaN is what differs from itself."""
+    x = view.element(call.args[0], position)
+    return pointwise("ne", x, x, dtype=torch.bool)
+
+
+@row(aten.isinf.default)
+def _isinf(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    x = view.element(call.args[0], position)
+    return pointwise("eq", pointwise("abs", x), const(math.inf, x.dtype), dtype=torch.bool)
+
+
+@row(aten.nan_to_num.default)
+def _nan_to_num(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    """NaN replaced, infinities brought to the ends of the type or to the numbers given, which must lie outside it."""
+    x, dtype = view.element(call.args[0], position), call.output.dtype
+    if not dtype.is_floating_point:
+        return x
+    limits = torch.finfo(dtype)
+    nan, high, low = (argument(call, n, name) for n, name in ((1, "nan"), (2, "posinf"), (3, "neginf")))
+    if high is not None or low is not None:
+        raise CannotLift(view.node, "replaces infinities by numbers of its own")
+    limited = pointwise("max", pointwise("min", x, const(limits.max, dtype)), const(limits.min, dtype), dtype=dtype)
+    is_nan = pointwise("ne", x, x, dtype=torch.bool)
+    return pointwise("where", is_nan, const(float(nan or 0.0), dtype), limited, dtype=dtype)
+
+
+@row(aten.silu.default)
+def _silu(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    x, dtype = view.element(call.args[0], position), call.output.dtype
+    return pointwise("mul", x, pointwise("sigmoid", x), dtype=dtype)
+
+
+@row(aten.leaky_relu.default)
+def _leaky_relu(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    x, dtype = view.element(call.args[0], position), call.output.dtype
+    below = pointwise("mul", x, view.number(argument(call, 1, "negative_slope", 0.01)), dtype=dtype)
+    return pointwise("where", pointwise("gt", x, const(0.0)), x, below, dtype=dtype)
+
+
+@row(aten.gelu.default)
+def _gelu(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    """x times the normal distribution's mass below it, or the approximation of https://arxiv.org/abs/1606.08415."""
+    x, dtype = view.element(call.args[0], position), call.output.dtype
+    if argument(call, 1, "approximate", "none") == "none":
+        mass = pointwise("erf", pointwise("mul", x, const(math.sqrt(0.5))))
+    else:
+        cubed = pointwise("mul", pointwise("mul", pointwise("mul", x, x), x), const(0.044715))
+        mass = pointwise("tanh", pointwise("mul", pointwise("add", x, cubed), const(math.sqrt(2 / math.pi))))
+    half = pointwise("mul", x, const(0.5), dtype=dtype)
+    return pointwise("mul", half, pointwise("add", mass, const(1.0)), dtype=dtype)
