@@ -62,6 +62,11 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
     def read(expr: Expr) -> Expr:
         return read_program(lifter, expr, i_symbols, j)
 
+    if weights.by_logarithm and _may_absorb(score.program, j):
+        raise Refused(
+            "log-sum-exp",
+            "a row of large fills absorbs the logarithm of its sum, so its probabilities do not add up to 1",
+        )
     sink = combined(tuple(read(_sink(lifter, s, score, leads)) for s in weights.sinks))
     factor: Expr | None = None
     for f in (read(f if f.dtype.is_floating_point else cast(f, torch.float32)) for f in weights.factors):
@@ -104,6 +109,17 @@ def _check_small(factor: Expr, i_symbols: AbstractSet[sympy.Symbol], j: sympy.Sy
                 f"the probabilities are multiplied with `{node.name}`, which is as large as they are",
                 node,
             )
+
+
+# Beyond this float32 has no room for the logarithm of a sum of a few exponentials beside the number itself.
+_ABSORBS = 2.0**20
+
+
+def _may_absorb(program: Expr, j: sympy.Symbol) -> bool:
+    """Whether every score of a row may be a number so large that adding a logarithm to it changes nothing."""
+    fills = (abs(e.value) for e in walk(program) if isinstance(e, Const) and math.isfinite(e.value))
+    biases = (x for x in loads(program) if x.dtype.is_floating_point and j in free_symbols(x))
+    return any(fill > _ABSORBS for fill in fills) or any(biases)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,9 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     claimed: set[fx.Node] = set()
     for node in graph.nodes:
         seeds = up.seeds(node)
-        if node not in graph.live or not seeds or seeds <= claimed:
+        # An output that was taken already is not rescaled by anything that belongs to its attention.
+        taken = seeds <= claimed if is_contraction(node) else bool(seeds & claimed)
+        if node not in graph.live or not seeds or taken:
             continue
         try:
             site = _match(lifter, node, up.products.keys())
@@ -219,7 +221,13 @@ def _unnormalised(
     if score.node is node or is_linear(score.program):
         return None
     site = _assembled(lifter, node, position, product, value_side, score, Ending("none"))
-    return None if any(_is_weight(o.node) for o in (site.q, site.k, site.v)) else site
+    dims = [d for d in (site.head_dim, site.value_dim) if d.is_Integer]
+    wide = any(d > _WIDEST for d in dims)
+    return None if wide or any(_is_weight(o.node) for o in (site.q, site.k, site.v)) else site
+
+
+# Beyond this no tile holds a row, and two matrix products are the faster program.
+_WIDEST = 512
 
 
 def _is_weight(node: fx.Node) -> bool:

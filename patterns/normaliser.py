@@ -20,10 +20,14 @@ PARTIAL = frozenset({"exp", "logsumexp"})
 
 @dataclass(frozen=True)
 class Normalised:
-    """exp(arg) / (sum over the softmax's axis of exp(arg) + the sum of exp(sink) over `sinks`)."""
+    """exp(arg) / (sum over the softmax's axis of exp(arg) + the sum of exp(sink) over `sinks`).
+
+    by_logarithm: whether eager code divides by subtracting the logarithm of the sum, which large scores absorb.
+    """
 
     softmax: Softmax
     sinks: tuple[Expr, ...] = ()
+    by_logarithm: bool = False
 
 
 def open_up(lifter: Lifter, expr: Expr) -> Expr:
@@ -80,7 +84,9 @@ def _exponential(lifter: Lifter, exponent: Expr) -> Normalised | None:
     if total is None:
         return None
     at = place(lifter, top.args[0], total.arg, total.axis)
-    return None if at is None else Normalised(Softmax(total.dtype, total.arg, total.axis, at, total.extent))
+    if at is None:
+        return None
+    return Normalised(Softmax(total.dtype, total.arg, total.axis, at, total.extent), by_logarithm=True)
 
 
 def as_logsumexp(lifter: Lifter, expr: Expr) -> Reduce | None:

@@ -60,7 +60,8 @@ class Upstream:
 
     def _gated(self, node: fx.Node) -> Seeds:
         """Of an attention's output multiplied with something that was made from scores: the normalisers of both."""
-        outputs = [self.values[p] for n in node.all_input_nodes if (p := self.products.get(n)) in self.values]
+        behind = (self.products.get(n, n) for n in node.all_input_nodes)
+        outputs = [self.values[product] for product in behind if product in self.values]
         gates = _union(self.normalisers, node)
         return gates.union(*outputs) if outputs and gates else frozenset()
 

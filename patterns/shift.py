@@ -88,8 +88,9 @@ def _unmasked(lifter: Lifter, x: Expr) -> Iterator[Expr]:
     for step in _steps(lifter, x):
         yield step
         if isinstance(step, Pointwise) and step.op in ("where", "add"):
-            for branch in step.args[-2:]:
-                if not isinstance(branch, Const):
+            left, right = step.args[-2:]
+            for branch, other in ((left, right), (right, left)):
+                if step.op == "add" or isinstance(other, Const):
                     yield from _steps(lifter, branch)
 
 

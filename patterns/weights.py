@@ -33,12 +33,13 @@ class Weights:
 
     arg: the softmax's argument at column j; sinks: its arguments in columns that have no value.
     factors: what the probabilities are multiplied by. kept: conditions outside which they are replaced by 0.
-    empty_row: what a row of only -inf gives.
+    empty_row: what a row of only -inf gives. by_logarithm: see `Normalised`.
     """
 
     arg: Expr
     sinks: tuple[Expr, ...]
     empty_row: str
+    by_logarithm: bool = False
     factors: tuple[Expr, ...] = ()
     kept: tuple[Expr, ...] = ()
 
@@ -143,7 +144,8 @@ def _choice(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[
     """Probabilities replaced by 0: where they are NaN, or where a condition holds that does not depend on them."""
     condition, yes, no = expr.args
     for chosen, other, kept in ((yes, no, condition), (no, yes, pointwise("not", condition))):
-        if number(other) != 0:
+        replacement = opened_or_none(columns.lifter, other)
+        if replacement is None or number(replacement) != 0:
             continue
         terms = find_weights(columns, chosen, passed)
         if not terms:
@@ -158,8 +160,9 @@ def _is_not_nan(lifter: Lifter, condition: Expr, x: Expr) -> bool:
     """Whether the condition is that x, here possibly within the limits of its type, is not NaN."""
     while isinstance(x, Pointwise) and x.op in ("min", "max") and number(x.args[1]) is not None:
         x = x.args[0]
-    negated = isinstance(condition, Pointwise) and condition.op == "not"
-    opened = opened_or_none(lifter, condition.children[0] if negated else condition)
+    opened, negated = opened_or_none(lifter, condition), False
+    while isinstance(opened, Pointwise) and opened.op == "not":
+        opened, negated = opened_or_none(lifter, opened.args[0]), not negated
     if not isinstance(opened, Pointwise) or opened.op != ("ne" if negated else "eq"):
         return False
     return opened.args[0] == opened.args[1] and same_value(lifter, opened.args[0], x)
@@ -249,7 +252,7 @@ def _at_columns(columns: Columns, found: Normalised) -> Weights:
     outside += [before + columns.extent + n for n in range(int(behind))]
     sinks = tuple(substitute(arg, {softmax.axis: at}) for at in outside)
     empty_row = "zero" if sinks else softmax.empty_row
-    return Weights(substitute(arg, {softmax.axis: softmax.at}), (*sinks, *found.sinks), empty_row)
+    return Weights(substitute(arg, {softmax.axis: softmax.at}), (*sinks, *found.sinks), empty_row, found.by_logarithm)
 
 
 def combined(sinks: tuple[Expr, ...]) -> Expr | None:
