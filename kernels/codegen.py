@@ -24,19 +24,9 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import (
-    Const,
-    Expr,
-    Gather,
-    Index,
-    Load,
-    Pointwise,
-    Product,
-    free_symbols,
-    pointwise,
-    walk,
-)
+from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product, free_symbols, walk
 from flashfuse.kernels.mask import HUGE_FILL, MaskStructure, analyze
+from flashfuse.kernels.normal import pointwise
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.scale import peel_scale
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, to_text

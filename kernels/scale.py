@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from flashfuse.kernels.expr import Const, Expr, Pointwise, pointwise
+from flashfuse.kernels.expr import Const, Expr, Pointwise
+from flashfuse.kernels.normal import pointwise
 
 
 def peel_scale(score: Expr) -> tuple[float, Expr]:

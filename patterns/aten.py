@@ -10,7 +10,8 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv
 
-from flashfuse.kernels.expr import Const, Dot, Expr, Index, Reduce, Softmax, cast, const, converted, index, pointwise
+from flashfuse.kernels.expr import Const, Dot, Expr, Index, Reduce, Softmax
+from flashfuse.kernels.normal import cast, const, converted, index, pointwise
 from flashfuse.kernels.operators import OPS
 from flashfuse.patterns.graph import shape, to_sympy
 from flashfuse.patterns.indexing import ZERO, Indices, divide

@@ -24,10 +24,9 @@ from flashfuse.kernels.expr import (
     Softmax,
     free_symbols,
     loads,
-    number,
-    pointwise,
     walk,
 )
+from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.graph import is_weighted, name_of
 from flashfuse.patterns.lift import CannotLift, Lifter, may_wrap, small_position

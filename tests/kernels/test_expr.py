@@ -6,27 +6,19 @@ import pytest
 import sympy
 import torch
 
-from flashfuse.kernels.expr import (
+from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Product, free_symbols, loads, walk
+from flashfuse.kernels.normal import (
     FALSE,
     TRUE,
-    Const,
-    Expr,
-    Index,
-    Load,
-    Pointwise,
-    Product,
     cast,
     conjunction,
     conjuncts,
     const,
-    free_symbols,
     index,
-    loads,
     pointwise,
     rewrite,
     substitute,
-    walk,
-)  # fmt: skip
+)
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import KV_IDX, Q_IDX
 
