@@ -40,6 +40,14 @@ OPS: Mapping[str, Op] = {
     "abs": Op(1, "promote", torch.abs, "tl.abs({})"),
     "min": Op(2, "promote", torch.minimum, "tl.minimum({}, {}, propagate_nan=tl.PropagateNan.ALL)"),
     "max": Op(2, "promote", torch.maximum, "tl.maximum({}, {}, propagate_nan=tl.PropagateNan.ALL)"),
+    # As min and max; where the arguments are equal all of the derivative is the first one's.
+    "clamp_min": Op(
+        2, "promote", lambda x, low: torch.clamp(x, min=low), "tl.maximum({}, {}, propagate_nan=tl.PropagateNan.ALL)"
+    ),
+    "clamp_max": Op(
+        2, "promote", lambda x, high: torch.clamp(x, max=high), "tl.minimum({}, {}, propagate_nan=tl.PropagateNan.ALL)"
+    ),
+    "relu": Op(1, "promote", torch.relu, "tl.maximum({}, 0, propagate_nan=tl.PropagateNan.ALL)"),
     "pow": Op(2, "float", torch.pow, "libdevice.pow({}, {})"),
     "exp": Op(1, "float", torch.exp, "tl.exp({})"),
     "log": Op(1, "float", torch.log, "tl.log({})"),
