@@ -13,3 +13,12 @@ def tanh(x):
     square = x * x
     near = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315)))
     return tl.where(size < 0.2, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def power(x, N: tl.constexpr):
+    """x ** N for a whole N > 0."""
+    result = x
+    for _ in tl.static_range(N - 1):
+        result *= x
+    return result

@@ -13,7 +13,8 @@ from flashfuse.kernels.spec import KV_IDX, AttentionSpec, parse, size_symbol, to
 
 pytest.importorskip("triton")
 
-from flashfuse.kernels.codegen import generate, index_source, load_program
+from flashfuse.kernels.codegen import generate, load_program
+from flashfuse.kernels.source import index_source
 
 MIN = torch.finfo(torch.float32).min
 
