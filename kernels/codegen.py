@@ -143,10 +143,16 @@ def kv_bounds_HASH(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes):
 {bounds_body}
 '''
 
-_IMPORTS = {
-    "libdevice.": "from triton.language.extra import libdevice",
-    "tanh(": "from flashfuse.kernels.elementary import tanh",
-}
+_LIBDEVICE = "from triton.language.extra import libdevice"
+_TANH = "from flashfuse.kernels.elementary import tanh"
+# What of a capped score is lost near 0 is far below what operands of 16 bits have lost already.
+_BOUNDED_TANH = "from flashfuse.kernels.elementary import bounded_tanh as tanh"
+
+
+def _imports(spec: AttentionSpec, bodies: Iterable[str]) -> list[str]:
+    text = "".join(bodies)
+    tanh = _BOUNDED_TANH if spec.product_dtype.itemsize == 2 else _TANH
+    return [line for use, line in (("libdevice.", _LIBDEVICE), ("tanh(", tanh)) if use in text]
 
 
 def generate(spec: AttentionSpec) -> tuple[str, str]:
@@ -158,7 +164,7 @@ def generate(spec: AttentionSpec) -> tuple[str, str]:
         "full_body": _score_body(mask.full, spec.compute_dtype, keys_end=False),
         "bounds_body": _bounds_body(mask),
     }
-    imports = [line for use, line in _IMPORTS.items() if any(use in body for body in bodies.values())]
+    imports = _imports(spec, bodies.values())
     source = _TEMPLATE.format(
         score=to_text(spec.score),
         mask=mask.describe(),
@@ -243,6 +249,8 @@ class _Writer:
                 return index_source(value)
             case Load() | Gather():
                 return self._load(expr, guards)
+            case Pointwise(op="to_float", args=(Index(value=value),)):
+                return self._float_of(value)
             case Pointwise(op="to_float", args=(arg,)):
                 return f"({self.emit(arg, guards)}).to({self._float})"
             case Pointwise(op="where", args=(condition, left, right)):
@@ -255,6 +263,16 @@ class _Writer:
             case Pointwise(op=op, args=args):
                 return OPS[op].triton.format(*(self.emit(a, guards) for a in args))
         raise TypeError(f"a score program holds no {type(expr).__name__}")
+
+    def _float_of(self, value: sympy.Expr) -> str:
+        """A position as a float. What depends on the query and what depends on the key are converted apart, and exactly:
+        a conversion for each row and each column instead of one for each score."""
+        terms = sympy.Add.make_args(sympy.expand(value))
+        keys = sympy.Add(*(t for t in terms if KV_IDX in t.free_symbols))
+        parts = (keys, sympy.expand(value - keys)) if Q_IDX not in keys.free_symbols else (value,)
+        texts = [f"{index_source(p)}.to({self._float})" for p in parts if p != 0 and not p.is_Integer]
+        texts += [self._constant(float(p)) for p in parts if p != 0 and p.is_Integer]
+        return f"({' + '.join(texts)})" if texts else self._constant(0.0)
 
     def _constant(self, value: float | int | bool) -> str:
         if isinstance(value, bool):
