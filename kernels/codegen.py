@@ -33,13 +33,14 @@ from flashfuse.kernels.expr import (
     Pointwise,
     Product,
     free_symbols,
+    loads,
     pointwise,
     walk,
 )
 from flashfuse.kernels.mask import HUGE_FILL, MaskStructure, analyze
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.scale import peel_scale
-from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, to_text
+from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, batch_symbol, to_text
 
 Guards = tuple[Expr, ...]
 
@@ -57,6 +58,7 @@ class ScoreProgram:
         no row can be.
     lowest: the score that the smallest finite inner score stands for.
     longest_first: whether later query tiles have more keys to visit.
+    shared_batch: whether captured elements are loaded for each score, and are the same along the first batch axis.
     path: the generated source.
     """
 
@@ -68,6 +70,7 @@ class ScoreProgram:
     huge_factor: float | None
     lowest: float
     longest_first: bool
+    shared_batch: bool
     path: Path
 
 
@@ -88,8 +91,14 @@ def load_program(spec: AttentionSpec) -> ScoreProgram:
         huge_factor=_huge_factor(scale) if any(_may_be_huge(e) for e in walk(inner)) else None,
         lowest=_lowest(spec.score, scale),
         longest_first=any(line.slope > 0 for line in mask.upper),
+        shared_batch=_shares_first_batch_axis(spec.score),
         path=path,
     )
+
+
+def _shares_first_batch_axis(score: Expr) -> bool:
+    tiles = [free_symbols(e) for e in loads(score) if {Q_IDX, KV_IDX} <= free_symbols(e)]
+    return bool(tiles) and not any(batch_symbol(0) in symbols for symbols in tiles)
 
 
 def _huge_factor(scale: float) -> float:
@@ -265,8 +274,7 @@ class _Writer:
         raise TypeError(f"a score program holds no {type(expr).__name__}")
 
     def _float_of(self, value: sympy.Expr) -> str:
-        """A position as a float. What depends on the query and what depends on the key are converted apart, and exactly:
-        a conversion for each row and each column instead of one for each score."""
+        """A position as a float: its terms in the query and in the key apart, so that no score needs a conversion."""
         terms = sympy.Add.make_args(sympy.expand(value))
         keys = sympy.Add(*(t for t in terms if KV_IDX in t.free_symbols))
         parts = (keys, sympy.expand(value - keys)) if Q_IDX not in keys.free_symbols else (value,)

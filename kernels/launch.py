@@ -153,6 +153,7 @@ def constants(spec: AttentionSpec, head_dim: int, value_dim: int, precision: str
         "LOWEST": program.lowest,
         "ZERO_EMPTY_ROWS": spec.empty_row == "zero",
         "LONGEST_FIRST": program.longest_first,
+        "SHARED_BATCH": program.shared_batch,
         "PRODUCT_DTYPE": _triton_dtype(spec.product_dtype),
         "PROBS_DTYPE": _triton_dtype(spec.probs_dtype),
         "PRECISION": precision,
@@ -232,7 +233,7 @@ def attention_forward(
     arguments = (
         q, k, v, out, lse,
         *(_strides(x, batch) for x in (q, k, v, out)),
-        *(*batch, *(1,) * (MAX_BATCH_AXES - len(batch)))[1:], q_len, kv_len,
+        *batch, *(1,) * (MAX_BATCH_AXES - len(batch)), q_len, kv_len,
         tuple(sizes[spec.batch_axes :]), tuple(captured), tuple(c.stride() for c in captured),
     )  # fmt: skip
     with torch.cuda.device_of(q):
