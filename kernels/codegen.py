@@ -17,12 +17,12 @@ from typing import Any
 import sympy
 import torch
 
-from flashfuse.kernels.expr import Const, Expr, Gather, Load, walk
+from flashfuse.kernels.expr import Const, Expr, Gather, Load, free_symbols, loads, walk
 from flashfuse.kernels.mask import HUGE_FILL, MaskStructure, analyze
 from flashfuse.kernels.modules import finished, load_module
 from flashfuse.kernels.scale import peel_scale
 from flashfuse.kernels.source import TILE_ARGUMENTS, indented, index_source, tile_body
-from flashfuse.kernels.spec import AttentionSpec, to_text
+from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, batch_symbol, to_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,7 @@ class ScoreProgram:
         no row can be.
     lowest: the score that the smallest finite inner score stands for.
     longest_first: whether later query tiles have more keys to visit.
+    shared_batch: whether captured elements are loaded for each score, and are the same along the first batch axis.
     path: the generated source.
     """
 
@@ -49,6 +50,7 @@ class ScoreProgram:
     huge_factor: float | None
     lowest: float
     longest_first: bool
+    shared_batch: bool
     path: Path
 
 
@@ -68,8 +70,14 @@ def load_program(spec: AttentionSpec) -> ScoreProgram:
         huge_factor=_huge_factor(scale) if any(_may_be_huge(e) for e in walk(inner)) else None,
         lowest=_lowest(spec.score, scale),
         longest_first=any(line.slope > 0 for line in mask.upper),
+        shared_batch=_shares_first_batch_axis(spec.score),
         path=path,
     )
+
+
+def _shares_first_batch_axis(score: Expr) -> bool:
+    tiles = [free_symbols(e) for e in loads(score) if {Q_IDX, KV_IDX} <= free_symbols(e)]
+    return bool(tiles) and not any(batch_symbol(0) in symbols for symbols in tiles)
 
 
 def _huge_factor(scale: float) -> float:
@@ -140,7 +148,7 @@ def generate(spec: AttentionSpec) -> tuple[str, str]:
         full=to_text(mask.full),
         **bodies,
     )
-    return finished(source)
+    return finished(source, spec.product_dtype)
 
 
 def _bounds_body(mask: MaskStructure) -> str:

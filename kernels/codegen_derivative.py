@@ -114,7 +114,8 @@ def generate_derivatives(spec: AttentionSpec) -> tuple[str, str]:
         functions += _tiles(f"score_grad{i}", _derivative("s", inner, leaf), _derivative("s", full, leaf), spec)
     for name, program in (("sink", spec.sink), ("factor", spec.factor)):
         functions += [] if program is None else _further(name, program, spec)
-    return finished("\n\n".join([_HEADER.format(score=to_text(spec.score), scale=scale), *functions]))
+    header = _HEADER.format(score=to_text(spec.score), scale=scale)
+    return finished("\n\n".join([header, *functions]), spec.product_dtype)
 
 
 def _reads(program: Expr) -> tuple[Leaf, ...]:

@@ -100,6 +100,8 @@ class Writer:
                 return index_source(value)
             case Load() | Gather():
                 return self._load(expr, guards)
+            case Pointwise(op="to_float", args=(Index(value=value),)):
+                return self._float_of(value)
             case Pointwise(op="to_float", args=(arg,)):
                 return f"({self.emit(arg, guards)}).to({self._float})"
             case Pointwise(op="where", args=(condition, left, right)):
@@ -118,6 +120,15 @@ class Writer:
             case Pointwise(op=op, args=args):
                 return OPS[op].triton.format(*(self.emit(a, guards) for a in args))
         raise TypeError(f"a score program holds no {type(expr).__name__}")
+
+    def _float_of(self, value: sympy.Expr) -> str:
+        """A position as a float: its terms in the query and in the key apart, so that no score needs a conversion."""
+        terms = sympy.Add.make_args(sympy.expand(value))
+        keys = sympy.Add(*(t for t in terms if KV_IDX in t.free_symbols))
+        parts = (keys, sympy.expand(value - keys)) if Q_IDX not in keys.free_symbols else (value,)
+        texts = [f"{index_source(p)}.to({self._float})" for p in parts if p != 0 and not p.is_Integer]
+        texts += [self._constant(float(p)) for p in parts if p != 0 and p.is_Integer]
+        return f"({' + '.join(texts)})" if texts else self._constant(0.0)
 
     def _constant(self, value: float | int | bool) -> str:
         if isinstance(value, bool):
