@@ -25,14 +25,18 @@ ONE, ZERO = const(1.0), const(0.0)
 
 @dataclass(frozen=True)
 class Tangent:
-    """The derivative `value` where `support` holds, and 0 elsewhere, whatever `value` is there."""
+    """The derivative `value` where `support` holds, and 0 elsewhere, whatever `value` is there.
+
+    clean: whether `value` is 0 there too.
+    """
 
     value: Expr
     support: Expr = TRUE
+    clean: bool = False
 
     @property
     def program(self) -> Expr:
-        return pointwise("where", self.support, self.value, ZERO)
+        return self.value if self.clean else pointwise("where", self.support, self.value, ZERO)
 
 
 def leaves(expr: Expr) -> tuple[Leaf, ...]:
@@ -83,31 +87,33 @@ def _chained(slope: Tangent | None, arg: Tangent) -> Tangent | None:
     if slope is None:
         return None
     value = _times(slope.value, arg.value)
-    return None if number(value) == 0 else Tangent(value, pointwise("and", arg.support, slope.support))
+    if number(value) == 0:
+        return None
+    clean = arg.clean and slope.support == TRUE and math.isfinite(number(slope.value) or math.inf)
+    return Tangent(value, pointwise("and", arg.support, slope.support), clean)
 
 
 def _added(a: Tangent | None, b: Tangent | None) -> Tangent | None:
     if a is None or b is None:
         return b if a is None else a
     if a.support == b.support:
-        return Tangent(pointwise("add", a.value, b.value), a.support)
-    return Tangent(pointwise("add", a.program, b.program), pointwise("or", a.support, b.support))
+        return Tangent(pointwise("add", a.value, b.value), a.support, a.clean and b.clean)
+    return Tangent(pointwise("add", a.program, b.program), pointwise("or", a.support, b.support), clean=True)
 
 
 def _chosen(condition: Expr, yes: Tangent | None, no: Tangent | None) -> Tangent | None:
     """The tangent of where(condition, yes, no)."""
+    if yes == no:
+        return yes
     otherwise = pointwise("not", condition)
     if yes is None or no is None:
         one, when = (yes, condition) if no is None else (no, otherwise)
-        return None if one is None else Tangent(one.value, pointwise("and", when, one.support))
-    if yes == no:
-        return yes
-    support = (
-        pointwise("or", pointwise("and", condition, yes.support), pointwise("and", otherwise, no.support))
-        if (yes.support, no.support) != (TRUE, TRUE)
-        else TRUE
-    )
-    return Tangent(pointwise("where", condition, yes.program, no.program), support)
+        return Tangent(one.value, pointwise("and", when, one.support)) if one else None
+    value = pointwise("where", condition, yes.program, no.program)
+    if yes.support == no.support == TRUE:
+        return Tangent(value)
+    supports = (pointwise("and", when, one.support) for when, one in ((condition, yes), (otherwise, no)))
+    return Tangent(value, pointwise("or", *supports), clean=True)
 
 
 def _times(a: Expr, b: Expr) -> Expr:
@@ -192,21 +198,11 @@ def _compared(op: str) -> Slope:
     return lambda _, a, bound: Tangent(ONE, pointwise(op, a, bound))
 
 
-def _raised(a: Expr, exponent: Expr) -> Expr:
-    """a ** exponent"""
-    match number(exponent):
-        case 0:
-            return ONE
-        case 1:
-            return a
-    return pointwise("pow", a, exponent)
-
-
 def _pow_base(_: Expr, a: Expr, exponent: Expr) -> Tangent:
     """Zero to the power of zero is flat."""
     value = number(exponent)
     lower = pointwise("sub", exponent, ONE) if value is None else const(value - 1.0)
-    return Tangent(_times(exponent, _raised(a, lower)), pointwise("ne", exponent, ZERO))
+    return Tangent(_times(exponent, pointwise("pow", a, lower)), pointwise("ne", exponent, ZERO))
 
 
 def _pow_exponent(y: Expr, a: Expr, exponent: Expr) -> Tangent:

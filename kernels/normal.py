@@ -131,8 +131,10 @@ def _simplify(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | Non
         return cast(args[0], dtype)
     if op == "mul" and 1 in numbers:
         return cast(args[1 - numbers.index(1)], dtype)
-    if op == "div" and numbers[1] == 1:
+    if op in ("div", "pow") and numbers[1] == 1:
         return cast(args[0], dtype)
+    if op == "pow" and numbers[1] == 0:
+        return const(1.0, dtype)
     return None
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product, free_symbols, loads, walk
-from flashfuse.kernels.normal import conjuncts, number, pointwise
+from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import KV_IDX, Q_IDX
 
@@ -176,8 +176,18 @@ def _open(op: str, side: Expr) -> Expr:
 
 def _with_guard(guards: Guards, condition: Expr) -> Guards:
     """`guards`, and those terms of `condition` that depend on positions and sizes only."""
-    terms = (t for t in conjuncts(condition) if not loads(t) and not _products(t))
+    terms = (t for t in _terms(condition) if not loads(t) and not _products(t))
     return tuple(dict.fromkeys((*guards, *terms)))
+
+
+def _terms(condition: Expr) -> tuple[Expr, ...]:
+    """What holds, each by itself, where `condition` does."""
+    match condition:
+        case Pointwise(op="not", args=(Pointwise(op="or", args=args),)):
+            return tuple(t for a in args for t in _terms(pointwise("not", a)))
+        case Pointwise(op="and", args=args):
+            return tuple(t for a in args for t in _terms(a))
+    return (condition,)
 
 
 def _relevant(guards: Guards, expr: Expr) -> Guards:

@@ -43,6 +43,8 @@ CAUSAL = pointwise("le", index(KV_IDX), index(Q_IDX))
         (pointwise("add", QK, const(0.0)), QK),
         (pointwise("mul", const(1.0), QK), QK),
         (pointwise("sub", QK, const(0.0)), QK),
+        (pointwise("pow", QK, const(1.0)), QK),
+        (pointwise("pow", QK, index(0)), const(1.0)),
         (pointwise("add", QK, const(-math.inf)), const(-math.inf)),
         (pointwise("le", index(Q_IDX), index(Q_IDX)), TRUE),
         (pointwise("lt", index(Q_IDX), index(0)), FALSE),
