@@ -15,10 +15,8 @@ from flashfuse.kernels.evaluate import Tile, evaluate
 from flashfuse.kernels.spec import KV_IDX, Q_IDX
 
 # Products of these are whole numbers: 0, 1 and -1 among them.
-Q, K = (
-    torch.tensor([[1.0, 0.0], [0.0, -1.0], [1.0, 1.0]]),
-    torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 1.0], [0.0, 0.0]]),
-)
+Q = torch.tensor([[1.0, 0.0], [0.0, -1.0], [1.0, 1.0]])
+K = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 1.0], [0.0, 0.0]])
 
 KINKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "relu": (torch.relu, "relu(qk)"),
