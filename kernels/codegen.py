@@ -20,7 +20,7 @@ import torch
 from flashfuse.kernels.expr import Const, Expr, Gather, Load, free_symbols, loads, walk
 from flashfuse.kernels.mask import HUGE_FILL, MaskStructure, analyze
 from flashfuse.kernels.modules import finished, load_module
-from flashfuse.kernels.scale import peel_scale
+from flashfuse.kernels.scale import inner_score
 from flashfuse.kernels.source import TILE_ARGUMENTS, indented, index_source, tile_body
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, batch_symbol, to_text
 
@@ -57,7 +57,7 @@ class ScoreProgram:
 @functools.lru_cache(maxsize=1024)
 def load_program(spec: AttentionSpec) -> ScoreProgram:
     """Generate, write and import the functions of a spec."""
-    scale, inner = peel_scale(spec.score)
+    scale, inner = inner_score(spec)
     mask = analyze(inner)
     digest, source = generate(spec)
     path, module = load_module(f"score_{digest}", source)
@@ -132,7 +132,7 @@ def kv_bounds_HASH(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes):
 
 def generate(spec: AttentionSpec) -> tuple[str, str]:
     """(hash, source text) of the spec's module."""
-    scale, inner = peel_scale(spec.score)
+    scale, inner = inner_score(spec)
     mask = analyze(inner)
     bodies = {
         "masked_body": tile_body([inner], spec.compute_dtype, keys_end=True),

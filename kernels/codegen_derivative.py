@@ -18,7 +18,7 @@ from flashfuse.kernels.derivative import Leaf, derivative, leaves
 from flashfuse.kernels.expr import Expr, Product, walk
 from flashfuse.kernels.mask import analyze
 from flashfuse.kernels.modules import finished, load_module
-from flashfuse.kernels.scale import peel_scale
+from flashfuse.kernels.scale import inner_score
 from flashfuse.kernels.source import ROW_ARGUMENTS, TILE_ARGUMENTS, is_row, row_body, tile_body
 from flashfuse.kernels.spec import AttentionSpec, to_text
 
@@ -71,7 +71,7 @@ def load_derivatives(spec: AttentionSpec) -> DerivativeProgram:
     def derivatives(name: str, of: tuple[Leaf, ...]) -> tuple[LeafDerivative, ...]:
         return tuple(LeafDerivative(leaf, *functions(f"{name}_grad{i}")) for i, leaf in enumerate(of))
 
-    scale, inner = peel_scale(spec.score)
+    scale, inner = inner_score(spec)
     masked, full = functions("score_and_grad")
     return DerivativeProgram(
         score_and_grad_masked=masked,
@@ -107,7 +107,7 @@ Formulas = Mapping[str, Expr]
 
 def generate_derivatives(spec: AttentionSpec) -> tuple[str, str]:
     """(hash, source text) of the module of a spec's derivatives."""
-    scale, inner = peel_scale(spec.score)
+    scale, inner = inner_score(spec)
     full = analyze(inner).full
     functions = [*_tiles("score_and_grad", _with_product(inner), _with_product(full), spec)]
     for i, leaf in enumerate(_reads(inner)):

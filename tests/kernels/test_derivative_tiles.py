@@ -19,7 +19,7 @@ from flashfuse.kernels.codegen_derivative import LeafDerivative, load_derivative
 from flashfuse.kernels.derivative import derivative, leaves  # noqa: E402
 from flashfuse.kernels.evaluate import Tile, evaluate  # noqa: E402
 from flashfuse.kernels.expr import Expr, Product  # noqa: E402
-from flashfuse.kernels.scale import peel_scale  # noqa: E402
+from flashfuse.kernels.scale import inner_score  # noqa: E402
 from flashfuse.kernels.spec import (  # noqa: E402
     KV_IDX,
     KV_LEN,
@@ -101,11 +101,13 @@ class Inputs:
         assert_close_to_exact(found, self.expected(program, torch.float32), self.expected(program, torch.float64))
 
 
-def make_spec(text: str, captured: tuple[torch.Tensor, ...], **programs: str) -> AttentionSpec:
+def make_spec(
+    text: str, captured: tuple[torch.Tensor, ...], normaliser: str = "softmax", **programs: str
+) -> AttentionSpec:
     f32 = torch.float32
     types = tuple(f32 if c.is_floating_point() else c.dtype for c in captured)
     further = {name: parse(program, types) for name, program in programs.items()}
-    return AttentionSpec(1, parse(text, types), types, 1, f32, f32, f32, "nan", (0, 1, 2), **further)
+    return AttentionSpec(1, parse(text, types), types, 1, f32, f32, f32, "nan", (0, 1, 2), normaliser, **further)
 
 
 def check_leaf(inputs: Inputs, of: LeafDerivative, program: Expr, variant: str, kind: str = "tile") -> None:
@@ -118,14 +120,15 @@ ONLY_ON_A_GPU = ("power of a tensor", "powers of zero", "rounded to bfloat16")
 NAMES = [name for name in PROGRAMS if not (INTERPRETED and name in ONLY_ON_A_GPU)]
 
 
+@pytest.mark.parametrize("normaliser", ["softmax", "none"])
 @pytest.mark.parametrize(("variant", "place"), [("masked", WHOLE), ("full", INSIDE)])
 @pytest.mark.parametrize("name", NAMES)
-def test_programs(name: str, variant: str, place: tuple[int, int, int]) -> None:
+def test_programs(name: str, variant: str, place: tuple[int, int, int], normaliser: str) -> None:
     text, captured = PROGRAMS[name]
-    spec = make_spec(text, captured)
+    spec = make_spec(text, captured, normaliser)
     inputs = Inputs(captured, place)
     derivatives = load_derivatives(spec)
-    scale, inner = peel_scale(spec.score)
+    scale, inner = inner_score(spec)
     score, grad = inputs.run(getattr(derivatives, f"score_and_grad_{variant}"), "pair")
     inputs.check(score, inner)
     inputs.check(grad, derivative(inner, Product(torch.float32, 0)))
