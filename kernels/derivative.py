@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flashfuse.kernels.expr import Expr, Gather, Load, Pointwise, Product, loads, walk
+from flashfuse.kernels.expr import Const, Expr, Gather, Load, Pointwise, Product, loads, walk
 from flashfuse.kernels.normal import TRUE, cast, const, number, pointwise
 from flashfuse.kernels.operators import ROUNDINGS
 
@@ -62,8 +62,10 @@ def derivative(expr: Expr, wrt: Leaf) -> Expr:
         return known[e]
 
     def compute(e: Expr) -> Tangent | None:
-        if not isinstance(e, Pointwise):
+        if isinstance(e, (Product, Load, Gather, Const)):
             return None
+        if not isinstance(e, Pointwise):
+            raise TypeError(f"a score program holds no {type(e).__name__}")
         inner = [tangent(a) for a in e.args]
         if e.op == "where":
             return _chosen(e.args[0], inner[1], inner[2])

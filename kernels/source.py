@@ -116,10 +116,17 @@ class Writer:
                 left_counts, right_counts = _with_guard(guards, _open(op, right)), _with_guard(guards, _open(op, left))
                 return OPS[op].triton.format(self.emit(left, left_counts), self.emit(right, right_counts))
             case Pointwise(op="pow", args=(arg, exponent)) if number(exponent) in _WHOLE_POWERS:
-                return f"power({self.emit(arg, guards)}, {number(exponent):.0f})"
+                return f"power({self._emit_float(arg, guards)}, {number(exponent):.0f})"
             case Pointwise(op=op, args=args):
-                return OPS[op].triton.format(*(self.emit(a, guards) for a in args))
+                emit = self._emit_float if OPS[op].result == "float" else self.emit
+                return OPS[op].triton.format(*(emit(a, guards) for a in args))
         raise TypeError(f"a score program holds no {type(expr).__name__}")
+
+    def _emit_float(self, expr: Expr, guards: Guards) -> str:
+        """The text of an argument of a function of floats, which may be an integer or a boolean."""
+        if expr.dtype.is_floating_point or number(expr) is not None:
+            return self.emit(expr, guards)
+        return self.emit(Pointwise(torch.float32, "to_float", (expr,)), guards)
 
     def _float_of(self, value: sympy.Expr) -> str:
         """A position as a float: its terms in the query and in the key apart, so that no score needs a conversion."""

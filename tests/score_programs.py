@@ -44,6 +44,7 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.Tensor, ...]]] = {
     "one bias read twice": ("qk + t0[n0, q_idx, kv_idx] * t0[n0, q_idx, 0]", (BIAS,)),
     "linear bias": ("qk * 0.125 + t0[n0] * to_float(kv_idx - q_idx)", (SLOPE,)),
     "linear bias, distance": ("qk * 0.125 - abs(to_float(kv_idx - q_idx)) * t0[n0]", (SLOPE,)),
+    "logarithm of a distance": ("qk - log(abs(kv_idx - q_idx) + 1) * t0[n0]", (SLOPE,)),
     "soft cap": ("tanh(qk * 0.02) * 50.0", ()),
     "soft cap, bias": ("tanh((qk + t0[n0, q_idx, kv_idx]) / 3.0) * 3.0 + t0[n0, q_idx, kv_idx]", (BIAS,)),
     "soft cap, masked": ("where(t0[q_idx, kv_idx] & (kv_idx <= q_idx), tanh(qk / t1[()]) * t1[()], -inf)", (KEEP, CAP)),

@@ -10,7 +10,7 @@ from score_programs import F64, HEADS, KEYS, PROGRAMS, QUERIES, SIZE0, product, 
 
 from flashfuse.kernels.derivative import SLOPES, derivative, leaves
 from flashfuse.kernels.evaluate import Tile, evaluate
-from flashfuse.kernels.expr import Expr, Load, Product
+from flashfuse.kernels.expr import Expr, Load, Product, Softmax
 from flashfuse.kernels.normal import const, pointwise
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.scale import peel_scale
@@ -160,3 +160,5 @@ def test_what_has_no_derivative_is_named() -> None:
     flag = Load(torch.bool, 0, (Q_IDX,))
     with pytest.raises(ValueError, match=r"only floating-point values have derivatives.*torch\.bool"):
         derivative(pointwise("where", flag, const(1.0), const(2.0)), flag)
+    with pytest.raises(TypeError, match="Softmax"):
+        derivative(pointwise("neg", Softmax(F64, parse("qk"), KV_IDX, KV_IDX, KV_LEN)), Product(F64, 0))
