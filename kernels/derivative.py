@@ -185,8 +185,8 @@ def _sign(_: Expr, a: Expr) -> Tangent:
     return Tangent(pointwise("where", pointwise("lt", a, ZERO), const(-1.0), ONE), pointwise("ne", a, ZERO))
 
 
-def _extreme(op: str, mine: int) -> Slope:
-    """Of max ("ge") and min ("le"): equal arguments share the derivative."""
+def _shared(op: str, mine: int) -> Slope:
+    """1 where the comparison of argument `mine` with the other one holds, but one half where they are equal."""
 
     def slope(_: Expr, *args: Expr) -> Tangent:
         a, b = args[mine], args[1 - mine]
@@ -225,11 +225,10 @@ SLOPES: Mapping[str, tuple[Slope, ...]] = {
     ),
     "neg": (_smooth(lambda y, a: const(-1.0)),),
     "abs": (_sign,),
-    "min": (_extreme("le", 0), _extreme("le", 1)),
-    "max": (_extreme("ge", 0), _extreme("ge", 1)),
-    "clamp_min": (_compared("ge"), _compared("lt")),
-    "clamp_max": (_compared("le"), _compared("gt")),
-    "relu": (lambda y, a: Tangent(ONE, pointwise("gt", a, ZERO)),),
+    "min": (_compared("le"), _compared("gt")),
+    "max": (_compared("ge"), _compared("lt")),
+    "minimum": (_shared("le", 0), _shared("le", 1)),
+    "maximum": (_shared("ge", 0), _shared("ge", 1)),
     "pow": (_pow_base, _pow_exponent),
     "exp": (_smooth(lambda y, a: y),),
     "log": (_smooth(lambda y, a: _reciprocal(a)),),

@@ -80,8 +80,8 @@ _POINTWISE: dict[Any, str] = {
     aten.exp.default: "exp", aten.log.default: "log", aten.sqrt.default: "sqrt", aten.rsqrt.default: "rsqrt",
     aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid", aten.erf.default: "erf",
     aten.sin.default: "sin", aten.cos.default: "cos", aten.pow.Tensor_Scalar: "pow", aten.pow.Tensor_Tensor: "pow",
-    aten.maximum.default: "max", aten.clamp_min.default: "clamp_min", aten.relu.default: "relu",
-    aten.minimum.default: "min", aten.clamp_max.default: "clamp_max",
+    aten.maximum.default: "maximum", aten.clamp_min.default: "max",
+    aten.minimum.default: "minimum", aten.clamp_max.default: "min",
     aten.lt.Tensor: "lt", aten.lt.Scalar: "lt", aten.le.Tensor: "le", aten.le.Scalar: "le",
     aten.gt.Tensor: "gt", aten.gt.Scalar: "gt", aten.ge.Tensor: "ge", aten.ge.Scalar: "ge",
     aten.eq.Tensor: "eq", aten.eq.Scalar: "eq", aten.ne.Tensor: "ne", aten.ne.Scalar: "ne",
@@ -160,13 +160,18 @@ def _masked_fill(view: NodeView, call: AtenCall, position: Indices, _: int) -> E
 def _clamp(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     x, dtype = view.element(call.args[0], position), call.output.dtype
     low, high = argument(call, 1, "min"), argument(call, 2, "max")
-    x = x if low is None else pointwise("clamp_min", x, view.element(low, position), dtype=dtype)
-    return x if high is None else pointwise("clamp_max", x, view.element(high, position), dtype=dtype)
+    x = x if low is None else pointwise("max", x, view.element(low, position), dtype=dtype)
+    return x if high is None else pointwise("min", x, view.element(high, position), dtype=dtype)
 
 
 @row(aten.reciprocal.default)
 def _reciprocal(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     return pointwise("div", const(1.0), view.element(call.args[0], position), dtype=call.output.dtype)
+
+
+@row(aten.relu.default)
+def _relu(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    return pointwise("max", const(0.0), view.element(call.args[0], position), dtype=call.output.dtype)
 
 
 @row(aten.floor_divide.default, aten.div.Tensor_mode, aten.remainder.Scalar, aten.remainder.Tensor)

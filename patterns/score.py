@@ -180,7 +180,7 @@ def _exact(opened: Expr, written: Expr) -> Expr:
 
 
 # Give one of their arguments, or its opposite.
-_SELECTING = ("where", "neg", "abs", "min", "max", "clamp_min", "clamp_max", "relu")
+_SELECTING = ("where", "neg", "abs", "min", "max", "minimum", "maximum")
 
 
 def _is_exact(expr: Expr) -> bool:

@@ -19,16 +19,16 @@ Q = torch.tensor([[1.0, 0.0], [0.0, -1.0], [1.0, 1.0]])
 K = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 1.0], [0.0, 0.0]])
 
 KINKS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "relu": (torch.relu, "relu(qk)"),
-    "F.relu": (F.relu, "relu(qk)"),
-    "in place": (lambda s: s.clone().relu_(), "relu(qk)"),
-    "clamp below": (lambda s: s.clamp(min=0), "clamp_min(qk, 0)"),
-    "clamp_min": (lambda s: torch.clamp_min(s, 1.0), "clamp_min(qk, 1.0)"),
-    "clamp above": (lambda s: s.clamp(max=1.0), "clamp_max(qk, 1.0)"),
-    "clamp between": (lambda s: s.clamp(-1.0, 1.0), "clamp_max(clamp_min(qk, -1.0), 1.0)"),
-    "clamp to a tensor": (lambda s: torch.clamp(s, max=torch.ones(())), "clamp_max(qk, 1.0)"),
-    "maximum": (lambda s: torch.maximum(s, torch.zeros(())), "max(qk, 0.0)"),
-    "minimum": (lambda s: torch.minimum(torch.ones(()), s), "min(1.0, qk)"),
+    "relu": (torch.relu, "max(0.0, qk)"),
+    "F.relu": (F.relu, "max(0.0, qk)"),
+    "in place": (lambda s: s.clone().relu_(), "max(0.0, qk)"),
+    "clamp below": (lambda s: s.clamp(min=0), "max(qk, 0)"),
+    "clamp_min": (lambda s: torch.clamp_min(s, 1.0), "max(qk, 1.0)"),
+    "clamp above": (lambda s: s.clamp(max=1.0), "min(qk, 1.0)"),
+    "clamp between": (lambda s: s.clamp(-1.0, 1.0), "min(max(qk, -1.0), 1.0)"),
+    "clamp to a tensor": (lambda s: torch.clamp(s, max=torch.ones(())), "min(qk, 1.0)"),
+    "maximum": (lambda s: torch.maximum(s, torch.zeros(())), "maximum(qk, 0.0)"),
+    "minimum": (lambda s: torch.minimum(torch.ones(()), s), "minimum(1.0, qk)"),
     "abs": (torch.abs, "abs(qk)"),
 }
 
