@@ -16,15 +16,15 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 # Lengths change from call to call and nothing is gained from knowing that they are 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])
+@triton.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     q_strides, k_strides, v_strides, out_strides,
-    batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
+    batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
     LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
-    ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr, NORMALISED: tl.constexpr,
-    SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr,
+    ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr, SHARED_BATCH: tl.constexpr,
+    NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr,
     ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -44,10 +44,15 @@ def attention_forward_kernel(
     q_tiles = tl.cdiv(q_len, BLOCK_Q)
     tile = tl.program_id(0) % q_tiles
     position = tl.program_id(0) // q_tiles
+    if SHARED_BATCH:
+        # .. or captured tiles: then the same head of all batches.
+        n0 = position % batch_0
+        position = position // batch_0
     n3 = position % batch_3
     n2 = position // batch_3 % batch_2
     n1 = position // (batch_3 * batch_2) % batch_1
-    n0 = position // (batch_3 * batch_2 * batch_1)
+    if not SHARED_BATCH:
+        n0 = position // (batch_3 * batch_2 * batch_1)
     if LONGEST_FIRST:
         tile = q_tiles - 1 - tile
 
@@ -123,6 +128,7 @@ def attention_forward_kernel(
             lse = tl.where(row_max > HUGE, lse, tl.where(row_sum == 0, float("-inf"), huge))
     else:
         lse = row_sum
+    position = ((n0 * batch_1 + n1) * batch_2 + n2) * batch_3 + n3
     lse_ptrs = lse_ptr + position.to(tl.int64) * q_len + offs_q
     tl.store(lse_ptrs, lse, mask=offs_q < q_len)
 
@@ -137,7 +143,7 @@ def attention_forward_kernel(
         out = out * row_factor[:, None]
     if ROW_KEPT is not None:
         row_kept = ROW_KEPT(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
-        out = tl.where(row_kept[:, None], out, 0.0)
+        out = tl.where(row_kept[:, None] != 0, out, 0.0)
     out_ptrs = _tile_pointers(_batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), offs_q, offs_dv, out_strides)
     stored = offs_q[:, None] < q_len
     if VALUE_DIM != BLOCK_DV:

@@ -8,17 +8,8 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import (
-    Dot,
-    Expr,
-    Index,
-    Load,
-    Product,
-    free_symbols,
-    loads,
-    pointwise,
-    rewrite,
-)
+from flashfuse.kernels.expr import Dot, Expr, Index, Load, Product, free_symbols, loads
+from flashfuse.kernels.normal import pointwise, rewrite
 from flashfuse.kernels.spec import (
     KV_IDX,
     KV_LEN,
@@ -81,8 +72,9 @@ def assemble(
             program = _scaled(program, factor)
     program = settled(layout.substitute(program), score.dot.dtype)
     axes = layout.batch
-    sink, factor = (None if e is None else layout.substitute(e) for e in (end.sink, end.factor))
-    programs = [e for e in (program, sink, factor) if e is not None]
+    sink = None if end.sink is None else layout.substitute(end.sink)
+    multiplier = None if end.factor is None else layout.substitute(end.factor)
+    programs = [e for e in (program, sink, multiplier) if e is not None]
     captured = _captured(programs)
     _check_captured(lifter, captured, node)
     q_len = lifter.ranges[roles.i] if roles.i is not None else sympy.Integer(1)
@@ -108,7 +100,7 @@ def assemble(
         out_order=out_order,
         normaliser=end.normaliser,
         sink=None if sink is None else final(sink),
-        factor=None if factor is None else final(factor),
+        factor=None if multiplier is None else final(multiplier),
     )
     return AttentionSite(
         node=node,

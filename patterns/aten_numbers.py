@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from flashfuse.kernels.expr import Expr, const, pointwise
+from flashfuse.kernels.expr import Expr
+from flashfuse.kernels.normal import const, pointwise
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, NodeView
 from flashfuse.patterns.rows import argument, row

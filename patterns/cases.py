@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import sympy
 
-from flashfuse.kernels.expr import FALSE, TRUE, Expr, Index, Pointwise, rewrite
+from flashfuse.kernels.expr import Expr, Index, Pointwise
+from flashfuse.kernels.normal import FALSE, TRUE, rewrite
 from flashfuse.patterns.indexing import Ranges, bounds
 
 # A comparison holds where this is not negative.

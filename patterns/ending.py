@@ -15,8 +15,6 @@ import torch
 from torch import fx
 
 from flashfuse.kernels.expr import (
-    FALSE,
-    TRUE,
     Const,
     Dot,
     Expr,
@@ -25,15 +23,11 @@ from flashfuse.kernels.expr import (
     Product,
     Reduce,
     Softmax,
-    cast,
-    conjunction,
-    conjuncts,
     free_symbols,
     loads,
-    pointwise,
-    rewrite,
     walk,
 )
+from flashfuse.kernels.normal import FALSE, TRUE, cast, conjunction, conjuncts, pointwise, rewrite
 from flashfuse.patterns.graph import name_of
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.refusal import Refused

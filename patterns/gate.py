@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashfuse.kernels.expr import Dot, Expr, Pointwise, Reduce, number
+from flashfuse.kernels.expr import Dot, Expr, Pointwise, Reduce
+from flashfuse.kernels.normal import number
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import as_logsumexp, open_up

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import sympy
 
-from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols, number, substitute
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols
+from flashfuse.kernels.normal import number, substitute
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.shift import same_element, same_value
+from flashfuse.patterns.shift import limited_by_number, same_element, same_value
 
 # Operators that a normaliser starts from, by their bare names.
 NORMALISERS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "special_softmax", "logsumexp"})
@@ -120,7 +121,8 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
         return Normalised(Softmax(total.dtype, score, total.axis, at, total.extent))
     sink = _relative_to(lifter, further, shift)
     if sink is None:
-        score, shift, sink = exponential.args[0], None, _relative_to(lifter, further, None)
+        score, shift = exponential.args[0], None
+        sink = _relative_to(lifter, further, None)
     if sink is None:
         return None
     # exp(-inf - m) is 0 beside the further term, unless m is -inf as well.
@@ -133,7 +135,7 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
 def _has_lower_limit(lifter: Lifter, shift: Expr) -> bool:
     """Whether a number keeps the shift finite where the whole row is -inf."""
     top = opened_or_none(lifter, shift)
-    return isinstance(top, Pointwise) and top.op == "max" and any(number(a) is not None for a in top.args)
+    return top is not None and limited_by_number(top, "max") is not None
 
 
 def _sum_and_rest(lifter: Lifter, denominator: Expr) -> tuple[Reduce | None, Expr | None]:
@@ -182,16 +184,17 @@ def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None) -> Expr | None:
 
 def place(lifter: Lifter, above: Expr, below: Expr, axis: sympy.Symbol) -> sympy.Expr | None:
     """Where on the summed axis `above` stands, if it is `below` there: both are opened in step."""
-    stepped: tuple[Expr | None, Expr | None] = above, below
-    while stepped[0] is not None and stepped[1] is not None:
-        above, below = stepped
+    upper: Expr | None = above
+    lower: Expr | None = below
+    while upper is not None and lower is not None:
+        above, below = upper, lower
         for at in free_symbols(above) - free_symbols(below):
             if substitute(below, {axis: at}) == above:
                 return at
         places = same_element(below, above, {axis})
         if places is not None:
             return places.get(axis)
-        stepped = _one_step(lifter, above), _one_step(lifter, below)
+        upper, lower = _one_step(lifter, above), _one_step(lifter, below)
     return None
 
 

@@ -12,10 +12,12 @@ from collections.abc import Set as AbstractSet
 import sympy
 from torch import fx
 
-from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Reduce, free_symbols, pointwise
-from flashfuse.kernels.mask import HUGE_FILL
+from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Reduce, free_symbols
+from flashfuse.kernels.normal import number, pointwise
 from flashfuse.patterns.lift import CannotLift, Lifter
 
+# A fill of at most this absorbs any score that a model computes, and any shift.
+_ABSORBING = -1e30
 # How many operators back two spellings of one value are compared.
 _STEPS = 6
 
@@ -59,7 +61,7 @@ def _transparent(expr: Pointwise, axis: sympy.Symbol) -> Iterator[int]:
         case Pointwise(op="where", args=(_, *branches)):
             for slot in (0, 1):
                 fill = branches[1 - slot]
-                if isinstance(fill, Const) and fill.value <= HUGE_FILL:
+                if isinstance(fill, Const) and fill.value <= _ABSORBING:
                     yield slot + 1
 
 
@@ -67,8 +69,8 @@ def _is_maximum(lifter: Lifter, m: Expr, x: Expr, axis: sympy.Symbol) -> bool:
     """Whether m is the maximum of x over its row or over more; of x before its masks, too."""
     for reduced in _steps(lifter, m):
         # A maximum that is kept above a number is as finite.
-        while isinstance(reduced, Pointwise) and reduced.op == "max" and isinstance(reduced.args[1], Const):
-            reduced = _opened(lifter, reduced.args[0])
+        while (limited := limited_by_number(reduced, "max")) is not None:
+            reduced = _opened(lifter, limited[0])
         bound: set[sympy.Symbol] = set()
         while isinstance(reduced, Reduce) and reduced.kind == "max":
             bound.add(reduced.axis)
@@ -81,6 +83,16 @@ def _is_maximum(lifter: Lifter, m: Expr, x: Expr, axis: sympy.Symbol) -> bool:
                 if (places := same_element(inside, outside, bound)) is not None
             )
     return False
+
+
+def limited_by_number(expr: Expr, *ops: str) -> tuple[Expr, float] | None:
+    """(x, c) of an expression max(x, c) or min(x, c) with a number c, in either order."""
+    if not isinstance(expr, Pointwise) or expr.op not in ops:
+        return None
+    for x, limit in (expr.args, expr.args[::-1]):
+        if (c := number(limit)) is not None:
+            return x, float(c)
+    return None
 
 
 def _unmasked(lifter: Lifter, x: Expr) -> Iterator[Expr]:

@@ -16,7 +16,8 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Softmax, number, pointwise, substitute
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Softmax
+from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.graph import is_weighted, name_of
 from flashfuse.patterns.lift import CannotLift, Lifter
@@ -24,7 +25,7 @@ from flashfuse.patterns.normaliser import NORMALISERS, Normalised, as_softmax, o
 from flashfuse.patterns.operand import exactly_promotes
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.seeds import is_contraction
-from flashfuse.patterns.shift import same_value, without_shift
+from flashfuse.patterns.shift import limited_by_number, same_value, without_shift
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,8 @@ def _choice(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[
 
 def _is_not_nan(lifter: Lifter, condition: Expr, x: Expr) -> bool:
     """Whether the condition is that x, here possibly within the limits of its type, is not NaN."""
-    while isinstance(x, Pointwise) and x.op in ("min", "max") and number(x.args[1]) is not None:
-        x = x.args[0]
+    while (limited := limited_by_number(x, "min", "max")) is not None:
+        x = limited[0]
     opened, negated = opened_or_none(lifter, condition), False
     while isinstance(opened, Pointwise) and opened.op == "not":
         opened, negated = opened_or_none(lifter, opened.args[0]), not negated
@@ -177,12 +178,11 @@ def _without_nan(terms: tuple[Weights, ...], passed: fx.Node | None) -> tuple[We
 
 def _limit(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
     """A limit that no probability reaches."""
-    terms = find_weights(columns, expr.args[0], passed)
-    limit = number(expr.args[1])
-    outside = limit is not None and (limit >= 1 if expr.op == "min" else limit <= 0)
-    if outside and len(terms) == 1 and not terms[0].factors:
-        return terms
-    return _other(columns, expr, passed)
+    limited = limited_by_number(expr, "min", "max")
+    if limited is None or not (limited[1] >= 1 if expr.op == "min" else limited[1] <= 0):
+        return _other(columns, expr, passed)
+    terms = find_weights(columns, limited[0], passed)
+    return terms if len(terms) == 1 and not terms[0].factors else _other(columns, expr, passed)
 
 
 def _other(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:

@@ -312,8 +312,8 @@ UNNORMALISED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda s, keep: torch.where(keep, s.sigmoid(), 0.0),
         "where(t0[n0, 0, 0, kv_idx], sigmoid((qk * 0.5)), 0.0)",
     ),
-    "relu": (lambda s, keep: F.relu(s) / T, "(max((qk * 0.5), 0.0) * 0.1)"),
-    "squared-relu": (lambda s, keep: F.relu(s).square(), "pow(max((qk * 0.5), 0.0), 2)"),
+    "relu": (lambda s, keep: F.relu(s) / T, "(max(0.0, (qk * 0.5)) * 0.1)"),
+    "squared-relu": (lambda s, keep: F.relu(s).square(), "pow(max(0.0, (qk * 0.5)), 2)"),
     "silu": (lambda s, keep: F.silu(s), "((qk * 0.5) * sigmoid((qk * 0.5)))"),
     "exponential": (lambda s, keep: torch.exp(s), "exp((qk * 0.5))"),
 }
