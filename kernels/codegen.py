@@ -36,9 +36,10 @@ from flashfuse.kernels.expr import (
     pointwise,
     walk,
 )
-from flashfuse.kernels.mask import HUGE_FILL, MaskStructure, analyze
+from flashfuse.kernels.bounds import Q_START, Q_STOP, BoundsProgram, KvRange
+from flashfuse.kernels.mask import mask_of, may_be_huge
 from flashfuse.kernels.operators import OPS
-from flashfuse.kernels.scale import peel_scale
+from flashfuse.kernels.scale import peel_scale, unscaled
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, to_text
 
 Guards = tuple[Expr, ...]
@@ -50,7 +51,7 @@ class ScoreProgram:
 
     score_masked, score_full: tile of products -> tile of inner scores, for tiles that meet a mask or the end of the
         keys, and for those that do not.
-    kv_bounds: query tile -> (start, full_start, full_end, end), see `mask.KvRange`.
+    kv_bounds: query tile -> (start, full_start, full_end, end), see `bounds.KvRange`.
     scale: score = scale * inner score.
     fill_threshold: rows whose largest inner score is not above it must see the skipped keys; None when none ever must.
     huge_factor: a power of two for rows whose scores are so large that multiplying them by log2(e) overflows; None when
@@ -72,11 +73,14 @@ class ScoreProgram:
 
 
 @functools.lru_cache(maxsize=1024)
-def load_program(spec: AttentionSpec) -> ScoreProgram:
-    """Generate, write and import the functions of a spec."""
+def load_program(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool = False) -> ScoreProgram:
+    """Generate, write and import the functions of a spec.
+
+    ranged: for calls with `kv_ranges`, which vouch for what data masks too. fewer_queries: for q_len <= kv_len.
+    """
     scale, inner = peel_scale(spec.score)
-    mask = analyze(inner)
-    digest, source = generate(spec)
+    mask = mask_of(spec)
+    digest, source = generate(spec, ranged)
     path = _write(digest, source)
     module = _import(path)
     return ScoreProgram(
@@ -84,10 +88,10 @@ def load_program(spec: AttentionSpec) -> ScoreProgram:
         score_full=getattr(module, f"score_full_{digest}"),
         kv_bounds=getattr(module, f"kv_bounds_{digest}"),
         scale=scale,
-        fill_threshold=mask.fill_threshold(scale),
-        huge_factor=_huge_factor(scale) if any(_may_be_huge(e) for e in walk(inner)) else None,
+        fill_threshold=mask.fill_threshold(scale, ranged=ranged, fewer_queries=fewer_queries),
+        huge_factor=_huge_factor(scale) if any(may_be_huge(e) for e in walk(inner)) else None,
         lowest=_lowest(spec.score, scale),
-        longest_first=any(line.slope > 0 for line in mask.upper),
+        longest_first=mask.bounds.depends_on({Q_START, Q_STOP}, ("end",)),
         path=path,
     )
 
@@ -102,15 +106,6 @@ def _lowest(score: Expr, scale: float) -> float:
     smallest = torch.finfo(torch.float32).min * scale
     fills = (e.value for e in walk(score) if isinstance(e, Const) and math.isfinite(e.value))
     return min([smallest, *fills])
-
-
-def _may_be_huge(expr: Expr) -> bool:
-    match expr:
-        case Const(value=value):
-            return math.isfinite(value) and abs(value) >= -HUGE_FILL
-        case Load(dtype=dtype) | Gather(dtype=dtype):
-            return dtype.is_floating_point
-    return False
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -149,14 +144,15 @@ _IMPORTS = {
 }
 
 
-def generate(spec: AttentionSpec) -> tuple[str, str]:
-    """(hash, source text) of the spec's module."""
+def generate(spec: AttentionSpec, ranged: bool = False) -> tuple[str, str]:
+    """(hash, source text) of the spec's module, for calls with `kv_ranges` or for those without."""
     scale, inner = peel_scale(spec.score)
-    mask = analyze(inner)
+    mask = mask_of(spec)
+    full = unscaled(mask.unmasked if ranged else mask.full, scale)
     bodies = {
         "masked_body": _score_body(inner, spec.compute_dtype, keys_end=True),
-        "full_body": _score_body(mask.full, spec.compute_dtype, keys_end=False),
-        "bounds_body": _bounds_body(mask),
+        "full_body": _score_body(full, spec.compute_dtype, keys_end=False),
+        "bounds_body": _bounds_body(mask.bounds, spec.compute_dtype),
     }
     imports = [line for use, line in _IMPORTS.items() if any(use in body for body in bodies.values())]
     source = _TEMPLATE.format(
@@ -165,7 +161,7 @@ def generate(spec: AttentionSpec) -> tuple[str, str]:
         scale=scale,
         imports="\n".join([*imports, ""]) if imports else "",
         masked=to_text(inner),
-        full=to_text(mask.full),
+        full=to_text(full),
         **bodies,
     )
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
@@ -180,26 +176,9 @@ def _score_body(score: Expr, float_dtype: torch.dtype, keys_end: bool) -> str:
     return _indented([*writer.lines, f"return {result}"])
 
 
-def _bounds_body(mask: MaskStructure) -> str:
-    def extreme(function: str, first: str, terms: Iterable[sympy.Expr]) -> str:
-        return functools.reduce(lambda text, term: f"{function}({text}, {index_source(term)})", terms, first)
-
-    def clamped(low: str, value: str, high: str) -> str:
-        return f"tl.minimum(tl.maximum({value}, {low}), {high})"
-
-    starts, ends = mask.starts(), mask.ends()
-    lines = [
-        f"start = {clamped('0', extreme('tl.maximum', '0', starts), 'kv_len')}" if starts else "start = kv_len * 0",
-        f"end = tl.maximum({extreme('tl.minimum', 'kv_len', ends)}, start)" if ends else "end = kv_len",
-        f"full_start = {clamped('start', extreme('tl.maximum', 'start', mask.full_starts()), 'end')}"
-        if starts
-        else "full_start = start",
-        f"full_end = tl.maximum({extreme('tl.minimum', 'end', mask.full_ends())}, full_start)"
-        if ends
-        else "full_end = end",
-        "return start, full_start, full_end, end",
-    ]
-    return _indented(lines)
+def _bounds_body(bounds: BoundsProgram, float_dtype: torch.dtype) -> str:
+    lines = [f"{name} = {_Writer(value, float_dtype, False).emit(value)}" for name, value in bounds.steps]
+    return _indented([*lines, f"return {', '.join(KvRange._fields)}"])
 
 
 def _indented(lines: Iterable[str]) -> str:
