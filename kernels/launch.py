@@ -15,6 +15,7 @@ import triton.language as tl
 from flashfuse.kernels.codegen import load_program
 from flashfuse.kernels.expr import free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
+from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.spec import KV_IDX, MAX_BATCH_AXES, Q_IDX, AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
@@ -65,20 +66,25 @@ class Device:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the launch table: for head dims up to `head_dim`, elements up to `element_bytes`, at least `arch`."""
+    """A row of the launch table: for head dims up to `head_dim`, elements up to `element_bytes`, at least `arch`.
+
+    captured: only for programs that load a captured element for each score.
+    """
 
     head_dim: int
     element_bytes: int
     backend: str
     arch: int
     launch: Launch
+    captured: bool = False
 
 
 # The first row that applies and fits in shared memory is used: measured choices first, then ever smaller tiles.
 TABLE = (
     # Warp-group matrix instructions: 64 query rows a group of four warps.
     Row(64, 2, "cuda", 90, Launch(128, 64, 4, 3)),
-    Row(128, 2, "cuda", 90, Launch(128, 64, 8, 3)),
+    Row(128, 2, "cuda", 90, Launch(128, 64, 8, 3), captured=True),
+    Row(128, 2, "cuda", 90, Launch(64, 64, 4, 3)),
     Row(256, 2, "cuda", 90, Launch(128, 64, 8, 2)),
     Row(256, 2, "cuda", 90, Launch(128, 32, 8, 2)),
     Row(512, 2, "cuda", 90, Launch(64, 32, 8, 2)),
@@ -115,6 +121,7 @@ def choose_launch(device: Device, shape: Shape) -> Launch | None:
             and shape.element_bytes <= row.element_bytes
             and row.backend in ("", device.backend)
             and device.arch >= row.arch
+            and (shape.captured_bytes > 0 or not row.captured)
             and launch.shared_bytes(shape) <= device.shared_bytes
         ):
             return launch
@@ -134,9 +141,18 @@ def device_of(index: int | None) -> Device:
 
 
 @functools.lru_cache(maxsize=4096)
-def constants(spec: AttentionSpec, head_dim: int, value_dim: int, precision: str, launch: Launch) -> Mapping[str, Any]:
-    """The compile-time arguments and options of the kernel."""
-    program = load_program(spec)
+def constants(
+    spec: AttentionSpec,
+    head_dim: int,
+    value_dim: int,
+    precision: str,
+    launch: Launch,
+    ranged: bool = False,
+    fewer_queries: bool = False,
+) -> Mapping[str, Any]:
+    """The compile-time arguments and options of the kernel, for calls with or without `kv_ranges`."""
+    assert not ranged or MASK_BLOCK % launch.block_q == 0, "the rows of a tile share a row of kv_ranges"
+    program = load_program(spec, ranged, fewer_queries)
     return {
         "SCORE_MASKED": program.score_masked,
         "SCORE_FULL": program.score_full,
@@ -147,6 +163,7 @@ def constants(spec: AttentionSpec, head_dim: int, value_dim: int, precision: str
         "LOWEST": program.lowest,
         "ZERO_EMPTY_ROWS": spec.empty_row == "zero",
         "LONGEST_FIRST": program.longest_first,
+        "SHARED_BATCH": program.shared_batch,
         "PRODUCT_DTYPE": _triton_dtype(spec.product_dtype),
         "PROBS_DTYPE": _triton_dtype(spec.probs_dtype),
         "PRECISION": precision,
@@ -224,13 +241,14 @@ def attention_forward(
         return attention_tiled(spec, q, k, v, captured, sizes, kv_ranges)
     grid = (math.prod(batch) * -(-q_len // launch.block_q),)
     arguments = (
-        q, k, v, out, lse,
-        *(_strides(x, batch) for x in (q, k, v, out)),
-        *(*batch, *(1,) * (MAX_BATCH_AXES - len(batch)))[1:], q_len, kv_len,
+        q, k, v, out, lse, kv_ranges,
+        *(_strides(x, batch) for x in (q, k, v, out, out if kv_ranges is None else kv_ranges)),
+        *batch, *(1,) * (MAX_BATCH_AXES - len(batch)), q_len, kv_len,
         tuple(sizes[spec.batch_axes :]), tuple(captured), tuple(c.stride() for c in captured),
     )  # fmt: skip
+    variant = constants(spec, head_dim, value_dim, precision, launch, kv_ranges is not None, q_len <= kv_len)
     with torch.cuda.device_of(q):
-        attention_forward_kernel[grid](*arguments, **constants(spec, head_dim, value_dim, precision, launch))
+        attention_forward_kernel[grid](*arguments, **variant)
     return out, lse
 
 
