@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import sympy
 import torch
 
+from flashfuse.kernels.bounds import Q_START, Q_STOP, KvRange
 from flashfuse.kernels.evaluate import Tile, evaluate
 from flashfuse.kernels.expr import Expr
-from flashfuse.kernels.bounds import Q_START, Q_STOP, KvRange
 from flashfuse.kernels.mask import MASK_BLOCK, MaskStructure, mask_of
 from flashfuse.kernels.spec import AttentionSpec
 

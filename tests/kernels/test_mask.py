@@ -11,7 +11,8 @@ import sympy
 import torch
 
 from flashfuse.kernels.expr import Expr, Index, Pointwise
-from flashfuse.kernels.mask import Q_START, Q_STOP, analyze
+from flashfuse.kernels.bounds import Q_START, Q_STOP
+from flashfuse.kernels.mask import analyze
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, parse, size_symbol, to_text
 
 MIN = torch.finfo(torch.float32).min
@@ -96,7 +97,7 @@ def test_bounds_are_exact_against_enumeration(seed: int) -> None:
         values = {Q_LEN: q_len, KV_LEN: kv_len, size_symbol(0): rng.randint(1, 6)}
         for q_start in range(0, q_len, block):
             rows = range(q_start, min(q_start + block, q_len))
-            bounds = structure.kv_range({**values, Q_START: rows.start, Q_STOP: rows.stop})
+            bounds = structure.bounds.kv_range({**values, Q_START: rows.start, Q_STOP: rows.stop})
             assert 0 <= bounds.start <= bounds.full_start <= bounds.full_end <= bounds.end <= kv_len
             truth = [[_holds(predicate, q, kv, values) for q in rows] for kv in range(kv_len)]
             some, every = [any(t) for t in truth], [all(t) for t in truth]
