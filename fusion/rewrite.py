@@ -14,7 +14,7 @@ from torch import fx
 import flashfuse.kernels.ops  # noqa: F401
 from flashfuse.insert import Inserter, copy_module
 from flashfuse.kernels.ranges import RangesProgram, ranges_program
-from flashfuse.patterns.graph import Graph, mutated_inputs, shape, tensor, to_sympy, value
+from flashfuse.patterns.graph import mutated_inputs, shape, tensor, to_sympy, value
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.output_order import memory_order
 from flashfuse.patterns.site import AttentionSite, Operand
@@ -31,8 +31,9 @@ def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
     made, copied = copy_module(module)
     graph = made.graph
     unused = {copied[n] for n in module.graph.nodes if n.op != "output" and not n.users}
-    ranges = SharedRanges(Graph(module))
-    for site in sorted(sites, key=lambda site: ranges.graph.position[site.node]):
+    ranges = SharedRanges(module.graph)
+    position = {node: i for i, node in enumerate(module.graph.nodes)}
+    for site in sorted(sites, key=lambda site: position[site.node]):
         _replace(graph, site, copied, ranges)
     _erase_unused(graph, unused)
     graph.lint()
@@ -63,6 +64,8 @@ def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node
     if not site.free_layout:
         out = build.laid_out_as(out, seen)
     node.replace_all_uses_with(out)
+    # A later site may read this one's output.
+    copied[site.node] = out
     for dead in (node, *(copied[n] for n in reversed(site.chain))):
         if not dead.users:
             graph.erase_node(dead)
@@ -71,12 +74,13 @@ def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node
 class SharedRanges:
     """The `flashfuse::mask_ranges` nodes of a graph, one for all sites with the same mask over the same data.
 
-    Sites come in the order of the graph, so a node made for one stands before all later ones.
+    Sites come in the order of the graph, so a node made for one stands before all later ones, and nothing is written
+    between a captured tensor and the last of its sites.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.made: dict[tuple[Any, ...], tuple[fx.Node, fx.Node]] = {}
+        self.made: dict[tuple[Any, ...], fx.Node] = {}
 
     def node(self, site: AttentionSite, build: _Builder) -> fx.Node | None:
         """The key ranges of a site; None where its mask does not depend on data or they would not pay."""
@@ -86,11 +90,9 @@ class SharedRanges:
         read = tuple(site.captured[slot] for slot in program.captured)
         batch = tuple(site.batch[axis] for axis in sorted(program.batch))
         key = (program, read, batch, tuple(site.sizes[slot] for slot in program.sizes), site.q_len, site.kv_len)
-        user, made = self.made.get(key, (None, None))
-        if user is None or made is None or any(self.graph.writer_between(n, user, site.node) for n in read):
-            made = self._insert(program, site, build)
-            self.made[key] = (site.node, made)
-        return made
+        if key not in self.made:
+            self.made[key] = self._insert(program, site, build)
+        return self.made[key]
 
     def _typical(self, size: sympy.Expr) -> int:
         """The size in the call that is being compiled; of a size that only data decides, a guess."""

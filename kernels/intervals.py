@@ -60,9 +60,16 @@ class Grid:
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """Blocks of queries and granules of keys."""
-        q_len, kv_len = self.sizes[Q_LEN], self.sizes[KV_LEN]
-        return (q_len + self.block_q - 1) // self.block_q, (kv_len + self.block_kv - 1) // self.block_kv
+        """Blocks of queries and granules of keys that cover them, one more where lengths are symbolic.
+
+        A size that may be 1 would have a compiler compile for 1 and for more.
+        """
+        lengths, blocks = (self.sizes[Q_LEN], self.sizes[KV_LEN]), (self.block_q, self.block_kv)
+        rows, columns = (
+            (length + block - 1) // block + (0 if isinstance(length, int) else 1)
+            for length, block in zip(lengths, blocks, strict=True)
+        )
+        return rows, columns
 
     def along(self, axis: int, positions: torch.Tensor) -> torch.Tensor:
         """`positions` [n] as a tensor of the grid's rank that varies along `axis`."""

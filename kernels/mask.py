@@ -229,8 +229,8 @@ def _masking_limit(score: Expr, load: Load, normaliser: str) -> float | None:
     factor = 1.0 if normaliser == "none" else min(_added_constant(at(-LARGEST)) / -LARGEST, 1.0)
     if factor * LARGEST <= -2 * HUGE_FILL:
         return None
-    limit = 1.001 * HUGE_FILL / factor
-    return limit if _fill_of(at(limit), normaliser) is not None else None
+    limit = HUGE_FILL / factor
+    return limit if _fill_of(at(1.001 * limit), normaliser) is not None else None
 
 
 def _fill_of(masked: Expr, normaliser: str) -> float | None:
