@@ -60,7 +60,7 @@ class Bounds:
 ALL = Bounds(Span(), Span())
 NONE = Bounds(Span(high=index(0)), None)
 UNKNOWN = Bounds(Span(), None)
-_CONSTANT = {TRUE: ALL, FALSE: NONE}
+_CONSTANT: Mapping[Expr, Bounds] = {TRUE: ALL, FALSE: NONE}
 
 Steps = tuple[tuple[sympy.Symbol, Expr], ...]
 
@@ -160,7 +160,7 @@ def _order(reader: Reader, predicate: Pointwise) -> Bounds:
     if not (left.value - right.value).has(KV_IDX):
         return _of_queries(reader, predicate.op, left.value, right.value)
     line = solved(predicate.op, left.value, right.value)
-    extent = line and extremes(line.at, QUERY_TILE)
+    extent = None if line is None else extremes(line.at, QUERY_TILE)
     if line is None or extent is None:
         return UNKNOWN
     least, greatest = extent

@@ -38,7 +38,7 @@ from flashfuse.kernels.expr import (
     pointwise,
     walk,
 )
-from flashfuse.kernels.mask import mask_of, may_be_huge
+from flashfuse.kernels.mask import analyze, kernel_score, may_be_huge
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.scale import peel_scale, unscaled
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, batch_symbol, to_text
@@ -81,9 +81,10 @@ def load_program(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool 
 
     ranged: for calls with `kv_ranges`, which vouch for what data masks too. fewer_queries: for q_len <= kv_len.
     """
-    scale, inner = peel_scale(spec.score)
-    mask = mask_of(spec)
-    digest, source = generate(spec, ranged)
+    score = kernel_score(spec, fewer_queries)
+    scale, inner = peel_scale(score)
+    mask = analyze(score, spec.normaliser)
+    digest, source = generate(spec, ranged, fewer_queries)
     path = _write(digest, source)
     module = _import(path)
     return ScoreProgram(
@@ -91,9 +92,9 @@ def load_program(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool 
         score_full=getattr(module, f"score_full_{digest}"),
         kv_bounds=getattr(module, f"kv_bounds_{digest}"),
         scale=scale,
-        fill_threshold=mask.fill_threshold(scale, ranged=ranged, fewer_queries=fewer_queries),
+        fill_threshold=mask.fill_threshold(scale, ranged=ranged),
         huge_factor=_huge_factor(scale) if any(may_be_huge(e) for e in walk(inner)) else None,
-        lowest=_lowest(spec.score, scale),
+        lowest=_lowest(score, scale),
         longest_first=mask.bounds.depends_on({Q_START, Q_STOP}, ("end",)),
         shared_batch=_shares_first_batch_axis(spec.score),
         path=path,
@@ -159,10 +160,11 @@ def _imports(spec: AttentionSpec, bodies: Iterable[str]) -> list[str]:
     return [line for use, line in (("libdevice.", _LIBDEVICE), ("tanh(", tanh)) if use in text]
 
 
-def generate(spec: AttentionSpec, ranged: bool = False) -> tuple[str, str]:
-    """(hash, source text) of the spec's module, for calls with `kv_ranges` or for those without."""
-    scale, inner = peel_scale(spec.score)
-    mask = mask_of(spec)
+def generate(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool = False) -> tuple[str, str]:
+    """(hash, source text) of the spec's module; the arguments are those of `load_program`."""
+    score = kernel_score(spec, fewer_queries)
+    scale, inner = peel_scale(score)
+    mask = analyze(score, spec.normaliser)
     full = unscaled(mask.unmasked if ranged else mask.full, scale)
     bodies = {
         "masked_body": _score_body(inner, spec.compute_dtype, keys_end=True),

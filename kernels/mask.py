@@ -117,6 +117,20 @@ def mask_of(spec: AttentionSpec) -> MaskStructure:
     return analyze(spec.score, spec.normaliser)
 
 
+@functools.lru_cache(maxsize=4096)
+def kernel_score(spec: AttentionSpec, fewer_queries: bool = False) -> Expr:
+    """The spec's score as kernels compute it: where every row provably keeps a key, a huge fill may as well be -inf.
+
+    fewer_queries: whether q_len <= kv_len is known.
+    """
+    mask = mask_of(spec)
+    finite = mask.data_fill is not None and -math.inf < mask.data_fill <= HUGE_FILL
+    if not finite or not mask.keeps_key(fewer_queries):
+        return spec.score
+    dtype = spec.score.dtype
+    return make("where", mask.needed, mask.unmasked, Const(dtype, -math.inf), dtype=dtype)
+
+
 def may_be_huge(expr: Expr) -> bool:
     """Whether a node may bring in numbers of the size of a fill."""
     match expr:

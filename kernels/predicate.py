@@ -6,7 +6,7 @@ needs a rule for none of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -15,7 +15,11 @@ from flashfuse.kernels.expr import Expr, Index, Pointwise, pointwise
 NEGATED = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 _DUAL = {"and": "or", "or": "and"}
 _AT_MOST = ("lt", "le")
-_PARTS = {"abs": lambda x: (x, pointwise("neg", x)), "max": lambda x, y: (x, y), "min": lambda x, y: (x, y)}
+_PARTS: Mapping[str, Callable[..., tuple[Expr, Expr]]] = {
+    "abs": lambda x: (x, pointwise("neg", x)),
+    "max": lambda x, y: (x, y),
+    "min": lambda x, y: (x, y),
+}
 
 
 def normal(expr: Expr, negate: bool = False) -> Expr:

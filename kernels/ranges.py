@@ -101,7 +101,7 @@ def _numbered(needed: Expr, idle: Expr) -> RangesProgram:
     return RangesProgram(
         needed=to_text(rewrite(needed, rule)),
         idle=to_text(rewrite(idle, rule)),
-        captured=tuple(int(slot) for slot in captured),
+        captured=tuple(slot for slot in captured if isinstance(slot, int)),
         sizes=sizes,
         batch=frozenset(int(s.name[1:]) for s in symbols if s.name[0] == "n"),
     )
