@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import sympy
 
 from flashfuse.kernels.evaluate import evaluate_index
-from flashfuse.kernels.expr import FALSE, TRUE, Const, Expr, Index, Pointwise, index, pointwise
+from flashfuse.kernels.expr import Const, Expr, Index, Pointwise
+from flashfuse.kernels.normal import FALSE, TRUE, index, pointwise
 from flashfuse.kernels.solve import Extent, extremes, solved
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX
 

@@ -11,30 +11,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
 
 from flashfuse.kernels.bounds import BoundsProgram, Reader, Span
-from flashfuse.kernels.expr import (
-    FALSE,
-    TRUE,
-    Const,
-    Expr,
-    Gather,
-    Load,
-    Pointwise,
-    Product,
-    conjunction,
-    conjuncts,
-    free_symbols,
-    number,
-    substitute,
-    walk,
-)
-from flashfuse.kernels.expr import pointwise as make
+from flashfuse.kernels.expr import Const, Expr, Gather, Load, Pointwise, Product, free_symbols, walk
 from flashfuse.kernels.mask_words import in_words
+from flashfuse.kernels.normal import FALSE, TRUE, conjunction, conjuncts, number, substitute
+from flashfuse.kernels.normal import pointwise as make
 from flashfuse.kernels.predicate import normal
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, batch_symbol
 
@@ -118,17 +104,17 @@ def mask_of(spec: AttentionSpec) -> MaskStructure:
 
 
 @functools.lru_cache(maxsize=4096)
-def kernel_score(spec: AttentionSpec, fewer_queries: bool = False) -> Expr:
-    """The spec's score as kernels compute it: where every row provably keeps a key, a huge fill may as well be -inf.
+def kernel_spec(spec: AttentionSpec, fewer_queries: bool = False) -> AttentionSpec:
+    """The spec as kernels compute it: where every row provably keeps a key, a huge fill may as well be -inf.
 
     fewer_queries: whether q_len <= kv_len is known.
     """
     mask = mask_of(spec)
     finite = mask.data_fill is not None and -math.inf < mask.data_fill <= HUGE_FILL
     if not finite or not mask.keeps_key(fewer_queries):
-        return spec.score
+        return spec
     dtype = spec.score.dtype
-    return make("where", mask.needed, mask.unmasked, Const(dtype, -math.inf), dtype=dtype)
+    return replace(spec, score=make("where", mask.needed, mask.unmasked, Const(dtype, -math.inf), dtype=dtype))
 
 
 def may_be_huge(expr: Expr) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import TRUE, Expr, Index, Load, Pointwise, conjuncts, free_symbols, loads, substitute
+from flashfuse.kernels.expr import Expr, Index, Load, Pointwise, free_symbols, loads
+from flashfuse.kernels.normal import TRUE, conjuncts, substitute
 from flashfuse.kernels.predicate import disjuncts
 from flashfuse.kernels.solve import solved
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, index_text, to_text

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from flashfuse.kernels.expr import Expr, Index, Pointwise, pointwise
+from flashfuse.kernels.expr import Expr, Index, Pointwise
+from flashfuse.kernels.normal import pointwise
 
 NEGATED = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 _DUAL = {"and": "or", "or": "and"}

@@ -13,21 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from flashfuse.kernels.expr import (
-    FALSE,
-    Expr,
-    Gather,
-    Index,
-    Load,
-    conjunction,
-    conjuncts,
-    free_symbols,
-    loads,
-    rewrite,
-    sympify,
-)
+from flashfuse.kernels.expr import Expr, Gather, Index, Load, free_symbols, loads, sympify
 from flashfuse.kernels.intervals import Grid, interval
 from flashfuse.kernels.mask import MASK_BLOCK, MASK_GRANULE, mask_of
+from flashfuse.kernels.normal import FALSE, conjunction, conjuncts, rewrite
 from flashfuse.kernels.spec import (
     KV_IDX,
     KV_LEN,

@@ -1,4 +1,4 @@
-"""Runs test_forward.py and test_ranged.py in Triton's interpreter, which has to be chosen before triton is imported."""
+"""Runs the kernels' tests in Triton's interpreter, which has to be chosen before triton is imported."""
 
 import os
 import subprocess
@@ -9,14 +9,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+FILES = [f"tests/kernels/test_{name}.py" for name in ("forward", "ranged", "derivative_tiles")]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU themselves")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is interpreted already")
 def test_forward_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    files = ["tests/kernels/test_forward.py", "tests/kernels/test_ranged.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", *FILES]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

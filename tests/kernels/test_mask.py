@@ -13,9 +13,10 @@ from torch.utils._sympy.functions import FloorDiv
 
 from flashfuse.kernels.bounds import Q_START, Q_STOP
 from flashfuse.kernels.evaluate import Tile, evaluate
-from flashfuse.kernels.expr import Const, Expr, conjunction, conjuncts
+from flashfuse.kernels.expr import Const, Expr
 from flashfuse.kernels.intervals import Grid, interval
 from flashfuse.kernels.mask import MaskStructure, analyze
+from flashfuse.kernels.normal import conjunction, conjuncts
 from flashfuse.kernels.predicate import normal
 from flashfuse.kernels.ranges import mask_ranges
 from flashfuse.kernels.solve import solved
