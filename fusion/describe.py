@@ -21,7 +21,7 @@ def describe_site(site: AttentionSite) -> Site:
         location=site.location,
         node=site.node.name,
         math=_math(site),
-        mask=mask_of(spec, spec.score).describe(),
+        mask=mask_of(spec).describe(),
         heads=_heads(site),
         shape=_shape(site),
         dtypes=", ".join(f"{part} {_short(dtype)}" for part, dtype in _dtypes(spec)),
