@@ -5,7 +5,7 @@
 
 q: [N.., Tq, D], k: [N.., Tkv, D], v: [N.., Tkv, Dv], broadcast over the batch axes N..; `sizes` are the batch sizes
 followed by size0, size1, .. of the score program; `spec` is `AttentionSpec.to_text()`. out: [N.., Tq, Dv];
-lse: [N.., Tq], the natural logarithm of the sum of exp(score).
+lse: [N.., Tq], the natural logarithm of the sum of exp(score), the sink's included; 0 without a normaliser.
 
 kv_ranges: int32 [N'.., at least ceil(Tq / MASK_BLOCK), 4], N' broadcasting to N: the `bounds.KvRange` of each
 MASK_BLOCK queries under a mask that depends on data. Without it every key that positions alone do not rule out is
