@@ -22,6 +22,8 @@ from flashfuse.kernels.problem import Box, Problem, slices, split
 BIAS_ELEMENTS = 1 << 20
 MIN_BLOCK_Q = 32
 MAX_BLOCK_Q = 256
+# From this size on a log-sum-exp in one number has lost too much of its logarithm.
+LARGE = 1e3
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,11 @@ def boxes(problem: Problem, program: AdditiveProgram) -> Iterator[Box]:
 
 
 def attend(problem: Problem, program: AdditiveProgram, box: Box) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Output [box.., D] and log-sum-exp [box..] of the query rows in `box`.
+    """Output [box.., D] and log-sum-exp [box.., 2] of the query rows in `box`.
 
     None where the kernel's answer may not be the score program's: a NaN or infinity among the products, a row with no
-    key, or a row whose every visited key is masked by a finite fill, so that the keys left out count as well.
+    key, or a row whose every visited key is masked by a finite fill, so that the keys left out count as well. None too
+    for log-sum-exps that are `LARGE`, as the kernel gives them in one number.
     """
     limits = problem.kv_range(box)
     keys = range(limits.start, limits.end)
@@ -115,16 +118,16 @@ def attend(problem: Problem, program: AdditiveProgram, box: Box) -> tuple[torch.
         *(_four_dims(x, batch) for x in (problem.q[slices(box)], k, v)), attn_mask=bias, scale=program.scale
     )
     # A row without a key comes back as log-sum-exp 0.
-    if bool((lse.isnan() | (lse == 0)).any()):
+    if not bool(((lse.abs() <= LARGE) & (lse != 0)).all()):
         return None
     threshold = problem.fill_threshold
     if threshold is not None and bool((lse - math.log(len(keys)) <= threshold).any()):
         return None
     out, lse = out.reshape(*batch, *out.shape[-2:]), lse.reshape(*batch, lse.shape[-1])
-    if problem.spec.sink is None:
-        return out, lse
-    sink = problem.evaluate_rows(problem.spec.sink, box)
-    return out * torch.sigmoid(lse - sink).unsqueeze(-1), torch.logaddexp(lse, sink)
+    if problem.spec.sink is not None:
+        sink = problem.evaluate_rows(problem.spec.sink, box)
+        out, lse = out * torch.sigmoid(lse - sink).unsqueeze(-1), torch.logaddexp(lse, sink)
+    return out, torch.stack([lse, torch.zeros_like(lse)], -1)
 
 
 def _four_dims(x: torch.Tensor, batch: tuple[int, ...]) -> torch.Tensor:

@@ -34,6 +34,8 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)),  s_ij = score(q_i . k_j, n, i, j)
 
+    lse is stored as the row's largest score and the logarithm of the sum of exp(s_ij - largest), see `ops`.
+
     SINK adds exp(sink(n, i)) to the sum, FACTOR or ROW_FACTOR multiplies exp(s_ij - lse_i), and rows that are not
     ROW_KEPT become 0; where the score is not NORMALISED, out_i = sum_j s_ij v_j.
     Operands have four batch axes (size 1 where the attention has fewer) and strides (n0, n1, n2, n3, row, column), 0 on
@@ -120,23 +122,30 @@ def attention_forward_kernel(
                 HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
 
+    # Rows without any key.
+    empty = row_sum == 0
     if SINK is not None:
         sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
         if not ZERO_EMPTY_ROWS:
             # What eager code multiplies by a weight of 0 is NaN already.
-            acc = tl.where((row_sum == 0)[:, None], float("nan"), acc)
-        acc, row_sum, lse = _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE, LOWEST)
+            acc = tl.where(empty[:, None], float("nan"), acc)
+        acc, row_sum, largest = _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE, LOWEST)
     elif NORMALISED:
-        lse = row_shift * LN2 + tl.log(row_sum)
+        largest = row_shift * LN2
         if HUGE_FACTOR is not None:
-            # log(row_sum) is lost in numbers of this size.
             huge = _huge_row_max(row_max, LOG2_SCALE, LOWEST)
-            lse = tl.where(row_max > HUGE, lse, tl.where(row_sum == 0, float("-inf"), huge))
+            largest = tl.where(row_max > HUGE, largest, tl.where(empty, float("-inf"), huge))
     else:
-        lse = row_sum
+        largest = row_sum
+    log_sum = row_sum
+    if NORMALISED:
+        log_sum = tl.log(tl.where(row_sum == 0, 1.0, row_sum))
+        if not ZERO_EMPTY_ROWS:
+            log_sum = tl.where(empty, float("nan"), log_sum)
     position = ((n0 * batch_1 + n1) * batch_2 + n2) * batch_3 + n3
-    lse_ptrs = lse_ptr + position.to(tl.int64) * q_len + offs_q
-    tl.store(lse_ptrs, lse, mask=offs_q < q_len)
+    lse_ptrs = lse_ptr + 2 * (position.to(tl.int64) * q_len + offs_q)
+    tl.store(lse_ptrs, largest, mask=offs_q < q_len)
+    tl.store(lse_ptrs + 1, log_sum, mask=offs_q < q_len)
 
     out = acc
     if NORMALISED:
@@ -232,7 +241,7 @@ def _huge_row_max(row_max, LOG2_SCALE: tl.constexpr, LOWEST: tl.constexpr):
 
 @triton.jit
 def _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE: tl.constexpr, LOWEST: tl.constexpr):
-    """acc and row_sum after one more score without a value, and the log-sum-exp with it.
+    """acc and row_sum after one more score without a value, and the largest score with it.
 
     Scores of huge rows compare in units so large that they stay finite: their differences are 0 or decide alone.
     """
@@ -244,8 +253,8 @@ def _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE: tl.constexpr,
     subtracted = tl.where(shift == float("-inf"), 0.0, shift)
     decay = tl.exp2(row - subtracted)
     row_sum = row_sum * decay + tl.exp2(tl.fma(sink, unit, -subtracted))
-    lse = tl.where(is_huge, tl.maximum(huge, sink), shift * LN2 + tl.log(row_sum))
-    return acc * decay[:, None], row_sum, lse
+    largest = tl.where(is_huge, tl.maximum(huge, sink), shift * LN2)
+    return acc * decay[:, None], row_sum, largest
 
 
 @triton.jit

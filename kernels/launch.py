@@ -230,7 +230,7 @@ def attention_forward(
     kv_ranges: torch.Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` [N.., Tq, Dv] and `lse` [N.., Tq] of q [.., Tq, D], k [.., Tkv, D], v [.., Tkv, Dv] that broadcast.
+    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of q [.., Tq, D], k [.., Tkv, D], v [.., Tkv, Dv] that broadcast.
 
     The arguments are the operator's, already validated. `launch` overrides the table, for searching.
     """

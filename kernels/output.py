@@ -15,11 +15,11 @@ from flashfuse.kernels.spec import AttentionSpec
 def empty_output(
     spec: AttentionSpec, q: torch.Tensor, v: torch.Tensor, sizes: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised `out` [N.., Tq, Dv], dense in the memory order `spec.out_order`, and contiguous `lse` [N.., Tq].
+    """Uninitialised `out` [N.., Tq, Dv], dense in the memory order `spec.out_order`, and contiguous `lse` [N.., Tq, 2].
 
     q: [.., Tq, D], v: [.., Tkv, Dv]; the batch sizes N.. come from `sizes`, since operands may be broadcast.
     """
     rows = (*sizes[: spec.batch_axes], q.shape[-2])
     out = torch.empty_permuted((*rows, v.shape[-1]), spec.out_order, dtype=spec.out_dtype, device=q.device)
-    lse = torch.empty(rows, dtype=spec.compute_dtype, device=q.device)
+    lse = torch.empty((*rows, 2), dtype=spec.compute_dtype, device=q.device)
     return out, lse

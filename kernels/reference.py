@@ -24,7 +24,7 @@ def attention_reference(
     sizes: Sequence[int],
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` [N.., Tq, Dv] and `lse` [N.., Tq] of the operator's arguments.
+    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of the operator's arguments.
 
     dtype: compute and return everything in this type, with no rounding in between; by default operands, probabilities
         and output are rounded to the spec's types and the arithmetic is in its `compute_dtype`.
@@ -50,17 +50,30 @@ def attention_reference(
 
     scores = values(spec.score, kv_len)
     if spec.normaliser == "none":
-        probs, lse = scores, scores.new_zeros((*batch, q_len))
+        probs, lse = scores, scores.new_zeros((*batch, q_len, 2))
     else:
         columns = scores if spec.sink is None else torch.cat([scores, values(spec.sink, 1)], dim=-1)
-        lse = torch.logsumexp(columns, dim=-1) if columns.shape[-1] else scores.new_full((*batch, q_len), -torch.inf)
+        empty = (scores == -torch.inf).all(-1, keepdim=True)
+        lse = _log_sum_exp(columns)
+        if spec.empty_row == "zero":
+            # Before the softmax as well, or its gradient would be NaN.
+            columns = columns.masked_fill(empty, 0.0)
         probs = torch.softmax(columns, dim=-1)[..., :kv_len]
         if kv_len:
-            empty = (scores == -torch.inf).all(-1, keepdim=True)
-            probs = probs.masked_fill(empty, 0.0 if spec.empty_row == "zero" else torch.nan)
+            gives = 0.0 if spec.empty_row == "zero" else torch.nan
+            probs = probs.masked_fill(empty, gives)
+            lse = torch.stack([lse[..., 0], lse[..., 1].masked_fill(empty.squeeze(-1), gives)], -1)
     if spec.factor is not None:
         factor = values(spec.factor, kv_len)
         probs = probs.masked_fill(factor == 0, 0.0) if spec.factor.dtype == torch.bool else probs * factor
     out = rounded(probs, spec.probs_dtype) @ rounded(v, spec.probs_dtype)
     out = out.expand(*batch, q_len, v.shape[-1])
     return (out, lse) if dtype else (out.to(spec.out_dtype), lse)
+
+
+def _log_sum_exp(columns: torch.Tensor) -> torch.Tensor:
+    """The operator's pair [.., 2] of scores [.., columns]: the largest, and log(sum(exp(score - largest)))."""
+    largest = columns.amax(-1) if columns.shape[-1] else columns.new_full(columns.shape[:-1], -torch.inf)
+    shift = largest.masked_fill(largest == -torch.inf, 0.0)
+    total = torch.exp(columns - shift.unsqueeze(-1)).sum(-1)
+    return torch.stack([largest, total.masked_fill(total == 0, 1.0).log()], -1)

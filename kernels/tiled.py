@@ -36,7 +36,7 @@ def attention_tiled(
     sizes: Sequence[int],
     kv_ranges: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` [N.., Tq, Dv] and `lse` [N.., Tq] of q [.., Tq, D], k [.., Tkv, D] and v [.., Tkv, Dv], on any device."""
+    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of q [.., Tq, D], k [.., Tkv, D] and v [.., Tkv, Dv], on any device."""
     # The spec states every element type, so an autocast region around the call must not change one.
     with torch.autocast(q.device.type, enabled=False):
         return _attention(spec, q, k, v, captured, sizes, kv_ranges)
@@ -71,9 +71,10 @@ def _attention(
         v=v[owned],
         kv_ranges=_over_rows(kv_ranges, batch, order),
     )
-    out_rows, lse_rows = out.permute(*order, rank, rank + 1), lse.permute(*order, rank)
+    out_rows, lse_rows = out.permute(*order, rank, rank + 1), lse.permute(*order, rank, rank + 1)
     if k.shape[-2] == 0:
-        lse_rows.copy_(_lse_without_keys(problem, tuple(map(range, lse_rows.shape))))
+        lse_rows[..., 0] = _lse_without_keys(problem, tuple(map(range, lse_rows.shape[:-1])))
+        lse_rows[..., 1] = 0.0
         return out.zero_(), lse
     program = flash_cpu.additive_program(problem)
     width = max(q.shape[-1], v.shape[-1])
@@ -107,7 +108,7 @@ def _boxes(rows: Sequence[int], width: int) -> Iterator[Box]:
 
 
 def _attend(problem: Problem, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [box.., Dv] and log-sum-exp [box..] of the query rows in `box`, by online softmax."""
+    """Output [box.., Dv] and log-sum-exp [box.., 2] of the query rows in `box`, by online softmax."""
     spec, shape = problem.spec, tuple(len(positions) for positions in box)
     rows = _Rows(problem, box)
     keys = problem.kv_range(box)
@@ -119,11 +120,11 @@ def _attend(problem: Problem, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
         rows.visit(range(keys.start), spec.score)
         rows.visit(range(keys.end, problem.k.shape[-2]), spec.score)
     out, lse = rows.result()
-    return out.view(*shape, -1), lse.view(shape)
+    return out.view(*shape, -1), lse.view(*shape, 2)
 
 
 def _lse_without_keys(problem: Problem, box: Box) -> torch.Tensor:
-    """Log-sum-exp, broadcastable to [box..], where there are no keys at all."""
+    """The largest score, broadcastable to [box..], where there are no keys at all."""
     if problem.spec.sink is not None:
         return problem.evaluate_rows(problem.spec.sink, box)
     return problem.q.new_tensor(0.0 if problem.spec.normaliser == "none" else -math.inf)
@@ -188,9 +189,9 @@ class _Rows:
         return self.problem.evaluate_rows(expr, self.box).expand(shape).reshape(self.sum.shape)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output [pairs, rows, Dv] and log-sum-exp [pairs, rows, 1] after the last key."""
+        """Output [pairs, rows, Dv] and log-sum-exp [pairs, rows, 2] after the last key."""
         spec = self.problem.spec
-        out, lse = self._normalised() if spec.normaliser == "softmax" else (self.acc, torch.zeros_like(self.sum))
+        out, lse = self._normalised() if spec.normaliser == "softmax" else (self.acc, self.sum.expand(*self.sum.shape[:2], 2))
         if spec.factor is not None and spec.factor.dtype == torch.bool:
             out = out.masked_fill(~self._of_rows(spec.factor), 0.0)
         return out, lse
@@ -198,9 +199,10 @@ class _Rows:
     def _normalised(self) -> tuple[torch.Tensor, torch.Tensor]:
         spec = self.problem.spec
         acc, total, row_max = self.acc, self.sum, self.max
+        empty = row_max == -math.inf
         if spec.sink is not None:
             if spec.empty_row == "nan":
-                acc = acc.masked_fill(row_max == -math.inf, math.nan)
+                acc = acc.masked_fill(empty, math.nan)
             sink = self._of_rows(spec.sink).to(total.dtype)
             row_max = torch.maximum(row_max, sink)
             shift = row_max.masked_fill(row_max == -math.inf, 0.0)
@@ -209,4 +211,5 @@ class _Rows:
         out = acc / total
         if spec.empty_row == "zero":
             out = out.masked_fill(row_max == -math.inf, 0.0)
-        return out, row_max + total.log()
+        log_total = total.log().masked_fill(empty, 0.0 if spec.empty_row == "zero" else math.nan)
+        return out, torch.cat([row_max, log_total], -1)

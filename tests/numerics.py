@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 FLOOR_ULPS = 4
+# A number of this size has no room for a logarithm of a sum beside it.
+ABSORBS = 1e6
 
 
 def assert_close_to_exact(
@@ -33,6 +35,19 @@ def assert_close_to_exact(
     assert found <= allowed, f"largest error {found:.3g}, allowed {allowed:.3g} (floor {floor:.3g})"
     found, allowed = _rms(error), 1.1 * _rms(eager_error) + floor
     assert found <= allowed, f"rms error {found:.3g}, allowed {allowed:.3g} (floor {floor:.3g})"
+
+
+def assert_lse_close_to_exact(
+    fused: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """The same for log-sum-exps stored as pairs [.., 2]: of their sums, and of each number where the first is huge."""
+    fused, eager, exact = (x.detach().to("cpu", torch.float64) for x in (fused, eager, exact))
+    dtype = dtype or torch.float32
+    assert_close_to_exact(fused.sum(-1), eager.sum(-1), exact.sum(-1), dtype=dtype)
+    huge = exact[..., 0].abs() > ABSORBS
+    if huge.any():
+        for part in range(2):
+            assert_close_to_exact(fused[huge][:, part], eager[huge][:, part], exact[huge][:, part], dtype=dtype)
 
 
 def _rms(x: torch.Tensor) -> float:
