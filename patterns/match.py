@@ -6,7 +6,7 @@ argument lifts to a score program over one product of queries and keys, is an at
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -16,6 +16,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import flashfuse.patterns.aten
 import flashfuse.patterns.aten_layout
+import flashfuse.patterns.aten_windows
+import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise, Softmax, free_symbols, substitute
 from flashfuse.kernels.operators import ROUNDINGS
@@ -26,7 +28,7 @@ from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import NORMALISERS, as_softmax
 from flashfuse.patterns.operand import exactly_promotes
-from flashfuse.patterns.refusal import Refused
+from flashfuse.patterns.refusal import Refused, mixed, needs_whole_row
 from flashfuse.patterns.score import Score, find_score
 from flashfuse.patterns.site import AttentionSite, Refusal
 
@@ -36,6 +38,8 @@ _CONTRACTIONS = frozenset({
     "tensordot", "chain_matmul", "linear",
 })  # fmt: skip
 _WHOLE = frozenset({"scaled_dot_product_attention"})
+# Operators that take a part of what another one made.
+_PARTS = frozenset({"getitem", "__getitem__", "unsqueeze", "select", "narrow"})
 
 
 @dataclass(frozen=True)
@@ -178,12 +182,13 @@ def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite 
         if not same(softmax.extent, expr.extent):
             problems.append(Refused("extra-columns", "the softmax runs over more columns than there are keys"))
             continue
-        score = _score(lifter, softmax, expr.axis, set() if name_of(node) in _WHOLE else leads, node)
-        chain = private_chain(lifter.graph, score.node, node) if score.node is not node else ()
+        rows = [o for o in position if isinstance(o, sympy.Symbol) and o not in free_symbols(value_side)]
+        score = _score(lifter, softmax, expr.axis, set() if name_of(node) in _WHOLE else leads, node, rows)
+        chain = private_chain(lifter.graph, score.nodes, node) if node not in score.nodes else ()
         site = assemble(lifter, node, position, expr, value_side, softmax, score, chain)
-        for used in (*site.captured, site.q.node, site.k.node, site.v.node):
+        for used in site.nodes_read:
             if used in chain:
-                raise Refused("row-dependent", f"the scores are needed as a whole by `{name_of(used)}`", used)
+                raise _needs_whole_row(used, chain)
         return site
     if problems:
         raise problems[0]
@@ -275,6 +280,17 @@ def _behind(node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
     return False
 
 
-def _score(lifter: Lifter, softmax: Softmax, j: sympy.Symbol, leads: set[fx.Node], site: fx.Node) -> Score:
+def _needs_whole_row(used: fx.Node, chain: Sequence[fx.Node]) -> Refused:
+    """Why a tensor that the kernel would have to compute first cannot be read by it."""
+    behind: fx.Node | None = used
+    while behind is not None and name_of(behind) in _PARTS:
+        behind = next((n for n in behind.all_input_nodes if n in chain), None)
+    known = needs_whole_row(behind) if behind is not None else None
+    return known or Refused("row-dependent", f"the scores are needed as a whole by `{name_of(used)}`", used)
+
+
+def _score(
+    lifter: Lifter, softmax: Softmax, j: sympy.Symbol, leads: set[fx.Node], site: fx.Node, rows: Sequence[sympy.Symbol]
+) -> Score:
     argument = softmax.arg if softmax.axis == j else substitute(softmax.arg, {softmax.axis: j})
-    return find_score(lifter, argument, j, leads, site)
+    return find_score(lifter, argument, j, leads, site, rows)

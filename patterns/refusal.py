@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from flashfuse.patterns.graph import name_of
+
 
 class Refused(Exception):
     """A site that must be left alone. `code` is stable, `reason` one plain sentence, `node` where it shows."""
@@ -11,3 +13,38 @@ class Refused(Exception):
     def __init__(self, code: str, reason: str, node: fx.Node | None = None) -> None:
         super().__init__(reason)
         self.code, self.reason, self.node = code, reason, node
+
+
+# Operators that need a whole row of scores at once, with the code and sentence of the refusal.
+_WHOLE_ROW = {
+    "topk": ("top-k", "the largest scores of each row are chosen"),
+    "kthvalue": ("top-k", "the largest scores of each row are chosen"),
+    "sort": ("sort", "the scores of each row are sorted"),
+    "argsort": ("sort", "the scores of each row are sorted"),
+    "msort": ("sort", "the scores of each row are sorted"),
+    "cumsum": ("cumulative", "the scores of each row are summed up cumulatively"),
+    "cumprod": ("cumulative", "the scores of each row are multiplied up cumulatively"),
+    "logcumsumexp": ("cumulative", "the scores of each row are summed up cumulatively"),
+    "cummax": ("cumulative", "the running maximum of each row of scores is taken"),
+    "cummin": ("cumulative", "the running minimum of each row of scores is taken"),
+}
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+
+
+def needs_whole_row(node: fx.Node) -> Refused | None:
+    """The refusal where the node is an operator over whole rows of scores."""
+    known = _WHOLE_ROW.get(name_of(node))
+    return known and Refused(known[0], f"{known[1]} by `{name_of(node)}`", node)
+
+
+def mixed(node: fx.Node, what: str = "scores", when: str = "before the softmax") -> Refused:
+    return Refused("head-mixing", f"the {what} are mixed across heads by `{name_of(node)}` {when}", node)
+
+
+def blocked(node: fx.Node, reason: str) -> Refused:
+    """Why an operator between the product and the softmax cannot be part of a score program."""
+    if name_of(node) in _CONVOLUTIONS:
+        return mixed(node)
+    return needs_whole_row(node) or Refused(
+        "unknown-operator", f"`{name_of(node)}` before the softmax {reason}", node
+    )
