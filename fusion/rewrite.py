@@ -96,7 +96,7 @@ class _Builder(Inserter):
         return self.call(torch.mul, node, operand.factor) if operand.factor != 1.0 else node
 
     def joined(self, operands: Sequence[Operand], site: AttentionSite) -> fx.Node:
-        """One operand, or several side by side along the head dim; they share the axes that none of them moves along."""
+        """One operand, or several side by side along the head dim, each expanded over the axes that another has."""
         if len(operands) == 1:
             return self.operand(operands[0])
         axes = [axis for axis in range(len(site.batch)) if any(o.moves_along(axis) for o in operands)]

@@ -154,7 +154,9 @@ def _roles(node: fx.Node, position: Indices, values: Dot, value_side: Expr, scor
     j, r = values.axis, score.dot.axis
     outs = [o for o in position if isinstance(o, sympy.Symbol)]
     in_values = free_symbols(value_side)
-    in_program = free_symbols(score.program).union(*(free_symbols(t.dot.lhs) | free_symbols(t.dot.rhs) for t in score.terms))
+    in_program = free_symbols(score.program).union(
+        *(free_symbols(t.dot.lhs) | free_symbols(t.dot.rhs) for t in score.terms)
+    )
     ds = [o for o in outs if o in in_values and o not in in_program]
     rows = [
         o

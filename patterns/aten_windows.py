@@ -8,8 +8,9 @@ import sympy
 import torch
 
 from flashfuse.kernels.expr import Expr, conjunction, const, index, pointwise
+from flashfuse.patterns.cases import less
 from flashfuse.patterns.graph import shape, to_sympy
-from flashfuse.patterns.indexing import ZERO, Indices, divide, linearize, same, unlinearize, within
+from flashfuse.patterns.indexing import ZERO, Indices, divide, same, unlinearize, within
 from flashfuse.patterns.lift import CannotLift, NodeView
 from flashfuse.patterns.rows import argument, replaced, row
 from flashfuse.patterns.trace import AtenCall
@@ -26,9 +27,9 @@ def _pad(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
         dim = len(sizes) - 1 - n
         kept[dim] = at = position[dim] - before
         if not before.is_nonpositive:
-            inside.append(pointwise("ge", index(at), index(0)))
+            inside.append(less(sympy.Integer(-1), at))
         if not after.is_nonpositive:
-            inside.append(pointwise("lt", index(at), index(sizes[dim])))
+            inside.append(less(at, sizes[dim]))
     element = view.element(source, tuple(kept))
     fill = const(argument(call, 2, "value", 0) or 0, dtype)
     return pointwise("where", conjunction(inside), element, fill, dtype=dtype)
@@ -38,13 +39,12 @@ def _pad(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
 def _roll(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     source, shifts, dims = call.args[0], call.args[1], argument(call, 2, "dims", ())
     sizes = shape(source)
-    if dims:
-        rolled = list(position)
-        for shift, dim in zip(shifts, dims, strict=True):
-            rolled[dim] = _rolled(view, rolled[dim], to_sympy(shift), sizes[dim])
-        return view.element(source, tuple(rolled))
-    flat = _rolled(view, linearize(position, sizes), to_sympy(shifts[0]), sympy.prod(sizes))
-    return view.element(source, unlinearize(flat, sizes, view.ranges))
+    if not dims and len(sizes) != 1:
+        raise CannotLift(view.node, "rolls all elements as one row")
+    rolled = list(position)
+    for shift, dim in zip(shifts, dims or (0,), strict=True):
+        rolled[dim] = _rolled(view, rolled[dim], to_sympy(shift), sizes[dim])
+    return view.element(source, tuple(rolled))
 
 
 def _rolled(view: NodeView, at: sympy.Expr, shift: sympy.Expr, size: sympy.Expr) -> sympy.Expr:

@@ -1,7 +1,7 @@
-"""Divisions in a score program that have only two outcomes, written as a choice of two affine cases.
+"""Choices in a score program: divisions with two outcomes become one, and what is known about positions decides others.
 
 A relative shift by padding and reshaping reads element (i + x // d, x % d) where x stays below 2 d: that is one element
-where x < d and another one elsewhere, both at affine positions. What a comparison decides under the known ranges goes.
+where x < d and another one elsewhere, both at affine positions. Where a mask drops one of the cases, the other is left.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _MOST_CASES = 3
 
 
 def without_cases(program: Expr, ranges: Ranges) -> Expr:
-    """The program with two-case divisions as choices, and comparisons decided by the ranges decided."""
+    """The program with two-case divisions as choices, and without comparisons that ranges or outer choices decide."""
     for _ in range(_MOST_CASES):
-        program = decided(program, ranges)
+        program = _decided(program, ranges)
         division = next((d for d in _divisions(program) if within(d[0], 2 * d[1], ranges)), None)
         if division is None:
-            return program
+            break
         program = _split(program, division, ranges)
-    return decided(program, ranges)
+    return _implied(_decided(program, ranges), ())
 
 
 def _indices(expr: Expr) -> tuple[sympy.Expr, ...]:
@@ -60,7 +60,15 @@ def _split(expr: Expr, division: Division, ranges: Ranges) -> Expr:
         )
     value, divisor = division
     first, second = (_with_outcome(expr, division, n, ranges) for n in (0, 1))
-    return pointwise("where", pointwise("lt", index(value), index(divisor)), first, second, dtype=expr.dtype)
+    return pointwise("where", less(value, divisor), first, second, dtype=expr.dtype)
+
+
+def less(left: sympy.Expr, right: sympy.Expr) -> Expr:
+    """left < right, with every term on the side where it is positive."""
+    terms = sympy.Add.make_args(sympy.expand(right - left))
+    below = sympy.Add(*(-t for t in terms if t.could_extract_minus_sign()))
+    above = sympy.Add(*(t for t in terms if not t.could_extract_minus_sign()))
+    return pointwise("lt", index(below), index(above))
 
 
 def _with_outcome(expr: Expr, division: Division, outcome: int, ranges: Ranges) -> Expr:
@@ -85,21 +93,6 @@ def _mapped(expr: Expr, change: Callable[[sympy.Expr], sympy.Expr]) -> Expr:
     return rewrite(expr, rule)
 
 
-def decided(expr: Expr, ranges: Ranges) -> Expr:
-    """The expression without the comparisons of positions that the ranges decide."""
-
-    def rule(e: Expr) -> Expr | None:
-        match e:
-            case Pointwise(op=op, args=(Index(value=left), Index(value=right))) if op in _SLACK:
-                limits = bounds(sympy.expand(_SLACK[op](left, right)), ranges)
-                if limits is not None and limits[0].is_nonnegative:
-                    return TRUE
-                return FALSE if limits is not None and limits[1].is_negative else None
-        return None
-
-    return rewrite(expr, rule)
-
-
 # A comparison holds where this is not negative.
 _SLACK: dict[str, Callable[[sympy.Expr, sympy.Expr], sympy.Expr]] = {
     "lt": lambda a, b: b - a - 1,
@@ -107,3 +100,56 @@ _SLACK: dict[str, Callable[[sympy.Expr, sympy.Expr], sympy.Expr]] = {
     "gt": lambda a, b: a - b - 1,
     "ge": lambda a, b: a - b,
 }
+
+
+def _slack(expr: Expr) -> sympy.Expr | None:
+    """The number that is not negative where a comparison of positions holds."""
+    match expr:
+        case Pointwise(op=op, args=(Index(value=left), Index(value=right))) if op in _SLACK:
+            return sympy.expand(_SLACK[op](left, right))
+    return None
+
+
+def _decided(expr: Expr, ranges: Ranges) -> Expr:
+    """The expression without the comparisons of positions that the ranges decide."""
+
+    def rule(e: Expr) -> Expr | None:
+        slack = _slack(e)
+        limits = bounds(slack, ranges) if slack is not None else None
+        if limits is not None and limits[0].is_nonnegative:
+            return TRUE
+        return FALSE if limits is not None and limits[1].is_negative else None
+
+    return rewrite(expr, rule)
+
+
+def _implied(expr: Expr, known: tuple[sympy.Expr, ...]) -> Expr:
+    """The expression where every number in `known` is not negative: the branches of a choice know its condition."""
+    match expr:
+        case Pointwise(op="where", args=(condition, yes, no)):
+            condition = _implied(condition, known)
+            branches = (
+                _implied(yes, (*known, *_facts(condition, True))),
+                _implied(no, (*known, *_facts(condition, False))),
+            )
+            return pointwise("where", condition, *branches, dtype=expr.dtype)
+        case Pointwise() if (slack := _slack(expr)) is not None:
+            if any(sympy.expand(slack - fact).is_nonnegative for fact in known):
+                return TRUE
+            return FALSE if any(sympy.expand(-slack - 1 - fact).is_nonnegative for fact in known) else expr
+        case Pointwise():
+            return pointwise(expr.op, *(_implied(a, known) for a in expr.args), dtype=expr.dtype)
+    return expr
+
+
+def _facts(condition: Expr, holds: bool) -> tuple[sympy.Expr, ...]:
+    """Numbers that are not negative where a condition holds, or where it does not."""
+    slack = _slack(condition)
+    if slack is not None:
+        return (slack if holds else sympy.expand(-slack - 1),)
+    match condition:
+        case Pointwise(op="not", args=(arg,)):
+            return _facts(arg, not holds)
+        case Pointwise(op=op, args=args) if op == ("and" if holds else "or"):
+            return tuple(fact for a in args for fact in _facts(a, holds))
+    return ()

@@ -32,8 +32,12 @@ def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
     if a.is_Integer and b.is_Integer:
         return sympy.Integer(int(a) // int(b)) if int(a) % int(b) == 0 else None
     ratio = sympy.cancel(a / b)
-    denominator = sympy.fraction(ratio)[1]
-    return sympy.expand(ratio) if denominator == 1 else None
+    return sympy.expand(ratio) if _is_whole(ratio) else None
+
+
+def _is_whole(expr: sympy.Expr) -> bool:
+    """Whether the expression is free of fractions, also of fractional coefficients."""
+    return bool(sympy.fraction(sympy.together(expr))[1] == 1)
 
 
 def bounds(expr: sympy.Expr, ranges: Ranges) -> tuple[sympy.Expr, sympy.Expr] | None:
@@ -76,6 +80,12 @@ def within(expr: sympy.Expr, extent: sympy.Expr, ranges: Ranges) -> bool:
     if limits is None:
         return False
     return bool(limits[0].is_nonnegative) and bool(sympy.expand(extent - 1 - limits[1]).is_nonnegative)
+
+
+def never_negative(expr: sympy.Expr, ranges: Ranges) -> bool:
+    """Whether 0 <= expr can be proven."""
+    limits = bounds(expr, ranges)
+    return limits is not None and bool(limits[0].is_nonnegative)
 
 
 def divide(expr: sympy.Expr, divisor: sympy.Expr, ranges: Ranges) -> tuple[sympy.Expr, sympy.Expr]:
@@ -134,7 +144,7 @@ def _share(term: sympy.Expr, divisor: sympy.Expr) -> list[tuple[sympy.Expr, symp
         taken, left = sympy.div(term, divisor, size)
     except sympy.PolynomialError:
         return [(ZERO, term)]
-    return [(ZERO, term), (taken, left)] if sympy.expand(taken * divisor + left - term) == 0 else [(ZERO, term)]
+    return [(ZERO, term), (taken, left)] if _is_whole(taken) and _is_whole(left) else [(ZERO, term)]
 
 
 def recombined(expr: sympy.Expr) -> sympy.Expr:

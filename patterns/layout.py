@@ -25,7 +25,6 @@ from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.site import Operand
 from flashfuse.patterns.views import Step, view_plan
 
-
 Option = tuple[list[Reading], tuple[sympy.Symbol | None, sympy.Symbol | None]]
 
 
@@ -77,10 +76,10 @@ class Layout:
 
     def _choose(self, found: list[Reading], own_axes: tuple[sympy.Symbol | None, ...]) -> Reading:
         for reading in reversed(found):
-            if not self._split_for(reading.load.indices):
-                continue
-            if self._plan(reading.load, (*self.batch, *own_axes)) is not None:
+            before = self.mapping, self.parts
+            if self._split_for(reading.load.indices) and self._plan(reading.load, (*self.batch, *own_axes)) is not None:
                 return reading
+            self.mapping, self.parts = before
         raise _no_view(found[0])
 
     def _split_for(self, indices: Sequence[sympy.Expr]) -> bool:

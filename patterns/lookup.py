@@ -8,7 +8,7 @@ raises there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -29,15 +29,15 @@ from flashfuse.kernels.expr import (
     walk,
 )
 from flashfuse.patterns.graph import shape
-from flashfuse.patterns.indexing import Indices, Ranges, bounds, divide, within
+from flashfuse.patterns.indexing import Indices, Ranges, bounds, divide, never_negative, within
 from flashfuse.patterns.lift import CannotLift, NodeView
-from flashfuse.patterns.rows import argument, row
+from flashfuse.patterns.rows import row
 from flashfuse.patterns.trace import AtenCall
 
 aten = torch.ops.aten
 
 # A position in a looked-up tensor: known as a formula, or computed.
-Place = sympy.Expr | Expr
+Place: TypeAlias = sympy.Expr | Expr
 
 
 @row(aten.index.Tensor)
@@ -120,8 +120,7 @@ def _formula(view: NodeView, at: sympy.Expr, size: sympy.Expr, wraps: bool) -> s
 def _never_negative(expr: Expr, ranges: Ranges) -> bool:
     match expr:
         case Index(value=value):
-            limits = bounds(value, ranges)
-            return limits is not None and bool(limits[0].is_nonnegative)
+            return never_negative(value, ranges)
         case Load(dtype=dtype):
             return dtype in (torch.bool, torch.uint8)
         case Pointwise(op="max", args=args):
@@ -178,7 +177,7 @@ def _filled_in(view: NodeView, expr: Expr, computed: Mapping[sympy.Symbol, Expr]
 def _computed(view: NodeView, value: sympy.Expr, computed: Mapping[sympy.Symbol, Expr]) -> Expr:
     """A formula over computed positions."""
     if value in computed:
-        return computed[value]  # type: ignore[index]
+        return computed[value]
     if not value.free_symbols & computed.keys():
         return index(value)
     if not isinstance(value, (sympy.Add, sympy.Mul)):

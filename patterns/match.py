@@ -28,7 +28,7 @@ from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import NORMALISERS, as_softmax
 from flashfuse.patterns.operand import exactly_promotes
-from flashfuse.patterns.refusal import Refused, mixed, needs_whole_row
+from flashfuse.patterns.refusal import Refused, mixing_layer, read_as_whole
 from flashfuse.patterns.score import Score, find_score
 from flashfuse.patterns.site import AttentionSite, Refusal
 
@@ -38,8 +38,6 @@ _CONTRACTIONS = frozenset({
     "tensordot", "chain_matmul", "linear",
 })  # fmt: skip
 _WHOLE = frozenset({"scaled_dot_product_attention"})
-# Operators that take a part of what another one made.
-_PARTS = frozenset({"getitem", "__getitem__", "unsqueeze", "select", "narrow"})
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,9 @@ def _unclaimed(
 
 def _refusal(seed: fx.Node, error: Refused | None) -> Refusal:
     if error is None:
-        error = Refused("no-value-product", "the probabilities are not multiplied with values in this graph")
+        error = mixing_layer(seed) or Refused(
+            "no-value-product", "the probabilities are not multiplied with values in this graph"
+        )
     node = error.node or seed
     return Refusal(node, error.code, error.reason, location(node))
 
@@ -188,7 +188,7 @@ def _match(lifter: Lifter, node: fx.Node, leads: set[fx.Node]) -> AttentionSite 
         site = assemble(lifter, node, position, expr, value_side, softmax, score, chain)
         for used in site.nodes_read:
             if used in chain:
-                raise _needs_whole_row(used, chain)
+                raise read_as_whole(used, chain)
         return site
     if problems:
         raise problems[0]
@@ -278,15 +278,6 @@ def _behind(node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
         seen.update(fresh)
         queue += fresh
     return False
-
-
-def _needs_whole_row(used: fx.Node, chain: Sequence[fx.Node]) -> Refused:
-    """Why a tensor that the kernel would have to compute first cannot be read by it."""
-    behind: fx.Node | None = used
-    while behind is not None and name_of(behind) in _PARTS:
-        behind = next((n for n in behind.all_input_nodes if n in chain), None)
-    known = needs_whole_row(behind) if behind is not None else None
-    return known or Refused("row-dependent", f"the scores are needed as a whole by `{name_of(used)}`", used)
 
 
 def _score(

@@ -15,7 +15,19 @@ import sympy
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import Const, Dot, Expr, Load, Pointwise, Product, free_symbols, loads, number, rewrite, walk
+from flashfuse.kernels.expr import (
+    Const,
+    Dot,
+    Expr,
+    Load,
+    Pointwise,
+    Product,
+    free_symbols,
+    loads,
+    number,
+    rewrite,
+    walk,
+)
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.operand import exactly_promotes
 from flashfuse.patterns.refusal import Refused
@@ -84,27 +96,21 @@ def as_one_product(program: Expr, dots: Sequence[Dot], nodes: Sequence[fx.Node])
     if weights is None or len({dot.dtype for dot in dots}) > 1 or not weights.get(main):
         raise Refused(
             "square-intermediate",
-            "two products of queries and keys meet in the score and are no plain sum, so that fusing would need a second "
+            "two products of queries and keys meet in the score and are not just added, so fusing would need a second "
             "score matrix in memory",
             nodes[-1],
         )
     order = [main, *(slot for slot in range(len(dots)) if slot != main)]
     terms = tuple(Term(dots[slot], weights[slot] / weights[main]) for slot in order)
 
-    def rule(e: Expr) -> Expr | None:
-        if not isinstance(e, Product):
-            return None
-        return Product(e.dtype, 0) if e.slot == main else Const(e.dtype, 0.0)
-
-    return rewrite(program, rule), terms
+    alone = rewrite(program, lambda e: Const(e.dtype, 0.0) if isinstance(e, Product) and e.slot != main else None)
+    return rewrite(alone, lambda e: Product(e.dtype, 0) if isinstance(e, Product) else None), terms
 
 
 def _smallest_with_all(program: Expr) -> Expr:
     """The smallest sub-expression that holds every product."""
     for child in program.children:
-        if _products(child) == _products(program) and not any(
-            _products(c) for c in program.children if c is not child
-        ):
+        if _products(child) == _products(program) and not any(_products(c) for c in program.children if c is not child):
             return _smallest_with_all(child)
     return program
 

@@ -35,9 +35,10 @@ from flashfuse.kernels.expr import (
 )
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.cases import without_cases
-from flashfuse.patterns.graph import is_weighted
+from flashfuse.patterns.graph import is_weighted, tensor, to_sympy
+from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter, may_wrap, small_position
-from flashfuse.patterns.operand import exactly_promotes
+from flashfuse.patterns.operand import exactly_promotes, sizes_of
 from flashfuse.patterns.products import Term, as_one_product, side_products
 from flashfuse.patterns.refusal import Refused, blocked, mixed
 
@@ -229,7 +230,22 @@ class _Opener:
             return load
         if may_wrap(opened, load.dtype, self.lifter.ranges):
             return load
+        if isinstance(opened, Load) and self._is_better_laid_out(load, opened):
+            return load
         return opened if square or not loads(opened) or isinstance(inner, Load) else load
+
+    def _is_better_laid_out(self, copy: Load, source: Load) -> bool:
+        """Whether the user's own copy, no larger than its source, has neighbouring keys side by side in memory."""
+        if not same(sympy.prod(sizes_of(copy)), sympy.prod(sizes_of(source))):
+            return False
+        return self._key_stride(copy) == 1 and self._key_stride(source) not in (-1, 0, 1)
+
+    def _key_stride(self, load: Load) -> sympy.Expr:
+        assert isinstance(load.tensor, fx.Node)
+        t = tensor(load.tensor)
+        assert t is not None
+        steps = (sympy.expand(i).coeff(self.j, 1) for i in load.indices)
+        return sympy.expand(sum(step * to_sympy(stride) for step, stride in zip(steps, t.stride(), strict=True)))
 
     def _read_through(self, look_up: Gather) -> bool:
         """Whether the result of a look-up would be as large as the score matrix of every batch element.
