@@ -9,20 +9,8 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import (
-    Dot,
-    Expr,
-    Gather,
-    Index,
-    Load,
-    Product,
-    Softmax,
-    free_symbols,
-    gather,
-    loads,
-    pointwise,
-    rewrite,
-)
+from flashfuse.kernels.expr import Dot, Expr, Gather, Index, Load, Product, Softmax, free_symbols, gather, loads
+from flashfuse.kernels.normal import pointwise, rewrite
 from flashfuse.kernels.spec import (
     KV_IDX,
     KV_LEN,

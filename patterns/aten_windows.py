@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import sympy
 import torch
 
-from flashfuse.kernels.expr import Expr, conjunction, const, index, pointwise
+from flashfuse.kernels.expr import Expr
+from flashfuse.kernels.normal import conjunction, const, index, pointwise
 from flashfuse.patterns.cases import less
 from flashfuse.patterns.graph import shape, to_sympy
 from flashfuse.patterns.indexing import ZERO, Indices, divide, same, unlinearize, within

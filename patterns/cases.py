@@ -11,7 +11,8 @@ from collections.abc import Callable
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import FALSE, TRUE, Expr, Index, Load, Pointwise, index, pointwise, rewrite
+from flashfuse.kernels.expr import Expr, Index, Load, Pointwise
+from flashfuse.kernels.normal import FALSE, TRUE, index, pointwise, rewrite
 from flashfuse.patterns.indexing import Ranges, bounds, resimplify, within
 
 # (x, d): a division of x by d.

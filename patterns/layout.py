@@ -15,7 +15,8 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Expr, Index, Load, rewrite, walk
+from flashfuse.kernels.expr import Expr, Index, Load, walk
+from flashfuse.kernels.normal import rewrite
 from flashfuse.kernels.spec import MAX_BATCH_AXES
 from flashfuse.patterns.axes import Roles, fold, folds, radix, substituted
 from flashfuse.patterns.indexing import resimplify

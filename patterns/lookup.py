@@ -13,21 +13,8 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 
-from flashfuse.kernels.expr import (
-    Const,
-    Expr,
-    Index,
-    Load,
-    Pointwise,
-    cast,
-    free_symbols,
-    gather,
-    index,
-    loads,
-    pointwise,
-    rewrite,
-    walk,
-)
+from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, free_symbols, gather, loads, walk
+from flashfuse.kernels.normal import cast, index, pointwise, rewrite
 from flashfuse.patterns.graph import shape
 from flashfuse.patterns.indexing import Indices, Ranges, bounds, divide, never_negative, within
 from flashfuse.patterns.lift import CannotLift, NodeView

@@ -15,19 +15,8 @@ import sympy
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import (
-    Const,
-    Dot,
-    Expr,
-    Load,
-    Pointwise,
-    Product,
-    free_symbols,
-    loads,
-    number,
-    rewrite,
-    walk,
-)
+from flashfuse.kernels.expr import Const, Dot, Expr, Load, Pointwise, Product, free_symbols, loads, walk
+from flashfuse.kernels.normal import number, rewrite
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.operand import exactly_promotes
 from flashfuse.patterns.refusal import Refused

@@ -29,10 +29,9 @@ from flashfuse.kernels.expr import (
     free_symbols,
     gather,
     loads,
-    number,
-    pointwise,
     walk,
 )
+from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.cases import without_cases
 from flashfuse.patterns.graph import is_weighted, tensor, to_sympy
@@ -266,6 +265,10 @@ def _exact(opened: Expr, written: Expr) -> Expr:
     raise _Inexact
 
 
+# Give one of their arguments, or its opposite.
+_SELECTING = ("where", "neg", "abs", "min", "max", "minimum", "maximum")
+
+
 def _is_exact(expr: Expr) -> bool:
     """Whether the kernel's float32 holds exactly what the source computed: no arithmetic on floats, no wide types."""
     match expr:
@@ -276,7 +279,7 @@ def _is_exact(expr: Expr) -> bool:
         case Pointwise(op="to_float", args=(Index(value=value),)):
             return small_position(value)
         case Pointwise(op=op, dtype=dtype):
-            whole = op in ("where", "neg", "abs", "min", "max") or op in ROUNDINGS or not dtype.is_floating_point
+            whole = op in _SELECTING or op in ROUNDINGS or not dtype.is_floating_point
             return whole and all(_is_exact(c) for c in expr.children)
     return False
 
