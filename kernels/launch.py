@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.codegen import load_program
-from flashfuse.kernels.expr import free_symbols, loads
+from flashfuse.kernels.expr import Gather, Load, free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.spec import KV_IDX, MAX_BATCH_AXES, Q_IDX, AttentionSpec
@@ -175,8 +175,13 @@ def shape_of(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int) -> 
         block_d=padded(head_dim),
         block_dv=padded(value_dim),
         element_bytes=max(spec.product_dtype.itemsize, spec.probs_dtype.itemsize),
-        captured_bytes=sum(c.dtype.itemsize for c in loads(spec.score) if {Q_IDX, KV_IDX} <= free_symbols(c)),
+        captured_bytes=sum(tile.dtype.itemsize for tile in loads(spec.score) if _is_pipelined(tile)),
     )
+
+
+def _is_pipelined(read: Load | Gather) -> bool:
+    """Whether tiles of what is read are copied ahead into shared memory; look-ups wait for their positions."""
+    return isinstance(read, Load) and {Q_IDX, KV_IDX} <= free_symbols(read)
 
 
 @functools.lru_cache(maxsize=4096)

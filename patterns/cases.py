@@ -6,14 +6,16 @@ where x < d and another one elsewhere, both at affine positions. Where a mask dr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import sympy
+import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Expr, Index, Load, Pointwise
 from flashfuse.kernels.normal import FALSE, TRUE, index, pointwise, rewrite
 from flashfuse.patterns.indexing import Ranges, bounds, resimplify, within
+from flashfuse.patterns.limits import without_clamps
 
 # (x, d): a division of x by d.
 Division = tuple[sympy.Expr, sympy.Expr]
@@ -22,14 +24,15 @@ _MOST_CASES = 3
 
 
 def without_cases(program: Expr, ranges: Ranges) -> Expr:
-    """The program with two-case divisions as choices, and without comparisons that ranges or outer choices decide."""
+    """The program with two-case divisions as choices, without what ranges or outer choices decide."""
+    program = without_clamps(program, ranges)
     for _ in range(_MOST_CASES):
         program = _decided(program, ranges)
         division = next((d for d in _divisions(program) if within(d[0], 2 * d[1], ranges)), None)
         if division is None:
             break
         program = _split(program, division, ranges)
-    return _implied(_decided(program, ranges), ())
+    return _implied(_decided(program, ranges), (), {})
 
 
 def _indices(expr: Expr) -> tuple[sympy.Expr, ...]:
@@ -124,14 +127,19 @@ def _decided(expr: Expr, ranges: Ranges) -> Expr:
     return rewrite(expr, rule)
 
 
-def _implied(expr: Expr, known: tuple[sympy.Expr, ...]) -> Expr:
-    """The expression where every number in `known` is not negative: the branches of a choice know its condition."""
+def _implied(expr: Expr, known: tuple[sympy.Expr, ...], truths: Mapping[Expr, Expr]) -> Expr:
+    """The expression inside the branches of choices, which know what their conditions are.
+
+    Every number in `known` is not negative; `truths` gives conditions that are known to hold or not to.
+    """
+    if expr in truths:
+        return truths[expr]
     match expr:
         case Pointwise(op="where", args=(condition, yes, no)):
-            condition = _implied(condition, known)
+            condition = _implied(condition, known, truths)
             branches = (
-                _implied(yes, (*known, *_facts(condition, True))),
-                _implied(no, (*known, *_facts(condition, False))),
+                _implied(branch, (*known, *_facts(condition, holds)), {**truths, **_verdicts(condition, holds)})
+                for branch, holds in ((yes, True), (no, False))
             )
             return pointwise("where", condition, *branches, dtype=expr.dtype)
         case Pointwise() if (slack := _slack(expr)) is not None:
@@ -139,8 +147,21 @@ def _implied(expr: Expr, known: tuple[sympy.Expr, ...]) -> Expr:
                 return TRUE
             return FALSE if any(sympy.expand(-slack - 1 - fact).is_nonnegative for fact in known) else expr
         case Pointwise():
-            return pointwise(expr.op, *(_implied(a, known) for a in expr.args), dtype=expr.dtype)
+            return pointwise(expr.op, *(_implied(a, known, truths) for a in expr.args), dtype=expr.dtype)
     return expr
+
+
+# Each holds exactly where the other does not, NaN included.
+_COMPLEMENT = {"eq": "ne", "ne": "eq"}
+
+
+def _verdicts(condition: Expr, holds: bool) -> dict[Expr, Expr]:
+    """The condition and its complement, where it holds or where it does not."""
+    yes, no = (TRUE, FALSE) if holds else (FALSE, TRUE)
+    match condition:
+        case Pointwise(op=op, args=args) if op in _COMPLEMENT:
+            return {condition: yes, Pointwise(torch.bool, _COMPLEMENT[op], args): no}
+    return {condition: yes}
 
 
 def _facts(condition: Expr, holds: bool) -> tuple[sympy.Expr, ...]:

@@ -104,15 +104,25 @@ def divide(expr: sympy.Expr, divisor: sympy.Expr, ranges: Ranges) -> tuple[sympy
     if isinstance(remainder, FloorDiv):
         inner, first = remainder.args
         return sympy.Add(*whole) + FloorDiv(inner, sympy.expand(first * divisor)), Mod(remainder, divisor)
+    share = _best_share(rest, divisor, ranges)
+    if share is None:
+        return FloorDiv(expr, divisor), Mod(expr, divisor)
+    taken, left = sympy.Add(*whole, share[0]), share[1]
+    if within(left, divisor, ranges):
+        return taken, left
+    return taken + FloorDiv(left, divisor), Mod(left, divisor)
+
+
+def _best_share(
+    terms: Sequence[sympy.Expr], divisor: sympy.Expr, ranges: Ranges
+) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """A way to write the sum of `terms` as taken * divisor + left where left is small, or at least never negative."""
+    shares = _shares(terms, divisor)
     for extent in (divisor, 2 * divisor):
-        for taken, left in _shares(rest, divisor):
-            if not within(left, extent, ranges):
-                continue
-            whole.append(taken)
-            if extent == divisor:
-                return sympy.Add(*whole), left
-            return sympy.Add(*whole) + FloorDiv(left, divisor), Mod(left, divisor)
-    return sympy.Add(*whole) + FloorDiv(remainder, divisor), Mod(remainder, divisor)
+        for share in shares:
+            if within(share[1], extent, ranges):
+                return share
+    return next((s for s in shares if s[1].is_nonnegative or never_negative(s[1], ranges)), None)
 
 
 _MOST_TERMS = 5
@@ -121,7 +131,7 @@ _MOST_TERMS = 5
 def _shares(terms: Sequence[sympy.Expr], divisor: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr]]:
     """Ways to write the sum of `terms` as taken * divisor + left: 11 i is 12 i - i."""
     if len(terms) > _MOST_TERMS:
-        return []
+        return [(ZERO, sympy.Add(*terms))]
     choices = [_share(term, divisor) for term in terms]
     return [
         (sympy.Add(*(taken for taken, _ in way)), sympy.expand(sympy.Add(*(left for _, left in way))))

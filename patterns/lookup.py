@@ -16,8 +16,9 @@ import torch
 from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, free_symbols, gather, loads, walk
 from flashfuse.kernels.normal import cast, index, pointwise, rewrite
 from flashfuse.patterns.graph import shape
-from flashfuse.patterns.indexing import Indices, Ranges, bounds, divide, never_negative, within
+from flashfuse.patterns.indexing import ZERO, Indices, divide, within
 from flashfuse.patterns.lift import CannotLift, NodeView
+from flashfuse.patterns.limits import at_least, without_clamps
 from flashfuse.patterns.rows import row
 from flashfuse.patterns.trace import AtenCall
 
@@ -88,11 +89,10 @@ def _position(view: NodeView, at: Expr, size: sympy.Expr, wraps: bool) -> Place:
     if not loads(known) and not any(e.dtype.is_floating_point for e in walk(known)):
         at = known
     at = cast(at, torch.int64)
-    if wraps and not _never_negative(at, view.ranges):
+    if wraps and not at_least(at, ZERO, view.ranges):
         at = pointwise("where", pointwise("lt", at, index(0)), pointwise("add", at, index(size)), at)
-    if not _never_negative(at, view.ranges):
-        at = pointwise("max", at, index(0))
-    return at if _is_below(at, size, view.ranges) else pointwise("min", at, index(size - 1))
+    clamped = pointwise("min", pointwise("max", at, index(0)), index(size - 1))
+    return without_clamps(clamped, view.ranges)
 
 
 def _formula(view: NodeView, at: sympy.Expr, size: sympy.Expr, wraps: bool) -> sympy.Expr:
@@ -102,31 +102,6 @@ def _formula(view: NodeView, at: sympy.Expr, size: sympy.Expr, wraps: bool) -> s
     if wraps and within(at + size, 2 * size, view.ranges):
         return divide(at + size, size, view.ranges)[1]
     raise CannotLift(view.node, "looks elements up at positions that may lie outside the tensor")
-
-
-def _never_negative(expr: Expr, ranges: Ranges) -> bool:
-    match expr:
-        case Index(value=value):
-            return never_negative(value, ranges)
-        case Load(dtype=dtype):
-            return dtype in (torch.bool, torch.uint8)
-        case Pointwise(op="max", args=args):
-            return any(_never_negative(a, ranges) for a in args)
-        case Pointwise(op="min" | "add", args=args) | Pointwise(op="where", args=(_, *args)):
-            return all(_never_negative(a, ranges) for a in args)
-    return False
-
-
-def _is_below(expr: Expr, size: sympy.Expr, ranges: Ranges) -> bool:
-    match expr:
-        case Index(value=value):
-            limits = bounds(value, ranges)
-            return limits is not None and bool(sympy.expand(size - 1 - limits[1]).is_nonnegative)
-        case Pointwise(op="min", args=args):
-            return any(_is_below(a, size, ranges) for a in args)
-        case Pointwise(op="max", args=args) | Pointwise(op="where", args=(_, *args)):
-            return all(_is_below(a, size, ranges) for a in args)
-    return False
 
 
 # --------------------------------------------------------------------------------------------------------------------

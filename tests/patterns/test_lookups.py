@@ -66,14 +66,29 @@ def test_gathers_of_a_second_product_are_read_in_the_kernel() -> None:
 def test_clamped_distances_need_no_index_tensor() -> None:
     """Positions made of positions are computed in the kernel, and are known to lie inside."""
 
+    span = 3
+
     def fn(q: Any, k: Any, v: Any, table: Any) -> Any:
         i = torch.arange(S)
-        at = torch.clamp(i[:, None] - i[None] + SPAN, 0, 2 * SPAN - 1)
+        at = torch.clamp(i[:, None] - i[None] + span, 0, 2 * span - 1)
         return attend(q @ k.mT + torch.gather(q @ table.mT, -1, at.expand(B, H, S, S)), v)
 
-    args = (*qkv(), torch.randn(H, 2 * SPAN, D))
+    args = (*qkv(), torch.randn(H, 2 * span, D))
     site = only_site(fn, *args)
-    assert score_of(site.spec) == "(qk + t0[n0, n1, q_idx, min(max((5 + q_idx + (-1 * kv_idx)), 0), 9)])"
+    assert score_of(site.spec) == "(qk + t0[n0, n1, q_idx, min(max((3 + q_idx + (-1 * kv_idx)), 0), 5)])"
+    check_fused(fn, *args)
+
+
+def test_clamps_of_the_users_make_others_needless() -> None:
+    """What clamps a position before the look-up is seen through, and not done twice; one that does nothing goes."""
+
+    def fn(q: Any, k: Any, v: Any, table: Any, at: Any) -> Any:
+        at = torch.clamp(at + SPAN, 0, 2 * SPAN - 1)
+        return attend(q @ k.mT + torch.gather(q @ table.mT, -1, at.expand(B, H, S, S)), v)
+
+    args = (*qkv(), torch.randn(H, 2 * SPAN, D), torch.randint(-9, 9, (S, S)))
+    site = only_site(fn, *args)
+    assert score_of(site.spec) == "(qk + t0[n0, n1, q_idx, min(max((t1[q_idx, kv_idx] + 5), 0), 9)])"
     check_fused(fn, *args)
 
 
