@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from collections.abc import Set as AbstractSet
 
 import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Dot, Expr, Index, Load, Product, free_symbols, loads
+from flashfuse.kernels.expr import Dot, Expr, Gather, Index, Load, Product, free_symbols, gather, loads
 from flashfuse.kernels.normal import pointwise, rewrite
 from flashfuse.kernels.spec import (
     KV_IDX,
@@ -25,7 +26,7 @@ from flashfuse.patterns.axes import Roles
 from flashfuse.patterns.ending import Ending
 from flashfuse.patterns.graph import location, name_of, tensor, value
 from flashfuse.patterns.indexing import Indices
-from flashfuse.patterns.layout import Layout
+from flashfuse.patterns.layout import Layout, Option
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import open_up
 from flashfuse.patterns.operand import Reading, exactly_promotes, readings
@@ -54,22 +55,17 @@ def assemble(
     if out.requires_grad:
         raise Refused("training", "gradients are wanted here, and the backward kernels do not exist yet", node)
     roles = _roles(node, position, values, value_side, score, end)
-    q_side, k_side = score.dot.lhs, score.dot.rhs
-    shared = free_symbols(q_side) & free_symbols(k_side) - {roles.r}
-    _check_plain(lifter, q_side, k_side, roles, node)
-    _check_plain(lifter, k_side, q_side, roles, node)
+    for term in score.terms:
+        _check_plain(lifter, term.dot.lhs, term.dot.rhs, roles, node)
+        _check_plain(lifter, term.dot.rhs, term.dot.lhs, roles, node)
     dtype = score.dot.dtype
-    options = (
-        _options(lifter, q_side, shared, dtype, node, "queries", True),
-        _options(lifter, k_side, shared, dtype, node, "keys", True),
-        _options(lifter, value_side, frozenset(), values.dtype, node, "values", False),
-    )
+    value_options = _options(lifter, value_side, frozenset(), values.dtype, node, "values", False)
+    options = [*_product_options(lifter, score, roles, node), (value_options, (roles.j, roles.d))]
     layout = Layout(lifter, roles, (score.program, *end.programs), options)
-    q, k, v = layout.chosen
+    *factors, v = layout.chosen
     program = score.program
-    for reading in (q, k):
-        for factor in reading.factors:
-            program = _scaled(program, factor)
+    for factor in (f for reading in factors for f in reading.factors):
+        program = _scaled(program, factor)
     program = settled(layout.substitute(program), score.dot.dtype)
     axes = layout.batch
     sink = None if end.sink is None else layout.substitute(end.sink)
@@ -80,7 +76,14 @@ def assemble(
     q_len = lifter.ranges[roles.i] if roles.i is not None else sympy.Integer(1)
     kv_len = lifter.ranges[roles.j]
     names, sizes = _names(programs, axes, roles, q_len, kv_len)
-    product_dtype = _product_dtype(q.load.dtype, k.load.dtype, dtype)
+    product_dtype = _product_dtype({reading.load.dtype for reading in factors}, dtype)
+    terms = [
+        (
+            layout.operand(q, (*axes, roles.i, term.dot.axis), product_dtype, term.factor),
+            layout.operand(k, (*axes, roles.j, term.dot.axis), product_dtype),
+        )
+        for term, q, k in zip(score.terms, factors[::2], factors[1::2], strict=True)
+    ]
     types = tuple(_captured_dtype(n) for n in captured)
     score_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
     out_axes, out_order, free_layout = output_order(node, position, roles, layout)
@@ -106,24 +109,25 @@ def assemble(
         node=node,
         location=location(node),
         spec=spec,
-        q=layout.operand(q, (*axes, roles.i, roles.r), product_dtype),
-        k=layout.operand(k, (*axes, roles.j, roles.r), product_dtype),
+        q=terms[0][0],
+        k=terms[0][1],
         v=layout.operand(v, (*axes, roles.j, roles.d), values.dtype),
         captured=captured,
         batch=tuple(lifter.ranges[a] for a in axes),
         sizes=sizes,
         q_len=q_len,
         kv_len=kv_len,
-        head_dim=score.dot.extent,
+        head_dim=sympy.Add(*(term.dot.extent for term in score.terms)),
         value_dim=lifter.ranges[roles.d] if roles.d is not None else sympy.Integer(1),
         out_axes=out_axes,
         free_layout=free_layout,
         chain=chain,
+        more=tuple(terms[1:]),
     )
 
 
 def _check_types(node: fx.Node, values: Dot, score: Score) -> None:
-    for dot in (values, score.dot):
+    for dot in (values, *(term.dot for term in score.terms)):
         if dot.dtype not in _SUPPORTED:
             raise Refused("dtype", f"attention is computed in {dot.dtype}, which the kernels do not take", node)
     if (values.dtype == torch.float64) != (score.dot.dtype == torch.float64):
@@ -149,7 +153,7 @@ def _roles(node: fx.Node, position: Indices, values: Dot, value_side: Expr, scor
     j, r = values.axis, score.dot.axis
     outs = [o for o in position if isinstance(o, sympy.Symbol)]
     in_values = free_symbols(value_side)
-    parts = (score.program, score.dot.lhs, score.dot.rhs, *end.programs)
+    parts = [score.program, *end.programs, *(side for t in score.terms for side in (t.dot.lhs, t.dot.rhs))]
     in_program = frozenset().union(*map(free_symbols, parts))
     ds = [o for o in outs if o in in_values and o not in in_program]
     rows = [
@@ -164,6 +168,18 @@ def _roles(node: fx.Node, position: Indices, values: Dot, value_side: Expr, scor
     i = rows[-1] if rows else None
     batch = tuple(o for o in outs if o != i and o not in ds)
     return Roles(batch, i, j, r, ds[0] if ds else None)
+
+
+def _product_options(lifter: Lifter, score: Score, roles: Roles, node: fx.Node) -> list[Option]:
+    """Readings of the queries and keys of every term. Of several terms each keeps its own factors in its operands."""
+    scaled, found = len(score.terms) == 1, []
+    for term in score.terms:
+        dot = term.dot
+        shared = free_symbols(dot.lhs) & free_symbols(dot.rhs) - {dot.axis}
+        q = _options(lifter, dot.lhs, shared, dot.dtype, node, "queries", scaled)
+        k = _options(lifter, dot.rhs, shared, dot.dtype, node, "keys", scaled)
+        found += [(q, (roles.i, dot.axis)), (k, (roles.j, dot.axis))]
+    return found
 
 
 def _options(
@@ -186,10 +202,10 @@ def _scaled(program: Expr, factor: Expr) -> Expr:
     return rewrite(program, lambda e: pointwise("mul", e, factor, dtype=e.dtype) if isinstance(e, Product) else None)
 
 
-def _product_dtype(q: torch.dtype, k: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+def _product_dtype(operands: AbstractSet[torch.dtype], dtype: torch.dtype) -> torch.dtype:
     """The narrowest type in which the product is still exact: bf16 operands cast up to float32 multiply as bf16."""
-    narrow = q == k and q in (torch.float16, torch.bfloat16) and exactly_promotes(q, dtype) and dtype == torch.float32
-    return q if narrow else dtype
+    narrow = next(iter(operands)) if len(operands) == 1 and dtype == torch.float32 else dtype
+    return narrow if narrow in (torch.float16, torch.bfloat16) and exactly_promotes(narrow, dtype) else dtype
 
 
 def _captured(programs: Sequence[Expr]) -> tuple[fx.Node, ...]:
@@ -247,6 +263,8 @@ def _named(program: Expr, names: dict[sympy.Symbol, sympy.Expr], captured: Seque
         match e:
             case Load():
                 return Load(e.dtype, slots[e.tensor], tuple(i.xreplace(names) for i in e.indices))
+            case Gather():
+                return gather(e.dtype, slots[e.tensor], e.at)
             case Index():
                 return Index(e.dtype, sympy.expand(e.value.xreplace(names)))
         return None
