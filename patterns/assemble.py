@@ -8,6 +8,7 @@ from collections.abc import Set as AbstractSet
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Dot, Expr, Gather, Index, Load, Product, Softmax, free_symbols, gather, loads
 from flashfuse.kernels.normal import pointwise, rewrite
@@ -133,7 +134,7 @@ def _check_plain(lifter: Lifter, side: Expr, other: Expr, roles: Roles, node: fx
         return
     for x, y in ((inner.lhs, inner.rhs), (inner.rhs, inner.lhs)):
         paired = free_symbols(y) - free_symbols(x) - free_symbols(other) - {roles.r}
-        if roles.j in free_symbols(x) and paired:
+        if roles.j in free_symbols(x) and paired & lifter.ranges.keys():
             raise Refused("head-mixing", "the scores are mixed across heads before the softmax", node)
 
 
@@ -221,6 +222,28 @@ def _check_captured(lifter: Lifter, captured: Sequence[fx.Node], site: fx.Node) 
             raise Refused("unknown-operator", f"`{node.name}` in the score is not a tensor", node)
 
 
+def _with_sizes_computed(
+    program: Expr, positions: frozenset[sympy.Symbol]
+) -> tuple[Expr, dict[sympy.Symbol, sympy.Expr]]:
+    """The program with a symbol for each division or power of sizes alone, which the graph computes once a call."""
+    symbols: dict[sympy.Expr, sympy.Symbol] = {}
+
+    def replaced(value: sympy.Expr) -> sympy.Expr:
+        if isinstance(value, (FloorDiv, Mod, sympy.Pow)) and not value.free_symbols & positions:
+            return symbols.setdefault(value, sympy.Symbol(f"computed{len(symbols)}", integer=True, nonnegative=True))
+        return value.func(*map(replaced, value.args)) if value.args else value
+
+    def rule(e: Expr) -> Expr | None:
+        match e:
+            case Load():
+                return Load(e.dtype, e.tensor, tuple(replaced(i) for i in e.indices))
+            case Index():
+                return Index(e.dtype, replaced(e.value))
+        return None
+
+    return rewrite(program, rule), {symbol: size for size, symbol in symbols.items()}
+
+
 def _named(
     program: Expr,
     axes: Sequence[sympy.Symbol],
@@ -234,16 +257,18 @@ def _named(
     if roles.i is not None:
         names[roles.i] = Q_IDX
     slots: dict[Hashable, int] = {node: slot for slot, node in enumerate(captured)}
+    program, computed = _with_sizes_computed(program, frozenset(names))
     used = set(free_symbols(program)) - set(names)
     sizes: list[sympy.Expr] = []
     for symbol in sorted(used, key=str):
-        if symbol == kv_len:
+        size = computed.get(symbol, symbol)
+        if size == kv_len:
             names[symbol] = KV_LEN
-        elif symbol == q_len:
+        elif size == q_len:
             names[symbol] = Q_LEN
         else:
             names[symbol] = size_symbol(len(sizes))
-            sizes.append(symbol)
+            sizes.append(size)
 
     def rule(e: Expr) -> Expr | None:
         match e:
