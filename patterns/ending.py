@@ -45,8 +45,9 @@ class Ending:
     factor: Expr | None = None
 
     @property
-    def programs(self) -> tuple[Expr, ...]:
-        return tuple(e for e in (self.sink, self.factor) if e is not None)
+    def programs(self) -> dict[str, Expr]:
+        """The programs there are, by the names of the spec's fields."""
+        return {name: e for name, e in (("sink", self.sink), ("factor", self.factor)) if e is not None}
 
 
 def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, leads: AbstractSet[fx.Node]) -> Ending:

@@ -147,11 +147,14 @@ def _share(term: sympy.Expr, divisor: sympy.Expr) -> list[tuple[sympy.Expr, symp
             return [(ZERO, term)]
         taken = int(coefficient) // int(divisor)
         return [(n * rest, (coefficient - n * divisor) * rest) for n in (taken, taken + 1)]
-    size = sorted(divisor.free_symbols, key=str)[0]
-    if size not in term.free_symbols:
+    whole = {part: sympy.Dummy(integer=True) for part in (term * divisor).atoms(FloorDiv, Mod)}
+    given = {dummy: part for part, dummy in whole.items()}
+    term_, divisor_ = term.xreplace(whole), divisor.xreplace(whole)
+    size = sorted(divisor_.free_symbols, key=str)[0]
+    if size not in term_.free_symbols:
         return [(ZERO, term)]
     try:
-        taken, left = sympy.div(term, divisor, size)
+        taken, left = (part.xreplace(given) for part in sympy.div(term_, divisor_, size))
     except sympy.PolynomialError:
         return [(ZERO, term)]
     return [(ZERO, term), (taken, left)] if _is_whole(taken) and _is_whole(left) else [(ZERO, term)]

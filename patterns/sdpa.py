@@ -13,7 +13,7 @@ from torch import fx
 from flashfuse.kernels.expr import Const, Dot, Expr, Softmax
 from flashfuse.kernels.normal import index, pointwise
 from flashfuse.patterns.graph import shape, tensor, to_sympy, value
-from flashfuse.patterns.indexing import Indices, divide, quotient, same
+from flashfuse.patterns.indexing import Indices, divide, quotient
 from flashfuse.patterns.lift import NODE_ROWS, CannotLift, NodeView
 from flashfuse.patterns.refusal import Refused
 
@@ -69,7 +69,7 @@ def _check_mask(view: NodeView, mask: Any, q: torch.Tensor, k: torch.Tensor) -> 
         raise CannotLift(view.node, "has a mask of more dimensions than its scores")
     scores = (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2])
     for size, wanted in zip(reversed(shape(t)), reversed(scores), strict=False):
-        if size != 1 and not same(size, to_sympy(wanted)):
+        if size != 1 and to_sympy(wanted) == 1:
             raise CannotLift(view.node, "has a mask that is larger than its scores")
 
 

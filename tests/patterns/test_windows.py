@@ -67,6 +67,23 @@ def test_relative_shift_with_dynamic_sizes(shift: Callable[..., Any]) -> None:
     check_fused(fn, *args, dynamic=True)
 
 
+def test_sizes_that_are_quotients_are_computed_by_the_graph() -> None:
+    """A length behind a strided window is a division of the input's; the kernel gets it as one number.
+
+    The queries are a product of activations themselves, whose sizes were taken for axes that only one side has.
+    """
+
+    def fn(x: Any, w: Any, table: Any) -> Any:
+        q = (x.unfold(1, 6, 3)[..., :D] @ w).view(x.shape[0], -1, H, D).transpose(1, 2)
+        return attend(q @ q.mT + padded(q @ table[:, : 2 * q.shape[2] - 1].mT), q)
+
+    args = (torch.randn(B, 20), torch.randn(6, H * D), torch.randn(H, 100, D))
+    site = only_site(fn, *args, dynamic=True)
+    assert "//" not in score_of(site.spec)
+    assert "(-1 * q_idx)" in score_of(site.spec)
+    check_fused(fn, *args, dynamic=True)
+
+
 def selected(x: Any) -> Any:
     b, h, s, p = x.shape
     x = x.reshape(b, h, p, s)[:, :, 1:].reshape(b, h, s, p - 1)
