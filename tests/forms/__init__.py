@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from . import additive, data_masks, normalisers, positional, products, relative, shaping
+from . import additive, data_masks, normalisers, padding, positional, products, relative, shaping
 from .decoys import DECOYS, Decoy
 from .form import Form, Sizes, Spelling, exact, module
 
 FORMS: tuple[Form, ...] = (
     *positional.FORMS,
+    *padding.FORMS,
     *data_masks.FORMS,
     *additive.FORMS,
     *relative.FORMS,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .bodies import causal, fairseq, functional, hugging_face, positions
+from .bodies import causal, fairseq, functional, hugging_face, minimum, positions
 from .form import Expect, Form, Make
 
 
@@ -28,7 +28,7 @@ def _bias(letters: str) -> Form:
     return Form(
         f"bias-{letters}",
         (hugging_face, added_first, fairseq, functional),
-        Expect((r"qk \* 0\.3535", r" \+ .*t0\["), squares=square),
+        Expect((r"qk \* 0\.3535", r"t0\["), squares=square),
         functools.partial(_with_bias, letters=letters),
     )
 
@@ -81,8 +81,7 @@ def alibi_baddbmm(c: Any, q: Any, k: Any, v: Any, slopes: Any) -> Any:
         alpha=c.scale,
     )
     attn_weights = matmul_result.view(batch, heads, q_len, -1)
-    mask = torch.where(causal(q, k), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
-    attn_weights = attn_weights + mask
+    attn_weights = attn_weights + minimum(causal(q, k), q)
     attention_probs = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(q.dtype)
     return torch.bmm(attention_probs.view(batch * heads, q_len, -1), v.reshape(batch * heads, k.shape[2], -1))
 
@@ -114,8 +113,13 @@ ALIBI = (
         Expect((r"qk \* 0\.3535", r"t0\[.*n1", r"(q_idx|kv_idx)"), "causal$"),
         _slopes,
     ),
-    Form("alibi-prebuilt", (prebuilt_baddbmm, prebuilt_added), Expect((r"qk", r"t0\[n1, q_idx, kv_idx\]"), squares=1), _prebuilt),
-)  # fmt: skip
+    Form(
+        "alibi-prebuilt",
+        (prebuilt_baddbmm, prebuilt_added),
+        Expect((r"qk", r"t0\[n1, q_idx, kv_idx\]"), squares=1),
+        _prebuilt,
+    ),
+)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -130,7 +134,9 @@ def bucket(relative_position: Any, num_buckets: int, max_distance: int = 20) -> 
     max_exact = num_buckets // 2
     is_small = relative_position < max_exact
     large = max_exact + (
-        torch.log(relative_position.float() / max_exact) / math.log(max_distance / max_exact) * (num_buckets - max_exact)
+        torch.log(relative_position.float() / max_exact)
+        / math.log(max_distance / max_exact)
+        * (num_buckets - max_exact)
     ).to(torch.long)
     large = torch.min(large, torch.full_like(large, num_buckets - 1))
     return relative_buckets + torch.where(is_small, relative_position, large)

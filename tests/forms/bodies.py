@@ -37,7 +37,7 @@ def lucidrains(c: Any, q: Any, k: Any, v: Any, keep: Any) -> Any:
 
 
 def fairseq(c: Any, q: Any, k: Any, v: Any, attn_mask: Any) -> Any:
-    """fairseq's MultiheadAttention: heads folded into the batch, an additive mask that broadcasts to [B, H, Tq, Tkv]."""
+    """fairseq's MultiheadAttention: heads folded into the batch, a mask that broadcasts to [B, H, Tq, Tkv] added."""
     bsz, heads, tgt_len, src_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     q = (q * c.scale).reshape(bsz * heads, tgt_len, -1)
     k = k.reshape(bsz * heads, src_len, -1)
@@ -63,3 +63,8 @@ def causal(q: Any, k: Any) -> Any:
     """True where a key is seen, [Tq, Tkv]."""
     i, j = positions(q, k)
     return j <= i
+
+
+def minimum(keep: Any, q: Any) -> Any:
+    """The additive mask of transformers: zero, or the smallest number of the queries' type."""
+    return torch.where(keep, torch.tensor(0.0, device=q.device, dtype=q.dtype), torch.finfo(q.dtype).min)

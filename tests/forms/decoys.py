@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .form import Form, Make, Sizes, Spelling, module, plain_inputs
+from .form import Make, Sizes, Spelling, module, plain_inputs
 
 
 @dataclass(frozen=True)

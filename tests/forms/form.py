@@ -93,12 +93,14 @@ class Make:
 
 @dataclass(frozen=True)
 class Expect:
-    """What the spec of every site must say.
+    """What the spec of every site must say. Texts are regular expressions.
 
-    sites: how many attentions the code holds. score: regular expressions that occur in the text of the score program.
-    mask: one that matches the mask's description from its beginning. squares: how many captured tensors have an element per score
-    (None: as the layout of the source has it). normaliser, empty_row: the spec's, None where it does not matter. sink, factor:
-    regular expressions that occur in the text of these programs, "none" where the spec has none.
+    score: each occurs in the score program's text.
+    mask: matches the mask's description from its beginning.
+    squares: how many captured tensors have an element for each score; None where the source leaves a choice.
+    sites: how many attentions the code holds.
+    normaliser, empty_row: the spec's; None where it does not matter.
+    sink, factor: occurs in the text of that program, which is "none" where the spec has none.
     """
 
     score: tuple[str, ...] = (r"qk \* 0\.3535",)
@@ -120,9 +122,10 @@ def plain_inputs(make: Make) -> tuple[torch.Tensor, ...]:
 class Form:
     """One attention in several spellings.
 
-    inputs: what every spelling is called with. more_keys: whether there are more keys than queries, as with a cache. empty:
-    what a row whose keys are all masked gives ("nan", "zero", "mean" of the values), None where no row is. fp16: whether
-    the code's constants fit in float16.
+    inputs: makes what every spelling is called with.
+    more_keys: whether there are more keys than queries, as with a cache.
+    empty: what a row whose keys are all masked gives ("nan", "zero", "mean" of the values); None where no row is.
+    fp16: whether the code's constants fit in float16.
     """
 
     name: str
@@ -137,9 +140,7 @@ class Form:
         """The lengths this form is called with."""
         return dataclasses.replace(sizes, kv_len=sizes.q_len + (sizes.q_len // 2 if self.more_keys else 0))
 
-    def make(
-        self, sizes: Sizes, dtype: torch.dtype = torch.float32, device: str = "cpu"
-    ) -> tuple[torch.Tensor, ...]:
+    def make(self, sizes: Sizes, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[torch.Tensor, ...]:
         """The inputs, the same at every call with the same arguments."""
         generator = torch.Generator(device).manual_seed(0)
         return self.inputs(Make(self.sizes(sizes), dtype, torch.device(device), generator))

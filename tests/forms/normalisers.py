@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .bodies import causal
+from .bodies import causal, minimum
 from .form import Expect, Form, Make
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -22,7 +22,7 @@ def _sinks(make: Make) -> tuple[torch.Tensor, ...]:
 def sink_last(c: Any, q: Any, k: Any, v: Any, sinks: Any) -> Any:
     """gpt-oss: the sink is the last column."""
     attn_weights = torch.matmul(q, k.transpose(2, 3)) * c.scale
-    attn_weights = attn_weights + torch.where(causal(q, k), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    attn_weights = attn_weights + minimum(causal(q, k), q)
     sinks = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
     combined_logits = torch.cat([attn_weights, sinks], dim=-1)
     combined_logits = combined_logits - combined_logits.max(dim=-1, keepdim=True).values
@@ -215,13 +215,33 @@ NONE = "none"
 FORMS = (
     Form("sink-last", (sink_last, sink_einsum), Expect(mask="causal$", sink=r"t\d\[.*n1"), _sinks),
     Form("sink-first", (sink_first, sink_sigmoid), Expect(mask="causal$", sink=r"t\d\[.*n1"), _sinks),
-    Form("softmax-plus-one", (plus_one_direct, plus_one_shifted, plus_one_clamped, plus_one_padded, plus_one_column), Expect(sink=r"0(\.0)?$")),
+    Form(
+        "softmax-plus-one",
+        (plus_one_direct, plus_one_shifted, plus_one_clamped, plus_one_padded, plus_one_column),
+        Expect(sink=r"0(\.0)?$"),
+    ),
     Form("sigmoid", (sigmoid_paper, sigmoid_einsum), Expect((r"sigmoid\(", r"qk \* 0\.3535"), normaliser=NONE)),
-    Form("sigmoid-causal", (sigmoid_filled, sigmoid_times_mask), Expect((r"sigmoid\(", r"qk \* 0\.3535"), r"causal$", normaliser=NONE)),
+    Form(
+        "sigmoid-causal",
+        (sigmoid_filled, sigmoid_times_mask),
+        Expect((r"sigmoid\(", r"qk \* 0\.3535"), r"causal$", normaliser=NONE),
+    ),
     Form("relu", (relu_over_length, relu_times_inverse), Expect((r"max\(|where\(",), normaliser=NONE)),
     Form("squared-relu", (squared_relu, squared_relu_method), Expect((r"max\(|where\(",), normaliser=NONE)),
     Form("head-mask", (head_mask_bert, head_mask_folded), Expect(factor=r"t0\[.*n1"), _head_mask),
-    Form("zeroed-probabilities", (zeroed_wenet, zeroed_minimum), Expect(mask=r"padding|.*t0", factor=""), _keep_padded, empty="zero"),
-    Form("nan-to-zero", (nan_to_num, filled_where_nan), Expect(mask=r"padding|.*t0", empty_row="zero"), _keep_padded, empty="zero"),
+    Form(
+        "zeroed-probabilities",
+        (zeroed_wenet, zeroed_minimum),
+        Expect(mask=r"padding|.*t0", factor=""),
+        _keep_padded,
+        empty="zero",
+    ),
+    Form(
+        "nan-to-zero",
+        (nan_to_num, filled_where_nan),
+        Expect(mask=r"padding|.*t0", empty_row="zero"),
+        _keep_padded,
+        empty="zero",
+    ),
     Form("row-gate", (gate_after, gate_where), Expect(factor=r"t0\["), _row_gate),
-)  # fmt: skip
+)

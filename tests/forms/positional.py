@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .bodies import causal, functional, hugging_face, lucidrains, nano_gpt, positions
+from .bodies import causal, functional, hugging_face, lucidrains, minimum, nano_gpt, positions
 from .form import Attention, Expect, Form, Sizes
 
 SINK_TOKENS = 2
@@ -31,8 +31,7 @@ def triu_added(c: Any, q: Any, k: Any, v: Any) -> Any:
 
 def arange_where(c: Any, q: Any, k: Any, v: Any) -> Any:
     keep = causal(q, k)[None, None].expand(q.shape[0], 1, -1, -1)
-    mask = torch.where(keep, torch.tensor(0.0, device=q.device, dtype=q.dtype), torch.finfo(q.dtype).min)
-    return hugging_face(c, q, k, v, mask)
+    return hugging_face(c, q, k, v, minimum(keep, q))
 
 
 def filled_in_place(c: Any, q: Any, k: Any, v: Any) -> Any:
@@ -91,15 +90,20 @@ def offset_positions(c: Any, q: Any, k: Any, v: Any) -> Any:
     past = k.shape[2] - q.shape[2]
     cache_position = torch.arange(past, past + q.shape[2], device=q.device)
     keep = torch.arange(k.shape[2], device=q.device)[None, :] <= cache_position[:, None]
-    return hugging_face(c, q, k, v, torch.where(keep, 0.0, torch.finfo(q.dtype).min).to(q.dtype))
+    return hugging_face(c, q, k, v, minimum(keep, q))
 
 
 CAUSAL = (
     Form("causal", (tril_ones, triu_added, arange_where, filled_in_place), Expect(mask="causal$")),
     Form("causal-functional", (is_causal, keep_functional), Expect(mask="causal$", empty_row="zero")),
     Form("causal-buffer", (TrilBuffer, BoolBuffer), Expect(mask="", squares=1)),
-    Form("causal-offset", (triu_from_the_end, offset_positions), Expect(mask=r"causal \(bottom-right\)|causal|window \.\.6"), more_keys=True),
-)  # fmt: skip
+    Form(
+        "causal-offset",
+        (triu_from_the_end, offset_positions),
+        Expect(mask=r"causal \(bottom-right\)|causal|window \.\.6"),
+        more_keys=True,
+    ),
+)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -135,7 +139,8 @@ def added(c: Any, q: Any, k: Any, v: Any, *, fill: str, behind: int) -> Any:
 
 
 def added_where(c: Any, q: Any, k: Any, v: Any, *, fill: str, behind: int) -> Any:
-    bias = torch.where(before(q, k, behind), 0.0, FILLS[fill](q.dtype)).to(q.dtype)
+    zero = torch.tensor(0.0, device=q.device, dtype=q.dtype)
+    bias = torch.where(before(q, k, behind), zero, FILLS[fill](q.dtype))
     scores = bias[None, None] + q @ k.transpose(-1, -2) * c.scale
     return scores.softmax(-1) @ v
 
@@ -158,10 +163,14 @@ FILLED = tuple(
 ) + tuple(
     _fill((added, added_where), "added", fill, behind, mask, empty)
     for fill, behind, mask, empty in (
-        ("inf", 0, "causal$", None), ("min", 0, "causal$", None), ("1e4", 0, "none$", None), ("1e9", 0, "none$", None),
-        ("inf", 1, "", "nan"), ("min", 1, "", "mean"),
+        ("inf", 0, "causal$", None),
+        ("min", 0, "causal$", None),
+        ("1e4", 0, "none$", None),
+        ("1e9", 0, "none$", None),
+        ("inf", 1, "", "nan"),
+        ("min", 1, "", "mean"),
     )
-)  # fmt: skip
+)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -252,15 +261,15 @@ def dropped(c: Any, q: Any, k: Any, v: Any, keep: Any) -> Any:
 
 
 def added_minimum(c: Any, q: Any, k: Any, v: Any, keep: Any) -> Any:
-    return hugging_face(c, q, k, v, torch.where(keep, 0.0, torch.finfo(q.dtype).min).to(q.dtype)[None, None])
+    return hugging_face(c, q, k, v, minimum(keep, q)[None, None])
 
 
 def _shape(name: str, predicates: tuple[Callable[..., Any], ...], mask: str) -> Form:
-    frames = (dropped, added_minimum, lucidrains)
-    pairs = [(p, f) for n, p in enumerate(predicates) for f in (frames[n], frames[n + 1])]
-    return Form(
-        name, tuple(functools.partial(in_frame, predicate=p, frame=f) for p, f in pairs[:2] + pairs[3:]), Expect(mask=mask)
-    )  # fmt: skip
+    """Both ways to say a mask, in three frames."""
+    first, second = predicates
+    pairs = ((first, dropped), (first, added_minimum), (second, lucidrains))
+    spellings = tuple(functools.partial(in_frame, predicate=p, frame=f) for p, f in pairs)
+    return Form(name, spellings, Expect(mask=mask))
 
 
 SHAPES = (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .bodies import causal
+from .bodies import causal, minimum
 from .form import Expect, Form, Make
 
 ROTARY = 4  # width of the part of a head that carries positions
@@ -43,7 +43,7 @@ def latent_concatenated(c: Any, q: Any, q_pe: Any, k: Any, k_pe: Any, v: Any) ->
     query_states = torch.cat((q, q_pe), dim=-1)
     key_states = torch.cat((k, k_pe.expand(*k.shape[:-1], -1)), dim=-1)
     attn_weights = torch.matmul(query_states, key_states.transpose(2, 3)) * query_states.shape[-1] ** -0.5
-    attn_weights = attn_weights + torch.where(causal(q, k), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    attn_weights = attn_weights + minimum(causal(q, k), q)
     return torch.matmul(F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(q.dtype), v)
 
 
@@ -127,6 +127,16 @@ FORMS = (
     Form("latent-sum", (latent_sum, latent_scaled_apart), Expect((r"qk \* 0\.2886",), "causal$"), _latent),
     Form("latent-concatenated", (latent_concatenated, latent_filled), Expect((r"qk \* 0\.2886",), "causal$"), _latent),
     Form("two-streams", (streams_lilt, streams_einsum), Expect((r"qk",)), _two_streams),
-    Form("differential-outputs", (differential_outputs, differential_products), Expect(mask="causal$", sites=2), _differential),
-    Form("differential-probabilities", (differential_probabilities, differential_interleaved), Expect(mask="causal$", sites=2), _differential),
-)  # fmt: skip
+    Form(
+        "differential-outputs",
+        (differential_outputs, differential_products),
+        Expect(mask="causal$", sites=2),
+        _differential,
+    ),
+    Form(
+        "differential-probabilities",
+        (differential_probabilities, differential_interleaved),
+        Expect(mask="causal$", sites=2),
+        _differential,
+    ),
+)

@@ -187,12 +187,13 @@ def clipped_take(c: Any, q: Any, k: Any, v: Any, table: Any) -> Any:
 
 FORMS = (
     Form(
-        "decomposed-positions", (decomposed_sam, decomposed_functional), Expect((r"qk \* 0\.3535", r"t0", r"t1")), _decomposed
+        "decomposed-positions",
+        (decomposed_sam, decomposed_functional),
+        Expect((r"qk \* 0\.3535", r"t0", r"t1")),
+        _decomposed,
     ),
     Form("relative-shift", (shift_conformer, shift_padded), Expect((r"qk", r"t0\["), squares=1), _shifted),
     Form("relative-shift-even", (shift_xlnet, shift_by_index), Expect((r"qk", r"t0\["), squares=1), _shifted_even),
-    Form(
-        "disentangled", (disentangled_hf, disentangled_four_axes), Expect((r"qk \* 0\.204", r"t0\[", r"t1\[")), _disentangled
-    ),
-    Form("clipped-distances", (clipped_gather, clipped_take), Expect((r"qk \* 0\.3535", r"t0\[")), _relative_keys),
-)  # fmt: skip
+    Form("disentangled", (disentangled_hf, disentangled_four_axes), Expect((r"qk", r"t0\[", r"t1\[")), _disentangled),
+    Form("clipped-distances", (clipped_gather, clipped_take), Expect((r"qk", r"\* 0\.3535", r"t0\[")), _relative_keys),
+)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .bodies import causal, positions
+from .bodies import causal, minimum, positions
 from .form import Expect, Form, Make
 
 CAP = 5.0
@@ -23,7 +23,7 @@ def softcap_gemma(c: Any, q: Any, k: Any, v: Any) -> Any:
     attn_weights = attn_weights / CAP
     attn_weights = torch.tanh(attn_weights)
     attn_weights = attn_weights * CAP
-    attn_weights = attn_weights + torch.where(causal(q, k), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    attn_weights = attn_weights + minimum(causal(q, k), q)
     attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(q.dtype)
     return torch.matmul(attn_weights, v)
 
@@ -50,7 +50,7 @@ def clamp_as_min_and_max(c: Any, q: Any, k: Any, v: Any) -> Any:
 
 def clamp_xglm(c: Any, q: Any, k: Any, v: Any) -> Any:
     attn_weights = torch.matmul(q * c.scale, k.transpose(2, 3))
-    attn_weights = attn_weights + torch.where(causal(q, k), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    attn_weights = attn_weights + minimum(causal(q, k), q)
     attn_weights = torch.max(
         attn_weights, torch.tensor(torch.finfo(attn_weights.dtype).min, device=q.device, dtype=attn_weights.dtype)
     )
@@ -169,6 +169,6 @@ FORMS = (
     Form("temperature-scalar", (temperature_scalar, temperature_exponential), Expect((r"qk [*/] .*t0\[",)), _scalar),
     Form("cosine", (cosine_swin, cosine_lucidrains), Expect((r"qk \* .*t0\[.*n1",)), _logit_scale),
     Form("row-temperature", (row_temperature_qwen, row_temperature_scores), Expect((r"qk",), "causal$", squares=0)),
-    Form("scaled-after-mask", (scaled_after_mask, scaled_after_added_mask), Expect(mask="causal$")),
+    Form("scaled-after-mask", (scaled_after_mask, scaled_after_added_mask), Expect((r"\* 0\.3535",), "causal$")),
     Form("shifted-by-maximum", (cogview, shifted_by_maximum), Expect()),
 )

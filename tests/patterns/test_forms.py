@@ -55,6 +55,8 @@ def test_left_alone(decoy: Decoy) -> None:
         built, inputs = decoy.make(Sizes())
         result = matched(built, *inputs)
     assert not result.sites
-    assert {r.code for r in result.refusals} == ({decoy.code} if decoy.code else set()), [str(r) for r in result.refusals]
+    assert {r.code for r in result.refusals} == ({decoy.code} if decoy.code else set()), [
+        str(r) for r in result.refusals
+    ]
     for refusal in result.refusals:
         assert refusal.location.file.endswith("decoys.py")
