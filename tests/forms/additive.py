@@ -167,11 +167,10 @@ def _buckets(make: Make) -> tuple[torch.Tensor, ...]:
 
 def relative_position_index(height: int, width: int, device: torch.device) -> torch.Tensor:
     """Swin's buffer: for each pair of pixels of a window the row of the bias table, [N, N]."""
-    ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    coords = torch.stack([ys, xs]).flatten(1)
-    relative = (coords[:, :, None] - coords[:, None, :]).permute(1, 2, 0)
-    rows = (relative[..., 0] + height - 1) * (2 * width - 1) + relative[..., 1] + width - 1
-    return rows.to(device)
+    at = torch.arange(height * width, device=device)
+    y, x = at // width, at % width
+    rows = (y[:, None] - y + height - 1) * (2 * width - 1)
+    return rows + x[:, None] - x + width - 1
 
 
 def _table(make: Make) -> tuple[torch.Tensor, ...]:

@@ -30,7 +30,8 @@ def check(
         fused = compiled(*(x.clone() for x in inputs))
         precise = exact(built, inputs)
         assert_close_to_exact(fused, built(*inputs), precise)
-        assert_empty_rows(form, precise, inputs)
+        if dtype == torch.float32:
+            assert_empty_rows(form, precise, inputs)
     reports = flashfuse.reports()
     assert len(reports) == (1 if dynamic else len(lengths)), "one compilation is enough"
     for report in reports:

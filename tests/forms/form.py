@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -174,9 +175,15 @@ def module(spelling: Spelling, sizes: Sizes) -> nn.Module:
 
 
 def exact(built: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """What the module computes from the same numbers in float64, also where its code asks for a narrower type."""
+    """What the module computes from the same numbers in float64, also where its code asks for a narrower type.
+
+    The smallest number that it masks with stays the one of the inputs' own type.
+    """
+    own = next(x.dtype for x in inputs if x.is_floating_point())
+    of_type = torch.finfo
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
-    with Wide():
+    constants = patch.object(torch, "finfo", lambda dtype: of_type(own if dtype == torch.float64 else dtype))
+    with Wide(), constants:
         return built(*wide)
 
 

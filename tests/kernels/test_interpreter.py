@@ -1,4 +1,4 @@
-"""Runs test_forward.py in Triton's interpreter, which has to be chosen before triton is imported."""
+"""Runs the kernel's tests in Triton's interpreter, which has to be chosen before triton is imported."""
 
 import os
 import subprocess
@@ -11,11 +11,12 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_forward.py runs on the GPU itself")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs on the GPU itself")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is interpreted already")
-def test_forward_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", ["test_forward.py", "test_forms.py"])
+def test_in_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "tests/kernels/test_forward.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", f"tests/kernels/{file}"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
