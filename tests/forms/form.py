@@ -174,7 +174,7 @@ def module(spelling: Spelling, sizes: Sizes) -> nn.Module:
     return built.eval()
 
 
-def exact(built: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def exact(built: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """What the module computes from the same numbers in float64, also where its code asks for a narrower type.
 
     The smallest number that it masks with stays the one of the inputs' own type.

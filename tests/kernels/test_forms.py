@@ -1,7 +1,7 @@
 """Every form through the Triton kernel in its interpreter, in tiles so small that masks leave some of them out.
 
-The interpreter is chosen when triton is imported, so these tests run in a process of their own, which test_interpreter.py
-starts; test_forms_gpu.py is their counterpart on a GPU.
+The interpreter is chosen when triton is imported, so these tests run in a process of their own, which
+test_interpreter.py starts; test_forms_gpu.py is their counterpart on a GPU.
 """
 
 import os
