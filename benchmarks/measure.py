@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -38,11 +37,6 @@ def measure(runs: Mapping[str, Run], rounds: int = ROUNDS) -> dict[str, list[flo
             time.sleep(PAUSE_SECONDS)
             times[name].append(do_bench(runs[name], warmup=4, rep=25, return_mode="median"))
     return times
-
-
-def median(times: Mapping[str, list[float]], name: str) -> float | None:
-    """The median over the rounds, None for a run that was left out."""
-    return statistics.median(times[name]) if name in times else None
 
 
 def peak_bytes(run: Run) -> int:
