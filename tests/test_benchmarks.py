@@ -1,4 +1,4 @@
-"""The benchmark of variants compares like with like: each eager variant computes what its FlexAttention twin computes."""
+"""The benchmark of variants compares like with like: eager code computes what its FlexAttention twin computes."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class TrilBuffer(Attention):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
-        n = 2 * sizes.kv_len
+        n = sizes.kv_len + sizes.chunk
         self.register_buffer("bias", torch.tril(torch.ones(n, n)).view(1, 1, n, n))
 
     def forward(self, q: Any, k: Any, v: Any) -> Any:
@@ -67,7 +67,7 @@ class BoolBuffer(Attention):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
-        n = 2 * sizes.kv_len
+        n = sizes.kv_len + sizes.chunk
         self.register_buffer("bias", torch.tril(torch.ones((n, n), dtype=torch.bool)).view(1, 1, n, n))
 
     def forward(self, q: Any, k: Any, v: Any) -> Any:
