@@ -33,13 +33,14 @@ from flashfuse.kernels.expr import (
     Pointwise,
     Product,
     free_symbols,
+    loads,
     pointwise,
     walk,
 )
 from flashfuse.kernels.mask import HUGE_FILL, MaskStructure, analyze
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.scale import peel_scale
-from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, to_text
+from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, batch_symbol, to_text
 
 Guards = tuple[Expr, ...]
 
@@ -57,6 +58,7 @@ class ScoreProgram:
         no row can be.
     lowest: the score that the smallest finite inner score stands for.
     longest_first: whether later query tiles have more keys to visit.
+    shared_batch: whether captured elements are loaded for each score, and are the same along the first batch axis.
     path: the generated source.
     """
 
@@ -68,6 +70,7 @@ class ScoreProgram:
     huge_factor: float | None
     lowest: float
     longest_first: bool
+    shared_batch: bool
     path: Path
 
 
@@ -88,8 +91,14 @@ def load_program(spec: AttentionSpec) -> ScoreProgram:
         huge_factor=_huge_factor(scale) if any(_may_be_huge(e) for e in walk(inner)) else None,
         lowest=_lowest(spec.score, scale),
         longest_first=any(line.slope > 0 for line in mask.upper),
+        shared_batch=_shares_first_batch_axis(spec.score),
         path=path,
     )
+
+
+def _shares_first_batch_axis(score: Expr) -> bool:
+    tiles = [free_symbols(e) for e in loads(score) if {Q_IDX, KV_IDX} <= free_symbols(e)]
+    return bool(tiles) and not any(batch_symbol(0) in symbols for symbols in tiles)
 
 
 def _huge_factor(scale: float) -> float:
@@ -143,10 +152,16 @@ def kv_bounds_HASH(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes):
 {bounds_body}
 '''
 
-_IMPORTS = {
-    "libdevice.": "from triton.language.extra import libdevice",
-    "tanh(": "from flashfuse.kernels.elementary import tanh",
-}
+_LIBDEVICE = "from triton.language.extra import libdevice"
+_TANH = "from flashfuse.kernels.elementary import tanh"
+# What of a capped score is lost near 0 is far below what operands of 16 bits have lost already.
+_BOUNDED_TANH = "from flashfuse.kernels.elementary import bounded_tanh as tanh"
+
+
+def _imports(spec: AttentionSpec, bodies: Iterable[str]) -> list[str]:
+    text = "".join(bodies)
+    tanh = _BOUNDED_TANH if spec.product_dtype.itemsize == 2 else _TANH
+    return [line for use, line in (("libdevice.", _LIBDEVICE), ("tanh(", tanh)) if use in text]
 
 
 def generate(spec: AttentionSpec) -> tuple[str, str]:
@@ -158,7 +173,7 @@ def generate(spec: AttentionSpec) -> tuple[str, str]:
         "full_body": _score_body(mask.full, spec.compute_dtype, keys_end=False),
         "bounds_body": _bounds_body(mask),
     }
-    imports = [line for use, line in _IMPORTS.items() if any(use in body for body in bodies.values())]
+    imports = _imports(spec, bodies.values())
     source = _TEMPLATE.format(
         score=to_text(spec.score),
         mask=mask.describe(),
@@ -243,6 +258,8 @@ class _Writer:
                 return index_source(value)
             case Load() | Gather():
                 return self._load(expr, guards)
+            case Pointwise(op="to_float", args=(Index(value=value),)):
+                return self._float_of(value)
             case Pointwise(op="to_float", args=(arg,)):
                 return f"({self.emit(arg, guards)}).to({self._float})"
             case Pointwise(op="where", args=(condition, left, right)):
@@ -255,6 +272,15 @@ class _Writer:
             case Pointwise(op=op, args=args):
                 return OPS[op].triton.format(*(self.emit(a, guards) for a in args))
         raise TypeError(f"a score program holds no {type(expr).__name__}")
+
+    def _float_of(self, value: sympy.Expr) -> str:
+        """A position as a float: its terms in the query and in the key apart, so that no score needs a conversion."""
+        terms = sympy.Add.make_args(sympy.expand(value))
+        keys = sympy.Add(*(t for t in terms if KV_IDX in t.free_symbols))
+        parts = (keys, sympy.expand(value - keys)) if Q_IDX not in keys.free_symbols else (value,)
+        texts = [f"{index_source(p)}.to({self._float})" for p in parts if p != 0 and not p.is_Integer]
+        texts += [self._constant(float(p)) for p in parts if p != 0 and p.is_Integer]
+        return f"({' + '.join(texts)})" if texts else self._constant(0.0)
 
     def _constant(self, value: float | int | bool) -> str:
         if isinstance(value, bool):

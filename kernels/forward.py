@@ -16,14 +16,14 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 # Lengths change from call to call and nothing is gained from knowing that they are 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])
+@triton.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     q_strides, k_strides, v_strides, out_strides,
-    batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
+    batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
     LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
-    ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr,
+    ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr, SHARED_BATCH: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -40,10 +40,15 @@ def attention_forward_kernel(
     q_tiles = tl.cdiv(q_len, BLOCK_Q)
     tile = tl.program_id(0) % q_tiles
     position = tl.program_id(0) // q_tiles
+    if SHARED_BATCH:
+        # .. or captured tiles: then the same head of all batches.
+        n0 = position % batch_0
+        position = position // batch_0
     n3 = position % batch_3
     n2 = position // batch_3 % batch_2
     n1 = position // (batch_3 * batch_2) % batch_1
-    n0 = position // (batch_3 * batch_2 * batch_1)
+    if not SHARED_BATCH:
+        n0 = position // (batch_3 * batch_2 * batch_1)
     if LONGEST_FIRST:
         tile = q_tiles - 1 - tile
 
@@ -110,6 +115,7 @@ def attention_forward_kernel(
         # log(row_sum) is lost in numbers of this size.
         huge = tl.where(row_max <= LOWEST_FLOAT32, LOWEST, row_max * (LOG2_SCALE * LN2))
         lse = tl.where(row_max > HUGE, lse, tl.where(row_sum == 0, float("-inf"), huge))
+    position = ((n0 * batch_1 + n1) * batch_2 + n2) * batch_3 + n3
     lse_ptrs = lse_ptr + position.to(tl.int64) * q_len + offs_q
     tl.store(lse_ptrs, lse, mask=offs_q < q_len)
 

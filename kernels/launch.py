@@ -65,20 +65,25 @@ class Device:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the launch table: for head dims up to `head_dim`, elements up to `element_bytes`, at least `arch`."""
+    """A row of the launch table: for head dims up to `head_dim`, elements up to `element_bytes`, at least `arch`.
+
+    captured: only for programs that load a captured element for each score.
+    """
 
     head_dim: int
     element_bytes: int
     backend: str
     arch: int
     launch: Launch
+    captured: bool = False
 
 
 # The first row that applies and fits in shared memory is used: measured choices first, then ever smaller tiles.
 TABLE = (
     # Warp-group matrix instructions: 64 query rows a group of four warps.
     Row(64, 2, "cuda", 90, Launch(128, 64, 4, 3)),
-    Row(128, 2, "cuda", 90, Launch(128, 64, 8, 3)),
+    Row(128, 2, "cuda", 90, Launch(128, 64, 8, 3), captured=True),
+    Row(128, 2, "cuda", 90, Launch(64, 64, 4, 3)),
     Row(256, 2, "cuda", 90, Launch(128, 64, 8, 2)),
     Row(256, 2, "cuda", 90, Launch(128, 32, 8, 2)),
     Row(512, 2, "cuda", 90, Launch(64, 32, 8, 2)),
@@ -115,6 +120,7 @@ def choose_launch(device: Device, shape: Shape) -> Launch | None:
             and shape.element_bytes <= row.element_bytes
             and row.backend in ("", device.backend)
             and device.arch >= row.arch
+            and (shape.captured_bytes > 0 or not row.captured)
             and launch.shared_bytes(shape) <= device.shared_bytes
         ):
             return launch
@@ -147,6 +153,7 @@ def constants(spec: AttentionSpec, head_dim: int, value_dim: int, precision: str
         "LOWEST": program.lowest,
         "ZERO_EMPTY_ROWS": spec.empty_row == "zero",
         "LONGEST_FIRST": program.longest_first,
+        "SHARED_BATCH": program.shared_batch,
         "PRODUCT_DTYPE": _triton_dtype(spec.product_dtype),
         "PROBS_DTYPE": _triton_dtype(spec.probs_dtype),
         "PRECISION": precision,
@@ -226,7 +233,7 @@ def attention_forward(
     arguments = (
         q, k, v, out, lse,
         *(_strides(x, batch) for x in (q, k, v, out)),
-        *(*batch, *(1,) * (MAX_BATCH_AXES - len(batch)))[1:], q_len, kv_len,
+        *batch, *(1,) * (MAX_BATCH_AXES - len(batch)), q_len, kv_len,
         tuple(sizes[spec.batch_axes :]), tuple(captured), tuple(c.stride() for c in captured),
     )  # fmt: skip
     with torch.cuda.device_of(q):

@@ -18,9 +18,10 @@ from flashfuse.kernels.codegen import generate, index_source, load_program
 MIN = torch.finfo(torch.float32).min
 
 
-def make_spec(score: str, *captured: torch.dtype, num_sizes: int = 0) -> AttentionSpec:
-    f32 = torch.float32
-    return AttentionSpec(2, parse(score, captured), captured, num_sizes, f32, f32, f32, "nan", (0, 1, 2, 3))
+def make_spec(
+    score: str, *captured: torch.dtype, num_sizes: int = 0, dtype: torch.dtype = torch.float32
+) -> AttentionSpec:
+    return AttentionSpec(2, parse(score, captured), captured, num_sizes, dtype, dtype, dtype, "nan", (0, 1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,18 @@ def test_shared_values_are_named_once() -> None:
     _, source = generate(make_spec("max(qk + t0[kv_idx], -(qk + t0[kv_idx]))", torch.float32))
     full = source.split("def score_full")[1]
     assert full.count("tl.load") == 1
+
+
+def test_positions_become_floats_a_row_and_a_column_at_a_time() -> None:
+    _, source = generate(make_spec("qk + to_float(kv_idx - q_idx + 3) * 0.5"))
+    assert "(kv_idx.to(tl.float32) + (3 + (-1 * q_idx)).to(tl.float32))" in source
+    _, source = generate(make_spec("qk + to_float(kv_idx * q_idx)"))
+    assert "(kv_idx * q_idx).to(tl.float32)" in source
+
+
+def test_only_narrow_operands_take_the_bounded_tanh() -> None:
+    assert "bounded_tanh" in generate(make_spec("tanh(qk)", dtype=torch.bfloat16))[1]
+    assert "bounded_tanh" not in generate(make_spec("tanh(qk)", dtype=torch.float32))[1]
 
 
 class TowardsZero(int):

@@ -40,7 +40,7 @@ def check(call: Call, launch: Launch | None = TILES) -> tuple[torch.Tensor, torc
     exact, eager = call.exact(), call.eager()
     arguments: list[Any] = [x.to(DEVICE) for x in (call.q, call.k, call.v)]
     captured = [c.to(DEVICE) for c in call.captured]
-    out, lse = attention_forward(call.spec, *arguments, captured, call.sizes, launch)
+    out, lse = attention_forward(call.spec, *arguments, captured, call.sizes, launch=launch)
     assert (out.dtype, lse.dtype) == (call.spec.out_dtype, call.spec.compute_dtype)
     assert_close_to_exact(out, eager[0], exact[0])
     assert_close_to_exact(lse, eager[1], exact[1])
