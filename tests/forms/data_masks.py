@@ -8,7 +8,10 @@ import torch
 
 from .bodies import causal, functional, hugging_face, lucidrains, minimum, nano_gpt
 from .form import Expect, Form, Make
-from .padding import DATA, given_added, given_functional
+from .padding import given_added, given_functional
+
+DOCUMENTS, DENSE = r"causal, documents \(t0\)$", r"mask \(t0\)$"
+EITHER = r"causal or padding \(t0\)$|padding \(t0\) or causal$"
 
 # --------------------------------------------------------------------------------------------------------------------
 # Packed sequences
@@ -110,18 +113,27 @@ def cache_functional(c: Any, q: Any, k: Any, v: Any, cache_position: Any) -> Any
     return functional(c, q, k, v, cache_position[:, None] >= torch.arange(k.shape[2], device=q.device)[None])
 
 
-PACKED = (
+PACKED_FORMS = (
     Form(
         "documents",
         (documents_equal, documents_functional, documents_added),
-        Expect(mask=r"(?=.*causal|.*kv_idx <= q_idx).*t0"),
+        Expect(mask=DOCUMENTS),
         _documents,
     ),
-    Form("position-restarts", (restarts_transformers, restarts_counted), Expect(mask=DATA), _restarts),
-    Form("sequence-offsets", (offsets_searched, offsets_bucketized), Expect(mask=DATA), _offsets),
-    Form("prefix-lengths", (prefixes_or, prefixes_added), Expect(mask=DATA), _prefixes),
+    Form("position-restarts", (restarts_transformers, restarts_counted), Expect(mask=DOCUMENTS), _restarts),
+    Form("sequence-offsets", (offsets_searched, offsets_bucketized), Expect(mask=r"documents \(t0\)$"), _offsets),
     Form(
-        "cache-positions", (cache_transformers, cache_functional), Expect(mask=DATA), _cache_positions, more_keys=True
+        "prefix-lengths",
+        (prefixes_or, prefixes_added),
+        Expect(mask=EITHER),
+        _prefixes,
+    ),
+    Form(
+        "cache-positions",
+        (cache_transformers, cache_functional),
+        Expect(mask=r"positions \(t0\)$"),
+        _cache_positions,
+        more_keys=True,
     ),
 )
 
@@ -172,19 +184,29 @@ def dense_scaled(c: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
     return torch.einsum("bhij,bhjd->bhid", (mask + scores).softmax(-1), v)
 
 
-DENSE = (
-    Form("dense", (dense_dropped, given_functional, dense_infinite), Expect(mask=DATA, squares=1), _dense),
-    Form("dense-empty-inf", (dense_dropped, dense_infinite), Expect(mask=DATA, squares=1), _dense_empty, empty="nan"),
+DENSE_FORMS = (
+    Form("dense", (dense_dropped, given_functional, dense_infinite), Expect(mask=DENSE, squares=1), _dense),
     Form(
-        "dense-empty-min", (dense_minimum, dense_lucidrains), Expect(mask=DATA, squares=1), _dense_empty, empty="mean"
+        "dense-empty-inf",
+        (dense_dropped, dense_infinite),
+        Expect(mask=DENSE, squares=1),
+        _dense_empty,
+        empty="nan",
+    ),
+    Form(
+        "dense-empty-min",
+        (dense_minimum, dense_lucidrains),
+        Expect(mask=DENSE, squares=1),
+        _dense_empty,
+        empty="mean",
     ),
     Form(
         "dense-empty-added",
         (given_added, dense_scaled),
-        Expect((r"qk \* 0\.3535", r"t0\["), "", squares=1),
+        Expect((r"qk \* 0\.3535", r"t0\["), squares=1),
         _dense_added,
         empty="mean",
     ),
 )
 
-FORMS = (*PACKED, *DENSE)
+FORMS = (*PACKED_FORMS, *DENSE_FORMS)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from .bodies import causal, minimum
 from .form import Expect, Form, Make
+from .padding import PADDING_OR_BIAS
 
 # --------------------------------------------------------------------------------------------------------------------
 # Attention sinks: one more score of each row, without a value
@@ -232,14 +233,14 @@ FORMS = (
     Form(
         "zeroed-probabilities",
         (zeroed_wenet, zeroed_minimum),
-        Expect(mask=r"padding|.*t0", factor=""),
+        Expect(mask=r"padding \(t\d\)$", factor=""),
         _keep_padded,
         empty="zero",
     ),
     Form(
         "nan-to-zero",
         (nan_to_num, filled_where_nan),
-        Expect(mask=r"padding|.*t0", empty_row="zero"),
+        Expect(mask=PADDING_OR_BIAS, empty_row="zero"),
         _keep_padded,
         empty="zero",
     ),

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from .bodies import causal, functional, hugging_face, lucidrains, minimum, nano_gpt
 from .form import Expect, Form, Make
 
-DATA = r".*t\d"  # the description of a mask that reads a captured tensor
+PADDING, LEFT = r"padding \(t0\)$", r"causal, padding \(t0\)$"
+# Where the source makes an additive mask of one number a key, that small tensor is a bias like any other.
+PADDING_OR_BIAS = rf"none$|{PADDING}"
+ADDED = (r"qk \* 0\.3535", r"t0\[")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -128,19 +131,22 @@ def lengths_causal(c: Any, q: Any, k: Any, v: Any, lengths: Any) -> Any:
 
 
 FORMS = (
-    Form("padding", (padding_lucidrains, padding_fairseq, padding_functional), Expect(mask=DATA), _padding_bool),
-    Form("padding-int", (padding_bert, padding_equal_zero), Expect((r"qk \* 0\.3535", r"t0\["), mask=""), _padding_int),
+    Form("padding", (padding_lucidrains, padding_fairseq, padding_functional), Expect(mask=PADDING), _padding_bool),
     Form(
-        "padding-added", (given_added, given_functional), Expect((r"qk \* 0\.3535", r"t0\["), mask=""), _padding_added
+        "padding-int",
+        (padding_bert, padding_equal_zero),
+        Expect(ADDED, PADDING_OR_BIAS),
+        _padding_int,
     ),
-    Form("left-padding", (left_transformers, left_filled), Expect(mask=DATA), _left, empty="mean"),
-    Form("left-padding-inf", (left_infinite, left_infinite_twice), Expect(mask=DATA), _left, empty="nan"),
+    Form("padding-added", (given_added, given_functional), Expect(ADDED), _padding_added),
+    Form("left-padding", (left_transformers, left_filled), Expect(mask=LEFT), _left, empty="mean"),
+    Form("left-padding-inf", (left_infinite, left_infinite_twice), Expect(mask=LEFT), _left, empty="nan"),
     Form(
         "left-padding-functional",
         (left_functional, left_functional_added),
-        Expect(mask=DATA, empty_row="zero"),
+        Expect(mask=LEFT, empty_row="zero"),
         _left,
         empty="zero",
     ),
-    Form("lengths", (lengths_arange, lengths_causal), Expect(mask=DATA), _row_lengths),
+    Form("lengths", (lengths_arange, lengths_causal), Expect(ADDED, PADDING_OR_BIAS), _row_lengths),
 )

@@ -96,11 +96,11 @@ def offset_positions(c: Any, q: Any, k: Any, v: Any) -> Any:
 CAUSAL = (
     Form("causal", (tril_ones, triu_added, arange_where, filled_in_place), Expect(mask="causal$")),
     Form("causal-functional", (is_causal, keep_functional), Expect(mask="causal$", empty_row="zero")),
-    Form("causal-buffer", (TrilBuffer, BoolBuffer), Expect(mask="", squares=1)),
+    Form("causal-buffer", (TrilBuffer, BoolBuffer), Expect(mask=r"mask \(t0\)$", squares=1)),
     Form(
         "causal-offset",
         (triu_from_the_end, offset_positions),
-        Expect(mask=r"causal \(bottom-right\)|causal|window \.\.6"),
+        Expect(mask=r"window \.\.6$"),
         more_keys=True,
     ),
 )
@@ -157,7 +157,7 @@ def _fill(spellings: tuple[Any, ...], kind: str, fill: str, behind: int, mask: s
 
 # Adding -1e4 or -1e9 is adding a number: scores can be as large, so these are no masks.
 FILLED = tuple(
-    _fill((filled, chosen), "filled", fill, behind, "causal$" if not behind else r"window \.\.-1$|.*", empty)
+    _fill((filled, chosen), "filled", fill, behind, "causal$" if not behind else r"window \.\.-1$", empty)
     for fill in FILLS
     for behind, empty in ((0, None), (1, "nan" if fill == "inf" else "mean"))
 ) + tuple(
@@ -167,8 +167,8 @@ FILLED = tuple(
         ("min", 0, "causal$", None),
         ("1e4", 0, "none$", None),
         ("1e9", 0, "none$", None),
-        ("inf", 1, "", "nan"),
-        ("min", 1, "", "mean"),
+        ("inf", 1, r"window \.\.-1$", "nan"),
+        ("min", 1, r"window \.\.-1$", "mean"),
     )
 )
 
@@ -275,13 +275,13 @@ def _shape(name: str, predicates: tuple[Callable[..., Any], ...], mask: str) -> 
 SHAPES = (
     _shape("window", (window_and, window_not), "causal, window 5$"),
     _shape("window-both-sides", (both_sides_abs, both_sides_and), r"window -5\.\.5$"),
-    _shape("dilated", (dilated_remainder, dilated_strided), r".*(dilated|%)"),
-    _shape("chunked", (chunked_divided, chunked_start), r".*(chunk|//)"),
-    _shape("block-diagonal", (block_diagonal_divided, block_diagonal_repeated), r".*(block|chunk|//)"),
-    _shape("block-causal", (block_causal_divided, block_causal_end), r".*(block|chunk|//)"),
-    _shape("prefix", (prefix_or, prefix_not), r".*(prefix|\|)"),
-    _shape("streaming", (streaming, streaming_distributed), r".*(prefix|\|)"),
-    _shape("global-tokens", (globals_or, globals_not), r".*(prefix|\|)"),
+    _shape("dilated", (dilated_remainder, dilated_strided), "(causal, )?dilated by 2"),
+    _shape("chunked", (chunked_divided, chunked_start), r"chunks of 4, causal$|causal, keys from .*q_idx // 4"),
+    _shape("block-diagonal", (block_diagonal_divided, block_diagonal_repeated), "chunks of 4$"),
+    _shape("block-causal", (block_causal_divided, block_causal_end), "causal in blocks of 4$"),
+    _shape("prefix", (prefix_or, prefix_not), "causal or prefix 5$"),
+    _shape("streaming", (streaming, streaming_distributed), "causal, window .* or .*prefix 2$"),
+    _shape("global-tokens", (globals_or, globals_not), r"window -4\.\.4 or .* or prefix 2$"),
 )
 
 FORMS = (*CAUSAL, *FILLED, *SHAPES)

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+FILES = ["tests/kernels/test_forward.py", "tests/kernels/test_forms.py"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs on the GPU itself")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is interpreted already")
-@pytest.mark.parametrize("file", ["test_forward.py", "test_forms.py"])
-def test_in_the_interpreter(file: str) -> None:
+def test_forward_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", f"tests/kernels/{file}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", *FILES]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
