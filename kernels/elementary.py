@@ -19,3 +19,12 @@ def tanh(x):
 def bounded_tanh(x):
     """tanh(x) = 1 - 2 / (1 + exp(2 x)), to an absolute error of one unit in the last place of 1."""
     return 1.0 - tl.fdiv(2.0, tl.exp2(x * 2.8853900817779268) + 1.0)
+
+
+@triton.jit
+def power(x, N: tl.constexpr):
+    """x ** N for a whole N > 0."""
+    result = x
+    for _ in tl.static_range(N - 1):
+        result *= x
+    return result

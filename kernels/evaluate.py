@@ -87,8 +87,8 @@ def evaluate(expr: Expr, tile: Tile) -> torch.Tensor:
                 return result if isinstance(result, torch.Tensor) else torch.full((), result, device=tile.device)
             case Load():
                 return _widen(_load(e, tile), tile.dtype)
-            case Gather(tensor=slot, at=at):
-                return _widen(_gathered(tile.captured[slot], [value(a) for a in at]), tile.dtype)  # type: ignore[index]
+            case Gather(tensor=int() as slot, at=at):
+                return _widen(_gathered(tile.captured[slot], [value(a) for a in at]), tile.dtype)
             case Pointwise(op="to_float", args=(arg,)):
                 return value(arg).to(tile.dtype)
             case Pointwise(op=op, args=args):

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from flashfuse.kernels.expr import Const, Expr, Pointwise, Product, free_symbols, pointwise, walk
+from flashfuse.kernels.expr import Const, Expr, Pointwise, Product, free_symbols, walk
 from flashfuse.kernels.mask import HUGE_FILL
+from flashfuse.kernels.normal import pointwise
 from flashfuse.kernels.problem import Box, Problem, slices, split
 
 # The most elements of one block's bias, 4 MiB in float32, and the fewest queries of a block.

@@ -16,21 +16,9 @@ from typing import NamedTuple
 import sympy
 import torch
 
-from flashfuse.kernels.expr import (
-    FALSE,
-    TRUE,
-    Const,
-    Expr,
-    Gather,
-    Index,
-    Load,
-    Pointwise,
-    Product,
-    conjunction,
-    conjuncts,
-    walk,
-)
-from flashfuse.kernels.expr import pointwise as make
+from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product, walk
+from flashfuse.kernels.normal import FALSE, TRUE, conjunction, conjuncts
+from flashfuse.kernels.normal import pointwise as make
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, to_text
 
 # The query tile [q_start, q_stop) that loop bounds are written for; never empty.

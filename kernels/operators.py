@@ -31,6 +31,9 @@ def _rounded(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.to(dtype).to(x.dtype)
 
 
+_MINIMUM = "tl.minimum({}, {}, propagate_nan=tl.PropagateNan.ALL)"
+_MAXIMUM = "tl.maximum({}, {}, propagate_nan=tl.PropagateNan.ALL)"
+
 OPS: Mapping[str, Op] = {
     "add": Op(2, "promote", torch.add, "({} + {})"),
     "sub": Op(2, "promote", torch.sub, "({} - {})"),
@@ -38,8 +41,12 @@ OPS: Mapping[str, Op] = {
     "div": Op(2, "float", torch.true_divide, "({} / {})"),
     "neg": Op(1, "promote", torch.neg, "(-{})"),
     "abs": Op(1, "promote", torch.abs, "tl.abs({})"),
-    "min": Op(2, "promote", torch.minimum, "tl.minimum({}, {}, propagate_nan=tl.PropagateNan.ALL)"),
-    "max": Op(2, "promote", torch.maximum, "tl.maximum({}, {}, propagate_nan=tl.PropagateNan.ALL)"),
+    # Of equal arguments, all of the derivative is the first one's: clamp(x, low) is max(x, low), relu(x) is max(0, x).
+    "min": Op(2, "promote", lambda a, b: torch.clamp(a, max=b), _MINIMUM),
+    "max": Op(2, "promote", lambda a, b: torch.clamp(a, min=b), _MAXIMUM),
+    # Of equal arguments, each has half of the derivative.
+    "minimum": Op(2, "promote", torch.minimum, _MINIMUM),
+    "maximum": Op(2, "promote", torch.maximum, _MAXIMUM),
     "pow": Op(2, "float", torch.pow, "libdevice.pow({}, {})"),
     "exp": Op(1, "float", torch.exp, "tl.exp({})"),
     "log": Op(1, "float", torch.log, "tl.log({})"),

@@ -10,7 +10,14 @@ import math
 
 import torch
 
-from flashfuse.kernels.expr import Const, Expr, Pointwise, pointwise
+from flashfuse.kernels.expr import Const, Expr, Pointwise
+from flashfuse.kernels.normal import pointwise
+from flashfuse.kernels.spec import AttentionSpec
+
+
+def inner_score(spec: AttentionSpec) -> tuple[float, Expr]:
+    """(scale, inner) of a spec's score; without a softmax there is no exponential, and so no scale apart."""
+    return peel_scale(spec.score) if spec.normaliser == "softmax" else (1.0, spec.score)
 
 
 def peel_scale(score: Expr) -> tuple[float, Expr]:

@@ -28,20 +28,8 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import (
-    Const,
-    Expr,
-    Gather,
-    Index,
-    Load,
-    Pointwise,
-    Product,
-    cast,
-    const,
-    gather,
-    index,
-    pointwise,
-)
+from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product, gather
+from flashfuse.kernels.normal import cast, const, index, pointwise
 from flashfuse.kernels.operators import OPS
 
 MAX_BATCH_AXES = 4

@@ -8,18 +8,8 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import (
-    Dot,
-    Expr,
-    Index,
-    Load,
-    Product,
-    Softmax,
-    free_symbols,
-    loads,
-    pointwise,
-    rewrite,
-)
+from flashfuse.kernels.expr import Dot, Expr, Index, Load, Product, Softmax, free_symbols, loads
+from flashfuse.kernels.normal import pointwise, rewrite
 from flashfuse.kernels.spec import (
     KV_IDX,
     KV_LEN,

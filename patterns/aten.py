@@ -10,7 +10,8 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv
 
-from flashfuse.kernels.expr import Const, Dot, Expr, Index, Reduce, Softmax, cast, const, converted, index, pointwise
+from flashfuse.kernels.expr import Const, Dot, Expr, Index, Reduce, Softmax
+from flashfuse.kernels.normal import cast, const, converted, index, pointwise
 from flashfuse.kernels.operators import OPS
 from flashfuse.patterns.graph import shape, to_sympy
 from flashfuse.patterns.indexing import ZERO, Indices, divide
@@ -79,8 +80,8 @@ _POINTWISE: dict[Any, str] = {
     aten.exp.default: "exp", aten.log.default: "log", aten.sqrt.default: "sqrt", aten.rsqrt.default: "rsqrt",
     aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid", aten.erf.default: "erf",
     aten.sin.default: "sin", aten.cos.default: "cos", aten.pow.Tensor_Scalar: "pow", aten.pow.Tensor_Tensor: "pow",
-    aten.maximum.default: "max", aten.clamp_min.default: "max",
-    aten.minimum.default: "min", aten.clamp_max.default: "min",
+    aten.maximum.default: "maximum", aten.clamp_min.default: "max",
+    aten.minimum.default: "minimum", aten.clamp_max.default: "min",
     aten.lt.Tensor: "lt", aten.lt.Scalar: "lt", aten.le.Tensor: "le", aten.le.Scalar: "le",
     aten.gt.Tensor: "gt", aten.gt.Scalar: "gt", aten.ge.Tensor: "ge", aten.ge.Scalar: "ge",
     aten.eq.Tensor: "eq", aten.eq.Scalar: "eq", aten.ne.Tensor: "ne", aten.ne.Scalar: "ne",
@@ -170,7 +171,7 @@ def _reciprocal(view: NodeView, call: AtenCall, position: Indices, _: int) -> Ex
 
 @row(aten.relu.default)
 def _relu(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    return pointwise("max", view.element(call.args[0], position), const(0.0), dtype=call.output.dtype)
+    return pointwise("max", const(0.0), view.element(call.args[0], position), dtype=call.output.dtype)
 
 
 @row(aten.floor_divide.default, aten.div.Tensor_mode, aten.remainder.Scalar, aten.remainder.Tensor)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sympy
 import torch
 
-from flashfuse.kernels.expr import Expr, Index, converted, index, pointwise, substitute
+from flashfuse.kernels.expr import Expr, Index
+from flashfuse.kernels.normal import converted, index, pointwise, substitute
 from flashfuse.patterns.graph import shape, to_sympy
 from flashfuse.patterns.indexing import ZERO, Indices, divide, quotient, reshape, within
 from flashfuse.patterns.lift import CannotLift, NodeView

@@ -15,7 +15,8 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Expr, Index, Load, loads, rewrite, walk
+from flashfuse.kernels.expr import Expr, Index, Load, loads, walk
+from flashfuse.kernels.normal import rewrite
 from flashfuse.kernels.spec import MAX_BATCH_AXES
 from flashfuse.patterns.axes import Roles, fold, folds, radix, resimplify, substituted
 from flashfuse.patterns.lift import Lifter

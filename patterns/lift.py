@@ -14,7 +14,8 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Expr, Index, Load, Pointwise, const, converted, index, rewrite, substitute
+from flashfuse.kernels.expr import Expr, Index, Load, Pointwise
+from flashfuse.kernels.normal import const, converted, index, rewrite, substitute
 from flashfuse.patterns.graph import Graph, mutated_inputs, shape, storage, tensor, to_sympy, value
 from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds
 from flashfuse.patterns.trace import CannotTrace, Trace, trace

@@ -17,7 +17,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 import flashfuse.patterns.aten
 import flashfuse.patterns.aten_layout
 import flashfuse.patterns.sdpa  # noqa: F401
-from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise, Softmax, free_symbols, substitute
+from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise, Softmax, free_symbols
+from flashfuse.kernels.normal import substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.chain import private_chain

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sympy
 
-from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols, substitute
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols
+from flashfuse.kernels.normal import substitute
 from flashfuse.patterns.lift import CannotLift, Lifter
 
 # Operators that a normaliser starts from, by their bare names.

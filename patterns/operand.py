@@ -13,7 +13,8 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, free_symbols, pointwise
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, free_symbols
+from flashfuse.kernels.normal import pointwise
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.graph import shape, tensor
 from flashfuse.patterns.lift import CannotLift, Lifter

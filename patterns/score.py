@@ -24,10 +24,9 @@ from flashfuse.kernels.expr import (
     Softmax,
     free_symbols,
     loads,
-    number,
-    pointwise,
     walk,
 )
+from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.graph import is_weighted, name_of
 from flashfuse.patterns.lift import CannotLift, Lifter, may_wrap, small_position
@@ -180,6 +179,10 @@ def _exact(opened: Expr, written: Expr) -> Expr:
     raise _Inexact
 
 
+# Give one of their arguments, or its opposite.
+_SELECTING = ("where", "neg", "abs", "min", "max", "minimum", "maximum")
+
+
 def _is_exact(expr: Expr) -> bool:
     """Whether the kernel's float32 holds exactly what the source computed: no arithmetic on floats, no wide types."""
     match expr:
@@ -190,7 +193,7 @@ def _is_exact(expr: Expr) -> bool:
         case Pointwise(op="to_float", args=(Index(value=value),)):
             return small_position(value)
         case Pointwise(op=op, dtype=dtype):
-            whole = op in ("where", "neg", "abs", "min", "max") or op in ROUNDINGS or not dtype.is_floating_point
+            whole = op in _SELECTING or op in ROUNDINGS or not dtype.is_floating_point
             return whole and all(_is_exact(c) for c in expr.children)
     return False
 

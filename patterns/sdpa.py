@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from flashfuse.kernels.expr import Const, Dot, Expr, Softmax, index, pointwise
+from flashfuse.kernels.expr import Const, Dot, Expr, Softmax
+from flashfuse.kernels.normal import index, pointwise
 from flashfuse.patterns.graph import shape, tensor, to_sympy, value
 from flashfuse.patterns.indexing import Indices, divide, quotient
 from flashfuse.patterns.lift import NODE_ROWS, CannotLift, NodeView

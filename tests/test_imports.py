@@ -19,6 +19,7 @@ ALLOWED = {
         "flashfuse.patterns",
         "flashfuse.kernels.spec",
         "flashfuse.kernels.expr",
+        "flashfuse.kernels.normal",
         "flashfuse.kernels.operators",
     ),
     "fusion": ("flashfuse",),

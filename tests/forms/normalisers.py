@@ -227,8 +227,8 @@ FORMS = (
         (sigmoid_filled, sigmoid_times_mask),
         Expect((r"sigmoid\(", r"qk \* 0\.3535"), r"causal$", normaliser=NONE),
     ),
-    Form("relu", (relu_over_length, relu_times_inverse), Expect((r"max\(|where\(",), normaliser=NONE)),
-    Form("squared-relu", (squared_relu, squared_relu_method), Expect((r"max\(|where\(",), normaliser=NONE)),
+    Form("relu", (relu_over_length, relu_times_inverse), Expect((r"max(imum)?\(|where\(",), normaliser=NONE)),
+    Form("squared-relu", (squared_relu, squared_relu_method), Expect((r"max(imum)?\(|where\(",), normaliser=NONE)),
     Form("head-mask", (head_mask_bert, head_mask_folded), Expect(factor=r"t0\[.*n1"), _head_mask),
     Form(
         "zeroed-probabilities",

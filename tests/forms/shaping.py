@@ -163,8 +163,8 @@ def shifted_by_maximum(c: Any, q: Any, k: Any, v: Any) -> Any:
 
 FORMS = (
     Form("softcap", (softcap_gemma, softcap_grok), Expect((r"tanh\(", r"qk \* 0\.0707", r"\* 5\.0"), "causal$")),
-    Form("clamp", (clamp, clamp_as_min_and_max), Expect((r"qk \* 0\.3535", r"min\(", r"max\("))),
-    Form("clamp-mask", (clamp_xglm, clamp_min), Expect((r"qk \* 0\.3535", r"max\("), "causal$")),
+    Form("clamp", (clamp, clamp_as_min_and_max), Expect((r"qk \* 0\.3535", r"min(imum)?\(", r"max(imum)?\("))),
+    Form("clamp-mask", (clamp_xglm, clamp_min), Expect((r"qk \* 0\.3535", r"max(imum)?\("), "causal$")),
     Form("temperature-heads", (temperature_after, temperature_on_queries), Expect((r"qk \* t0\[.*n1",)), _per_head),
     Form("temperature-scalar", (temperature_scalar, temperature_exponential), Expect((r"qk [*/] .*t0\[",)), _scalar),
     Form("cosine", (cosine_swin, cosine_lucidrains), Expect((r"qk \* .*t0\[.*n1",)), _logit_scale),

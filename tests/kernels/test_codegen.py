@@ -13,7 +13,8 @@ from flashfuse.kernels.spec import KV_IDX, AttentionSpec, parse, size_symbol, to
 
 pytest.importorskip("triton")
 
-from flashfuse.kernels.codegen import generate, index_source, load_program
+from flashfuse.kernels.codegen import generate, load_program
+from flashfuse.kernels.source import index_source
 
 MIN = torch.finfo(torch.float32).min
 
@@ -78,6 +79,15 @@ def test_positions_become_floats_a_row_and_a_column_at_a_time() -> None:
     assert "(kv_idx.to(tl.float32) + (3 + (-1 * q_idx)).to(tl.float32))" in source
     _, source = generate(make_spec("qk + to_float(kv_idx * q_idx)"))
     assert "(kv_idx * q_idx).to(tl.float32)" in source
+
+
+def test_functions_of_floats_take_floats() -> None:
+    """The logarithm of an integer distance used to reach Triton as one of integers, which it has not."""
+    _, source = generate(make_spec("qk - log(abs(kv_idx - q_idx) + 1) / 8"))
+    assert "tl.log((" in source
+    assert "+ 1)).to(tl.float32)) / 8)" in source
+    _, source = generate(make_spec("qk - pow(kv_idx - q_idx, 2)"))
+    assert "power((kv_idx.to(tl.float32) + (-1 * q_idx).to(tl.float32)), 2)" in source
 
 
 def test_only_narrow_operands_take_the_bounded_tanh() -> None:

@@ -6,27 +6,19 @@ import pytest
 import sympy
 import torch
 
-from flashfuse.kernels.expr import (
+from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Product, free_symbols, loads, walk
+from flashfuse.kernels.normal import (
     FALSE,
     TRUE,
-    Const,
-    Expr,
-    Index,
-    Load,
-    Pointwise,
-    Product,
     cast,
     conjunction,
     conjuncts,
     const,
-    free_symbols,
     index,
-    loads,
     pointwise,
     rewrite,
     substitute,
-    walk,
-)  # fmt: skip
+)
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import KV_IDX, Q_IDX
 
@@ -51,6 +43,8 @@ CAUSAL = pointwise("le", index(KV_IDX), index(Q_IDX))
         (pointwise("add", QK, const(0.0)), QK),
         (pointwise("mul", const(1.0), QK), QK),
         (pointwise("sub", QK, const(0.0)), QK),
+        (pointwise("pow", QK, const(1.0)), QK),
+        (pointwise("pow", QK, index(0)), const(1.0)),
         (pointwise("add", QK, const(-math.inf)), const(-math.inf)),
         (pointwise("le", index(Q_IDX), index(Q_IDX)), TRUE),
         (pointwise("lt", index(Q_IDX), index(0)), FALSE),

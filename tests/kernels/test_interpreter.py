@@ -1,4 +1,4 @@
-"""Runs the kernel's tests in Triton's interpreter, which has to be chosen before triton is imported."""
+"""Runs the kernels' tests in Triton's interpreter, which has to be chosen before triton is imported."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-FILES = ["tests/kernels/test_forward.py", "tests/kernels/test_forms.py"]
+FILES = ["tests/kernels/test_forward.py", "tests/kernels/test_derivative_tiles.py", "tests/kernels/test_forms.py"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import Const, Pointwise, const, pointwise
+from flashfuse.kernels.expr import Const, Pointwise
+from flashfuse.kernels.normal import const, pointwise
 from flashfuse.kernels.spec import Q_IDX, AttentionSpec, batch_symbol, index_text, parse, size_symbol, to_text
 
 PROGRAMS = (

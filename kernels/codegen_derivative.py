@@ -1,0 +1,153 @@
+"""Write the derivatives of an attention's programs as Triton functions, for a backward kernel.
+
+They come in a module of their own and take the arguments of the forward's functions, so that a kernel can call both on
+one tile. As there, s is the inner score, score = scale * s, and the derivatives of the score are `scale` times those of
+s. The gradient of a captured tensor is what its reads scatter: at every (n.., q_idx, kv_idx) the gradient of the score
+times d score / d read is added to the element that was read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashfuse.kernels.derivative import Leaf, derivative, leaves
+from flashfuse.kernels.expr import Expr, Product, walk
+from flashfuse.kernels.mask import analyze
+from flashfuse.kernels.modules import finished, load_module
+from flashfuse.kernels.scale import inner_score
+from flashfuse.kernels.source import ROW_ARGUMENTS, TILE_ARGUMENTS, is_row, row_body, tile_body
+from flashfuse.kernels.spec import AttentionSpec, to_text
+
+
+@dataclass(frozen=True, eq=False)
+class LeafDerivative:
+    """The derivative of one program with respect to one of its leaves.
+
+    leaf: a product, or a read of a captured floating-point tensor.
+    masked, full: its values on a tile that may reach behind the last key, and on one that meets neither that nor a
+        mask; one and the same function of rows where the program is one of rows.
+    """
+
+    leaf: Leaf
+    masked: Any
+    full: Any
+
+
+@dataclass(frozen=True, eq=False)
+class DerivativeProgram:
+    """What a backward kernel compiles in for one attention.
+
+    score_and_grad_masked, score_and_grad_full: tile of products -> (s, ds / d product).
+    reads: ds / d read, for every distinct read of a floating-point tensor in the score.
+    sink, factor: the derivatives of these programs, empty where the spec has none.
+    scale: score = scale * s.
+    path: the generated source.
+    """
+
+    score_and_grad_masked: Any
+    score_and_grad_full: Any
+    reads: tuple[LeafDerivative, ...]
+    sink: tuple[LeafDerivative, ...]
+    factor: tuple[LeafDerivative, ...]
+    scale: float
+    path: Path
+
+
+@functools.lru_cache(maxsize=1024)
+def load_derivatives(spec: AttentionSpec) -> DerivativeProgram:
+    """Generate, write and import the derivatives of a spec."""
+    digest, source = generate_derivatives(spec)
+    path, module = load_module(f"derivatives_{digest}", source)
+
+    def functions(name: str) -> tuple[Any, Any]:
+        of_rows = getattr(module, f"{name}_{digest}", None)
+        variants = tuple(getattr(module, f"{name}_{variant}_{digest}", of_rows) for variant in ("masked", "full"))
+        return variants[0], variants[1]
+
+    def derivatives(name: str, of: tuple[Leaf, ...]) -> tuple[LeafDerivative, ...]:
+        return tuple(LeafDerivative(leaf, *functions(f"{name}_grad{i}")) for i, leaf in enumerate(of))
+
+    scale, inner = inner_score(spec)
+    masked, full = functions("score_and_grad")
+    return DerivativeProgram(
+        score_and_grad_masked=masked,
+        score_and_grad_full=full,
+        reads=derivatives("score", _reads(inner)),
+        sink=() if spec.sink is None else derivatives("sink", leaves(spec.sink)),
+        factor=() if spec.factor is None else derivatives("factor", leaves(spec.factor)),
+        scale=scale,
+        path=path,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Source text
+
+_HEADER = '''"""Derivatives of score = {score}
+
+s is score / {scale!r}, the inner score of the forward kernel: derivatives of the score are {scale!r} times those of s.
+"""
+
+IMPORTS'''
+
+_FUNCTION = '''@triton.jit
+def {name}_HASH({arguments}):
+    """
+    {formulas}
+    """
+{body}
+'''
+
+Formulas = Mapping[str, Expr]
+
+
+def generate_derivatives(spec: AttentionSpec) -> tuple[str, str]:
+    """(hash, source text) of the module of a spec's derivatives."""
+    scale, inner = inner_score(spec)
+    full = analyze(inner).full
+    functions = [*_tiles("score_and_grad", _with_product(inner), _with_product(full), spec)]
+    for i, leaf in enumerate(_reads(inner)):
+        functions += _tiles(f"score_grad{i}", _derivative("s", inner, leaf), _derivative("s", full, leaf), spec)
+    for name, program in (("sink", spec.sink), ("factor", spec.factor)):
+        functions += [] if program is None else _further(name, program, spec)
+    header = _HEADER.format(score=to_text(spec.score), scale=scale)
+    return finished("\n\n".join([header, *functions]), spec.product_dtype)
+
+
+def _reads(program: Expr) -> tuple[Leaf, ...]:
+    return tuple(leaf for leaf in leaves(program) if not isinstance(leaf, Product))
+
+
+def _derivative(name: str, program: Expr, leaf: Leaf) -> Formulas:
+    return {f"d{name}/d{to_text(leaf)}": derivative(program, leaf)}
+
+
+def _with_product(score: Expr) -> Formulas:
+    product = next((e for e in walk(score) if isinstance(e, Product)), Product(score.dtype, 0))
+    return {"s": score, **_derivative("s", score, product)}
+
+
+def _further(name: str, program: Expr, spec: AttentionSpec) -> Iterator[str]:
+    """The derivatives of a sink or a factor: functions of rows or of tiles, as the program itself."""
+    for i, leaf in enumerate(leaves(program)):
+        formulas = _derivative(name, program, leaf)
+        if is_row(program):
+            yield _function(f"{name}_grad{i}", ROW_ARGUMENTS, formulas, row_body(*formulas.values()))
+        else:
+            yield from _tiles(f"{name}_grad{i}", formulas, formulas, spec)
+
+
+def _tiles(name: str, masked: Formulas, full: Formulas, spec: AttentionSpec) -> Iterator[str]:
+    """The functions of tiles that may meet a mask or the end of the keys, and of the others."""
+    for variant, formulas, keys_end in (("masked", masked, True), ("full", full, False)):
+        body = tile_body(list(formulas.values()), spec.compute_dtype, keys_end)
+        yield _function(f"{name}_{variant}", TILE_ARGUMENTS, formulas, body)
+
+
+def _function(name: str, arguments: str, formulas: Formulas, body: str) -> str:
+    text = "\n    ".join(f"{left} = {to_text(right)}" for left, right in formulas.items())
+    return _FUNCTION.format(name=name, arguments=arguments, formulas=text, body=body)

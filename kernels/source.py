@@ -1,0 +1,243 @@
+"""Score programs as Triton source text.
+
+A value keeps size 1 on the tile axes it does not depend on: q_idx is [block_q, 1] and kv_idx is [1, block_kv].
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import sympy
+import torch
+from torch.utils._sympy.functions import FloorDiv, Mod
+
+from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product, free_symbols, loads, walk
+from flashfuse.kernels.normal import number, pointwise
+from flashfuse.kernels.operators import OPS
+from flashfuse.kernels.spec import KV_IDX, Q_IDX
+
+Guards = tuple[Expr, ...]
+
+# What a generated function of a tile of products takes, and one of the rows of a tile.
+TILE_ARGUMENTS = "qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, strides"
+ROW_ARGUMENTS = "n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, strides"
+
+
+def tile_body(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool) -> str:
+    """Statements that return the values of programs on a tile of products `qk`, sharing what they share.
+
+    keys_end: whether the tile may reach behind the last key.
+    """
+    writer = Writer(programs, float_dtype, keys_end)
+    results = [writer.emit(p) if _products(p) else writer.filled(p, "qk.shape") for p in programs]
+    return indented([*writer.lines, f"return {', '.join(results)}"])
+
+
+def row_body(program: Expr) -> str:
+    """Statements that return the value of a program that `is_row`, for each of the positions q_idx.
+
+    In float32: other arithmetic is done in torch.
+    """
+    writer = Writer([program], torch.float32, keys_end=False)
+    result = writer.filled(program, "q_idx.shape")
+    return indented([*writer.lines, f"return {result}"])
+
+
+def is_row(program: Expr) -> bool:
+    """Whether a program has one value for all keys of a query."""
+    return KV_IDX not in free_symbols(program) and not _products(program)
+
+
+def _products(expr: Expr) -> bool:
+    return any(isinstance(e, Product) for e in walk(expr))
+
+
+def indented(lines: Iterable[str]) -> str:
+    return "\n".join(f"    {line}" for line in lines)
+
+
+class Writer:
+    """Emits statements for programs; `lines` collects the named intermediate values."""
+
+    def __init__(self, programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool) -> None:
+        self.lines: list[str] = []
+        self._float = f"tl.{str(float_dtype).removeprefix('torch.')}"
+        self._keys_end = keys_end
+        self._uses = Counter(e for program in programs for e in walk(program))
+        self._names: dict[tuple[Expr, Guards], str] = {}
+
+    def filled(self, program: Expr, shape: str) -> str:
+        """The text of a value spread over `shape`."""
+        value = number(program)
+        if value is not None and math.isfinite(value):
+            return f"tl.full({shape}, {value}, {self._float})"
+        return f"tl.full({shape}, 0, {self._float}) + {self.emit(program)}"
+
+    def emit(self, expr: Expr, guards: Guards = ()) -> str:
+        """The text of a value; `guards` are the conditions under which it is used at all."""
+        key = (expr, _relevant(guards, expr))
+        if key in self._names:
+            return self._names[key]
+        text = self._text(expr, key[1])
+        read = isinstance(expr, (Load, Gather))
+        if not read and not (isinstance(expr, Pointwise) and self._uses[expr] > 1):
+            return text
+        name = f"t{expr.tensor}_{len(self.lines)}" if isinstance(expr, (Load, Gather)) else f"x{len(self.lines)}"
+        self.lines.append(f"{name} = {text}")
+        self._names[key] = name
+        return name
+
+    def _text(self, expr: Expr, guards: Guards) -> str:
+        match expr:
+            case Product(slot=0):
+                return "qk"
+            case Const(value=value):
+                return self._constant(value)
+            case Index(value=value):
+                return index_source(value)
+            case Load() | Gather():
+                return self._load(expr, guards)
+            case Pointwise(op="to_float", args=(Index(value=value),)):
+                return self._float_of(value)
+            case Pointwise(op="to_float", args=(arg,)):
+                return f"({self.emit(arg, guards)}).to({self._float})"
+            case Pointwise(op="where", args=(condition, left, right)):
+                branches = (
+                    self.emit(condition, guards),
+                    self.emit(left, _with_guard(guards, condition)),
+                    self.emit(right, _with_guard(guards, pointwise("not", condition))),
+                )
+                return OPS["where"].triton.format(*branches)
+            case Pointwise(op="and" | "or" as op, args=(left, right)):
+                # A side counts only where the other one does not decide.
+                left_counts, right_counts = _with_guard(guards, _open(op, right)), _with_guard(guards, _open(op, left))
+                return OPS[op].triton.format(self.emit(left, left_counts), self.emit(right, right_counts))
+            case Pointwise(op="pow", args=(arg, exponent)) if number(exponent) in _WHOLE_POWERS:
+                return f"power({self._emit_float(arg, guards)}, {number(exponent):.0f})"
+            case Pointwise(op=op, args=args):
+                emit = self._emit_float if OPS[op].result == "float" else self.emit
+                return OPS[op].triton.format(*(emit(a, guards) for a in args))
+        raise TypeError(f"a score program holds no {type(expr).__name__}")
+
+    def _emit_float(self, expr: Expr, guards: Guards) -> str:
+        """The text of an argument of a function of floats, which may be an integer or a boolean."""
+        if expr.dtype.is_floating_point or number(expr) is not None:
+            return self.emit(expr, guards)
+        return self.emit(Pointwise(torch.float32, "to_float", (expr,)), guards)
+
+    def _float_of(self, value: sympy.Expr) -> str:
+        """A position as a float: its terms in the query and in the key apart, so that no score needs a conversion."""
+        terms = sympy.Add.make_args(sympy.expand(value))
+        keys = sympy.Add(*(t for t in terms if KV_IDX in t.free_symbols))
+        parts = (keys, sympy.expand(value - keys)) if Q_IDX not in keys.free_symbols else (value,)
+        texts = [f"{index_source(p)}.to({self._float})" for p in parts if p != 0 and not p.is_Integer]
+        texts += [self._constant(float(p)) for p in parts if p != 0 and p.is_Integer]
+        return f"({' + '.join(texts)})" if texts else self._constant(0.0)
+
+    def _constant(self, value: float | int | bool) -> str:
+        if isinstance(value, bool):
+            return repr(value)
+        if math.isinf(value):
+            return f'float("{"-" if value < 0 else ""}inf")'
+        # Triton reads a Python float as float32 where it fits.
+        exact = self._float == "tl.float32" and (value == 0 or abs(value) >= torch.finfo(torch.float32).tiny)
+        return repr(value) if exact else f"tl.full((), {value!r}, {self._float})"
+
+    def _load(self, load: Load | Gather, guards: Guards) -> str:
+        """A load, masked by the conditions under which its value is used, and behind the last key.
+
+        Indices may leave the tensor where a `where` discards the value. Rows behind the last query repeat it and need
+        no mask.
+        """
+        address = " + ".join([f"captured[{load.tensor}]", *self._offsets(load, guards)])
+        positions = _positions(load)
+        masks = [self.emit(g) for g in guards if _positions(g) <= positions]
+        if self._keys_end and KV_IDX in positions:
+            masks.append("(kv_idx < kv_len)")
+        masked = f", mask={' & '.join(masks)}, other=0" if masks else ""
+        widened = f".to({self._float})" if load.dtype.is_floating_point else ""
+        return f"tl.load({address}{masked}){widened}"
+
+    def _offsets(self, load: Load | Gather, guards: Guards) -> list[str]:
+        """The terms of the address: scalars first, and terms in both positions last."""
+        if isinstance(load, Gather):
+            strides = [f"strides[{load.tensor}][{axis}]" for axis in range(len(load.at))]
+            return [f"({self.emit(a, guards)}).to(tl.int64) * {s}" for a, s in zip(load.at, strides, strict=True)]
+        terms = []
+        for axis, index in enumerate(load.indices):
+            stride = f"strides[{load.tensor}][{axis}]"
+            terms += [(_position_rank(t), _offset(t, stride)) for t in sympy.Add.make_args(sympy.expand(index))]
+        return [text for _, text in sorted(terms, key=lambda t: t[0]) if text]
+
+
+_WHOLE_POWERS = range(2, 9)
+
+
+def _open(op: str, side: Expr) -> Expr:
+    """Where this side of an "and" or "or" leaves the decision to the other one."""
+    return side if op == "and" else pointwise("not", side)
+
+
+def _with_guard(guards: Guards, condition: Expr) -> Guards:
+    """`guards`, and those terms of `condition` that depend on positions and sizes only."""
+    terms = (t for t in _terms(condition) if not loads(t) and not _products(t))
+    return tuple(dict.fromkeys((*guards, *terms)))
+
+
+def _terms(condition: Expr) -> tuple[Expr, ...]:
+    """What holds, each by itself, where `condition` does."""
+    match condition:
+        case Pointwise(op="not", args=(Pointwise(op="or", args=args),)):
+            return tuple(t for a in args for t in _terms(pointwise("not", a)))
+        case Pointwise(op="and", args=args):
+            return tuple(t for a in args for t in _terms(a))
+    return (condition,)
+
+
+def _relevant(guards: Guards, expr: Expr) -> Guards:
+    """The guards that a read in `expr` can be masked by."""
+    reads = [_positions(read) for read in loads(expr)]
+    return tuple(g for g in guards if any(_positions(g) <= positions for positions in reads))
+
+
+def _positions(expr: Expr) -> frozenset[sympy.Symbol]:
+    return free_symbols(expr) & {Q_IDX, KV_IDX}
+
+
+def _position_rank(term: sympy.Expr) -> int:
+    """Scalars 0, one tile axis 1, both 2."""
+    return len(term.free_symbols & {Q_IDX, KV_IDX})
+
+
+def _offset(term: sympy.Expr, stride: str) -> str:
+    """The 64-bit offset of one term of an index; empty for 0."""
+    if term == 0:
+        return ""
+    if term.is_Integer:
+        return f"({index_source(term)} * {stride})"
+    return f"{index_source(term)}.to(tl.int64) * {stride}"
+
+
+def index_source(value: sympy.Expr) -> str:
+    """A sympy index expression as Triton source. Division rounds down where C's, and so Triton's, rounds to zero."""
+    if isinstance(value, sympy.Symbol):
+        return f"sizes[{value.name[4:]}]" if value.name[:4] == "size" else value.name
+    if value.is_Integer:
+        return str(int(value))
+    if isinstance(value, (FloorDiv, Mod, sympy.Mod)):
+        left, right = (index_source(a) for a in value.args)
+        remainder = f"({left} % {right})"
+        if not value.args[0].is_nonnegative:
+            remainder = f"(({remainder} + {right}) % {right})"
+        if not isinstance(value, FloorDiv):
+            return remainder
+        return f"({left} // {right})" if value.args[0].is_nonnegative else f"(({left} - {remainder}) // {right})"
+    if isinstance(value, (sympy.Min, sympy.Max)):
+        function = "tl.minimum" if isinstance(value, sympy.Min) else "tl.maximum"
+        return functools.reduce(lambda text, a: f"{function}({text}, {a})", map(index_source, value.args))
+    if value.is_Add or value.is_Mul:
+        return "(" + (" + " if value.is_Add else " * ").join(index_source(a) for a in value.args) + ")"
+    raise TypeError(f"no Triton form for the index expression {value} ({type(value).__name__})")
