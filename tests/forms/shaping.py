@@ -89,8 +89,8 @@ def temperature_scalar(c: Any, q: Any, k: Any, v: Any, temperature: Any) -> Any:
     return F.softmax(torch.matmul(q, k.transpose(2, 3)) / temperature, dim=-1) @ v
 
 
-def temperature_exponential(c: Any, q: Any, k: Any, v: Any, temperature: Any) -> Any:
-    return torch.bmm((temperature.exp() * q.flatten(0, 1) @ k.flatten(0, 1).mT).softmax(-1), v.flatten(0, 1))
+def temperature_inverse(c: Any, q: Any, k: Any, v: Any, temperature: Any) -> Any:
+    return torch.bmm((1.0 / temperature * q.flatten(0, 1) @ k.flatten(0, 1).mT).softmax(-1), v.flatten(0, 1))
 
 
 def _logit_scale(make: Make) -> tuple[torch.Tensor, ...]:
@@ -166,7 +166,7 @@ FORMS = (
     Form("clamp", (clamp, clamp_as_min_and_max), Expect((r"qk \* 0\.3535", r"min(imum)?\(", r"max(imum)?\("))),
     Form("clamp-mask", (clamp_xglm, clamp_min), Expect((r"qk \* 0\.3535", r"max(imum)?\("), "causal$")),
     Form("temperature-heads", (temperature_after, temperature_on_queries), Expect((r"qk \* t0\[.*n1",)), _per_head),
-    Form("temperature-scalar", (temperature_scalar, temperature_exponential), Expect((r"qk [*/] .*t0\[",)), _scalar),
+    Form("temperature-scalar", (temperature_scalar, temperature_inverse), Expect((r"qk [*/] .*t0\[",)), _scalar),
     Form("cosine", (cosine_swin, cosine_lucidrains), Expect((r"qk \* .*t0\[.*n1",)), _logit_scale),
     Form("row-temperature", (row_temperature_qwen, row_temperature_scores), Expect((r"qk",), "causal$", squares=0)),
     Form("scaled-after-mask", (scaled_after_mask, scaled_after_added_mask), Expect((r"\* 0\.3535",), "causal$")),
