@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from forms import DECOYS, Decoy, Form, Sizes, Spelling, module, spelled
+from forms import DECOYS, FORMS, Decoy, Form, Sizes, Spelling, module, spelled
 from graphs import matched, score_of
 
 from flashfuse.describe import describe_site
@@ -26,6 +26,17 @@ def test_recovered(form: Form, spelling: Spelling) -> None:
     assert len(result.sites) == form.expect.sites
     for site in result.sites:
         check(site, form)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_offset_of_symbolic_lengths(number: int) -> None:
+    """The last query sees the last key, whatever the two lengths are."""
+    form = next(form for form in FORMS if form.name == "causal-offset")
+    sizes = form.sizes(Sizes())
+    with torch.no_grad():
+        result = matched(module(form.spellings[number], sizes), *form.make(sizes), dynamic=True)
+    assert [describe_site(site).mask for site in result.sites] == ["causal (bottom-right)"]
+    assert not result.refusals
 
 
 def check(site: AttentionSite, form: Form) -> None:
