@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 import torch
 
-from flashfuse.kernels.mask import analyze
+from flashfuse.kernels.mask import mask_of
 from flashfuse.kernels.spec import AttentionSpec, to_text
 from flashfuse.patterns.graph import tensor
 from flashfuse.patterns.site import AttentionSite, Refusal
@@ -21,7 +21,7 @@ def describe_site(site: AttentionSite) -> Site:
         location=site.location,
         node=site.node.name,
         math=_math(site),
-        mask=analyze(spec.score).describe(),
+        mask=mask_of(spec).describe(),
         heads=_heads(site),
         shape=_shape(site),
         dtypes=", ".join(f"{part} {_short(dtype)}" for part, dtype in _dtypes(spec)),

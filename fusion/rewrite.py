@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 import flashfuse.kernels.ops  # noqa: F401
 from flashfuse.insert import Inserter, copy_module
+from flashfuse.kernels.ranges import RangesProgram, ranges_program
 from flashfuse.patterns.graph import mutated_inputs, shape, tensor, to_sympy, value
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.output_order import memory_order
@@ -19,27 +22,36 @@ from flashfuse.patterns.views import Arrange, Narrow, Select, Split, Step
 
 aten = torch.ops.aten
 
+# A size that nothing is known of while compiling is taken to be like this.
+UNKNOWN_SIZE = 1024
+
 
 def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphModule:
     """A copy of `module` in which each site is one `flashfuse::attention` call; `module` itself is not changed."""
     made, copied = copy_module(module)
     graph = made.graph
     unused = {copied[n] for n in module.graph.nodes if n.op != "output" and not n.users}
-    for site in sites:
-        _replace(graph, site, copied)
+    ranges = SharedRanges(module.graph)
+    position = {node: i for i, node in enumerate(module.graph.nodes)}
+    for site in sorted(sites, key=lambda site: position[site.node]):
+        _replace(graph, site, copied, ranges)
     _erase_unused(graph, unused)
     graph.lint()
     made.recompile()
     return made
 
 
-def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node]) -> None:
+def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node], ranges: SharedRanges) -> None:
     node = copied[site.node]
     build = _Builder(node, copied)
     sizes = [build.size(s) for s in (*site.batch, *site.sizes)]
     q, k, v = (build.operand(o) for o in (site.q, site.k, site.v))
     captured = [build.captured(copied[n], copied[site.q.node]) for n in site.captured]
-    pair = build.call(torch.ops.flashfuse.attention.default, q, k, v, captured, sizes, site.spec.to_text())
+    arguments: list[Any] = [q, k, v, captured, sizes, site.spec.to_text()]
+    kv_ranges = ranges.node(site, build)
+    if kv_ranges is not None:
+        arguments.append(kv_ranges)
+    pair = build.call(torch.ops.flashfuse.attention.default, *arguments)
     out = build.call(operator.getitem, pair, 0)
     if site.out_axes != tuple(range(len(site.out_axes))):
         out = build.call(aten.permute.default, out, list(site.out_axes))
@@ -52,9 +64,54 @@ def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node
     if not site.free_layout:
         out = build.laid_out_as(out, seen)
     node.replace_all_uses_with(out)
+    # A later site may read this one's output.
+    copied[site.node] = out
     for dead in (node, *(copied[n] for n in reversed(site.chain))):
         if not dead.users:
             graph.erase_node(dead)
+
+
+class SharedRanges:
+    """The `flashfuse::mask_ranges` nodes of a graph, one for all sites with the same mask over the same data.
+
+    Sites come in the order of the graph, so a node made for one stands before all later ones, and nothing is written
+    between a captured tensor and the last of its sites.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.made: dict[tuple[Any, ...], fx.Node] = {}
+
+    def node(self, site: AttentionSite, build: _Builder) -> fx.Node | None:
+        """The key ranges of a site; None where its mask does not depend on data or they would not pay."""
+        program = ranges_program(site.spec, [*map(self._typical, site.batch)], self._typical(site.kv_len))
+        if program is None:
+            return None
+        read = tuple(site.captured[slot] for slot in program.captured)
+        batch = tuple(site.batch[axis] for axis in sorted(program.batch))
+        key = (program, read, batch, tuple(site.sizes[slot] for slot in program.sizes), site.q_len, site.kv_len)
+        if key not in self.made:
+            self.made[key] = self._insert(program, site, build)
+        return self.made[key]
+
+    def _typical(self, size: sympy.Expr) -> int:
+        """The size in the call that is being compiled; of a size that only data decides, a guess."""
+        known = size.xreplace(self._hints)
+        return int(known) if known.is_Integer else UNKNOWN_SIZE
+
+    @functools.cached_property
+    def _hints(self) -> dict[sympy.Expr, sympy.Integer]:
+        sizes = [s for n in self.graph.nodes for s in (value(n), *getattr(tensor(n), "shape", ()))]
+        symbolic = [s.node for s in sizes if isinstance(s, torch.SymInt)]
+        return {node.expr: sympy.Integer(node.hint) for node in symbolic if node.expr.is_Symbol and node.has_hint()}
+
+    def _insert(self, program: RangesProgram, site: AttentionSite, build: _Builder) -> fx.Node:
+        captured = [build.captured(build.copied[site.captured[s]], build.copied[site.q.node]) for s in program.captured]
+        batch = [build.size(size) if axis in program.batch else 1 for axis, size in enumerate(site.batch)]
+        sizes = [*batch, *(build.size(site.sizes[slot]) for slot in program.sizes)]
+        lengths = build.size(site.q_len), build.size(site.kv_len)
+        predicates = program.needed, program.idle
+        return build.call(torch.ops.flashfuse.mask_ranges.default, captured, sizes, len(batch), *lengths, *predicates)
 
 
 class _Builder(Inserter):

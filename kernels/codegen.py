@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
 
-from flashfuse.kernels.expr import Const, Expr, Gather, Load, free_symbols, loads, walk
-from flashfuse.kernels.mask import HUGE_FILL, MaskStructure, analyze
+from flashfuse.kernels.bounds import Q_START, Q_STOP, BoundsProgram, KvRange
+from flashfuse.kernels.expr import Const, Expr, free_symbols, loads, walk
+from flashfuse.kernels.mask import kernel_spec, mask_of, may_be_huge
 from flashfuse.kernels.modules import finished, load_module
-from flashfuse.kernels.scale import inner_score
-from flashfuse.kernels.source import TILE_ARGUMENTS, indented, index_source, tile_body
+from flashfuse.kernels.scale import inner_score, unscaled
+from flashfuse.kernels.source import TILE_ARGUMENTS, Writer, indented, tile_body
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, batch_symbol, to_text
 
 
@@ -55,21 +54,25 @@ class ScoreProgram:
 
 
 @functools.lru_cache(maxsize=1024)
-def load_program(spec: AttentionSpec) -> ScoreProgram:
-    """Generate, write and import the functions of a spec."""
+def load_program(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool = False) -> ScoreProgram:
+    """Generate, write and import the functions of a spec.
+
+    ranged: for calls with `kv_ranges`, which vouch for what data masks too. fewer_queries: for q_len <= kv_len.
+    """
+    spec = kernel_spec(spec, fewer_queries)
     scale, inner = inner_score(spec)
-    mask = analyze(inner)
-    digest, source = generate(spec)
+    mask = mask_of(spec)
+    digest, source = generate(spec, ranged)
     path, module = load_module(f"score_{digest}", source)
     return ScoreProgram(
         score_masked=getattr(module, f"score_masked_{digest}"),
         score_full=getattr(module, f"score_full_{digest}"),
         kv_bounds=getattr(module, f"kv_bounds_{digest}"),
         scale=scale,
-        fill_threshold=mask.fill_threshold(scale),
-        huge_factor=_huge_factor(scale) if any(_may_be_huge(e) for e in walk(inner)) else None,
+        fill_threshold=mask.fill_threshold(scale, ranged=ranged),
+        huge_factor=_huge_factor(scale) if any(may_be_huge(e) for e in walk(inner)) else None,
         lowest=_lowest(spec.score, scale),
-        longest_first=any(line.slope > 0 for line in mask.upper),
+        longest_first=mask.bounds.depends_on({Q_START, Q_STOP}, ("end",)),
         shared_batch=_shares_first_batch_axis(spec.score),
         path=path,
     )
@@ -90,15 +93,6 @@ def _lowest(score: Expr, scale: float) -> float:
     smallest = torch.finfo(torch.float32).min * scale
     fills = (e.value for e in walk(score) if isinstance(e, Const) and math.isfinite(e.value))
     return min([smallest, *fills])
-
-
-def _may_be_huge(expr: Expr) -> bool:
-    match expr:
-        case Const(value=value):
-            return math.isfinite(value) and abs(value) >= -HUGE_FILL
-        case Load(dtype=dtype) | Gather(dtype=dtype):
-            return dtype.is_floating_point
-    return False
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -130,14 +124,15 @@ def kv_bounds_HASH(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes):
 '''
 
 
-def generate(spec: AttentionSpec) -> tuple[str, str]:
-    """(hash, source text) of the spec's module."""
+def generate(spec: AttentionSpec, ranged: bool = False) -> tuple[str, str]:
+    """(hash, source text) of the spec's module, for calls with `kv_ranges` or for those without."""
     scale, inner = inner_score(spec)
-    mask = analyze(inner)
+    mask = mask_of(spec)
+    full = unscaled(mask.unmasked if ranged else mask.full, scale)
     bodies = {
         "masked_body": tile_body([inner], spec.compute_dtype, keys_end=True),
-        "full_body": tile_body([mask.full], spec.compute_dtype, keys_end=False),
-        "bounds_body": _bounds_body(mask),
+        "full_body": tile_body([full], spec.compute_dtype, keys_end=False),
+        "bounds_body": _bounds_body(mask.bounds, spec.compute_dtype),
     }
     source = _TEMPLATE.format(
         score=to_text(spec.score),
@@ -145,29 +140,12 @@ def generate(spec: AttentionSpec) -> tuple[str, str]:
         scale=scale,
         arguments=TILE_ARGUMENTS,
         masked=to_text(inner),
-        full=to_text(mask.full),
+        full=to_text(full),
         **bodies,
     )
     return finished(source, spec.product_dtype)
 
 
-def _bounds_body(mask: MaskStructure) -> str:
-    def extreme(function: str, first: str, terms: Iterable[sympy.Expr]) -> str:
-        return functools.reduce(lambda text, term: f"{function}({text}, {index_source(term)})", terms, first)
-
-    def clamped(low: str, value: str, high: str) -> str:
-        return f"tl.minimum(tl.maximum({value}, {low}), {high})"
-
-    starts, ends = mask.starts(), mask.ends()
-    lines = [
-        f"start = {clamped('0', extreme('tl.maximum', '0', starts), 'kv_len')}" if starts else "start = kv_len * 0",
-        f"end = tl.maximum({extreme('tl.minimum', 'kv_len', ends)}, start)" if ends else "end = kv_len",
-        f"full_start = {clamped('start', extreme('tl.maximum', 'start', mask.full_starts()), 'end')}"
-        if starts
-        else "full_start = start",
-        f"full_end = tl.maximum({extreme('tl.minimum', 'end', mask.full_ends())}, full_start)"
-        if ends
-        else "full_end = end",
-        "return start, full_start, full_end, end",
-    ]
-    return indented(lines)
+def _bounds_body(bounds: BoundsProgram, float_dtype: torch.dtype) -> str:
+    lines = [f"{name} = {Writer([value], float_dtype, keys_end=False).emit(value)}" for name, value in bounds.steps]
+    return indented([*lines, f"return {', '.join(KvRange._fields)}"])

@@ -16,9 +16,9 @@ from typing import Any
 
 from flashfuse.kernels.derivative import Leaf, derivative, leaves
 from flashfuse.kernels.expr import Expr, Product, walk
-from flashfuse.kernels.mask import analyze
+from flashfuse.kernels.mask import mask_of
 from flashfuse.kernels.modules import finished, load_module
-from flashfuse.kernels.scale import inner_score
+from flashfuse.kernels.scale import inner_score, unscaled
 from flashfuse.kernels.source import ROW_ARGUMENTS, TILE_ARGUMENTS, is_row, row_body, tile_body
 from flashfuse.kernels.spec import AttentionSpec, to_text
 
@@ -108,7 +108,7 @@ Formulas = Mapping[str, Expr]
 def generate_derivatives(spec: AttentionSpec) -> tuple[str, str]:
     """(hash, source text) of the module of a spec's derivatives."""
     scale, inner = inner_score(spec)
-    full = analyze(inner).full
+    full = unscaled(mask_of(spec).full, scale)
     functions = [*_tiles("score_and_grad", _with_product(inner), _with_product(full), spec)]
     for i, leaf in enumerate(_reads(inner)):
         functions += _tiles(f"score_grad{i}", _derivative("s", inner, leaf), _derivative("s", full, leaf), spec)

@@ -82,7 +82,7 @@ def boxes(problem: Problem, program: AdditiveProgram) -> Iterator[Box]:
         used = free_symbols(program.bias)
         planes = math.prod(n for n, symbol in zip(blocks, problem.symbols, strict=False) if symbol in used)
         block_q = max(BIAS_ELEMENTS // (planes * problem.k.shape[-2]), MIN_BLOCK_Q)
-    if problem.mask.bounded:
+    if problem.bounded:
         block_q = min(block_q, MAX_BLOCK_Q)
     cuts = (split(range(n), block) for n, block in zip((*batch, q_len), (*blocks, block_q), strict=True))
     return itertools.product(*cuts)
@@ -112,7 +112,7 @@ def attend(problem: Problem, program: AdditiveProgram, box: Box) -> tuple[torch.
     # A row without a key comes back as log-sum-exp 0.
     if bool((lse.isnan() | (lse == 0)).any()):
         return None
-    threshold = problem.mask.fill_threshold()
+    threshold = problem.fill_threshold
     if threshold is not None and bool((lse - math.log(len(keys)) <= threshold).any()):
         return None
     return out.reshape(*batch, *out.shape[-2:]), lse.reshape(*batch, lse.shape[-1])

@@ -12,14 +12,16 @@ import triton.language as tl
 # multiplying by log2(e) could overflow.
 HUGE: tl.constexpr = tl.constexpr(-1e30)
 LOWEST_FLOAT32: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+# Queries that share a row of `ranges_ptr`; see `mask.MASK_BLOCK`.
+MASK_BLOCK: tl.constexpr = tl.constexpr(128)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 # Lengths change from call to call and nothing is gained from knowing that they are 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    q_strides, k_strides, v_strides, out_strides,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ranges_ptr,
+    q_strides, k_strides, v_strides, out_strides, ranges_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
     LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
@@ -31,8 +33,8 @@ def attention_forward_kernel(
     """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)),  s_ij = score(q_i . k_j, n, i, j)
 
     Operands have four batch axes (size 1 where the attention has fewer) and strides (n0, n1, n2, n3, row, column), 0 on
-    axes they are shared over. One program computes BLOCK_Q rows of one batch position; LOG2_SCALE turns inner scores
-    into base-2 logarithms.
+    axes they are shared over; so has ranges_ptr [n.., blocks of queries, 4], where there is one. One program computes
+    BLOCK_Q rows of one batch position; LOG2_SCALE turns inner scores into base-2 logarithms.
     """
     COMPUTE: tl.constexpr = lse_ptr.dtype.element_ty
 
@@ -70,6 +72,10 @@ def attention_forward_kernel(
     # Key positions at whole tiles: start <= full_start <= full_end <= end.
     q_stop = tl.minimum(q_start + BLOCK_Q, q_len)
     start, full_start, full_end, end = KV_BOUNDS(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes)
+    if ranges_ptr is not None:
+        block_ptr = _batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
+        block_ptr += (q_start // MASK_BLOCK).to(tl.int64) * ranges_strides[4]
+        start, full_start, full_end, end = _narrowed(start, end, block_ptr, ranges_strides[5])
     start = start // BLOCK_KV * BLOCK_KV
     end = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
     full_start = tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end)
@@ -183,6 +189,16 @@ def _attend(
     else:
         acc = tl.dot(p.to(PROBS_DTYPE), v, acc * correction[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
     return acc, row_sum, new_max, new_shift
+
+
+@triton.jit
+def _narrowed(start, end, ptr, stride):
+    """The key range [start, end) within the range stored at `ptr`, and the stored full range within that."""
+    end = tl.minimum(end, tl.load(ptr + 3 * stride))
+    start = tl.minimum(tl.maximum(start, tl.load(ptr)), end)
+    full_start = tl.minimum(tl.maximum(start, tl.load(ptr + stride)), end)
+    full_end = tl.maximum(tl.minimum(end, tl.load(ptr + 2 * stride)), full_start)
+    return start, full_start, full_end, end
 
 
 @triton.jit

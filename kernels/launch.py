@@ -15,6 +15,7 @@ import triton.language as tl
 from flashfuse.kernels.codegen import load_program
 from flashfuse.kernels.expr import free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
+from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.spec import KV_IDX, MAX_BATCH_AXES, Q_IDX, AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
@@ -140,9 +141,18 @@ def device_of(index: int | None) -> Device:
 
 
 @functools.lru_cache(maxsize=4096)
-def constants(spec: AttentionSpec, head_dim: int, value_dim: int, precision: str, launch: Launch) -> Mapping[str, Any]:
-    """The compile-time arguments and options of the kernel."""
-    program = load_program(spec)
+def constants(
+    spec: AttentionSpec,
+    head_dim: int,
+    value_dim: int,
+    precision: str,
+    launch: Launch,
+    ranged: bool = False,
+    fewer_queries: bool = False,
+) -> Mapping[str, Any]:
+    """The compile-time arguments and options of the kernel, for calls with or without `kv_ranges`."""
+    assert not ranged or MASK_BLOCK % launch.block_q == 0, "the rows of a tile share a row of kv_ranges"
+    program = load_program(spec, ranged, fewer_queries)
     return {
         "SCORE_MASKED": program.score_masked,
         "SCORE_FULL": program.score_full,
@@ -231,13 +241,14 @@ def attention_forward(
         return attention_tiled(spec, q, k, v, captured, sizes, kv_ranges)
     grid = (math.prod(batch) * -(-q_len // launch.block_q),)
     arguments = (
-        q, k, v, out, lse,
-        *(_strides(x, batch) for x in (q, k, v, out)),
+        q, k, v, out, lse, kv_ranges,
+        *(_strides(x, batch) for x in (q, k, v, out, out if kv_ranges is None else kv_ranges)),
         *batch, *(1,) * (MAX_BATCH_AXES - len(batch)), q_len, kv_len,
         tuple(sizes[spec.batch_axes :]), tuple(captured), tuple(c.stride() for c in captured),
     )  # fmt: skip
+    variant = constants(spec, head_dim, value_dim, precision, launch, kv_ranges is not None, q_len <= kv_len)
     with torch.cuda.device_of(q):
-        attention_forward_kernel[grid](*arguments, **constants(spec, head_dim, value_dim, precision, launch))
+        attention_forward_kernel[grid](*arguments, **variant)
     return out, lse
 
 

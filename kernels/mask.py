@@ -1,218 +1,278 @@
 """Mask structure: which tiles of a score program hold only masked scores, and which hold none.
 
-A boolean sub-expression P that depends on positions and sizes only is *necessary* when the score with P false is a
-known fill: minus infinity or a finite constant, or anything plus a hugely negative constant. Where P is false on a
-whole tile the tile can be skipped; where it is true on a whole tile it need not be evaluated. Each necessary P like
-`kv_idx <= slope * q_idx + offset`, or `>=`, is a line that bounds the keys a tile of queries has to visit.
+A boolean sub-expression is *necessary* when the score with it false (or true) is a known fill: minus infinity or a
+finite constant, or anything plus a hugely negative constant. So is `t > -1e30` for a float tensor t that is added to
+the score. Where a necessary predicate is false on a whole tile, the tile can be skipped; where it is true on a whole
+tile, it need not be evaluated. What positions decide, `bounds` states; what tensors decide, `ranges` finds at run time.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
 
-from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product, walk
-from flashfuse.kernels.normal import FALSE, TRUE, conjunction, conjuncts
+from flashfuse.kernels.bounds import BoundsProgram, Reader, Span
+from flashfuse.kernels.expr import Const, Expr, Gather, Load, Pointwise, Product, free_symbols, walk
+from flashfuse.kernels.mask_words import in_words
+from flashfuse.kernels.normal import FALSE, TRUE, conjunction, conjuncts, number, substitute
 from flashfuse.kernels.normal import pointwise as make
-from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, to_text
+from flashfuse.kernels.predicate import normal
+from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, batch_symbol
 
-# The query tile [q_start, q_stop) that loop bounds are written for; never empty.
-Q_START = sympy.Symbol("q_start", integer=True, nonnegative=True)
-Q_STOP = sympy.Symbol("q_stop", integer=True, positive=True)
+# A tensor that masks is read once for each block of queries by each granule of keys.
+MASK_BLOCK = 128
+MASK_GRANULE = 64
 
 # Adding a constant below this to any meaningful score leaves a probability of exactly zero beside an unmasked key.
 HUGE_FILL = -1e30
 # exp(-FILL_MARGIN) vanishes beside 1 even when summed over 2**31 keys, in float64 too.
 FILL_MARGIN = 128.0
+LARGEST = torch.finfo(torch.float32).max
 
-
-@dataclass(frozen=True)
-class Line:
-    """The key position slope * q_idx + offset; `offset` holds sizes and batch positions only."""
-
-    slope: int
-    offset: sympy.Expr
-
-    def smallest(self) -> sympy.Expr:
-        """The least position on the line over the queries [q_start, q_stop)."""
-        return sympy.expand(self.slope * (Q_START if self.slope >= 0 else Q_STOP - 1) + self.offset)
-
-    def largest(self) -> sympy.Expr:
-        """The greatest position on the line over the queries [q_start, q_stop)."""
-        return sympy.expand(self.slope * (Q_STOP - 1 if self.slope >= 0 else Q_START) + self.offset)
-
-
-class KvRange(NamedTuple):
-    """For one query tile: keys outside [start, end) are masked, keys in [full_start, full_end) are not.
-
-    0 <= start <= full_start <= full_end <= end <= kv_len.
-    """
-
-    start: int
-    full_start: int
-    full_end: int
-    end: int
+# A key that every row may attend to, if any does: in any attention, and where there are no more queries than keys.
+_FIRST_AND_LAST = (sympy.Integer(0), KV_LEN - 1)
+_DIAGONALS = (Q_IDX, Q_IDX + KV_LEN - Q_LEN)
 
 
 @dataclass(frozen=True)
 class MaskStructure:
-    """What positions alone say about a score program.
+    """What is known about the masked part of a score program.
 
-    full: the score where every line below is satisfied.
-    fill: the largest value a skipped score can stand for, give or take a score that is added to it; None when no
-        predicate is necessary. Skipping is exact for -inf; otherwise rows at or below `fill_threshold` need every key.
-    lower, upper: a key is masked for a query when it lies before a lower line or behind an upper line.
-    rest: necessary predicates that are not lines; they stay inside `full`.
+    bounds: the keys that a tile of queries visits, by positions alone.
+    full: the score where `bounds` says that its readable predicates hold.
+    needed: a key is masked for a query unless this holds; true when no predicate is necessary.
+    stated: the part of it that the program states itself; an added tensor may be a mask or a bias.
+    idle: where this holds throughout a tile, the score is `unmasked` there.
+    fill, data_fill: the largest value that a score skipped by `bounds`, or because `needed` is false, can stand for,
+        give or take a score that is added to it; None when there is none. Skipping is exact for -inf; otherwise rows
+        at or below `fill_threshold` need every key.
     """
 
+    bounds: BoundsProgram
     full: Expr
+    needed: Expr
+    stated: Expr
+    idle: Expr
+    unmasked: Expr
     fill: float | None
-    lower: tuple[Line, ...]
-    upper: tuple[Line, ...]
-    rest: tuple[Expr, ...]
+    data_fill: float | None
 
     @property
     def bounded(self) -> bool:
-        """Whether some tiles may be skipped at all."""
-        return bool(self.lower or self.upper)
+        """Whether positions alone may rule out keys."""
+        return self.bounds.bounded
 
-    def fill_threshold(self, scale: float = 1.0) -> float | None:
-        """Rows whose running maximum is not above this see the skipped keys; None when skipping is exact.
-
-        scale: natural-log units in one unit of the score, where a factor has been taken out of it.
-        """
-        if not self.bounded or self.fill is None or self.fill == -math.inf:
-            return None
-        return self.fill / 2 if self.fill <= HUGE_FILL else self.fill + FILL_MARGIN / scale
-
-    def starts(self) -> tuple[sympy.Expr, ...]:
-        """`KvRange.start` is the largest of these (and of 0)."""
-        return tuple(line.smallest() for line in self.lower)
-
-    def full_starts(self) -> tuple[sympy.Expr, ...]:
-        """`KvRange.full_start` is the largest of these (and of `start`)."""
-        return tuple(line.largest() for line in self.lower)
-
-    def full_ends(self) -> tuple[sympy.Expr, ...]:
-        """`KvRange.full_end` is the smallest of these (and of `end`)."""
-        return tuple(line.smallest() + 1 for line in self.upper)
-
-    def ends(self) -> tuple[sympy.Expr, ...]:
-        """`KvRange.end` is the smallest of these (and of kv_len)."""
-        return tuple(line.largest() + 1 for line in self.upper)
-
-    def kv_range(self, values: Mapping[sympy.Symbol, int]) -> KvRange:
-        """The bounds as integers. `values` gives q_start, q_stop, kv_len and every other symbol of the program."""
-
-        def evaluate(terms: tuple[sympy.Expr, ...]) -> list[int]:
-            return [int(term.subs(values)) for term in terms]
-
-        kv_len = values[KV_LEN]
-        start = min(max(0, *evaluate(self.starts()), 0), kv_len)
-        end = max(min(kv_len, *evaluate(self.ends()), kv_len), start)
-        full_start = min(max(start, *evaluate(self.full_starts()), 0), end)
-        full_end = max(min(end, *evaluate(self.full_ends()), end), full_start)
-        return KvRange(start, full_start, full_end, end)
+    @functools.cached_property
+    def depends_on_data(self) -> bool:
+        """Whether `needed` reads a tensor."""
+        return any(isinstance(e, (Load, Gather)) for e in walk(self.needed))
 
     def describe(self) -> str:
-        """The structure in words: "none", "causal", "causal, window 1024", ..., or the predicate itself."""
-        lower = [line for line in self.lower if (line.slope, line.offset) != (0, 0)]
-        upper = [line for line in self.upper if (line.slope, line.offset) != (0, KV_LEN - 1)]
-        if self.rest or len(lower) > 1 or len(upper) > 1 or any(line.slope != 1 for line in lower + upper):
-            return self._predicate_text()
-        if not lower and not upper:
-            return "none"
-        left = lower[0].offset if lower else None
-        right = upper[0].offset if upper else None
-        if right == 0 or right == KV_LEN - Q_LEN:
-            name = "causal" if right == 0 else "causal (bottom-right)"
-            return name if left is None else f"{name}, window {sympy.expand(right - left + 1)}"
-        return f"window {'' if left is None else left}..{'' if right is None else right}"
+        """The structure in words: "none", "causal", "causal, window 1024", ..; of what has none, the predicate."""
+        return in_words(self.stated)
 
-    def _predicate_text(self) -> str:
-        lines = [f"kv_idx >= {line.slope * Q_IDX + line.offset}" for line in self.lower]
-        lines += [f"kv_idx <= {line.slope * Q_IDX + line.offset}" for line in self.upper]
-        return " & ".join(lines + [to_text(term) for term in self.rest])
+    def fill_threshold(self, scale: float = 1.0, *, ranged: bool = False, fewer_queries: bool = False) -> float | None:
+        """Rows whose running maximum is not above this see the skipped keys; None when no row ever has to.
+
+        scale: natural-log units in one unit of the maximum, where a factor has been taken out of the score.
+        ranged: whether keys are skipped by ranges over data too. fewer_queries: whether q_len <= kv_len is known.
+        """
+        fill = self.data_fill if ranged else self.fill
+        if fill is None or fill == -math.inf:
+            return None
+        if fill > HUGE_FILL:
+            return (fill + FILL_MARGIN) / scale
+        return None if self.keeps_key(fewer_queries) else max(fill / scale, -LARGEST) / 2
+
+    def keeps_key(self, fewer_queries: bool = False) -> bool:
+        """Whether every row provably has an unmasked key, whose score is no fill of another kind either."""
+        if any(may_be_huge(e) for e in walk(self.unmasked)):
+            return False
+        keys = (*_FIRST_AND_LAST, *_DIAGONALS) if fewer_queries else _FIRST_AND_LAST
+        return any(normal(substitute(self.needed, {KV_IDX: key})) == TRUE for key in keys)
 
 
-def analyze(score: Expr) -> MaskStructure:
-    """Find the necessary predicates of a score program and split them into lines and the rest."""
-    lower: dict[Line, None] = {}
-    upper: dict[Line, None] = {}
-    rest: dict[Expr, None] = {}
-    fills: list[float] = []
+@functools.lru_cache(maxsize=4096)
+def mask_of(spec: AttentionSpec) -> MaskStructure:
+    """The mask structure of a spec's score."""
+    return analyze(spec.score, spec.normaliser)
+
+
+@functools.lru_cache(maxsize=4096)
+def kernel_spec(spec: AttentionSpec, fewer_queries: bool = False) -> AttentionSpec:
+    """The spec as kernels compute it: where every row provably keeps a key, a huge fill may as well be -inf.
+
+    fewer_queries: whether q_len <= kv_len is known.
+    """
+    mask = mask_of(spec)
+    finite = mask.data_fill is not None and -math.inf < mask.data_fill <= HUGE_FILL
+    if not finite or not mask.keeps_key(fewer_queries):
+        return spec
+    dtype = spec.score.dtype
+    return replace(spec, score=make("where", mask.needed, mask.unmasked, Const(dtype, -math.inf), dtype=dtype))
+
+
+def may_be_huge(expr: Expr) -> bool:
+    """Whether a node may bring in numbers of the size of a fill."""
+    match expr:
+        case Const(value=value):
+            return math.isfinite(value) and abs(value) >= -HUGE_FILL
+        case Load(dtype=dtype) | Gather(dtype=dtype):
+            return dtype.is_floating_point
+    return False
+
+
+def analyze(score: Expr, normaliser: str = "softmax") -> MaskStructure:
+    """Find the necessary predicates of a score program, and what follows from them.
+
+    normaliser: the spec's; under "none" a score is a weight, and masked where it is exactly 0.
+    """
+    reader = Reader()
+    visited, full = Span(), Span()
+    fill: list[float] = []
+    parts = [*_boolean_parts(score, normaliser)]
     kept: dict[Expr, Expr] = {}
-    for predicate in dict.fromkeys(_structured_predicates(score)):
-        found = _necessary(score, predicate)
-        if found is None:
-            continue
-        needed, fill = found
-        fills.append(fill)
-        opaque = []
-        for term in conjuncts(_push_not_inwards(needed)):
-            match _as_line(term):
-                case ("lower", line):
-                    lower[line] = None
-                case ("upper", line):
-                    upper[line] = None
-                case _:
-                    opaque.append(term)
-        rest.update(dict.fromkeys(opaque))
-        remaining = conjunction(opaque)
-        kept[predicate] = remaining if needed is predicate else make("not", remaining)
+    for part in parts:
+        remaining = []
+        for term in conjuncts(part.needed):
+            bounds = reader.read(term)
+            if bounds.visited != Span():
+                fill.append(part.fill)
+            visited = reader.both(visited, bounds.visited)
+            if bounds.full is None:
+                remaining.append(term)
+            else:
+                full = reader.both(full, bounds.full)
+        kept[part.masks] = conjunction(remaining) if part.kept == TRUE else make("not", conjunction(remaining))
+    stated = conjunction([part.needed for part in parts])
+    parts += _additive_parts(score, normaliser)
     return MaskStructure(
+        bounds=BoundsProgram.of(reader, visited, full),
         full=_replace_outermost(score, kept),
-        fill=max(fills, default=None),
-        lower=tuple(lower),
-        upper=tuple(upper),
-        rest=tuple(rest),
+        needed=conjunction([part.needed for part in parts]),
+        stated=stated,
+        idle=conjunction([part.idle for part in parts]),
+        unmasked=_replace_outermost(score, {part.masks: part.kept for part in parts}),
+        fill=max(fill, default=None),
+        data_fill=max((part.fill for part in parts), default=None),
     )
 
 
-def _structured_predicates(expr: Expr) -> Iterator[Expr]:
-    """The largest boolean sub-expressions that read no tensor and no product."""
-    if (
-        expr.dtype == torch.bool
-        and not isinstance(expr, Const)
-        and not any(isinstance(e, (Load, Gather, Product)) for e in walk(expr))
-    ):
+@dataclass(frozen=True)
+class _Part:
+    """A sub-expression `masks` of a score that is a fill, at most `fill`, unless `needed`.
+
+    Where `idle` holds, `kept` may stand in its place.
+    """
+
+    masks: Expr
+    needed: Expr
+    idle: Expr
+    kept: Expr
+    fill: float
+
+
+def _boolean_parts(score: Expr, normaliser: str) -> Iterator[_Part]:
+    for predicate in dict.fromkeys(_predicates(score)):
+        for verdict, kept in ((FALSE, TRUE), (TRUE, FALSE)):
+            fill = _fill_of(_replace_outermost(score, {predicate: verdict}), normaliser)
+            if fill is not None:
+                needed = normal(predicate, negate=kept == FALSE)
+                yield _Part(predicate, needed, needed, kept, fill)
+                break
+
+
+def _predicates(expr: Expr) -> Iterator[Expr]:
+    """The largest boolean sub-expressions that read no product."""
+    if isinstance(expr, Const):
+        return
+    if expr.dtype == torch.bool and not any(isinstance(e, Product) for e in walk(expr)):
         yield expr
         return
     for child in expr.children:
-        yield from _structured_predicates(child)
+        yield from _predicates(child)
 
 
-def _necessary(score: Expr, predicate: Expr) -> tuple[Expr, float] | None:
-    """What must hold for a score not to be a fill (`predicate` or its negation), and that fill; None when neither."""
-    for verdict, needed in ((FALSE, predicate), (TRUE, make("not", predicate))):
-        fill = _fill_of(_replace_outermost(score, {predicate: verdict}))
-        if fill is not None:
-            return needed, fill
-    return None
+def _additive_parts(score: Expr, normaliser: str) -> Iterator[_Part]:
+    """Float tensors shared by heads that are added to the score, so that a hugely negative element masks.
+
+    Where one is zero throughout a tile of queries and keys it need not be read; along keys alone reading it is cheap.
+    """
+    inside = {e for predicate in _predicates(score) for e in walk(predicate)}
+    for load in dict.fromkeys(e for e in walk(score) if isinstance(e, Load) and e not in inside):
+        symbols = free_symbols(load)
+        if not load.dtype.is_floating_point or KV_IDX not in symbols or symbols & set(map(batch_symbol, range(1, 4))):
+            continue
+        limit = _masking_limit(score, load, normaliser)
+        if limit is None:
+            continue
+        needed = make("gt", load, Const(torch.float32, limit))
+        zero = Const(torch.float32, 0.0)
+        if Q_IDX in symbols:
+            yield _Part(load, needed, make("eq", load, zero), zero, HUGE_FILL)
+        else:
+            yield _Part(load, needed, TRUE, load, HUGE_FILL)
 
 
-def _fill_of(masked: Expr) -> float | None:
-    """The value a masked score stands for: its constant, or a hugely negative constant added to anything."""
-    if isinstance(masked, Const):
-        return float(masked.value)
+def _masking_limit(score: Expr, load: Load, normaliser: str) -> float | None:
+    """The score is a fill of at most `HUGE_FILL` where `load` is at most this; None where it need not be one."""
+
+    def at(value: float) -> Expr:
+        return _replace_outermost(score, {load: Const(load.dtype, value)})
+
+    # A factor further out may shrink what is added.
+    factor = 1.0 if normaliser == "none" else min(_added_constant(at(-LARGEST)) / -LARGEST, 1.0)
+    if factor * LARGEST <= -2 * HUGE_FILL:
+        return None
+    limit = HUGE_FILL / factor
+    return limit if _fill_of(at(1.001 * limit), normaliser) is not None else None
+
+
+def _fill_of(masked: Expr, normaliser: str) -> float | None:
+    """The value a masked score stands for: its constant, or a hugely negative constant added to anything.
+
+    None where it is neither, or too near to the scores of unmasked keys for skipping ever to pay.
+    """
+    if normaliser == "none":
+        return -math.inf if number(_saturated(masked)) == 0 else None
+    if isinstance(masked, Pointwise) and masked.op == "where":
+        fills = [_fill_of(branch, normaliser) for branch in masked.args[1:]]
+        return None if None in fills else max(f for f in fills if f is not None)
+    value = number(masked)
+    if value is not None:
+        return float(value) if value <= -2 * FILL_MARGIN else None
     addend = _added_constant(masked)
     return addend if addend <= HUGE_FILL else None
 
 
+def _saturated(expr: Expr) -> Expr:
+    """`expr` with every sum that a hugely negative constant dominates replaced by -inf, and simplified."""
+    if expr.dtype.is_floating_point and isinstance(expr, Pointwise) and _added_constant(expr) <= HUGE_FILL:
+        return Const(expr.dtype, -math.inf)
+    children = tuple(_saturated(child) for child in expr.children)
+    return make(expr.op, *children, dtype=expr.dtype) if isinstance(expr, Pointwise) else expr
+
+
 def _added_constant(expr: Expr) -> float:
-    """The most negative constant that is added to the rest of a sum; 0 when there is none."""
+    """At most this is added to the rest of a sum, if it is negative; 0 when nothing is known to be."""
     match expr:
         case Const(value=value):
             return float(value)
         case Pointwise(op="add", args=args):
             return min(_added_constant(a) for a in args)
+        case Pointwise(op="sub", args=(left, Const(value=c))):
+            return min(_added_constant(left), -c)
         case Pointwise(op="sub", args=(left, _)):
             return _added_constant(left)
+        case Pointwise(op="mul", args=(inner, Const(value=c)) | (Const(value=c), inner)) if 0 < c < math.inf:
+            return c * _added_constant(inner)
+        case Pointwise(op="where", args=(_, yes, no)):
+            return max(_added_constant(yes), _added_constant(no))
     return 0.0
 
 
@@ -224,37 +284,3 @@ def _replace_outermost(expr: Expr, mapping: Mapping[Expr, Expr]) -> Expr:
     if children == expr.children:
         return expr
     return make(expr.op, *children, dtype=expr.dtype) if isinstance(expr, Pointwise) else expr.with_children(children)
-
-
-_NEGATED = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
-_DUAL = {"and": "or", "or": "and"}
-
-
-def _push_not_inwards(expr: Expr, negate: bool = False) -> Expr:
-    """The same predicate with every `not` directly on a comparison, which it turns round."""
-    match expr:
-        case Pointwise(op="not", args=(arg,)):
-            return _push_not_inwards(arg, not negate)
-        case Pointwise(op=op, args=args) if op in _DUAL:
-            return make(_DUAL[op] if negate else op, *(_push_not_inwards(a, negate) for a in args))
-        case Pointwise(op=op, args=(Index() as left, Index() as right)) if negate and op in _NEGATED:
-            return make(_NEGATED[op], left, right)
-    return make("not", expr) if negate else expr
-
-
-def _as_line(term: Expr) -> tuple[str, Line] | None:
-    """A comparison of indices as a bound on kv_idx; None when it is not affine in q_idx and +-kv_idx."""
-    match term:
-        case Pointwise(op=op, args=(Index(value=left), Index(value=right))) if op in ("lt", "le", "gt", "ge"):
-            slack = right - left if op in ("lt", "le") else left - right
-            slack = sympy.expand(slack - (1 if op in ("lt", "gt") else 0))
-        case _:
-            return None
-    # term says: slack >= 0, with slack = kv_slope * kv_idx + q_slope * q_idx + offset.
-    kv_slope, q_slope = slack.coeff(KV_IDX, 1), slack.coeff(Q_IDX, 1)
-    offset = sympy.expand(slack - kv_slope * KV_IDX - q_slope * Q_IDX)
-    if kv_slope not in (1, -1) or not q_slope.is_Integer or offset.free_symbols & {KV_IDX, Q_IDX}:
-        return None
-    if kv_slope == -1:
-        return "upper", Line(int(q_slope), offset)
-    return "lower", Line(-int(q_slope), -offset)

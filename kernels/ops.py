@@ -7,8 +7,9 @@ q: [N.., Tq, D], k: [N.., Tkv, D], v: [N.., Tkv, Dv], broadcast over the batch a
 followed by size0, size1, .. of the score program; `spec` is `AttentionSpec.to_text()`. out: [N.., Tq, Dv];
 lse: [N.., Tq], the natural logarithm of the sum of exp(score).
 
-kv_ranges: int32 [N'.., ceil(Tq / MASK_BLOCK), 4], N' broadcasting to N: the `mask.KvRange` of each MASK_BLOCK queries
-under a mask that depends on data. Without it every key that positions alone do not rule out is visited.
+kv_ranges: int32 [N'.., at least ceil(Tq / MASK_BLOCK), 4], N' broadcasting to N: the `bounds.KvRange` of each
+MASK_BLOCK queries under a mask that depends on data. Without it every key that positions alone do not rule out is
+visited. It comes from `flashfuse::mask_ranges`, which compilers see as the torch operators it is made of.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.output import empty_output
+from flashfuse.kernels.ranges import mask_ranges
 from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
 
@@ -35,6 +38,13 @@ _library.define(
     # Output strides depend on the spec alone, so inputs may come in whatever layout their producer prefers: no copies.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
+
+_library.define(
+    "mask_ranges(Tensor[] captured, SymInt[] sizes, int batch_axes, SymInt q_len, SymInt kv_len, str needed, str idle)"
+    " -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("mask_ranges", mask_ranges, "CompositeImplicitAutograd")
 
 
 def _check(
@@ -77,6 +87,23 @@ def _check_batch(spec: AttentionSpec, operands: Sequence[torch.Tensor], sizes: S
             raise RuntimeError(f"flashfuse::attention: {name} of shape {list(x.shape)} does not broadcast to {batch}")
 
 
+def _beside(
+    spec: AttentionSpec, kv_ranges: torch.Tensor | None, q: torch.Tensor, sizes: Sequence[int]
+) -> torch.Tensor | None:
+    """The ranges, on q's device. Raises RuntimeError where they are not what `flashfuse::mask_ranges` gives."""
+    if kv_ranges is None:
+        return None
+    wanted = (*sizes[: spec.batch_axes], -(-q.shape[-2] // MASK_BLOCK), 4)
+    found = tuple(kv_ranges.shape)
+    broadcasts = all(n in (1, size) for n, size in zip(found[:-2], wanted, strict=False))
+    fits = broadcasts and len(found) == len(wanted) and found[-2] >= wanted[-2] and found[-1] == 4
+    if kv_ranges.dtype != torch.int32 or not fits:
+        raise RuntimeError(
+            f"flashfuse::attention: kv_ranges must be int32 and broadcast to {wanted}, got {kv_ranges.dtype} {found}"
+        )
+    return kv_ranges.to(q.device)
+
+
 def _on_device(choose: Callable[[], Kernel]) -> Kernel:
     """The implementation on one device, by the kernel that `choose` finds at the call."""
 
@@ -92,6 +119,7 @@ def _on_device(choose: Callable[[], Kernel]) -> Kernel:
         parsed = AttentionSpec.from_text(spec)
         _check(parsed, q, k, v, captured, sizes)
         _check_batch(parsed, (q, k, v), sizes)
+        kv_ranges = _beside(parsed, kv_ranges, q, sizes)
         captured = [c if c.device == q.device else c.to(q.device, non_blocking=True) for c in captured]
         return choose()(parsed, q, k, v, captured, sizes, kv_ranges)
 

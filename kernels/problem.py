@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import sympy
 import torch
 
+from flashfuse.kernels.bounds import Q_START, Q_STOP, KvRange
 from flashfuse.kernels.evaluate import Tile, evaluate
 from flashfuse.kernels.expr import Expr
-from flashfuse.kernels.mask import Q_START, Q_STOP, KvRange, MaskStructure, analyze
+from flashfuse.kernels.mask import MASK_BLOCK, MaskStructure, mask_of
 from flashfuse.kernels.spec import AttentionSpec
 
 Box = tuple[range, ...]
-
-analyze = functools.lru_cache(maxsize=4096)(analyze)
 
 
 def slices(box: Box) -> tuple[slice, ...]:
@@ -38,6 +37,7 @@ class Problem:
 
     q: [outer.., shared.., Tq, D], k: [outer.., Tkv, D], v: [outer.., Tkv, Dv].
     symbols: of the scores' axes, in that order. sizes: the value of every size symbol.
+    kv_ranges: [outer.., shared.., ceil(Tq / MASK_BLOCK), 4], or None.
     """
 
     spec: AttentionSpec
@@ -47,26 +47,55 @@ class Problem:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    kv_ranges: torch.Tensor | None = None
 
     @functools.cached_property
     def mask(self) -> MaskStructure:
-        return analyze(self.spec.score)
+        return mask_of(self.spec)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a box of queries may leave out keys."""
+        return self.mask.bounded or self.kv_ranges is not None
 
     @functools.cached_property
-    def _ranges(self) -> dict[range, KvRange]:
+    def full(self) -> Expr:
+        """The score of the keys between `full_start` and `full_end`."""
+        return self.mask.full if self.kv_ranges is None else self.mask.unmasked
+
+    @functools.cached_property
+    def fill_threshold(self) -> float | None:
+        """See `MaskStructure.fill_threshold`."""
+        fewer_queries = self.q.shape[-2] <= self.k.shape[-2]
+        return self.mask.fill_threshold(ranged=self.kv_ranges is not None, fewer_queries=fewer_queries)
+
+    @functools.cached_property
+    def _known(self) -> dict[range, KvRange]:
         return {}
 
     def kv_range(self, box: Box) -> KvRange:
         """The keys that the query rows in `box` visit; all of them where the bounds differ along a batch axis."""
+        found = self._by_position(box)
+        if self.kv_ranges is None:
+            return found
+        blocks = slice(box[-1].start // MASK_BLOCK, (box[-1].stop - 1) // MASK_BLOCK + 1)
+        ranges = self.kv_ranges[*slices(box[:-1]), blocks].flatten(0, -2)
+        first, _, full_end, _ = ranges.amin(0).tolist()
+        _, full_start, _, last = ranges.amax(0).tolist()
+        end = min(found.end, last)
+        start = min(max(found.start, first), end)
+        full_start = min(max(full_start, start), end)
+        return KvRange(start, full_start, max(min(full_end, end), full_start), end)
+
+    def _by_position(self, box: Box) -> KvRange:
         kv_len = self.k.shape[-2]
-        lines = (*self.mask.lower, *self.mask.upper)
-        if any(line.offset.has(*self.symbols) for line in lines):
+        if self.mask.bounds.depends_on(set(self.symbols)):
             return KvRange(0, 0, 0, kv_len)
         queries = box[-1]
-        if queries not in self._ranges:
+        if queries not in self._known:
             values = {**self.sizes, Q_START: queries.start, Q_STOP: queries.stop}
-            self._ranges[queries] = self.mask.kv_range(values)
-        return self._ranges[queries]
+            self._known[queries] = self.mask.bounds.kv_range(values)
+        return self._known[queries]
 
     def evaluate(self, expr: Expr, box: Box, product: torch.Tensor) -> torch.Tensor:
         """`expr` over a box of scores, in the shape of the box; `product` holds the box's query-key products."""

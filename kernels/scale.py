@@ -27,9 +27,7 @@ def peel_scale(score: Expr) -> tuple[float, Expr]:
     so a fill of finfo.min stays the smallest number and not minus infinity.
     """
     scale = _factor(score)
-    if scale is None or scale == 1.0:
-        return 1.0, score
-    return scale, _divide(score, scale)
+    return (1.0, score) if scale is None else (scale, unscaled(score, scale))
 
 
 def _factor(expr: Expr) -> float | None:
@@ -47,18 +45,20 @@ def _factor(expr: Expr) -> float | None:
     return 1.0
 
 
-def _divide(expr: Expr, scale: float) -> Expr:
-    """`expr / scale`, where `_factor(expr)` is `scale` or None."""
+def unscaled(expr: Expr, scale: float) -> Expr:
+    """`expr / scale`, for the score that `scale` was peeled from or what is left of it where it is not masked."""
+    if scale == 1.0:
+        return expr
     match expr:
         case Const(dtype=dtype, value=value):
             largest = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
             return expr if math.isinf(value) else Const(dtype, min(max(value / scale, -largest), largest))
         case Pointwise(op="mul", args=(Const(value=value), rest) | (rest, Const(value=value))):
             inner = _factor(rest)
-            return rest if inner is None or inner == 1.0 else _divide(rest, inner)
+            return rest if inner is None or inner == 1.0 else unscaled(rest, inner)
         case Pointwise(op="div", args=(rest, Const())):
             inner = _factor(rest)
-            return rest if inner is None or inner == 1.0 else _divide(rest, inner)
+            return rest if inner is None or inner == 1.0 else unscaled(rest, inner)
         case Pointwise(op=op, args=(*condition, left, right), dtype=dtype):
-            return pointwise(op, *condition, _divide(left, scale), _divide(right, scale), dtype=dtype)
+            return pointwise(op, *condition, unscaled(left, scale), unscaled(right, scale), dtype=dtype)
     raise AssertionError(f"{expr} has no factor {scale}")

@@ -71,6 +71,7 @@ def _attention(
         q=q,
         k=k[owned],
         v=v[owned],
+        kv_ranges=_over_rows(kv_ranges, batch, order),
     )
     out_rows, lse_rows = out.permute(*order, rank, rank + 1), lse.permute(*order, rank)
     program = flash_cpu.additive_program(problem)
@@ -80,6 +81,13 @@ def _attention(
         done = None if program is None else flash_cpu.attend(problem, program, box)
         out_rows[where], lse_rows[where] = done or _attend(problem, box)
     return out, lse
+
+
+def _over_rows(kv_ranges: torch.Tensor | None, batch: Sequence[int], order: Sequence[int]) -> torch.Tensor | None:
+    if kv_ranges is None:
+        return None
+    rank = len(order)
+    return kv_ranges.expand(*batch, *kv_ranges.shape[-2:]).permute(*order, rank, rank + 1)
 
 
 def _is_shared(x: torch.Tensor, axis: int) -> bool:
@@ -103,9 +111,9 @@ def _attend(problem: Problem, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
     rows = _Rows(problem, box)
     keys = problem.kv_range(box)
     rows.visit(range(keys.start, keys.full_start), spec.score)
-    rows.visit(range(keys.full_start, keys.full_end), problem.mask.full)
+    rows.visit(range(keys.full_start, keys.full_end), problem.full)
     rows.visit(range(keys.full_end, keys.end), spec.score)
-    threshold = problem.mask.fill_threshold()
+    threshold = problem.fill_threshold
     if threshold is not None and bool((rows.max <= threshold).any()):
         rows.visit(range(keys.start), spec.score)
         rows.visit(range(keys.end, problem.k.shape[-2]), spec.score)

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from flashfuse.kernels.forward import attention_forward_kernel  # noqa: E402
 from flashfuse.kernels.launch import Device, choose_launch, constants, shape_of  # noqa: E402
+from flashfuse.kernels.mask import mask_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled when interpreted"
@@ -61,8 +62,11 @@ if os.environ.get("FLASHFUSE_FULL_TABLE") == "1":
     CASES = list(itertools.product(DEVICES, PROGRAMS, (16, 64, 80, 128, 256, 512), (BF16, FP32)))
 
 
-def source_of(spec: AttentionSpec, ranks: tuple[int, ...], arguments: dict[str, Any]) -> ASTSource:
-    """The kernel as the launcher would specialise it for aligned operands with contiguous rows."""
+def source_of(spec: AttentionSpec, ranks: tuple[int, ...], arguments: dict[str, Any], ranged: bool) -> ASTSource:
+    """The kernel as the launcher would specialise it for aligned operands with contiguous rows.
+
+    ranged: for a call with `kv_ranges`.
+    """
     signature: dict[str, Any] = {}
     constant: dict[tuple[int, ...], Any] = {}
     aligned: list[tuple[int, ...]] = []
@@ -75,6 +79,9 @@ def source_of(spec: AttentionSpec, ranks: tuple[int, ...], arguments: dict[str, 
     for i, name in enumerate(attention_forward_kernel.arg_names):
         if name in arguments:
             signature[name], constant[i,] = "constexpr", arguments[name]
+        elif name == "ranges_ptr":
+            signature[name] = "*i32" if ranged else "constexpr"
+            constant |= {} if ranged else {(i,): None}
         elif name.endswith("_ptr"):
             signature[name] = POINTERS[spec.compute_dtype if name == "lse_ptr" else spec.out_dtype]
             aligned.append((i,))
@@ -114,9 +121,10 @@ def test_compiles_within_limits(device: str, program: str, head_dim: int, dtype:
     spec = AttentionSpec(2, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3))
     launch = choose_launch(limits, shape_of(spec, 4096, head_dim, head_dim))
     assert launch is not None
-    arguments = dict(constants(spec, head_dim, head_dim, "ieee", launch))
+    ranged = mask_of(spec).depends_on_data
+    arguments = dict(constants(spec, head_dim, head_dim, "ieee", launch, ranged))
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
-    kernel = triton.compile(source_of(spec, ranks, arguments), target=target, options=options)
+    kernel = triton.compile(source_of(spec, ranks, arguments, ranged), target=target, options=options)
 
     assert kernel.metadata.shared <= limits.shared_bytes
     if limits.backend == "hip":

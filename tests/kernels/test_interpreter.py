@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-FILES = ["tests/kernels/test_forward.py", "tests/kernels/test_derivative_tiles.py", "tests/kernels/test_forms.py"]
+FILES = [f"tests/kernels/test_{name}.py" for name in ("forward", "ranged", "derivative_tiles", "forms")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")

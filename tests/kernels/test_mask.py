@@ -1,20 +1,23 @@
-"""Mask structure: words, fills, and every bound against enumeration."""
+"""Mask structure: words, fills, what data decides, and rows that keep a key."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
 
 import pytest
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
-from flashfuse.kernels.expr import Expr, Index, Pointwise
-from flashfuse.kernels.mask import Q_START, Q_STOP, analyze
-from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, parse, size_symbol, to_text
+from flashfuse.kernels.expr import Expr
+from flashfuse.kernels.mask import analyze
+from flashfuse.kernels.normal import conjunction, conjuncts
+from flashfuse.kernels.predicate import normal
+from flashfuse.kernels.solve import solved
+from flashfuse.kernels.spec import KV_IDX, Q_IDX, parse, to_text
 
 MIN = torch.finfo(torch.float32).min
+CAPTURED = (torch.bool, torch.float32, torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -25,84 +28,149 @@ MIN = torch.finfo(torch.float32).min
         ("where(kv_idx > q_idx, -inf, qk)", "causal", -math.inf, "qk"),
         ("where(~(kv_idx > q_idx), qk, -inf)", "causal", -math.inf, "qk"),
         (f"qk + where(kv_idx <= q_idx, 0.0, {MIN!r})", "causal", MIN, "qk"),
+        (f"qk - where(kv_idx <= q_idx, 0.0, {-MIN!r})", "causal", MIN, "qk"),
         (f"(qk + t1[kv_idx]) + (1.0 - to_float(kv_idx <= q_idx)) * {MIN!r}", "causal", MIN, "qk + t1[kv_idx]"),
         ("where(kv_idx <= q_idx + (kv_len - q_len), qk, -10000.0)", "causal (bottom-right)", -1e4, "qk"),
         ("where((kv_idx <= q_idx) & (kv_idx > q_idx + -1024), qk, -inf)", "causal, window 1024", -math.inf, "qk"),
         ("where((kv_idx > q_idx) | (q_idx + -1 * size0 >= kv_idx), -inf, qk)", "causal, window size0", -math.inf, "qk"),
         ("where((kv_idx <= q_idx + 3) & (kv_idx >= q_idx + -3), qk, -inf)", "window -3..3", -math.inf, "qk"),
-        ("where((kv_idx <= q_idx) & t0[kv_idx], qk, -inf)", "causal", -math.inf, "where(t0[kv_idx], qk, -inf)"),
+        ("where(abs(q_idx - kv_idx) <= 8, qk, -inf)", "window -8..8", -math.inf, "qk"),
         (
-            "where((kv_idx <= q_idx) | t0[kv_idx], qk, -inf)",
-            "none",
-            None,
-            "where((kv_idx <= q_idx) | t0[kv_idx], qk, -inf)",
+            "where((kv_idx <= q_idx) & t0[kv_idx], qk, -inf)",
+            "causal, padding (t0)",
+            -math.inf,
+            "where(t0[kv_idx], qk, -inf)",
         ),
-        ("qk + where(kv_idx <= q_idx, 0.0, -10000.0)", "none", None, "qk + where(kv_idx <= q_idx, 0.0, -10000.0)"),
+        (
+            "where((kv_idx < size0) | t0[kv_idx], qk, -inf)",
+            "prefix size0 or padding (t0)",
+            None,
+            "qk",
+        ),
+        ("where(kv_idx > q_idx, qk + -10000.0, qk)", "none", None, "where(kv_idx > q_idx, qk + -10000.0, qk)"),
+        ("where(kv_idx <= q_idx, qk, -100.0)", "none", None, "where(kv_idx <= q_idx, qk, -100.0)"),
         (
             "where((kv_idx <= q_idx) & (kv_idx // 8 == q_idx // 8), qk, -inf)",
-            "kv_idx <= q_idx & ((kv_idx // 8) == (q_idx // 8))",
+            "chunks of 8, causal",
             -math.inf,
-            "where(kv_idx // 8 == q_idx // 8, qk, -inf)",
+            "qk",
+        ),
+        ("where(kv_idx // 8 <= q_idx // 8, qk, -inf)", "causal in blocks of 8", -math.inf, "qk"),
+        ("where((kv_idx <= q_idx) | (kv_idx < size0), qk, -inf)", "causal or prefix size0", -math.inf, "qk"),
+        (
+            "where((kv_idx <= q_idx) & ((q_idx - kv_idx) % 2 == 0), qk, -inf)",
+            "causal, dilated by 2",
+            -math.inf,
+            "where((q_idx - kv_idx) % 2 == 0, qk, -inf)",
+        ),
+        (
+            "where((kv_idx <= q_idx) & (t2[n0, q_idx] == t2[n0, kv_idx]), qk, -inf)",
+            "causal, documents (t2)",
+            -math.inf,
+            "where(t2[n0, q_idx] == t2[n0, kv_idx], qk, -inf)",
+        ),
+        ("where(kv_idx < t2[n0], qk, -inf)", "lengths (t2)", None, "where(kv_idx < t2[n0], qk, -inf)"),
+        (
+            "where(kv_idx <= t2[n0, q_idx], qk, -inf)",
+            "positions (t2)",
+            None,
+            "where(kv_idx <= t2[n0, q_idx], qk, -inf)",
+        ),
+        ("where(t0[n0, 0, q_idx, kv_idx], qk, -inf)", "mask (t0)", None, "where(t0[n0, 0, q_idx, kv_idx], qk, -inf)"),
+        (
+            "where((kv_idx - kv_idx // 4) % 3 == 1, qk, -inf)",
+            "(((kv_idx + (-1 * (kv_idx // 4))) % 3) == 1)",
+            None,
+            "where((kv_idx - kv_idx // 4) % 3 == 1, qk, -inf)",
         ),
     ],
 )
 def test_structure(score: str, words: str, fill: float | None, full: str) -> None:
-    captured = (torch.bool, torch.float32)
-    structure = analyze(parse(score, captured))
+    structure = analyze(parse(score, CAPTURED))
     assert structure.describe() == words
     assert structure.fill == fill
-    assert to_text(structure.full) == to_text(parse(full, captured))
+    assert to_text(structure.full) == to_text(parse(full, CAPTURED))
+
+
+@pytest.mark.parametrize(
+    ("score", "needed", "idle", "unmasked"),
+    [
+        ("where((kv_idx <= q_idx) & t0[n0, kv_idx], qk, -inf)", None, None, "qk"),
+        ("where(t2[n0, q_idx] != t2[n0, kv_idx], -inf, qk)", "t2[n0, q_idx] == t2[n0, kv_idx]", None, "qk"),
+        (f"qk + where(t0[n0, kv_idx], 0.0, {MIN!r})", "t0[n0, kv_idx]", None, "qk"),
+        # Along keys alone an added tensor stays.
+        ("qk + t1[n0, kv_idx]", "t1[n0, kv_idx] > LIMIT", "True", "qk + t1[n0, kv_idx]"),
+        ("qk + t1[n0, 0, q_idx, kv_idx]", "t1[n0, 0, q_idx, kv_idx] > LIMIT", "t1[n0, 0, q_idx, kv_idx] == 0.0", "qk"),
+        ("where(kv_idx <= q_idx, qk + t1[kv_idx], -inf)", "(kv_idx <= q_idx) & (t1[kv_idx] > LIMIT)", "kv_idx <= q_idx",
+         "qk + t1[kv_idx]"),
+        # A bias of each head is no mask, and neither is a tensor that only sometimes reaches the score.
+        ("qk + t1[n0, n1, q_idx, kv_idx]", "True", "True", "qk + t1[n0, n1, q_idx, kv_idx]"),
+        ("where(kv_idx < 4, qk + t1[kv_idx], qk)", "True", "True", "where(kv_idx < 4, qk + t1[kv_idx], qk)"),
+    ],
+)  # fmt: skip
+def test_what_data_decides(score: str, needed: str | None, idle: str | None, unmasked: str) -> None:
+    def read(text: str) -> Expr:
+        return parse(text.replace("LIMIT", "-1e+30"), CAPTURED) if text != "True" else conjunction([])
+
+    structure = analyze(parse(score, CAPTURED))
+    wanted = read(needed) if needed is not None else structure.needed
+    assert to_text(structure.needed) == to_text(wanted)
+    assert to_text(structure.idle) == to_text(wanted if idle is None else read(idle))
+    assert to_text(structure.unmasked) == to_text(parse(unmasked, CAPTURED))
+
+
+def test_weights_are_masked_where_they_are_zero() -> None:
+    """Without a softmax a masked score is 0, however the source brings that about."""
+    for score in ("sigmoid(where(kv_idx <= q_idx, qk, -inf))", "where(kv_idx <= q_idx, sigmoid(qk), 0.0)",
+                  f"sigmoid(qk + where(kv_idx <= q_idx, 0.0, {MIN!r}))"):  # fmt: skip
+        structure = analyze(parse(score), "none")
+        assert (structure.describe(), structure.fill_threshold()) == ("causal", None)
+        assert to_text(structure.full) == "sigmoid(qk)"
+        assert analyze(parse(score)).describe() == "none"
+    added = analyze(parse("sigmoid(qk + t1[n0, kv_idx])", CAPTURED), "none")
+    assert to_text(added.needed) == "(t1[n0, kv_idx] > -1e+30)"
 
 
 def test_fill_threshold_lies_above_the_fill_and_below_scores() -> None:
-    threshold = lambda fill: analyze(parse(f"where(kv_idx <= q_idx, qk, {fill})")).fill_threshold()  # noqa: E731
+    window = "(kv_idx <= q_idx) & (kv_idx > q_idx - 8)"
+    threshold = lambda fill: analyze(parse(f"where({window}, qk, {fill})")).fill_threshold()  # noqa: E731
     assert threshold("-inf") is None
     assert threshold("-10000.0") == -10000.0 + 128
     assert threshold(repr(MIN)) == MIN / 2
 
 
-def _holds(predicate: Expr, q: int, kv: int, values: dict[sympy.Symbol, int]) -> bool:
-    """Evaluate a predicate of affine comparisons at one position."""
-    assert isinstance(predicate, Pointwise)
-    if predicate.op == "and":
-        return all(_holds(a, q, kv, values) for a in predicate.args)
-    left, right = (int(a.value.subs({**values, Q_IDX: q, KV_IDX: kv})) for a in predicate.args if isinstance(a, Index))
-    return {"lt": left < right, "le": left <= right, "gt": left > right, "ge": left >= right}[predicate.op]
+@pytest.mark.parametrize(
+    ("predicate", "always", "fewer_queries"),
+    [
+        ("kv_idx <= q_idx", True, True),
+        ("(kv_idx <= q_idx) | (kv_idx < size0)", True, True),
+        ("kv_idx >= q_idx", False, True),
+        ("(kv_idx <= q_idx) & (kv_idx > q_idx - 8)", False, True),
+        ("(kv_idx <= q_idx + kv_len - q_len) & (kv_idx > q_idx + kv_len - q_len - 8)", False, True),
+        ("(kv_idx <= q_idx) & (kv_idx // 8 == q_idx // 8)", False, True),
+        ("kv_idx <= q_idx - 1", False, False),
+        ("kv_idx < size0", False, False),
+        ("(kv_idx <= q_idx) & t0[kv_idx]", False, False),
+    ],
+)
+def test_rows_that_provably_keep_a_key(predicate: str, always: bool, fewer_queries: bool) -> None:
+    """Such rows never visit the keys behind a hugely negative fill; a tensor that is added may be a fill of its own."""
+    structure = analyze(parse(f"where({predicate}, qk, {MIN!r})", CAPTURED))
+    assert (structure.keeps_key(), structure.keeps_key(fewer_queries=True)) == (always, fewer_queries)
+    if structure.bounded:
+        assert (structure.fill_threshold() is None) == always
+    assert not analyze(parse(f"where({predicate}, qk + t1[kv_idx], {MIN!r})", CAPTURED)).keeps_key(fewer_queries=True)
 
 
-def _random_comparison(rng: random.Random) -> str:
-    op = rng.choice(["<", "<=", ">", ">="])
-    kv, q = rng.choice([-1, 1]), rng.choice([-2, -1, 0, 1, 2])
-    extra = rng.choice(["0", "size0", "(kv_len - q_len)", "(0 - size0)"])
-    return f"({kv} * kv_idx + {rng.randint(-9, 9)} {op} {q} * q_idx + {extra})"
+def test_predicates_are_solved_for_keys() -> None:
+    line = solved("le", FloorDiv(KV_IDX - 3, sympy.Integer(4)), FloorDiv(Q_IDX, sympy.Integer(2)))
+    assert line is not None
+    assert (line.upper, line.at) == (True, 4 * FloorDiv(Q_IDX, 2) + 6)
+    assert solved("le", KV_IDX - FloorDiv(KV_IDX, sympy.Integer(4)), Q_IDX) is None
 
 
-def _random_score(rng: random.Random, terms: int) -> Pointwise:
-    """A masked score whose predicate has lines and is not decided by the signs of positions alone."""
-    while True:
-        score = parse(f"where({' & '.join(_random_comparison(rng) for _ in range(terms))}, qk, -inf)")
-        if isinstance(score, Pointwise) and analyze(score).bounded:
-            return score
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_bounds_are_exact_against_enumeration(seed: int) -> None:
-    """Bounds of one line are tight; of several, every key they exclude is masked and every full key is not."""
-    rng = random.Random(seed)
-    terms = rng.choice([1, 1, 2, 3])
-    score = _random_score(rng, terms)
-    structure, predicate = analyze(score), score.args[0]
-    for q_len, kv_len, block in itertools.product((1, 9), (1, 11), (1, 4)):
-        values = {Q_LEN: q_len, KV_LEN: kv_len, size_symbol(0): rng.randint(1, 6)}
-        for q_start in range(0, q_len, block):
-            rows = range(q_start, min(q_start + block, q_len))
-            bounds = structure.kv_range({**values, Q_START: rows.start, Q_STOP: rows.stop})
-            assert 0 <= bounds.start <= bounds.full_start <= bounds.full_end <= bounds.end <= kv_len
-            truth = [[_holds(predicate, q, kv, values) for q in rows] for kv in range(kv_len)]
-            some, every = [any(t) for t in truth], [all(t) for t in truth]
-            assert not any(some[: bounds.start] + some[bounds.end :])
-            assert all(every[bounds.full_start : bounds.full_end])
-            if terms == 1:
-                visited = [kv for kv in range(kv_len) if some[kv]]
-                assert not visited or (bounds.start, bounds.end) == (visited[0], visited[-1] + 1)
-                assert sum(every) == bounds.full_end - bounds.full_start
+def test_normal_form_opens_what_comparisons_hold() -> None:
+    predicate = parse("~((abs(q_idx - kv_idx) > 4) | (min(q_idx, kv_idx) < 2))")
+    assert [to_text(t) for t in conjuncts(normal(predicate))] == [
+        "((q_idx + (-1 * kv_idx)) <= 4)", "((kv_idx + (-1 * q_idx)) <= 4)", "(q_idx >= 2)", "(kv_idx >= 2)",
+    ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The operator as compilers see it."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -176,3 +177,44 @@ def test_the_interpreter_runs_triton_kernels(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ops, "_triton_kernel", lambda: None)
     assert ops._cpu_kernel() is attention_tiled
     assert math.isfinite(attention(*biased().arguments)[1].sum())
+
+
+def padded(**changes: object) -> tuple[Call, torch.Tensor]:
+    keep = torch.arange(200) < torch.tensor([[70], [200]])
+    call = make_call("where(t0[n0, kv_idx], qk * 0.3, -inf)", (2, 3, 140, 8), 200, captured=[keep], **changes)  # type: ignore[arg-type]
+    predicate = "t0[n0, kv_idx]"
+    return call, torch.ops.flashfuse.mask_ranges([keep], [2, 1], 2, 140, 200, predicate, predicate)
+
+
+def test_opcheck_with_ranges() -> None:
+    call, kv_ranges = padded()
+    assert tuple(kv_ranges.shape) == (2, 1, 2, 4)
+    tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(attention.default, (*call.arguments, kv_ranges), test_utils=tests)
+
+
+def test_ranges_are_the_torch_operators_they_are_made_of() -> None:
+    """A compiler can fuse them; symbolic lengths stay symbolic."""
+    keep = torch.arange(200) < torch.tensor([[70], [200]])
+
+    def function(keep: torch.Tensor) -> torch.Tensor:
+        batch, length = keep.shape
+        predicate = "t0[n0, kv_idx] & (kv_idx <= q_idx)"
+        return torch.ops.flashfuse.mask_ranges([keep], [batch, 1], 2, length, length, predicate, predicate)
+
+    traced = make_fx(function, tracing_mode="symbolic")(keep)
+    assert not [n for n in traced.graph.nodes if "flashfuse" in str(n.target)]
+    for batch, length in ((2, 200), (3, 70), (1, 900)):
+        other = torch.arange(length) < torch.arange(1, batch + 1)[:, None] * 60
+        blocks = -(-length // 128)
+        torch.testing.assert_close(traced(other)[..., :blocks, :], function(other), rtol=0, atol=0)
+
+
+WRONG = [lambda r: r.long(), lambda r: r[0], lambda r: r[..., :1, :], lambda r: r.expand(2, 2, 2, 4)]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=["dtype", "rank", "blocks", "batch"])
+def test_ranges_of_another_mask_are_an_error(wrong: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    call, kv_ranges = padded()
+    with pytest.raises(RuntimeError, match="kv_ranges must be int32 and broadcast to"):
+        attention(*call.arguments, wrong(kv_ranges))
