@@ -64,7 +64,9 @@ def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node
 def _output(build: _Builder, site: AttentionSite, ranges: SharedRanges, seen: torch.Tensor) -> fx.Node:
     """The operator's output in the shape of the tensor it stands for."""
     sizes = [build.size(s) for s in (*site.batch, *site.sizes)]
-    q, k, v = (build.operand(o) for o in (site.q, site.k, site.v))
+    terms = ((site.q, site.k), *site.more)
+    q, k = (build.joined(operands, site) for operands in zip(*terms, strict=True))
+    v = build.operand(site.v)
     captured = [build.captured(build.copied[n], build.copied[site.q.node]) for n in site.captured]
     arguments: list[Any] = [q, k, v, captured, sizes, site.spec.to_text()]
     kv_ranges = ranges.node(site, build)
@@ -155,14 +157,29 @@ class _Builder(Inserter):
         return self.call(aten.permute.default, node, [order.index(d) for d in range(len(order))])
 
     def operand(self, operand: Operand) -> fx.Node:
-        node = self.read(self.copied[operand.node])
-        t = tensor(node)
-        assert t is not None
-        if t.dtype != operand.dtype:
-            node = self.call(torch.Tensor.to, node, operand.dtype)
+        node = self._as(self.read(self.copied[operand.node]), operand.dtype)
         for step in operand.steps:
             node = self._step(node, step)
-        return node
+        return self.call(torch.mul, node, operand.factor) if operand.factor != 1.0 else node
+
+    def joined(self, operands: Sequence[Operand], site: AttentionSite) -> fx.Node:
+        """One operand, or several side by side along the head dim, each expanded over the axes that another has."""
+        if len(operands) == 1:
+            return self.operand(operands[0])
+        axes = [axis for axis in range(len(site.batch)) if any(o.moves_along(axis) for o in operands)]
+        parts = []
+        for operand in operands:
+            node = self._as(self.operand(operand), site.spec.product_dtype)
+            t = tensor(node)
+            assert t is not None
+            sizes = [self.size(site.batch[d]) if d in axes else n for d, n in enumerate(shape(t)[: len(site.batch)])]
+            parts.append(self.call(aten.expand.default, node, [*sizes, -1, -1]))
+        return self.call(aten.cat.default, parts, -1)
+
+    def _as(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        t = tensor(node)
+        assert t is not None
+        return node if t.dtype == dtype else self.call(torch.Tensor.to, node, dtype)
 
     def _step(self, node: fx.Node, step: Step) -> fx.Node:
         match step:

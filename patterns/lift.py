@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Expr, Index, Load, Pointwise
 from flashfuse.kernels.normal import const, converted, index, rewrite, substitute
 from flashfuse.patterns.graph import Graph, mutated_inputs, shape, storage, tensor, to_sympy, value
-from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds
+from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds, resimplify
 from flashfuse.patterns.trace import CannotTrace, Trace, trace
 
 
@@ -86,7 +88,20 @@ class Lifter:
             raise known
         position, expr = known
         moved = {a: b for a, b in zip(position, load.indices, strict=True) if isinstance(a, sympy.Symbol)}
-        return substitute(expr, moved) if moved else expr
+        return self.divided_again(substitute(expr, moved)) if moved else expr
+
+    def divided_again(self, expr: Expr) -> Expr:
+        """The expression with the divisions in its indices redone, after positions were put in place of symbols."""
+
+        def rule(e: Expr) -> Expr | None:
+            match e:
+                case Load() if any(i.has(FloorDiv, Mod) for i in e.indices):
+                    return replace(e, indices=tuple(resimplify(i, self.ranges) for i in e.indices))
+                case Index() if e.value.has(FloorDiv, Mod):
+                    return replace(e, value=resimplify(e.value, self.ranges))
+            return None
+
+        return rewrite(expr, rule)
 
     def resolved(self, expr: Expr) -> Expr:
         """Integer and boolean loads replaced by what they are made from, as far as that goes."""
