@@ -43,8 +43,6 @@ def assemble(
     out = tensor(node)
     assert out is not None
     _check_types(node, values, score)
-    if out.requires_grad:
-        raise Refused("training", "gradients are wanted here, and the backward kernels do not exist yet", node)
     roles = _roles(node, position, values, value_side, score, end)
     for term in score.terms:
         _check_plain(lifter, term.dot.lhs, term.dot.rhs, roles, node)

@@ -51,6 +51,12 @@ def tensor(node: fx.Node) -> torch.Tensor | None:
     return v if isinstance(v, torch.Tensor) else None
 
 
+def wants_gradient(node: fx.Node) -> bool:
+    """Whether the node's value is a tensor that requires a gradient."""
+    t = tensor(node)
+    return t is not None and t.requires_grad
+
+
 def to_sympy(size: Any) -> sympy.Expr:
     """A size, possibly symbolic, as a sympy expression over the graph's size symbols."""
     if not isinstance(size, (torch.SymInt, torch.SymFloat)):
@@ -221,6 +227,8 @@ class Graph:
         self.autocast = self._autocast_regions()
         self.writes = self._writes()
         self.live = self._live()
+        # Whether the graph is traced for a gradient of anything.
+        self.in_training = any(wants_gradient(n) for n in self.nodes if n.op not in ("placeholder", "get_attr"))
 
     def _find_fake_mode(self) -> FakeTensorMode | None:
         for node in self.nodes:

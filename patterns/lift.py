@@ -16,9 +16,9 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import Expr, Index, Load, Pointwise
+from flashfuse.kernels.expr import Expr, Index, Load, Pointwise, loads
 from flashfuse.kernels.normal import const, converted, index, rewrite, substitute
-from flashfuse.patterns.graph import Graph, mutated_inputs, shape, storage, tensor, to_sympy, value
+from flashfuse.patterns.graph import Graph, mutated_inputs, shape, storage, tensor, to_sympy, value, wants_gradient
 from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds, resimplify
 from flashfuse.patterns.trace import CannotTrace, Trace, trace
 
@@ -76,7 +76,25 @@ class Lifter:
         return self.graph.writer_between(node, reader or node, site)
 
     def expand(self, load: Load) -> Expr:
-        """One step back: the element in terms of the inputs of the load's node. Raises CannotLift."""
+        """One step back: the element in terms of the inputs of the load's node. Raises CannotLift.
+
+        Never past a place where a gradient ends (`detach`, `torch.no_grad`), behind which it would start again.
+        """
+        expr = self.look_behind(load)
+        node = load.tensor
+        assert isinstance(node, fx.Node)
+        if self._ends_gradient(node, expr):
+            raise CannotLift(node, "ends a gradient that its input requires")
+        return expr
+
+    def _ends_gradient(self, node: fx.Node, expr: Expr) -> bool:
+        if not self.graph.in_training or not expr.dtype.is_floating_point or wants_gradient(node):
+            return False
+        sources = (read.tensor for read in loads(expr) if read.dtype.is_floating_point)
+        return any(wants_gradient(source) for source in sources if isinstance(source, fx.Node))
+
+    def look_behind(self, load: Load) -> Expr:
+        """`expand` for the value alone: what is found must not become part of a program. Raises CannotLift."""
         node = load.tensor
         assert isinstance(node, fx.Node)
         if node in self._overwritten:
