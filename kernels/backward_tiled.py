@@ -147,14 +147,16 @@ class _Rows:
         pairs = math.prod(self.shape[: len(self.outer)])
         self.lead = (pairs, math.prod(self.shape) // pairs)
         self.q, self.grad_out, out, lse = map(self._flat, (self.problem.q, *call.rows))
-        self.shift, self.log_sum = lse.split(1, -1)
+        self.max, log_sum = lse.split(1, -1)
         kept = self._kept()
         if kept is not None:
             # A row that was dropped is 0, whatever its probabilities would have been.
             self.grad_out = self.grad_out.masked_fill(~kept, 0.0)
-            self.log_sum = self.log_sum.masked_fill(~kept, math.inf)
+            log_sum = log_sum.masked_fill(~kept, math.inf)
         self.delta = (self.grad_out * out).sum(-1, keepdim=True)
-        self.first = self.shift.masked_fill(self.shift == -math.inf, 0.0)
+        # exp(score - shift) * share is the probability: 0 or NaN in rows without a key.
+        self.shift = self.max.masked_fill(self.max == -math.inf, 0.0)
+        self.share = torch.exp(-log_sum)
         self.dq = torch.zeros_like(self.q)
 
     def _flat(self, x: torch.Tensor) -> torch.Tensor:
@@ -170,35 +172,41 @@ class _Rows:
 
     def visit_all(self) -> None:
         """Add the gradients by way of these rows to the sums."""
-        call, keys, kv_len = self.call, self.problem.kv_range(self.box), self.problem.k.shape[-2]
-        self._visit(range(keys.start, keys.full_start), call.score)
-        self._visit(range(keys.full_start, keys.full_end), call.full)
-        self._visit(range(keys.full_end, keys.end), call.score)
-        if self._see_every_key():
-            self._visit(range(keys.start), call.score)
-            self._visit(range(keys.end, kv_len), call.score)
+        call = self.call
+        tiles = self._tiles()
+        for keys, score in tiles:
+            self._visit_tile(keys, score, alone=len(tiles) == 1)
         if call.sink is not None:
-            weight = torch.exp(self._of_rows(call.sink.program) - self.first - self.log_sum)
-            self._add_reads(call.sink, -weight * self.delta, self.problem.tile((*self.box, range(1))))
+            prob = torch.exp(self._of_rows(call.sink.program) - self.shift) * self.share
+            self._add_reads(call.sink, -prob * self.delta, self.problem.tile((*self.box, range(1))))
         if Q in call.sums:
             call.sums[Q][slices(self.box)] = self.dq.view(*self.shape, -1)
+
+    def _tiles(self) -> list[tuple[range, _Slopes]]:
+        """The key tiles to visit, and the score program of each."""
+        score, keys, kv_len = self.call.score, self.problem.kv_range(self.box), self.problem.k.shape[-2]
+        parts = [
+            (range(keys.start, keys.full_start), score),
+            (range(keys.full_start, keys.full_end), self.call.full),
+            (range(keys.full_end, keys.end), score),
+        ]
+        if self._see_every_key():
+            parts += [(range(keys.start), score), (range(keys.end, kv_len), score)]
+        return [(tile, program) for part, program in parts for tile in key_tiles(part)]
 
     def _see_every_key(self) -> bool:
         """Whether a row has seen nothing above a fill, or has no key and spreads NaN."""
         threshold = self.problem.fill_threshold
-        filled = threshold is not None and bool((self.shift <= threshold).any())
-        return filled or bool(self.log_sum.isnan().any())
+        filled = threshold is not None and bool((self.max <= threshold).any())
+        return filled or bool(self.share.isnan().any())
 
     def _of_rows(self, expr: Expr) -> torch.Tensor:
         """`expr`, which has no key position, of every row [pairs, rows, 1]."""
         values = self.problem.evaluate_rows(expr, self.box).to(self.q.dtype)
         return values.expand(self.shape).reshape(*self.lead, 1)
 
-    def _visit(self, keys: range, score: _Slopes) -> None:
-        for tile in key_tiles(keys):
-            self._visit_tile(tile, score)
-
-    def _visit_tile(self, keys: range, score: _Slopes) -> None:
+    def _visit_tile(self, keys: range, score: _Slopes, alone: bool) -> None:
+        """Add what one tile of keys gives; `alone` where it is the only one of these rows."""
         normalised = self.problem.spec.normaliser == "softmax"
         sums, at_keys = self.call.sums, (*self.outer, slice(keys.start, keys.stop))
         # [pairs, keys, D], [pairs, keys, Dv]
@@ -210,7 +218,7 @@ class _Rows:
         product = torch.bmm(self.q, k.mT)
         tile = self.problem.tile((*self.box, keys), product.view(*self.shape, len(keys)))
         scores = self._over(score.program, tile).reshape(product.shape)
-        probs = torch.exp(scores - self.first - self.log_sum) if normalised else scores
+        probs = torch.sub(scores, self.shift).exp_().mul_(self.share) if normalised else scores
         weights, dprobs = probs, torch.bmm(self.grad_out, v.mT)
         if self.call.factor is not None:
             self._add_reads(self.call.factor, dprobs * probs, tile)
@@ -218,6 +226,9 @@ class _Rows:
             weights, dprobs = probs * factor, dprobs * factor
         if V in sums:
             sums[V][at_keys] += torch.bmm(weights.mT, self.grad_out).view(sums[V][at_keys].shape)
+        if alone:
+            # The same sum, with rounding errors that cancel those of the terms.
+            self.delta = (probs * dprobs).sum(-1, keepdim=True)
         dscores = probs * (dprobs - self.delta) if normalised else dprobs
         self._add_reads(score, dscores, tile)
         if score.product is None or not {Q, K} & sums.keys():

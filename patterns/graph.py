@@ -227,8 +227,6 @@ class Graph:
         self.autocast = self._autocast_regions()
         self.writes = self._writes()
         self.live = self._live()
-        # Whether the graph is traced for a gradient of anything.
-        self.in_training = any(wants_gradient(n) for n in self.nodes if n.op not in ("placeholder", "get_attr"))
 
     def _find_fake_mode(self) -> FakeTensorMode | None:
         for node in self.nodes:

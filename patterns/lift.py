@@ -32,10 +32,13 @@ class CannotLift(Exception):
 
 
 class Lifter:
-    """Lifts the nodes of one graph. Keeps the extent of every index symbol it made, and each node's expansion."""
+    """Lifts the nodes of one graph. Keeps the extent of every index symbol it made, and each node's expansion.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    history: whether what is lifted has to keep its gradient, so that no place where one ends is looked through.
+    """
+
+    def __init__(self, graph: Graph, history: bool = False) -> None:
+        self.graph, self.history = graph, history
         self.ranges: dict[sympy.Symbol, sympy.Expr] = {}
         self._first_read: dict[fx.Node, fx.Node] = {}
         self._overwritten: set[fx.Node] = set()
@@ -78,7 +81,7 @@ class Lifter:
     def expand(self, load: Load) -> Expr:
         """One step back: the element in terms of the inputs of the load's node. Raises CannotLift.
 
-        Never past a place where a gradient ends (`detach`, `torch.no_grad`), behind which it would start again.
+        With `history` never past a place where a gradient ends (`detach`, `torch.no_grad`): behind it, one would start.
         """
         expr = self.look_behind(load)
         node = load.tensor
@@ -88,7 +91,7 @@ class Lifter:
         return expr
 
     def _ends_gradient(self, node: fx.Node, expr: Expr) -> bool:
-        if not self.graph.in_training or not expr.dtype.is_floating_point or wants_gradient(node):
+        if not self.history or not expr.dtype.is_floating_point or wants_gradient(node):
             return False
         sources = (read.tensor for read in loads(expr) if read.dtype.is_floating_point)
         return any(wants_gradient(source) for source in sources if isinstance(source, fx.Node))

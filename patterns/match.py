@@ -26,7 +26,7 @@ from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.chain import private_chain
 from flashfuse.patterns.ending import Ending, ending, is_linear
 from flashfuse.patterns.gate import Gated, as_gated
-from flashfuse.patterns.graph import Graph, location, name_of, shape, tensor, value
+from flashfuse.patterns.graph import Graph, location, name_of, shape, tensor, value, wants_gradient
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import PARTIAL, place
@@ -49,7 +49,7 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     """Find every attention in a Dynamo graph (its nodes carry fake tensors in `meta`). The graph is not changed."""
     graph = Graph(module)
     up = upstream(graph)
-    lifter = Lifter(graph)
+    lifters = {history: Lifter(graph, history) for history in (False, True)}
     sites: list[AttentionSite] = []
     refused: dict[fx.Node, Refused] = {}
     claimed: set[fx.Node] = set()
@@ -60,7 +60,7 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
         if node not in graph.live or not seeds or taken:
             continue
         try:
-            site = _match(lifter, node, up.products.keys())
+            site = _match(lifters[wants_gradient(node)], node, up.products.keys())
         except Refused as error:
             for seed in seeds:
                 refused.setdefault(seed, error)
