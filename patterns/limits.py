@@ -20,6 +20,8 @@ def at_least(expr: Expr, low: sympy.Expr, ranges: Ranges) -> bool:
             return limits is not None and bool(limits[0].is_nonnegative)
         case Load(dtype=dtype) | Gather(dtype=dtype):
             return dtype in (torch.bool, torch.uint8) and bool(low.is_nonpositive)
+        case Pointwise(op="add", args=(a, Index(value=shift)) | (Index(value=shift), a)):
+            return at_least(a, low - shift, ranges)
         case Pointwise(op=op, args=args) if op in _LARGER:
             return any(at_least(a, low, ranges) for a in args)
         case Pointwise(op=op, args=args) if op in _SMALLER:
@@ -35,6 +37,8 @@ def at_most(expr: Expr, high: sympy.Expr, ranges: Ranges) -> bool:
         case Index(value=value):
             limits = bounds(sympy.expand(high - value), ranges)
             return limits is not None and bool(limits[0].is_nonnegative)
+        case Pointwise(op="add", args=(a, Index(value=shift)) | (Index(value=shift), a)):
+            return at_most(a, high - shift, ranges)
         case Pointwise(op=op, args=args) if op in _SMALLER:
             return any(at_most(a, high, ranges) for a in args)
         case Pointwise(op=op, args=args) if op in _LARGER:
