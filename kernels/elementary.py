@@ -21,3 +21,12 @@ def bounded_tanh(x):
     square = x * x
     near = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315)))
     return tl.where(square < 0.04, near, 1.0 - tl.fdiv(2.0, tl.exp2(x * 2.8853900817779268) + 1.0))
+
+
+@triton.jit
+def power(x, N: tl.constexpr):
+    """x ** N for a whole N > 0."""
+    result = x
+    for _ in tl.static_range(N - 1):
+        result *= x
+    return result
