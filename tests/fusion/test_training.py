@@ -30,7 +30,8 @@ def _gradients() -> Any:
 
 
 def compiled(fn: Callable[..., Any], inner: str = "eager", **options: Any) -> Callable[..., Any]:
-    return torch.compile(fn, backend="flashfuse", options={"flashfuse.inner": inner, "flashfuse.strict": True}, **options)
+    settings = {"flashfuse.inner": inner, "flashfuse.strict": True}
+    return torch.compile(fn, backend="flashfuse", options=settings, **options)
 
 
 def gradients(out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:

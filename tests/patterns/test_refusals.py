@@ -211,12 +211,6 @@ def test_data_dependent_length() -> None:
     assert refusal.code == "data-dependent-shape"
 
 
-def test_training_waits_for_the_backward() -> None:
-    q, k, v = (x.requires_grad_() for x in qkv())
-    refusal = only_refusal(lambda q, k, v: scores(q, k).softmax(-1) @ v, q, k, v)
-    assert refusal.code == "training"
-
-
 def test_no_softmax_over_products_is_no_attention_at_all() -> None:
     """A router's softmax over a layer is not refused: there is nothing to refuse."""
 
