@@ -171,10 +171,11 @@ def test_gradients(need_weights: bool) -> None:
     def attend(x: torch.Tensor) -> torch.Tensor:
         return module(x, x, x, need_weights=need_weights)[0]
 
+    x = _x()
     with torch.enable_grad():
-        out, report = _compiled(attend, _x())
+        out, report = _compiled(attend, x)
         found = torch.autograd.grad(out.square().sum(), list(module.parameters()))
-        expected = torch.autograd.grad(attend(_x()).square().sum(), list(module.parameters()))
+        expected = torch.autograd.grad(attend(x).square().sum(), list(module.parameters()))
     assert len(report.sites) == 1, report.refusals
     torch.testing.assert_close(found, expected)
 
