@@ -18,7 +18,7 @@ from flashfuse.report import Report
 
 S, D = 16, 8
 # A gradient that is few numbers says little with one gradient of the output.
-DRAWS = 8
+DRAWS = 32
 
 
 @pytest.fixture(autouse=True)
