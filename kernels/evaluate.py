@@ -155,7 +155,7 @@ def _load(load: Load, tile: Tile) -> torch.Tensor:
     """
     assert isinstance(load.tensor, int)
     tensor = tile.captured[load.tensor]
-    view = _strided(tensor, load, tile)
+    view = strided(tensor, load, tile)
     if view is not None:
         return view
     positions = [evaluate_index(index, tile.symbols) for index in load.indices]
@@ -170,13 +170,13 @@ def _gathered(tensor: torch.Tensor, positions: Sequence[torch.Tensor]) -> torch.
     return tensor[tuple(p.clamp(0, extent - 1) for p, extent in zip(positions, tensor.shape, strict=True))]
 
 
-def _strided(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None:
+def strided(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None:
     """The load as a view of `tensor`: None when an index is not affine, leaves the tensor, or runs backwards."""
     symbols = tuple(symbol for symbol, _ in tile.axes)
     offset = tensor.storage_offset()
     strides = [0] * len(symbols)
     for index, extent, stride in zip(load.indices, tensor.shape, tensor.stride(), strict=True):
-        form = _affine(index, symbols)
+        form = affine(index, symbols)
         if form is None:
             return None
         constant, *coefficients = (int(evaluate_index(part, tile.sizes)) for part in form)
@@ -195,7 +195,7 @@ def _strided(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | Non
 
 
 @functools.lru_cache(maxsize=4096)
-def _affine(index: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> tuple[sympy.Expr, ...] | None:
+def affine(index: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> tuple[sympy.Expr, ...] | None:
     """Constant and coefficient of each symbol, all over sizes, when `index` is affine in `symbols`."""
     try:
         poly = sympy.Poly(index, *symbols)

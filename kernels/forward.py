@@ -8,6 +8,8 @@ nothing but a finite fill, whose probabilities are then spread over all keys as 
 import triton
 import triton.language as tl
 
+from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, tile_pointers
+
 # Below this a difference of one unit in the last place of a score is enough for a probability of exactly 0 or 1, and
 # multiplying by log2(e) could overflow.
 HUGE: tl.constexpr = tl.constexpr(-1e30)
@@ -69,19 +71,19 @@ def attention_forward_kernel(
     q_idx = tl.minimum(offs_q, q_len - 1)
 
     # [block_q, block_d]
-    q_ptrs = _tile_pointers(_batch_pointer(q_ptr, q_strides, n0, n1, n2, n3), q_idx, offs_d, q_strides)
-    q = _load_columns(q_ptrs, offs_d[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
+    q_ptrs = tile_pointers(batch_pointer(q_ptr, q_strides, n0, n1, n2, n3), q_idx, offs_d, q_strides)
+    q = load_columns(q_ptrs, offs_d[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     # [block_kv, block_d], [block_kv, block_dv]: the first key tile
-    k_ptrs = _tile_pointers(_batch_pointer(k_ptr, k_strides, n0, n1, n2, n3), offs_kv, offs_d, k_strides)
-    v_ptrs = _tile_pointers(_batch_pointer(v_ptr, v_strides, n0, n1, n2, n3), offs_kv, offs_dv, v_strides)
+    k_ptrs = tile_pointers(batch_pointer(k_ptr, k_strides, n0, n1, n2, n3), offs_kv, offs_d, k_strides)
+    v_ptrs = tile_pointers(batch_pointer(v_ptr, v_strides, n0, n1, n2, n3), offs_kv, offs_dv, v_strides)
 
     # Key positions at whole tiles: start <= full_start <= full_end <= end.
     q_stop = tl.minimum(q_start + BLOCK_Q, q_len)
     start, full_start, full_end, end = KV_BOUNDS(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes)
     if ranges_ptr is not None:
-        block_ptr = _batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
+        block_ptr = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
         block_ptr += (q_start // MASK_BLOCK).to(tl.int64) * ranges_strides[4]
-        start, full_start, full_end, end = _narrowed(start, end, block_ptr, ranges_strides[5])
+        start, full_start, full_end, end = narrowed(start, end, block_ptr, ranges_strides[5])
     start = start // BLOCK_KV * BLOCK_KV
     end = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
     full_start = tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end)
@@ -131,7 +133,8 @@ def attention_forward_kernel(
             acc = tl.where(empty[:, None], float("nan"), acc)
         acc, row_sum, largest = _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE, LOWEST)
     elif NORMALISED:
-        largest = row_shift * LN2
+        # As the backward pass computes a score, to the last bit.
+        largest = row_max * (LOG2_SCALE * LN2)
         if HUGE_FACTOR is not None:
             huge = _huge_row_max(row_max, LOG2_SCALE, LOWEST)
             largest = tl.where(row_max > HUGE, largest, tl.where(empty, float("-inf"), huge))
@@ -159,7 +162,7 @@ def attention_forward_kernel(
     if ROW_KEPT is not None:
         row_kept = ROW_KEPT(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
         out = tl.where(row_kept[:, None] != 0, out, 0.0)
-    out_ptrs = _tile_pointers(_batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), offs_q, offs_dv, out_strides)
+    out_ptrs = tile_pointers(batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), offs_q, offs_dv, out_strides)
     stored = offs_q[:, None] < q_len
     if VALUE_DIM != BLOCK_DV:
         stored &= offs_dv[None, :] < VALUE_DIM
@@ -185,7 +188,7 @@ def _attend(
     key = tl.cast(kv_start, tl.int64)
 
     # [block_kv, block_d]
-    k = _load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
+    k = load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     # [block_q, block_kv]
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
     score = SCORE(qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides)
@@ -222,7 +225,7 @@ def _attend(
         p *= weight
 
     # [block_kv, block_dv]
-    v = _load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+    v = load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
     # [block_q, block_dv]
     if PRECISION == "ieee" and v.dtype == tl.float32:
         # A sum a tile, then a sum over tiles: one chain through all keys rounds several times worse.
@@ -253,49 +256,5 @@ def _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE: tl.constexpr,
     subtracted = tl.where(shift == float("-inf"), 0.0, shift)
     decay = tl.exp2(row - subtracted)
     row_sum = row_sum * decay + tl.exp2(tl.fma(sink, unit, -subtracted))
-    largest = tl.where(is_huge, tl.maximum(huge, sink), shift * LN2)
+    largest = tl.maximum(tl.where(is_huge, huge, row_max * (LOG2_SCALE * LN2)), sink)
     return acc * decay[:, None], row_sum, largest
-
-
-@triton.jit
-def _narrowed(start, end, ptr, stride):
-    """The key range [start, end) within the range stored at `ptr`, and the stored full range within that."""
-    end = tl.minimum(end, tl.load(ptr + 3 * stride))
-    start = tl.minimum(tl.maximum(start, tl.load(ptr)), end)
-    full_start = tl.minimum(tl.maximum(start, tl.load(ptr + stride)), end)
-    full_end = tl.maximum(tl.minimum(end, tl.load(ptr + 2 * stride)), full_start)
-    return start, full_start, full_end, end
-
-
-@triton.jit
-def _batch_pointer(ptr, strides, n0, n1, n2, n3):
-    """The start of the operand's matrix at one batch position."""
-    ptr += n0.to(tl.int64) * strides[0] + n1.to(tl.int64) * strides[1]
-    return ptr + n2.to(tl.int64) * strides[2] + n3.to(tl.int64) * strides[3]
-
-
-@triton.jit
-def _tile_pointers(ptr, rows, columns, strides):
-    """[rows, columns] pointers into a matrix."""
-    return ptr + rows.to(tl.int64)[:, None] * strides[4] + columns.to(tl.int64)[None, :] * strides[5]
-
-
-@triton.jit
-def _load_columns(ptrs, columns, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Load a tile whose rows all exist, with zeros behind the last column."""
-    if COLUMNS == BLOCK:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=columns < COLUMNS, other=0.0)
-
-
-@triton.jit
-def _load_keys(ptrs, kv_idx, kv_len, KEYS_END: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Load a key or value tile, with zeros behind the last column and, where KEYS_END says so, behind the last key."""
-    columns = tl.arange(0, BLOCK)[None, :]
-    if not KEYS_END:
-        return _load_columns(ptrs, columns, COLUMNS, BLOCK)
-    elif COLUMNS == BLOCK:
-        return tl.load(ptrs, mask=kv_idx[:, None] < kv_len, other=0.0)
-    else:
-        return tl.load(ptrs, mask=(kv_idx[:, None] < kv_len) & (columns < COLUMNS), other=0.0)

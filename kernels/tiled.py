@@ -191,7 +191,9 @@ class _Rows:
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [pairs, rows, Dv] and log-sum-exp [pairs, rows, 2] after the last key."""
         spec = self.problem.spec
-        out, lse = self._normalised() if spec.normaliser == "softmax" else (self.acc, self.sum.expand(*self.sum.shape[:2], 2))
+        out, lse = (
+            self._normalised() if spec.normaliser == "softmax" else (self.acc, self.sum.expand(*self.sum.shape[:2], 2))
+        )
         if spec.factor is not None and spec.factor.dtype == torch.bool:
             out = out.masked_fill(~self._of_rows(spec.factor), 0.0)
         return out, lse
