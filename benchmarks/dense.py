@@ -12,9 +12,7 @@ import argparse
 import itertools
 import json
 import math
-import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,21 +20,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from triton.testing import do_bench
 
 import flashfuse.kernels.ops  # noqa: F401  (registers the operator)
+from benchmarks.measure import Run, measure, require_cuda, versions, why
 from flashfuse.kernels.launch import Launch, attention_forward, device_of
 from flashfuse.kernels.spec import AttentionSpec, parse
 
-ROUNDS = 4
-PAUSE_SECONDS = 0.15
 # Relative RMS error of a bf16 result: rounding of probabilities and output gives about 2.5e-3.
 ALLOWED_ERROR = 6e-3
-
-Run = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -180,18 +173,6 @@ def relative_error(out: torch.Tensor, rows: torch.Tensor, exact: torch.Tensor) -
     return ((sample - exact).norm() / exact.norm()).item()
 
 
-def measure(runs: Mapping[str, Run], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Milliseconds of each run, one median a round, the order shuffled each time."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    for _ in range(rounds):
-        random.shuffle(order)
-        for name in order:
-            time.sleep(PAUSE_SECONDS)
-            times[name].append(do_bench(runs[name], warmup=4, rep=25, return_mode="median"))
-    return times
-
-
 def checked(x: Operands, makers: Mapping[str, Callable[[Operands], Run]]) -> tuple[dict[str, Run], dict[str, str]]:
     """The runs whose results are right, and why the others are left out."""
     rows, exact = exact_rows(x)
@@ -202,7 +183,7 @@ def checked(x: Operands, makers: Mapping[str, Callable[[Operands], Run]]) -> tup
             run = make(x)
             error = relative_error(run(), rows, exact)
         except Exception as reason:
-            failures[name] = f"{type(reason).__name__}: {str(reason).splitlines()[0][:80] if str(reason) else ''}"
+            failures[name] = why(reason)
             continue
         if error <= ALLOWED_ERROR:
             runs[name] = run
@@ -293,9 +274,8 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="sweep flashfuse's tiles instead of comparing peers")
     parser.add_argument("--cases", nargs="*", default=[""], help="only cases whose name holds one of these texts")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.dense needs a CUDA device")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16 forward")
+    require_cuda("benchmarks.dense")
+    print(f"{versions()}, bf16 forward")
     cases = [case for case in CASES if any(text in str(case) for text in arguments.cases)]
     entries = []
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from flashfuse.kernels.mask import mask_of
 from flashfuse.kernels.spec import AttentionSpec, to_text
 from flashfuse.patterns.graph import tensor
-from flashfuse.patterns.site import AttentionSite, Refusal
+from flashfuse.patterns.site import AttentionSite, Operand, Refusal
 from flashfuse.report import Refused, Site
 
 
@@ -41,8 +41,15 @@ def _math(site: AttentionSite) -> str:
 
 def _term(site: AttentionSite) -> str:
     captured = "".join(f"; t{slot} = {node.name}" for slot, node in enumerate(site.captured))
-    names = f"q = {site.q.node.name}; k = {site.k.node.name}; v = {site.v.node.name}"
-    return f"{_weights(site.spec)} @ v, qk = q @ k.T; {names}{captured}"
+    terms = ((site.q, site.k), *site.more)
+    product = " + ".join(_product(q, k) for q, k in terms) if site.more else "q @ k.T"
+    names = f"q = {site.q.node.name}; k = {site.k.node.name}; " if not site.more else ""
+    return f"{_weights(site.spec)} @ v, qk = {product}; {names}v = {site.v.node.name}{captured}"
+
+
+def _product(q: Operand, k: Operand) -> str:
+    """One of several products that add up to qk."""
+    return f"{q.node.name} @ {k.node.name}.T" + (f" * {q.factor:.6g}" if q.factor != 1.0 else "")
 
 
 def _weights(spec: AttentionSpec) -> str:

@@ -22,6 +22,7 @@ _ARITHMETIC: dict[type, Callable[..., Any]] = {
     sympy.Mul: operator.mul,
     FloorDiv: operator.floordiv,
     Mod: operator.mod,
+    sympy.Pow: operator.pow,
 }
 
 

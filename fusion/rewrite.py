@@ -13,8 +13,9 @@ from torch import fx
 
 import flashfuse.kernels.ops  # noqa: F401
 from flashfuse.insert import Inserter, copy_module
+from flashfuse.kernels.derivative import differentiable
 from flashfuse.kernels.ranges import RangesProgram, ranges_program
-from flashfuse.patterns.graph import mutated_inputs, shape, tensor, to_sympy, value
+from flashfuse.patterns.graph import mutated_inputs, shape, tensor, to_sympy, value, wants_gradient
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.output_order import memory_order
 from flashfuse.patterns.site import AttentionSite, Operand
@@ -64,8 +65,11 @@ def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node
 def _output(build: _Builder, site: AttentionSite, ranges: SharedRanges, seen: torch.Tensor) -> fx.Node:
     """The operator's output in the shape of the tensor it stands for."""
     sizes = [build.size(s) for s in (*site.batch, *site.sizes)]
-    q, k, v = (build.operand(o) for o in (site.q, site.k, site.v))
-    captured = [build.captured(build.copied[n], build.copied[site.q.node]) for n in site.captured]
+    terms = ((site.q, site.k), *site.more)
+    q, k = (build.joined(operands, site) for operands in zip(*terms, strict=True))
+    v = build.operand(site.v)
+    learned = differentiable(site.spec.programs)
+    captured = [build.captured(n, site, history=slot in learned) for slot, n in enumerate(site.captured)]
     arguments: list[Any] = [q, k, v, captured, sizes, site.spec.to_text()]
     kv_ranges = ranges.node(site, build)
     if kv_ranges is not None:
@@ -116,7 +120,7 @@ class SharedRanges:
         return {node.expr: sympy.Integer(node.hint) for node in symbolic if node.expr.is_Symbol and node.has_hint()}
 
     def _insert(self, program: RangesProgram, site: AttentionSite, build: _Builder) -> fx.Node:
-        captured = [build.captured(build.copied[site.captured[s]], build.copied[site.q.node]) for s in program.captured]
+        captured = [build.captured(site.captured[slot], site, history=False) for slot in program.captured]
         batch = [build.size(size) if axis in program.batch else 1 for axis, size in enumerate(site.batch)]
         sizes = [*batch, *(build.size(site.sizes[slot]) for slot in program.sizes)]
         lengths = build.size(site.q_len), build.size(site.kv_len)
@@ -125,22 +129,28 @@ class SharedRanges:
 
 
 class _Builder(Inserter):
-    """Inserts the operands of a site before it."""
+    """Inserts the operands of a site before it.
+
+    history: whether a gradient of the site is wanted. The site's operands and captured tensors are then read with
+    theirs, since lifting never looks behind a place where a gradient ends.
+    """
 
     def __init__(self, site: fx.Node, copied: dict[fx.Node, fx.Node]) -> None:
         super().__init__(site)
         self.copied = copied
+        self.history = wants_gradient(site)
         self.fake_mode: Any = getattr(tensor(site), "fake_mode", None)
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
-        with torch.no_grad(), self.fake_mode:
+        with torch.set_grad_enabled(self.history), self.fake_mode:
             example = function(*fx.map_arg(args, value))
         return self.add("call_function", function, args, {}, example)
 
-    def read(self, node: fx.Node) -> fx.Node:
-        """The tensor without its history: a site wants no gradient, even where it is read before a `detach`."""
-        t = tensor(node)
-        return self.call(aten.detach.default, node) if t is not None and t.requires_grad else node
+    def read(self, node: fx.Node, history: bool = True) -> fx.Node:
+        """The tensor, without its history where a gradient of it is not wanted."""
+        if not wants_gradient(node) or (history and self.history):
+            return node
+        return self.call(aten.detach.default, node)
 
     def laid_out_as(self, node: fx.Node, seen: torch.Tensor) -> fx.Node:
         """The node's value with the strides of `seen`, on which views behind it may count."""
@@ -155,14 +165,29 @@ class _Builder(Inserter):
         return self.call(aten.permute.default, node, [order.index(d) for d in range(len(order))])
 
     def operand(self, operand: Operand) -> fx.Node:
-        node = self.read(self.copied[operand.node])
-        t = tensor(node)
-        assert t is not None
-        if t.dtype != operand.dtype:
-            node = self.call(torch.Tensor.to, node, operand.dtype)
+        node = self._as(self.read(self.copied[operand.node]), operand.dtype)
         for step in operand.steps:
             node = self._step(node, step)
-        return node
+        return self.call(torch.mul, node, operand.factor) if operand.factor != 1.0 else node
+
+    def joined(self, operands: Sequence[Operand], site: AttentionSite) -> fx.Node:
+        """One operand, or several side by side along the head dim, each expanded over the axes that another has."""
+        if len(operands) == 1:
+            return self.operand(operands[0])
+        axes = [axis for axis in range(len(site.batch)) if any(o.moves_along(axis) for o in operands)]
+        parts = []
+        for operand in operands:
+            node = self._as(self.operand(operand), site.spec.product_dtype)
+            t = tensor(node)
+            assert t is not None
+            sizes = [self.size(site.batch[d]) if d in axes else n for d, n in enumerate(shape(t)[: len(site.batch)])]
+            parts.append(self.call(aten.expand.default, node, [*sizes, -1, -1]))
+        return self.call(aten.cat.default, parts, -1)
+
+    def _as(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        t = tensor(node)
+        assert t is not None
+        return node if t.dtype == dtype else self.call(torch.Tensor.to, node, dtype)
 
     def _step(self, node: fx.Node, step: Step) -> fx.Node:
         match step:
@@ -186,11 +211,12 @@ class _Builder(Inserter):
                 node = self.call(aten.unsqueeze.default, node, at)
         return node
 
-    def captured(self, node: fx.Node, beside: fx.Node) -> fx.Node:
+    def captured(self, captured: fx.Node, site: AttentionSite, history: bool) -> fx.Node:
         """A captured tensor; a symbolic float becomes a 0-d tensor."""
+        node = self.copied[captured]
         if tensor(node) is not None:
-            return self.read(node)
-        device = tensor(beside).device  # type: ignore[union-attr]
+            return self.read(node, history)
+        device = tensor(self.copied[site.q.node]).device  # type: ignore[union-attr]
         settings: dict[str, Any] = {"dtype": torch.float64, "device": device}
         with torch.no_grad(), self.fake_mode:
             example = torch.full((), value(node), **settings)

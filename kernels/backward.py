@@ -10,16 +10,15 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.elementary import through
+from flashfuse.kernels.forward import HUGE, LOG2_E, LOWEST_FLOAT32, MASK_BLOCK
 from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, tile_pointers
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-# Queries that share a row of `ranges_ptr`; see `mask.MASK_BLOCK`.
-MASK_BLOCK: tl.constexpr = tl.constexpr(128)
 # The planes of `rows_ptr`, [ROW_PLANES, batch positions, q_len].
 SHIFT: tl.constexpr = tl.constexpr(0)
-DELTA: tl.constexpr = tl.constexpr(1)
-LARGEST: tl.constexpr = tl.constexpr(2)
-SINK_GRAD: tl.constexpr = tl.constexpr(3)
+LOG_SUM: tl.constexpr = tl.constexpr(1)
+DELTA: tl.constexpr = tl.constexpr(2)
+LARGEST: tl.constexpr = tl.constexpr(3)
+SINK_GRAD: tl.constexpr = tl.constexpr(4)
 
 _LENGTHS = ["q_len", "kv_len", "sizes"]
 _BATCH = ["batch_0", "batch_1", "batch_2", "batch_3"]
@@ -30,10 +29,10 @@ _LOOP = ["loop_0", "loop_1", "loop_2", "loop_3"]
 def attention_rows_backward_kernel(
     grad_ptr, out_ptr, lse_ptr, rows_ptr, grad_strides, out_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
-    SINK: tl.constexpr, ROW_KEPT: tl.constexpr, EXACT: tl.constexpr,
+    SINK: tl.constexpr, ROW_KEPT: tl.constexpr, SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta_i = sum_d grad_id out_id, and what `tile_gradients` makes a probability with; zeros where not ROW_KEPT.
+    """delta_i = sum_d grad_id out_id, and what makes a probability of a score, see `_probabilities`; 0 unless ROW_KEPT.
 
     The gradient of SINK is -exp(sink - lse) delta. lse is a pair, see `ops`.
     """
@@ -55,27 +54,33 @@ def attention_rows_backward_kernel(
     largest = tl.load(lse_ptrs)
     log_sum = tl.load(lse_ptrs + 1)
 
-    # exp2(-inf - inf) is the probability 0 of a row without any key.
+    # A logarithm of inf makes the probability 0 of a row without any key; NaN stays.
     empty = largest == float("-inf")
-    shift = (log_sum if EXACT else largest + log_sum) * LOG2_E
-    shift = tl.where(empty & (log_sum == log_sum), float("inf"), shift)
+    log_sum = tl.where(empty & (log_sum == log_sum), float("inf"), log_sum * LOG2_E)
     largest = tl.where(empty, 0.0, largest)
     if ROW_KEPT is not None:
         kept = ROW_KEPT(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides) != 0
-        shift = tl.where(kept, shift, float("inf"))
+        log_sum = tl.where(kept, log_sum, float("inf"))
         delta = tl.where(kept, delta, 0.0)
         largest = tl.where(kept, largest, 0.0)
+    # Rounded before anything is subtracted, as the forward did.
+    shift = tl.fma(largest, LOG2_E, 0.0)
+    huge = largest <= HUGE * SCALE
+    if HUGE_FACTOR is not None:
+        shift = tl.where(huge, tl.maximum(largest / SCALE, LOWEST_FLOAT32) * HUGE_FACTOR, shift)
 
     planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * q_len
     rows_ptrs = rows_ptr + position.to(tl.int64) * q_len + offs_q
     stored = offs_q < q_len
     tl.store(rows_ptrs + SHIFT * planes, shift, mask=stored)
+    tl.store(rows_ptrs + LOG_SUM * planes, log_sum, mask=stored)
     tl.store(rows_ptrs + DELTA * planes, delta, mask=stored)
     tl.store(rows_ptrs + LARGEST * planes, largest, mask=stored)
     if SINK is not None:
         sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
-        probability = tl.exp2(_exponent(sink, shift, largest, 1.0, EXACT))
-        tl.store(rows_ptrs + SINK_GRAD * planes, -probability * delta, mask=stored)
+        exponent = tl.fma(sink, LOG2_E, -shift)
+        exponent = tl.where(huge, tl.where(sink >= largest, 0.0, float("-inf")), exponent) - log_sum
+        tl.store(rows_ptrs + SINK_GRAD * planes, -tl.exp2(exponent) * delta, mask=stored)
 
 
 @triton.jit(do_not_specialize=[*_BATCH, *_LOOP, *_LENGTHS])
@@ -85,7 +90,7 @@ def attention_keys_backward_kernel(
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, QUERY_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, EXACT: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -141,7 +146,7 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, offs_kv,
                 m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR,
-                SUMS_FULL, False, SCALE, EXACT, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+                SUMS_FULL, False, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
                 BLOCK_Q,
             )  # fmt: skip
 
@@ -152,7 +157,7 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, offs_kv,
                 m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
-                ROW_FACTOR, SUMS_MASKED, True, SCALE, EXACT, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
+                ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
                 HEAD_DIM, VALUE_DIM, BLOCK_Q,
             )  # fmt: skip
 
@@ -168,7 +173,7 @@ def attention_keys_backward_kernel(
                 dk, dv, sums = _take_queries(
                     dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, offs_kv,
                     m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
-                    ROW_FACTOR, SUMS_MASKED, True, SCALE, EXACT, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
+                    ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
                     HEAD_DIM, VALUE_DIM, BLOCK_Q,
                 )  # fmt: skip
 
@@ -190,7 +195,7 @@ def _take_queries(
     dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, kv_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
-    SCALE: tl.constexpr, EXACT: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -209,20 +214,20 @@ def _take_queries(
     # [block_kv, block_q]
     qk = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
     dw = tl.dot(v, tl.trans(grad), input_precision=PRECISION, out_dtype=tl.float32)
-    shift, delta, largest = load_rows(rows_base, planes, q_idx, offs_q < q_len, EXACT, NORMALISED)
+    rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SCALE, HUGE_FACTOR, NORMALISED)
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
-    w, dqk, ds, of_factor = tile_gradients(
-        qk, dw, shift[None, :], delta[None, :], largest[None, :], row_factor[None, :], q_idx[None, :], kv_idx[:, None],
+    w, dqk, ds, of_factor, p, p_dp = tile_gradients(
+        qk, dw, along(rows, 0), row_factor[None, :], q_idx[None, :], kv_idx[:, None],
         n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
-        SCALE, EXACT, NORMALISED,
+        SCALE, HUGE_FACTOR, NORMALISED,
     )  # fmt: skip
     dv = _added_product(dv, w.to(PROBS_DTYPE), grad, PRECISION)
     dk = _added_product(dk, dqk.to(PRODUCT_DTYPE), q, PRECISION)
     if SUMS is not None:
         sums = SUMS(
-            sums, ds, of_factor, qk, n0, n1, n2, n3, q_idx[None, :], kv_idx[:, None], q_len, kv_len, sizes, captured,
+            sums, ds, of_factor, p, p_dp, qk, n0, n1, n2, n3, q_idx[None, :], kv_idx[:, None], q_len, kv_len, sizes, captured,
             captured_strides,
         )  # fmt: skip
     return dk, dv, sums
@@ -234,7 +239,7 @@ def attention_queries_backward_kernel(
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dq_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, EXACT: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
     LONGEST_FIRST: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -270,7 +275,7 @@ def attention_queries_backward_kernel(
     # [block_q]
     planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * q_len
     rows_base = rows_ptr + position.to(tl.int64) * q_len
-    shift, delta, largest = load_rows(rows_base, planes, q_idx, offs_q < q_len, EXACT, NORMALISED)
+    rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SCALE, HUGE_FACTOR, NORMALISED)
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
@@ -291,9 +296,9 @@ def attention_queries_backward_kernel(
 
     for kv_start in tl.range(full_start, full_end, BLOCK_KV):
         dq, sums = _take_keys(
-            dq, sums, q, grad, shift, delta, largest, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
+            dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
             n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR,
-            SUMS_FULL, False, SCALE, EXACT, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            SUMS_FULL, False, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     tiles_before = (full_start - start) // BLOCK_KV
@@ -301,21 +306,21 @@ def attention_queries_backward_kernel(
     for i in tl.range(0, tiles_before + tiles_behind):
         kv_start = tl.where(i < tiles_before, start, full_end - tiles_before * BLOCK_KV) + i * BLOCK_KV
         dq, sums = _take_keys(
-            dq, sums, q, grad, shift, delta, largest, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
+            dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
             n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
-            SUMS_MASKED, True, SCALE, EXACT, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     if FILL_THRESHOLD is not None:
-        filled = tl.max(((largest <= FILL_THRESHOLD) | (shift != shift)).to(tl.int32), 0)
+        filled = sees_every_key(rows_base, planes, q_idx, FILL_THRESHOLD)
         tiles_before = filled * (start // BLOCK_KV)
         tiles_behind = filled * tl.cdiv(tl.maximum(kv_len - end, 0), BLOCK_KV)
         for i in tl.range(0, tiles_before + tiles_behind):
             kv_start = tl.where(i < tiles_before, 0, end - tiles_before * BLOCK_KV) + i * BLOCK_KV
             dq, sums = _take_keys(
-                dq, sums, q, grad, shift, delta, largest, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start,
+                dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start,
                 q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
-                ROW_FACTOR, SUMS_MASKED, True, SCALE, EXACT, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
+                ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
                 HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
 
@@ -330,10 +335,10 @@ def attention_queries_backward_kernel(
 
 @triton.jit
 def _take_keys(
-    dq, sums, q, grad, shift, delta, largest, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
+    dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
-    SCALE: tl.constexpr, EXACT: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -350,15 +355,15 @@ def _take_keys(
     # [block_q, block_kv]
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
     dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
-    _, dqk, ds, of_factor = tile_gradients(
-        qk, dw, shift[:, None], delta[:, None], largest[:, None], row_factor[:, None], q_idx[:, None], kv_idx[None, :],
+    _, dqk, ds, of_factor, p, p_dp = tile_gradients(
+        qk, dw, along(rows, 1), row_factor[:, None], q_idx[:, None], kv_idx[None, :],
         n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
-        SCALE, EXACT, NORMALISED,
+        SCALE, HUGE_FACTOR, NORMALISED,
     )  # fmt: skip
     dq = _added_product(dq, dqk.to(PRODUCT_DTYPE), k, PRECISION)
     if SUMS is not None:
         sums = SUMS(
-            sums, ds, of_factor, qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured,
+            sums, ds, of_factor, p, p_dp, qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured,
             captured_strides,
         )  # fmt: skip
     return dq, sums
@@ -366,13 +371,13 @@ def _take_keys(
 
 @triton.jit
 def tile_gradients(
-    qk, dw, shift, delta, largest, row_factor, q_idx, kv_idx, n0, n1, n2, n3,
-    q_len, kv_len, sizes, captured, captured_strides,
+    qk, dw, rows, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, KEYS_END: tl.constexpr,
-    SCALE: tl.constexpr, EXACT: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
-    """(w, ds * slope, ds, dw * p) of a tile of products: what v is multiplied by, and gradients of the product, of the
-    inner score s and of the factor.
+    """(w, ds * slope, ds, p * dw, p, p * factor * dw) of a tile of products.
+
+    w is what v is multiplied by, and then come the gradients of the product, of the inner score s and of the factor:
 
         p = exp(SCALE s - lse),  w = factor p,  ds = p (factor dw - delta),  slope = d s / d product
 
@@ -380,7 +385,7 @@ def tile_gradients(
     behind the last key.
     """
     s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
-    p = tl.exp2(_exponent(s, shift, largest, SCALE, EXACT)) if NORMALISED else s
+    p = _probabilities(s, rows, SCALE, HUGE_FACTOR) if NORMALISED else s
     if KEYS_END:
         p = tl.where(kv_idx < kv_len, p, 0.0)
     w = p
@@ -394,41 +399,63 @@ def tile_gradients(
     elif ROW_FACTOR is not None:
         w = p * row_factor
         dp = dw * row_factor
-    ds = p * (dp - delta) if NORMALISED else dp
+    ds = p * (dp - rows[2]) if NORMALISED else dp
     if KEYS_END:
         ds = tl.where(kv_idx < kv_len, ds, 0.0)
         dqk = through(ds, slope)
     else:
         dqk = ds * slope
-    return w, dqk, ds, p * dw
+    return w, dqk, ds, p * dw, p, p * dp
 
 
 @triton.jit
-def _exponent(s, shift, largest, SCALE: tl.constexpr, EXACT: tl.constexpr):
-    """The base-2 logarithm of a probability, from the row's shift and largest score; the score is SCALE s.
+def _probabilities(s, rows, SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr):
+    """exp(SCALE s - lse), from what `load_rows` gives.
 
-    EXACT: a score that equals the largest one differs from it by 0, however large both are, and none is larger. So the
-    product is rounded before the subtraction, as the forward rounded it.
+    The difference from the shift is rounded once, so that scores far from 0 keep theirs. Huge scores are compared in
+    units in which they are finite: those that are the largest to a few units in the last place differ from it by 0.
     """
-    if EXACT:
-        below = tl.fma(s, SCALE, 0.0) - largest
-        return tl.where(below > 0, 0.0, below) * LOG2_E - shift
+    if HUGE_FACTOR is None:
+        below = tl.fma(s, SCALE * LOG2_E, -rows[0])
     else:
-        return s * (SCALE * LOG2_E) - shift
+        below = tl.fma(s, rows[3], -rows[0])
+        below = tl.where(below >= rows[4], 0.0, below)
+    return tl.exp2(below - rows[1])
 
 
 @triton.jit
-def load_rows(rows_base, planes, q_idx, inside, EXACT: tl.constexpr, NORMALISED: tl.constexpr):
-    """(shift, delta, largest) of rows; delta is 0 behind the last one."""
+def load_rows(
+    rows_base, planes, q_idx, inside, SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr
+):  # fmt: skip
+    """(shift, log_sum, delta, factor, slack) of rows; delta is 0 behind the last one.
+
+    factor: units of the shift in one of the inner score; from `slack` on a difference from the shift is 0.
+    """
     delta = tl.zeros(q_idx.shape, tl.float32)
-    shift = delta
-    largest = delta
+    shift, log_sum, factor, slack = delta, delta, delta, delta
     if NORMALISED:
         shift = tl.load(rows_base + SHIFT * planes + q_idx)
+        log_sum = tl.load(rows_base + LOG_SUM * planes + q_idx)
         delta = tl.load(rows_base + DELTA * planes + q_idx, mask=inside, other=0.0)
-        if EXACT:
-            largest = tl.load(rows_base + LARGEST * planes + q_idx)
-    return shift, delta, largest
+        if HUGE_FACTOR is not None:
+            huge = tl.load(rows_base + LARGEST * planes + q_idx) <= HUGE * SCALE
+            factor = tl.where(huge, HUGE_FACTOR, SCALE * LOG2_E)
+            slack = tl.where(huge, shift * 2.0**-22, float("inf"))
+    return shift, log_sum, delta, factor, slack
+
+
+@triton.jit
+def along(rows, AXIS: tl.constexpr):
+    """The numbers of rows with an axis of size 1 at AXIS."""
+    return tuple([tl.expand_dims(x, AXIS) for x in rows])
+
+
+@triton.jit
+def sees_every_key(rows_base, planes, q_idx, FILL_THRESHOLD: tl.constexpr):
+    """1 where one of the rows saw nothing above the fill, or is NaN for want of a key; 0 elsewhere."""
+    largest = tl.load(rows_base + LARGEST * planes + q_idx)
+    log_sum = tl.load(rows_base + LOG_SUM * planes + q_idx)
+    return tl.max(((largest <= FILL_THRESHOLD) | (log_sum != log_sum)).to(tl.int32), 0)
 
 
 @triton.jit

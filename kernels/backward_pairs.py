@@ -7,7 +7,15 @@ that nothing is added by more than one program.
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.backward import MASK_BLOCK, batch_position, load_rows, row_factor_of, tile_gradients
+from flashfuse.kernels.backward import (
+    MASK_BLOCK,
+    along,
+    batch_position,
+    load_rows,
+    row_factor_of,
+    sees_every_key,
+    tile_gradients,
+)
 from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, tile_pointers
 
 _NOT_SPECIALISED = [*(f"{kind}_{axis}" for kind in ("batch", "loop") for axis in range(4)), "q_len", "kv_len", "sizes"]
@@ -20,7 +28,7 @@ def attention_pairs_backward_kernel(
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     PAIR_GRAD: tl.constexpr, PAIR_SCALE: tl.constexpr, GRADS_MASKED: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, EXACT: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, ROW_FACTOR: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -50,7 +58,6 @@ def attention_pairs_backward_kernel(
         position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
         planes = (batch_0 * loop_0).to(tl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3 * q_len
         rows_base = rows_ptr + position.to(tl.int64) * q_len
-        shift, delta, largest = load_rows(rows_base, planes, q_idx, offs_q < q_len, EXACT, NORMALISED)
 
         start, _, _, end = KV_BOUNDS(q_start, q_stop, m0, m1, m2, m3, q_len, kv_len, sizes)
         if ranges_ptr is not None:
@@ -60,7 +67,7 @@ def attention_pairs_backward_kernel(
         visited = (kv_start < end) & (kv_start + BLOCK_KV > start)
         if FILL_THRESHOLD is not None:
             # Rows that saw nothing above the fill have gradients through all keys.
-            visited |= tl.max(((largest <= FILL_THRESHOLD) | (shift != shift)).to(tl.int32), 0) > 0
+            visited |= sees_every_key(rows_base, planes, q_idx, FILL_THRESHOLD) > 0
         if visited:
             # [block_q, block_d], [block_q, block_dv]
             q_ptrs = tile_pointers(batch_pointer(q_ptr, q_strides, m0, m1, m2, m3), q_idx, offs_d, q_strides)
@@ -76,13 +83,13 @@ def attention_pairs_backward_kernel(
             # [block_q, block_kv]
             qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
             dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
+            rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SCALE, HUGE_FACTOR, NORMALISED)
             row_factor = row_factor_of(
                 q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
             )  # fmt: skip
-            _, _, ds, of_factor = tile_gradients(
-                qk, dw, shift[:, None], delta[:, None], largest[:, None], row_factor[:, None], q_idx[:, None],
-                offs_kv[None, :], m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                FACTOR_MASKED, ROW_FACTOR, True, SCALE, EXACT, NORMALISED,
+            _, _, ds, of_factor, _, _ = tile_gradients(
+                qk, dw, along(rows, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
+                FACTOR_MASKED, ROW_FACTOR, True, SCALE, HUGE_FACTOR, NORMALISED,
             )  # fmt: skip
             dt += PAIR_GRAD(
                 ds, of_factor, qk, m0, m1, m2, m3, q_idx[:, None], offs_kv[None, :], q_len, kv_len, sizes, captured,

@@ -127,7 +127,7 @@ def queries_constants(
         "FACTOR_FULL": program.forward.factor_full,
         "SUMS_MASKED": masked,
         "SUMS_FULL": full,
-        "NUM_SUMS": len(program.row_terms),
+        "NUM_SUMS": program.num_row_sums,
     }
 
 
@@ -152,7 +152,7 @@ def _shared_constants(
     return {
         "GRADS_MASKED": program.derivatives.score_and_grad_masked,
         "SCALE": program.derivatives.scale,
-        "EXACT": program.exact,
+        "HUGE_FACTOR": program.forward.huge_factor,
         "NORMALISED": normalised,
         "FACTOR_MASKED": program.forward.factor_masked,
         # The rows kernel has taken rows that are not kept out of a softmax.

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flashfuse.kernels.captured_reads import add_at, owned_view
+from flashfuse.kernels.captured_reads import owned_view
 from flashfuse.kernels.codegen_backward import BackwardProgram, Term
 from flashfuse.kernels.derivative import derivative, leaves
-from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
+from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, scatter_add, size_values
 from flashfuse.kernels.expr import Expr, Gather, Load
 from flashfuse.kernels.spec import AttentionSpec
 
@@ -44,26 +44,34 @@ class CapturedGradients:
         for term in self.program.pair_terms:
             assert isinstance(term.read, Load)
             slot = _slot(term.read)
-            alone = self._terms_of(slot) == 1
-            dtype = self.captured[slot].dtype if alone else torch.float32
-            target = torch.zeros_like(self.captured[slot], dtype=dtype, device=self.device)
+            target = torch.zeros_like(self.captured[slot])
+            if self._terms_of(slot) == 1:
+                self.total[slot] = target
+            else:
+                target = torch.zeros_like(target, dtype=torch.float32)
             view = owned_view(target, term.read, self._tile(*self.lengths))
             if view is None:
                 return None
-            self.total.setdefault(slot, target)
             targets.append(view)
         return targets
 
     def add_pair(self, term: Term, target: torch.Tensor) -> None:
         """Take in what the kernel has written, unless it is the total already."""
         assert isinstance(term.read, Load)
-        total = owned_view(self._total(_slot(term.read)), term.read, self._tile(*self.lengths))
-        assert total is not None
-        if total.data_ptr() != target.data_ptr():
-            total += target
+        if self._terms_of(_slot(term.read)) > 1:
+            scatter_add(self._total(_slot(term.read)), term.read, target, self._tile(*self.lengths))
 
-    def add_rows(self, term: Term, sums: torch.Tensor) -> None:
-        """sums: [N.., q_len], the term's gradients summed over keys."""
+    def add_rows(self, sums: Sequence[torch.Tensor], delta: torch.Tensor) -> None:
+        """sums: [N.., q_len] each, what the kernel has summed over keys, see `codegen_backward`; delta: [N.., q_len]."""
+        terms, corrected = self.program.row_terms, self.program.corrected
+        weights = dict(zip(corrected, sums[len(terms) : -1], strict=True)) if corrected else {}
+        for term, found in zip(terms, sums, strict=False):
+            if term in weights:
+                # What rounding the output has left in delta, weighted as delta is.
+                found = found - torch.where(weights[term] == 0, 0.0, (sums[-1] - delta) * weights[term])
+            self._add_rows(term, found)
+
+    def _add_rows(self, term: Term, sums: torch.Tensor) -> None:
         tile = self._tile(self.lengths[0], 1)
         values = sums.unsqueeze(-1) * term.scale
         if term.read is not None:
@@ -88,7 +96,9 @@ class CapturedGradients:
 
     def result(self, slot: int) -> torch.Tensor:
         """The gradient in the tensor's element type and, where that is dense, memory order."""
-        return self._total(slot).to(self.captured[slot].dtype)
+        total = self._total(slot)
+        like = torch.empty_like(self.captured[slot])
+        return total if total.dtype == like.dtype and total.stride() == like.stride() else like.copy_(total)
 
     def _add_program(self, program: Expr, values: torch.Tensor, tile: Tile) -> None:
         """Take in the gradient `values` of a program of rows."""
@@ -97,11 +107,11 @@ class CapturedGradients:
 
     def _add(self, read: Load | Gather, values: torch.Tensor, tile: Tile) -> None:
         shape = [len(positions) for _, positions in tile.axes]
-        add_at(self._total(_slot(read)), read, values.expand(shape), tile)
+        scatter_add(self._total(_slot(read)), read, values.expand(shape), tile)
 
     def _total(self, slot: int) -> torch.Tensor:
         if slot not in self.total:
-            self.total[slot] = torch.zeros_like(self.captured[slot], dtype=torch.float32, device=self.device)
+            self.total[slot] = torch.zeros(self.captured[slot].shape, dtype=torch.float32, device=self.device)
         return self.total[slot]
 
     def _wanted(self, program: Expr) -> Iterator[Load | Gather]:

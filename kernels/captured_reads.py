@@ -9,14 +9,13 @@ first kind has an owner that can write it without atomics.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-import sympy
 import torch
 
 from flashfuse.kernels.derivative import Leaf, leaves
-from flashfuse.kernels.evaluate import Tile, affine, evaluate, evaluate_index, position_symbols, strided
-from flashfuse.kernels.expr import Expr, Gather, Index, Load, Product, free_symbols
+from flashfuse.kernels.evaluate import Tile, affine, overlaps, position_symbols, strided
+from flashfuse.kernels.expr import Expr, Gather, Load, Product, free_symbols
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec
 
 PAIR = frozenset({Q_IDX, KV_IDX})
@@ -60,36 +59,4 @@ def _has_owner(spec: AttentionSpec, read: Load | Gather) -> bool:
 def owned_view(tensor: torch.Tensor, read: Load, tile: Tile) -> torch.Tensor | None:
     """`tensor` over the positions of `tile`, of size 1 on axes it does not depend on; None where elements overlap."""
     view = strided(tensor, read, tile)
-    if view is None:
-        return None
-    reach = 0
-    for stride, size in sorted((stride, size) for size, stride in zip(view.shape, view.stride(), strict=True)):
-        if size > 1 and stride <= reach:
-            return None
-        reach += stride * (size - 1)
-    return view
-
-
-def add_at(grad: torch.Tensor, read: Load | Gather, values: torch.Tensor, tile: Tile) -> None:
-    """Add `values`, one for each position of `tile`, to the elements of `grad` that `read` reads there."""
-    if grad.numel() == 0:
-        return
-    view = owned_view(grad, read, tile) if isinstance(read, Load) else None
-    if view is not None:
-        view += values.sum_to_size(view.shape)
-        return
-    at = [_positions(index, tile) for index in _indices(read)]
-    shape = torch.broadcast_shapes(*(p.shape for p in at), (1,) * values.dim())
-    places = tuple(p.clamp(0, n - 1).expand(shape) for p, n in zip(at, grad.shape, strict=True))
-    grad.index_put_(places, values.sum_to_size(shape), accumulate=True)
-
-
-def _indices(read: Load | Gather) -> Sequence[sympy.Expr | Expr]:
-    return read.at if isinstance(read, Gather) else read.indices
-
-
-def _positions(index: sympy.Expr | Expr, tile: Tile) -> torch.Tensor:
-    if isinstance(index, Expr) and not isinstance(index, Index):
-        return evaluate(index, tile).to(torch.int64)
-    found = evaluate_index(index.value if isinstance(index, Index) else index, tile.symbols)
-    return found if isinstance(found, torch.Tensor) else torch.tensor(found, device=tile.device)
+    return None if view is None or overlaps(view) else view

@@ -62,7 +62,8 @@ class BackwardProgram:
     row_sums, key_sums: for tiles that may meet a mask or the end of the keys and for others, the function that adds a
         tile to the sums; None where there are none.
     pair_grads: the function of a tile for each pair term.
-    exact: whether differences of scores are taken in natural units, so that those of huge or filled rows are exact.
+    corrected: the row terms that hold ds. Summed over all keys, delta's own rounding does not average out, so that
+        the kernel also sums p * slope for each, and p * factor * dw, which is delta without the output's rounding.
     fill_threshold: rows whose largest score is not above it see every key; None where no row has to, -inf where only
         rows that are NaN for want of a key have to, so that their gradients are NaN.
     """
@@ -76,8 +77,13 @@ class BackwardProgram:
     row_sums: tuple[Any, Any]
     key_sums: tuple[Any, Any]
     pair_grads: tuple[Any, ...]
-    exact: bool
+    corrected: tuple[Term, ...]
     fill_threshold: float | None
+
+    @property
+    def num_row_sums(self) -> int:
+        """One for each row term, and what corrects some of them: one for each of those, and one more."""
+        return len(self.row_terms) + (len(self.corrected) + 1 if self.corrected else 0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -98,7 +104,6 @@ def load_backward(
     def function(name: str) -> Any:
         return getattr(module, f"{name}_{digest}", None)
 
-    threshold = _fill_threshold(spec, ranged, fewer_queries)
     return BackwardProgram(
         forward=forward,
         derivatives=load_derivatives(spec, ranged),
@@ -109,8 +114,8 @@ def load_backward(
         row_sums=(function("row_sums_masked"), function("row_sums_full")),
         key_sums=(function("key_sums_masked"), function("key_sums_full")),
         pair_grads=tuple(function(f"pair_grad{i}") for i in range(len(pair_terms))),
-        exact=forward.huge_factor is not None or (threshold is not None and threshold > -math.inf),
-        fill_threshold=threshold,
+        corrected=_corrected(spec, row_terms),
+        fill_threshold=_fill_threshold(spec, ranged, fewer_queries),
     )
 
 
@@ -183,8 +188,8 @@ def _generate(
     parts = [_HEADER.format(score=to_text(spec.score), bounds=bounds_body(bounds, spec.compute_dtype))]
     for name, terms in (("row_sums", row_terms), ("key_sums", key_terms)):
         for variant in ("masked", "full") if terms else ():
-            body = _sums_body(terms, variant, spec)
-            arguments = f"sums, ds, of_factor, {TILE_ARGUMENTS}"
+            body = _sums_body(terms, variant, spec, _corrected(spec, terms) if name == "row_sums" else ())
+            arguments = f"sums, ds, of_factor, p, p_dp, {TILE_ARGUMENTS}"
             parts.append(_function(f"{name}_{variant}", arguments, terms, body))
     for i, term in enumerate(pair_terms):
         lines, (slope,) = tile_values([term.masked], spec.compute_dtype, keys_end=True)
@@ -193,13 +198,17 @@ def _generate(
     return finished("".join(parts), spec.product_dtype)
 
 
-def _sums_body(terms: Sequence[Term], variant: str, spec: AttentionSpec) -> str:
+def _corrected(spec: AttentionSpec, terms: Sequence[Term]) -> tuple[Term, ...]:
+    return tuple(t for t in terms if t.grad == "ds") if spec.normaliser == "softmax" else ()
+
+
+def _sums_body(terms: Sequence[Term], variant: str, spec: AttentionSpec, corrected: Sequence[Term]) -> str:
     slopes = [getattr(term, variant) for term in terms]
     lines, values = tile_values(slopes, spec.compute_dtype, keys_end=variant == "masked")
-    summed = [
-        f"sums[{i}] + tl.sum(through({term.grad}, {value}), 1)"
-        for i, (term, value) in enumerate(zip(terms, values, strict=True))
-    ]
+    found = [f"through({term.grad}, {value})" for term, value in zip(terms, values, strict=True)]
+    found += [f"through(p, {value})" for term, value in zip(terms, values, strict=True) if term in corrected]
+    found += ["p_dp"] if corrected else []
+    summed = (f"sums[{i}] + tl.sum({value}, 1)" for i, value in enumerate(found))
     return indented([*lines, f"return ({', '.join(summed)},)"])
 
 

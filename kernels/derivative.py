@@ -10,7 +10,7 @@ At kinks the derivative is what torch's autograd gives, see docs/numerics.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,14 @@ def leaves(expr: Expr) -> tuple[Leaf, ...]:
     """What a program can be differentiated by: its products, then its distinct reads of floating-point tensors."""
     products = dict.fromkeys(e for e in walk(expr) if isinstance(e, Product))
     return (*products, *(read for read in loads(expr) if read.dtype.is_floating_point))
+
+
+def differentiable(programs: Iterable[Expr]) -> frozenset[Hashable]:
+    """The tensors that a gradient of the programs may reach."""
+    reads = ((e, read) for e in programs if e.dtype.is_floating_point for read in leaves(e))
+    return frozenset(
+        read.tensor for e, read in reads if not isinstance(read, Product) and number(derivative(e, read)) != 0
+    )
 
 
 def derivative(expr: Expr, wrt: Leaf) -> Expr:

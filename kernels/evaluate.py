@@ -156,12 +156,40 @@ def _load(load: Load, tile: Tile) -> torch.Tensor:
     assert isinstance(load.tensor, int)
     tensor = tile.captured[load.tensor]
     view = strided(tensor, load, tile)
-    if view is not None:
-        return view
-    positions = [evaluate_index(index, tile.symbols) for index in load.indices]
-    return _gathered(
-        tensor, [p if isinstance(p, torch.Tensor) else torch.tensor(p, device=tensor.device) for p in positions]
-    )
+    return _gathered(tensor, positions(load, tile)) if view is None else view
+
+
+def positions(read: Load | Gather, tile: Tile) -> list[torch.Tensor]:
+    """Where the read goes in its tensor, an integer tensor for each of that tensor's dimensions."""
+    if isinstance(read, Gather):
+        return [evaluate(at, tile) for at in read.at]
+    found = (evaluate_index(index, tile.symbols) for index in read.indices)
+    return [p if isinstance(p, torch.Tensor) else torch.tensor(p, device=tile.device) for p in found]
+
+
+def scatter_add(total: torch.Tensor, read: Load | Gather, values: torch.Tensor, tile: Tile) -> None:
+    """Add `values`, of the tile's shape, to the elements of the contiguous `total` that `read` reads over the tile."""
+    if total.numel() == 0:
+        return
+    view = strided(total, read, tile) if isinstance(read, Load) else None
+    if view is not None and not overlaps(view):
+        view += values.sum_to_size(view.shape)
+        return
+    at = torch.zeros((1,) * len(tile.axes), dtype=torch.int64, device=tile.device)
+    for position, extent, stride in zip(positions(read, tile), total.shape, total.stride(), strict=True):
+        at = at + position.clamp(0, extent - 1) * stride
+    # Unlike index_add_, this is deterministic on every device.
+    total.view(-1).index_put_((at.flatten(),), values.sum_to_size(at.shape).flatten(), accumulate=True)
+
+
+def overlaps(view: torch.Tensor) -> bool:
+    """Whether two positions of the view may be the same element."""
+    reach = 0
+    for stride, size in sorted((t, n) for t, n in zip(view.stride(), view.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _gathered(tensor: torch.Tensor, positions: Sequence[torch.Tensor]) -> torch.Tensor:

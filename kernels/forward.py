@@ -17,6 +17,7 @@ LOWEST_FLOAT32: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 # Queries that share a row of `ranges_ptr`; see `mask.MASK_BLOCK`.
 MASK_BLOCK: tl.constexpr = tl.constexpr(128)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 # Lengths change from call to call and nothing is gained from knowing that they are 1 or a multiple of 16.
@@ -131,10 +132,9 @@ def attention_forward_kernel(
         if not ZERO_EMPTY_ROWS:
             # What eager code multiplies by a weight of 0 is NaN already.
             acc = tl.where(empty[:, None], float("nan"), acc)
-        acc, row_sum, largest = _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE, LOWEST)
+        acc, row_sum, row_shift, largest = _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE, LOWEST)
     elif NORMALISED:
-        # As the backward pass computes a score, to the last bit.
-        largest = row_max * (LOG2_SCALE * LN2)
+        largest = row_shift * LN2
         if HUGE_FACTOR is not None:
             huge = _huge_row_max(row_max, LOG2_SCALE, LOWEST)
             largest = tl.where(row_max > HUGE, largest, tl.where(empty, float("-inf"), huge))
@@ -143,6 +143,9 @@ def attention_forward_kernel(
     log_sum = row_sum
     if NORMALISED:
         log_sum = tl.log(tl.where(row_sum == 0, 1.0, row_sum))
+        # What `largest` has lost of the shift by two roundings, which the backward pass makes again.
+        lost = (row_shift - tl.fma(largest, LOG2_E, 0.0)) * LN2
+        log_sum += tl.where(largest > HUGE * (LOG2_SCALE * LN2), lost, 0.0)
         if not ZERO_EMPTY_ROWS:
             log_sum = tl.where(empty, float("nan"), log_sum)
     position = ((n0 * batch_1 + n1) * batch_2 + n2) * batch_3 + n3
@@ -198,18 +201,15 @@ def _attend(
     if NORMALISED:
         # [block_q]
         new_max = tl.maximum(row_max, tl.max(score, 1))
+        factor = tl.full(row_max.shape, LOG2_SCALE, acc.dtype)
         if HUGE_FACTOR is not None:
-            # A power of two keeps the product exact, so that the difference below is 0 at the maximum, fused or not.
-            factor = tl.where(new_max > HUGE, LOG2_SCALE, HUGE_FACTOR).to(acc.dtype)
-            new_shift = new_max * factor
-            exponent = score * factor[:, None]
-        else:
-            new_shift = new_max * LOG2_SCALE
-            exponent = score * LOG2_SCALE
+            # A power of two keeps the product exact, so that the difference below is 0 at the maximum.
+            factor = tl.where(new_max > HUGE, factor, HUGE_FACTOR)
+        new_shift = new_max * factor
         # -inf minus -inf is NaN: a row without any key so far subtracts nothing.
         subtracted = tl.where(new_max == float("-inf"), 0.0, new_shift)
         # [block_q, block_kv]
-        p = tl.exp2(exponent - subtracted[:, None])
+        p = tl.exp2(tl.fma(score, factor[:, None], -subtracted[:, None]))
         correction = tl.exp2(row_shift - subtracted)
         row_sum = row_sum * correction + tl.sum(p, 1)
     else:
@@ -244,7 +244,7 @@ def _huge_row_max(row_max, LOG2_SCALE: tl.constexpr, LOWEST: tl.constexpr):
 
 @triton.jit
 def _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE: tl.constexpr, LOWEST: tl.constexpr):
-    """acc and row_sum after one more score without a value, and the largest score with it.
+    """acc, row_sum and row_shift after one more score without a value, and the largest score with it.
 
     Scores of huge rows compare in units so large that they stay finite: their differences are 0 or decide alone.
     """
@@ -256,5 +256,7 @@ def _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE: tl.constexpr,
     subtracted = tl.where(shift == float("-inf"), 0.0, shift)
     decay = tl.exp2(row - subtracted)
     row_sum = row_sum * decay + tl.exp2(tl.fma(sink, unit, -subtracted))
-    largest = tl.maximum(tl.where(is_huge, huge, row_max * (LOG2_SCALE * LN2)), sink)
-    return acc * decay[:, None], row_sum, largest
+    largest = tl.where(is_huge, tl.maximum(huge, sink), shift * LN2)
+    # Where an ordinary sink decides over a huge row, its shift is the sink in the other unit.
+    shift = tl.where(is_huge, sink * (1 / LN2), shift)
+    return acc * decay[:, None], row_sum, shift, largest

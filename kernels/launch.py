@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.codegen import load_program
-from flashfuse.kernels.expr import Gather, Load, free_symbols, loads
+from flashfuse.kernels.expr import Load, free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
 from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.output import empty_output
@@ -191,13 +191,14 @@ def shape_of(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int) -> 
         block_d=padded(head_dim),
         block_dv=padded(value_dim),
         element_bytes=max(spec.product_dtype.itemsize, spec.probs_dtype.itemsize),
-        captured_bytes=sum(c.dtype.itemsize for c in _tile_loads(spec)),
+        captured_bytes=sum(tile.dtype.itemsize for tile in _pipelined(spec)),
     )
 
 
-def _tile_loads(spec: AttentionSpec) -> Iterable[Load | Gather]:
-    """What the spec's programs read for each (query, key) pair."""
-    return dict.fromkeys(c for e in spec.programs for c in loads(e) if {Q_IDX, KV_IDX} <= free_symbols(c))
+def _pipelined(spec: AttentionSpec) -> Iterable[Load]:
+    """What is read for each (query, key) pair and copied ahead into shared memory; look-ups wait for positions."""
+    reads = dict.fromkeys(read for program in spec.programs for read in loads(program))
+    return (read for read in reads if isinstance(read, Load) and {Q_IDX, KV_IDX} <= free_symbols(read))
 
 
 @functools.lru_cache(maxsize=4096)

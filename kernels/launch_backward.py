@@ -32,7 +32,7 @@ from flashfuse.kernels.query_ranges import query_ranges
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec
 
 # Numbers kept for each row beside the log-sum-exp: see `backward`.
-ROW_PLANES = 4
+ROW_PLANES = 5
 # Elements of the output that one program of the rows kernel reads.
 ROW_ELEMENTS = 8192
 
@@ -58,25 +58,27 @@ def attention_backward(
     captured: Sequence[torch.Tensor],
     sizes: Sequence[int],
     kv_ranges: torch.Tensor | None,
-    wanted: Sequence[int],
+    needs: Sequence[bool],
     launch: BackwardLaunch | None = None,
 ) -> list[torch.Tensor]:
-    """Gradients of the wanted tensors, in their shapes, element types and, where those are dense, memory orders.
+    """Gradients of the needed tensors, in their shapes, element types and, where those are dense, memory orders.
 
     grad_out, out: [N.., Tq, Dv], lse: [N.., Tq, 2] of the forward kernel; the others are the operator's arguments.
-    wanted: the places of the wanted tensors in (q, k, v, *captured). `launch` overrides the table, for searching.
+    needs: for q, k, v and every floating-point captured tensor. `launch` overrides the table, for searching.
     """
     if launch is None:
         launch = _launch(spec, q.shape[-2], q.shape[-1], v.shape[-1], q.device.index if q.is_cuda else None)
-    needs = tuple(slot + 3 in wanted for slot in range(len(captured)))
+    floating = [at for at, x in enumerate((q, k, v, *captured)) if x.is_floating_point()]
+    wanted = [at for at, need in zip(floating, needs, strict=True) if need]
+    by_slot = tuple(slot + 3 in wanted for slot in range(len(captured)))
     everything = (spec, grad_out, q, k, v, out, lse, captured, sizes, kv_ranges)
     empty = out.numel() == 0 or k.shape[-2] == 0 or q.numel() == 0
-    if empty or launch is None or spec.compute_dtype == torch.float64 or unsupported(spec, needs):
-        return attention_backward_tiled(*everything, wanted)
-    call = _Call.of(*everything, needs, launch)
+    if empty or launch is None or spec.compute_dtype == torch.float64 or unsupported(spec, by_slot):
+        return attention_backward_tiled(*everything, needs)
+    call = _Call.of(*everything, by_slot, launch)
     targets = call.gradients.pair_targets()
     if targets is None:
-        return attention_backward_tiled(*everything, wanted)
+        return attention_backward_tiled(*everything, needs)
     with torch.cuda.device_of(q):
         return call.run(wanted, targets)
 
@@ -144,11 +146,12 @@ class _Call:
             self.grad_out, self.out, self.lse, rows, *self._strides(self.grad_out, self.out),
             *_padded(self._batch), *self._program_arguments,
             SINK=self.program.forward.sink if self.gradients.of_sink else None,
-            ROW_KEPT=self.program.forward.row_kept, EXACT=self.program.exact,
+            ROW_KEPT=self.program.forward.row_kept,
+            SCALE=self.program.derivatives.scale, HUGE_FACTOR=self.program.forward.huge_factor,
             VALUE_DIM=value_dim, BLOCK_DV=padded(value_dim), BLOCK_Q=block,
         )  # fmt: skip
         if self.gradients.of_sink:
-            self.gradients.add_sink(rows[3])
+            self.gradients.add_sink(rows[4])
         return rows
 
     def _keys(self, rows: torch.Tensor, k_wanted: bool, v_wanted: bool) -> dict[int, torch.Tensor]:
@@ -192,15 +195,14 @@ class _Call:
         """The gradient of q (0), where wanted, and those of reads at queries."""
         dq = self._buffer(self.q, self._batch, wanted)
         tiles, q_len = self.launch.queries, self.q.shape[-2]
-        sums = tuple(rows.new_empty(*self._batch, q_len) for _ in self.program.row_terms)
+        sums = tuple(rows.new_empty(*self._batch, q_len) for _ in range(self.program.num_row_sums))
         attention_queries_backward_kernel[(math.prod(self._batch) * -(-q_len // tiles.block_q),)](
             self.q, self.k, self.v, self.grad_out, rows, self.kv_ranges, dq, sums,
             *self._strides(self.q, self.k, self.v, self.grad_out, self.kv_ranges, dq),
             *_padded(self._batch), *self._program_arguments,
             **queries_constants(self.spec, self.program, self.q.shape[-1], self.v.shape[-1], tiles),
         )  # fmt: skip
-        for term, found in zip(self.program.row_terms, sums, strict=True):
-            self.gradients.add_rows(term, found)
+        self.gradients.add_rows(sums, rows[2])
         return {} if dq is None else {0: _finished(dq, self.q)}
 
     def _pairs(self, rows: torch.Tensor, number: int, target: torch.Tensor) -> None:

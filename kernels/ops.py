@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from flashfuse.kernels.gradient import gradients, save
 from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.ranges import mask_ranges
@@ -168,14 +169,7 @@ def _fake(
     return empty_output(parsed, q, v, sizes)
 
 
-def _no_backward(ctx: Any, *grads: Any) -> NoReturn:
-    raise RuntimeError(
-        "flashfuse::attention has no backward yet: call it under torch.no_grad(), or compile training code with"
-        ' backend="inductor"'
-    )
-
-
-torch.library.register_autograd("flashfuse::attention", _no_backward, lib=_library)
+torch.library.register_autograd("flashfuse::attention", gradients, setup_context=save, lib=_library)
 
 
 @torch.library.register_vmap("flashfuse::attention", lib=_library)

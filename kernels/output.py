@@ -1,4 +1,4 @@
-"""Where an attention's results go: the one place that decides their shapes, element types and strides.
+"""Where an attention's results and gradients go: the one place that decides their shapes, element types and strides.
 
 Every implementation of the operator allocates here, the fake one too, so the strides a compiler sees are the real ones.
 """
@@ -23,3 +23,18 @@ def empty_output(
     out = torch.empty_permuted((*rows, v.shape[-1]), spec.out_order, dtype=spec.out_dtype, device=q.device)
     lse = torch.empty((*rows, 2), dtype=spec.compute_dtype, device=q.device)
     return out, lse
+
+
+def empty_gradients(
+    spec: AttentionSpec, operands: Sequence[torch.Tensor], needs: Sequence[bool]
+) -> dict[int, torch.Tensor]:
+    """Uninitialised gradients of the needed ones of `operands` = (q, k, v, *captured), by place.
+
+    needs: a flag for each of q, k, v and every floating-point captured tensor. A gradient has the element type of its
+    operand, and its strides where the operand is dense.
+    """
+    floating = [at for at, x in enumerate(operands) if at < 3 or spec.captured[at - 3].is_floating_point]
+    if len(needs) != len(floating):
+        raise RuntimeError(f"flashfuse::attention_backward: expected {len(floating)} flags in needs, got {len(needs)}")
+    needed = (at for at, need in zip(floating, needs, strict=True) if need)
+    return {at: torch.empty_like(operands[at]) for at in needed}

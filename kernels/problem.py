@@ -6,19 +6,69 @@ A box is a range of positions on every axis of a result; it names the part of th
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
 import torch
 
 from flashfuse.kernels.bounds import Q_START, Q_STOP, KvRange
-from flashfuse.kernels.evaluate import Tile, evaluate
+from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.mask import MASK_BLOCK, MaskStructure, mask_of
 from flashfuse.kernels.spec import AttentionSpec
 
 Box = tuple[range, ...]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The batch axes in an order of their own: those over which all keys and values are shared come last.
+
+    batch: the sizes, in the operator's order. shared: how many of `order` are shared.
+    """
+
+    batch: tuple[int, ...]
+    order: tuple[int, ...]
+    shared: int
+
+    @staticmethod
+    def of(batch: Sequence[int], is_shared: Callable[[int], bool]) -> Axes:
+        order = sorted(range(len(batch)), key=is_shared)
+        return Axes(tuple(batch), tuple(order), sum(map(is_shared, order)))
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """[.., T, D] that broadcasts over the batch as a view [outer.., shared.., T, D]."""
+        rank = len(self.batch)
+        return x.expand(*self.batch, *x.shape[-2:]).permute(*self.order, rank, rank + 1)
+
+    def keys(self, x: torch.Tensor) -> torch.Tensor:
+        """The same as [outer.., T, D]: one position stands for all on a shared axis."""
+        outer = len(self.batch) - self.shared
+        return self.rows(x)[(*(slice(None),) * outer, *(0,) * self.shared)]
+
+    def problem(
+        self,
+        spec: AttentionSpec,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+        kv_ranges: torch.Tensor | None,
+    ) -> Problem:
+        """The call with these arguments of the operator."""
+        rank, symbols = len(self.batch), position_symbols(spec)
+        return Problem(
+            spec=spec,
+            symbols=(*(symbols[axis] for axis in self.order), *symbols[rank:]),
+            sizes=size_values(spec, q.shape[-2], k.shape[-2], sizes),
+            captured=captured,
+            q=self.rows(q),
+            k=self.keys(k),
+            v=self.keys(v),
+            kv_ranges=None if kv_ranges is None else self.rows(kv_ranges),
+        )
 
 
 def slices(box: Box) -> tuple[slice, ...]:
@@ -104,8 +154,12 @@ class Problem:
 
     def evaluate_broadcast(self, expr: Expr, box: Box, *products: torch.Tensor) -> torch.Tensor:
         """`expr` over a box of scores, with size 1 on the axes it does not depend on."""
+        return evaluate(expr, self.tile(box, *products))
+
+    def tile(self, box: Box, *products: torch.Tensor) -> Tile:
+        """Where programs are evaluated over a box of scores."""
         axes = tuple(zip(self.symbols, box, strict=True))
-        return evaluate(expr, Tile(axes, self.sizes, products, self.captured, self.spec.compute_dtype, self.q.device))
+        return Tile(axes, self.sizes, products, self.captured, self.spec.compute_dtype, self.q.device)
 
     def evaluate_rows(self, expr: Expr, box: Box) -> torch.Tensor:
         """`expr`, which has no key position, over a box of rows, with size 1 on the axes it does not depend on."""

@@ -15,10 +15,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from flashfuse.kernels import flash_cpu
-from flashfuse.kernels.evaluate import position_symbols, size_values
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.output import empty_output
-from flashfuse.kernels.problem import Box, Problem, slices, split
+from flashfuse.kernels.problem import Axes, Box, Problem, slices, split
 from flashfuse.kernels.spec import AttentionSpec
 
 # Queries and keys of a tile, and the most elements of one buffer: 1 MiB in float32, so that a few stay in cache.
@@ -54,49 +53,27 @@ def _attention(
     out, lse = empty_output(spec, q, v, sizes)
     if lse.numel() == 0:
         return out, lse
-    rank = spec.batch_axes
-    shared = [axis for axis in range(rank) if _is_shared(k, axis) and _is_shared(v, axis)]
-    order = [axis for axis in range(rank) if axis not in shared] + shared
-    # One position stands for all on a shared axis.
-    owned: tuple[slice | int, ...] = (*(slice(None),) * (rank - len(shared)), *(0,) * len(shared))
-    batch, symbols = sizes[:rank], position_symbols(spec)
-    q, k, v = (x.expand(*batch, *x.shape[-2:]).permute(*order, rank, rank + 1) for x in (q, k, v))
-    problem = Problem(
-        spec=spec,
-        symbols=(*(symbols[axis] for axis in order), *symbols[rank:]),
-        sizes=size_values(spec, q.shape[-2], k.shape[-2], sizes),
-        captured=captured,
-        q=q,
-        k=k[owned],
-        v=v[owned],
-        kv_ranges=_over_rows(kv_ranges, batch, order),
-    )
-    out_rows, lse_rows = out.permute(*order, rank, rank + 1), lse.permute(*order, rank, rank + 1)
+    axes = Axes.of(sizes[: spec.batch_axes], lambda axis: _is_shared(k, axis) and _is_shared(v, axis))
+    problem = axes.problem(spec, q, k, v, captured, sizes, kv_ranges)
+    out_rows, lse_rows = axes.rows(out), axes.rows(lse)
     if k.shape[-2] == 0:
         lse_rows[..., 0] = _lse_without_keys(problem, tuple(map(range, lse_rows.shape[:-1])))
         lse_rows[..., 1] = 0.0
         return out.zero_(), lse
     program = flash_cpu.additive_program(problem)
     width = max(q.shape[-1], v.shape[-1])
-    for box in _boxes(q.shape[:-1], width) if program is None else flash_cpu.boxes(problem, program):
+    for box in row_boxes(problem.q.shape[:-1], width) if program is None else flash_cpu.boxes(problem, program):
         where = slices(box)
         done = None if program is None else flash_cpu.attend(problem, program, box)
         out_rows[where], lse_rows[where] = done or _attend(problem, box)
     return out, lse
 
 
-def _over_rows(kv_ranges: torch.Tensor | None, batch: Sequence[int], order: Sequence[int]) -> torch.Tensor | None:
-    if kv_ranges is None:
-        return None
-    rank = len(order)
-    return kv_ranges.expand(*batch, *kv_ranges.shape[-2:]).permute(*order, rank, rank + 1)
-
-
 def _is_shared(x: torch.Tensor, axis: int) -> bool:
     return x.shape[axis] == 1 or x.stride(axis) == 0
 
 
-def _boxes(rows: Sequence[int], width: int) -> Iterator[Box]:
+def row_boxes(rows: Sequence[int], width: int) -> Iterator[Box]:
     """Split the rows [N.., Tq] into boxes whose tiles, and whose [keys, `width`] operands, fit the workspace."""
     budget = max(1, WORKSPACE // (BLOCK_KV * max(width, min(rows[-1], BLOCK_Q))))
     blocks = [min(rows[-1], BLOCK_Q)]
@@ -105,6 +82,11 @@ def _boxes(rows: Sequence[int], width: int) -> Iterator[Box]:
         budget //= blocks[-1]
         budget = max(1, budget)
     return itertools.product(*(split(range(n), block) for n, block in zip(rows, reversed(blocks), strict=True)))
+
+
+def key_tiles(keys: range) -> list[range]:
+    """The tiles that a range of keys is visited in."""
+    return split(keys, BLOCK_KV)
 
 
 def _attend(problem: Problem, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,7 +132,7 @@ class _Rows:
 
     def visit(self, keys: range, score: Expr) -> None:
         """Take the keys into account, their scores given by `score`."""
-        for tile in split(keys, BLOCK_KV):
+        for tile in key_tiles(keys):
             self._visit_tile(tile, score)
 
     def _visit_tile(self, keys: range, score: Expr) -> None:

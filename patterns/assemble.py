@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
 import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Dot, Expr, Index, Load, Product, free_symbols, loads
+from flashfuse.kernels.expr import Dot, Expr, Product, free_symbols, loads
 from flashfuse.kernels.normal import pointwise, rewrite
-from flashfuse.kernels.spec import (
-    KV_IDX,
-    KV_LEN,
-    Q_IDX,
-    Q_LEN,
-    AttentionSpec,
-    batch_symbol,
-    parse,
-    size_symbol,
-    to_text,
-)
+from flashfuse.kernels.spec import AttentionSpec, parse, to_text
 from flashfuse.patterns.axes import Roles
 from flashfuse.patterns.ending import Ending
 from flashfuse.patterns.graph import location, name_of, tensor, value
 from flashfuse.patterns.indexing import Indices
-from flashfuse.patterns.layout import Layout
+from flashfuse.patterns.layout import Layout, Option
 from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.naming import named
 from flashfuse.patterns.normaliser import open_up
 from flashfuse.patterns.operand import Reading, exactly_promotes, readings
 from flashfuse.patterns.output_order import output_order
@@ -51,46 +43,41 @@ def assemble(
     out = tensor(node)
     assert out is not None
     _check_types(node, values, score)
-    if out.requires_grad:
-        raise Refused("training", "gradients are wanted here, and the backward kernels do not exist yet", node)
     roles = _roles(node, position, values, value_side, score, end)
-    q_side, k_side = score.dot.lhs, score.dot.rhs
-    shared = free_symbols(q_side) & free_symbols(k_side) - {roles.r}
-    _check_plain(lifter, q_side, k_side, roles, node)
-    _check_plain(lifter, k_side, q_side, roles, node)
+    for term in score.terms:
+        _check_plain(lifter, term.dot.lhs, term.dot.rhs, roles, node)
+        _check_plain(lifter, term.dot.rhs, term.dot.lhs, roles, node)
     dtype = score.dot.dtype
-    options = (
-        _options(lifter, q_side, shared, dtype, node, "queries", True),
-        _options(lifter, k_side, shared, dtype, node, "keys", True),
-        _options(lifter, value_side, frozenset(), values.dtype, node, "values", False),
-    )
-    layout = Layout(lifter, roles, (score.program, *end.programs), options)
-    q, k, v = layout.chosen
+    value_options = _options(lifter, value_side, frozenset(), values.dtype, node, "values", False)
+    options = [*_product_options(lifter, score, roles, node), (value_options, (roles.j, roles.d))]
+    layout = Layout(lifter, roles, (score.program, *end.programs.values()), options)
+    *factors, v = layout.chosen
     program = score.program
-    for reading in (q, k):
-        for factor in reading.factors:
-            program = _scaled(program, factor)
+    for factor in (f for reading in factors for f in reading.factors):
+        program = _scaled(program, factor)
     program = settled(layout.substitute(program), score.dot.dtype)
     axes = layout.batch
-    sink = None if end.sink is None else layout.substitute(end.sink)
-    multiplier = None if end.factor is None else layout.substitute(end.factor)
-    programs = [e for e in (program, sink, multiplier) if e is not None]
-    captured = _captured(programs)
+    programs = {"score": program, **{name: layout.substitute(e) for name, e in end.programs.items()}}
+    captured = _captured(programs.values())
     _check_captured(lifter, captured, node)
     q_len = lifter.ranges[roles.i] if roles.i is not None else sympy.Integer(1)
     kv_len = lifter.ranges[roles.j]
-    names, sizes = _names(programs, axes, roles, q_len, kv_len)
-    product_dtype = _product_dtype(q.load.dtype, k.load.dtype, dtype)
+    finished, sizes = named([*programs.values()], axes, roles, captured, q_len, kv_len)
+    product_dtype = _product_dtype({reading.load.dtype for reading in factors}, dtype)
+    terms = [
+        (
+            layout.operand(q, (*axes, roles.i, term.dot.axis), product_dtype, term.factor),
+            layout.operand(k, (*axes, roles.j, term.dot.axis), product_dtype),
+        )
+        for term, q, k in zip(score.terms, factors[::2], factors[1::2], strict=True)
+    ]
     types = tuple(_captured_dtype(n) for n in captured)
     score_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
     out_axes, out_order, free_layout = output_order(node, position, roles, layout)
-
-    def final(expr: Expr) -> Expr:
-        return parse(to_text(_named(expr, names, captured)), types, score_dtype)
-
+    parts = {name: parse(to_text(e), types, score_dtype) for name, e in zip(programs, finished, strict=True)}
     spec = AttentionSpec(
         batch_axes=len(axes),
-        score=final(program),
+        score=parts["score"],
         captured=types,
         num_sizes=len(sizes),
         product_dtype=product_dtype,
@@ -99,31 +86,32 @@ def assemble(
         empty_row=end.empty_row,
         out_order=out_order,
         normaliser=end.normaliser,
-        sink=None if sink is None else final(sink),
-        factor=None if multiplier is None else final(multiplier),
+        sink=parts.get("sink"),
+        factor=parts.get("factor"),
     )
     return AttentionSite(
         node=node,
         location=location(node),
         spec=spec,
-        q=layout.operand(q, (*axes, roles.i, roles.r), product_dtype),
-        k=layout.operand(k, (*axes, roles.j, roles.r), product_dtype),
+        q=terms[0][0],
+        k=terms[0][1],
         v=layout.operand(v, (*axes, roles.j, roles.d), values.dtype),
         captured=captured,
         batch=tuple(lifter.ranges[a] for a in axes),
         sizes=sizes,
         q_len=q_len,
         kv_len=kv_len,
-        head_dim=score.dot.extent,
+        head_dim=sympy.Add(*(term.dot.extent for term in score.terms)),
         value_dim=lifter.ranges[roles.d] if roles.d is not None else sympy.Integer(1),
         out_axes=out_axes,
         free_layout=free_layout,
         chain=chain,
+        more=tuple(terms[1:]),
     )
 
 
 def _check_types(node: fx.Node, values: Dot, score: Score) -> None:
-    for dot in (values, score.dot):
+    for dot in (values, *(term.dot for term in score.terms)):
         if dot.dtype not in _SUPPORTED:
             raise Refused("dtype", f"attention is computed in {dot.dtype}, which the kernels do not take", node)
     if (values.dtype == torch.float64) != (score.dot.dtype == torch.float64):
@@ -140,7 +128,7 @@ def _check_plain(lifter: Lifter, side: Expr, other: Expr, roles: Roles, node: fx
         return
     for x, y in ((inner.lhs, inner.rhs), (inner.rhs, inner.lhs)):
         paired = free_symbols(y) - free_symbols(x) - free_symbols(other) - {roles.r}
-        if roles.j in free_symbols(x) and paired:
+        if roles.j in free_symbols(x) and paired & lifter.ranges.keys():
             raise Refused("head-mixing", "the scores are mixed across heads before the softmax", node)
 
 
@@ -149,7 +137,7 @@ def _roles(node: fx.Node, position: Indices, values: Dot, value_side: Expr, scor
     j, r = values.axis, score.dot.axis
     outs = [o for o in position if isinstance(o, sympy.Symbol)]
     in_values = free_symbols(value_side)
-    parts = (score.program, score.dot.lhs, score.dot.rhs, *end.programs)
+    parts = [score.program, *end.programs.values(), *(side for t in score.terms for side in (t.dot.lhs, t.dot.rhs))]
     in_program = frozenset().union(*map(free_symbols, parts))
     ds = [o for o in outs if o in in_values and o not in in_program]
     rows = [
@@ -164,6 +152,18 @@ def _roles(node: fx.Node, position: Indices, values: Dot, value_side: Expr, scor
     i = rows[-1] if rows else None
     batch = tuple(o for o in outs if o != i and o not in ds)
     return Roles(batch, i, j, r, ds[0] if ds else None)
+
+
+def _product_options(lifter: Lifter, score: Score, roles: Roles, node: fx.Node) -> list[Option]:
+    """Readings of the queries and keys of every term. Of several terms each keeps its own factors in its operands."""
+    scaled, found = len(score.terms) == 1, []
+    for term in score.terms:
+        dot = term.dot
+        shared = free_symbols(dot.lhs) & free_symbols(dot.rhs) - {dot.axis}
+        q = _options(lifter, dot.lhs, shared, dot.dtype, node, "queries", scaled)
+        k = _options(lifter, dot.rhs, shared, dot.dtype, node, "keys", scaled)
+        found += [(q, (roles.i, dot.axis)), (k, (roles.j, dot.axis))]
+    return found
 
 
 def _options(
@@ -186,13 +186,13 @@ def _scaled(program: Expr, factor: Expr) -> Expr:
     return rewrite(program, lambda e: pointwise("mul", e, factor, dtype=e.dtype) if isinstance(e, Product) else None)
 
 
-def _product_dtype(q: torch.dtype, k: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+def _product_dtype(operands: AbstractSet[torch.dtype], dtype: torch.dtype) -> torch.dtype:
     """The narrowest type in which the product is still exact: bf16 operands cast up to float32 multiply as bf16."""
-    narrow = q == k and q in (torch.float16, torch.bfloat16) and exactly_promotes(q, dtype) and dtype == torch.float32
-    return q if narrow else dtype
+    narrow = next(iter(operands)) if len(operands) == 1 and dtype == torch.float32 else dtype
+    return narrow if narrow in (torch.float16, torch.bfloat16) and exactly_promotes(narrow, dtype) else dtype
 
 
-def _captured(programs: Sequence[Expr]) -> tuple[fx.Node, ...]:
+def _captured(programs: Iterable[Expr]) -> tuple[fx.Node, ...]:
     """The graph tensors that the programs read, in order of first use."""
     return tuple(dict.fromkeys(x.tensor for e in programs for x in loads(e) if isinstance(x.tensor, fx.Node)))
 
@@ -213,42 +213,3 @@ def _check_captured(lifter: Lifter, captured: Sequence[fx.Node], site: fx.Node) 
             )
         if not isinstance(value(node), (torch.Tensor, torch.SymFloat)):
             raise Refused("unknown-operator", f"`{node.name}` in the score is not a tensor", node)
-
-
-def _names(
-    programs: Sequence[Expr],
-    axes: Sequence[sympy.Symbol],
-    roles: Roles,
-    q_len: sympy.Expr,
-    kv_len: sympy.Expr,
-) -> tuple[dict[sympy.Symbol, sympy.Expr], tuple[sympy.Expr, ...]]:
-    """The spec's name of every symbol in the programs, and the graph sizes that its size0, size1, .. stand for."""
-    names: dict[sympy.Symbol, sympy.Expr] = {a: batch_symbol(n) for n, a in enumerate(axes)} | {roles.j: KV_IDX}
-    if roles.i is not None:
-        names[roles.i] = Q_IDX
-    used = frozenset().union(*map(free_symbols, programs)) - set(names)
-    sizes: list[sympy.Expr] = []
-    for symbol in sorted(used, key=str):
-        if symbol == kv_len:
-            names[symbol] = KV_LEN
-        elif symbol == q_len:
-            names[symbol] = Q_LEN
-        else:
-            names[symbol] = size_symbol(len(sizes))
-            sizes.append(symbol)
-    return names, tuple(sizes)
-
-
-def _named(program: Expr, names: dict[sympy.Symbol, sympy.Expr], captured: Sequence[fx.Node]) -> Expr:
-    """The program over the spec's own names."""
-    slots: dict[Hashable, int] = {node: slot for slot, node in enumerate(captured)}
-
-    def rule(e: Expr) -> Expr | None:
-        match e:
-            case Load():
-                return Load(e.dtype, slots[e.tensor], tuple(i.xreplace(names) for i in e.indices))
-            case Index():
-                return Index(e.dtype, sympy.expand(e.value.xreplace(names)))
-        return None
-
-    return rewrite(program, rule)

@@ -14,7 +14,7 @@ from flashfuse.kernels.expr import Const, Dot, Expr, Index, Reduce, Softmax
 from flashfuse.kernels.normal import cast, const, converted, index, pointwise
 from flashfuse.kernels.operators import OPS
 from flashfuse.patterns.graph import shape, to_sympy
-from flashfuse.patterns.indexing import ZERO, Indices, divide
+from flashfuse.patterns.indexing import ZERO, Indices, divide, never_negative
 from flashfuse.patterns.lift import CannotLift, NodeView, Row
 from flashfuse.patterns.rows import argument, replaced, row
 from flashfuse.patterns.trace import AtenCall
@@ -181,12 +181,13 @@ def _divide_positions(view: NodeView, call: AtenCall, position: Indices, _: int)
     rounding = call.kwargs.get("rounding_mode", "floor")
     if not isinstance(a, Index) or not isinstance(b, Index) or rounding is None or not b.value.is_positive:
         raise CannotLift(view.node, "divides with rounding")
+    positive = never_negative(a.value, view.ranges)
     if call.func not in (aten.remainder.Scalar, aten.remainder.Tensor):
-        whole = divide(a.value, b.value, view.ranges)[0] if a.value.is_nonnegative else FloorDiv(a.value, b.value)
-        if rounding == "trunc" and not a.value.is_nonnegative:
+        whole = divide(a.value, b.value, view.ranges)[0] if positive else FloorDiv(a.value, b.value)
+        if rounding == "trunc" and not positive:
             raise CannotLift(view.node, "rounds a negative position towards zero")
         return cast(index(whole), call.output.dtype)
-    if not a.value.is_nonnegative:
+    if not positive:
         raise CannotLift(view.node, "takes a remainder of a negative position")
     return cast(index(divide(a.value, b.value, view.ranges)[1]), call.output.dtype)
 

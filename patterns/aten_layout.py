@@ -8,7 +8,7 @@ import torch
 from flashfuse.kernels.expr import Expr, Index
 from flashfuse.kernels.normal import converted, index, pointwise, substitute
 from flashfuse.patterns.graph import shape, to_sympy
-from flashfuse.patterns.indexing import ZERO, Indices, divide, quotient, reshape, within
+from flashfuse.patterns.indexing import ZERO, Indices, divide, quotient, reshape
 from flashfuse.patterns.lift import CannotLift, NodeView
 from flashfuse.patterns.rows import argument, replaced, row
 from flashfuse.patterns.trace import AtenCall
@@ -161,37 +161,3 @@ def _continues(piece: Expr, rest: Expr, at: sympy.Expr, begin: sympy.Expr, end: 
     if piece == rest:
         return True
     return end - begin == 1 and substitute(piece, {at: begin}) == substitute(rest, {at: begin})
-
-
-@row(aten.index.Tensor)
-def _index(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    """x[.., tensor, ..] where the index tensors are formulas of the position."""
-    source, given = call.args[0], list(call.args[1])
-    given += [None] * (len(source.shape) - len(given))
-    slots = [d for d, t in enumerate(given) if t is not None]
-    if any(given[d].dtype == torch.bool for d in slots):
-        raise CannotLift(view.node, "selects elements by a boolean mask, so its size depends on data")
-    rank = max(len(given[d].shape) for d in slots)
-    together = slots == list(range(slots[0], slots[-1] + 1))
-    first = slots[0] if together else 0
-    picked, rest = position[first : first + rank], iter(position[:first] + position[first + rank :])
-    sizes = shape(source)
-    source_position: list[sympy.Expr] = []
-    for d, t in enumerate(given):
-        if t is None:
-            source_position.append(next(rest))
-            continue
-        at = view.resolved(view.element(t, tuple(picked)))
-        if not isinstance(at, Index):
-            raise CannotLift(view.node, "looks elements up at positions that depend on data")
-        source_position.append(_wrapped(view, at.value, sizes[d]))
-    return view.element(source, tuple(source_position))
-
-
-def _wrapped(view: NodeView, at: sympy.Expr, size: sympy.Expr) -> sympy.Expr:
-    """A looked-up position, counted from the end where it may be negative; it must be provably inside the tensor."""
-    if within(at, size, view.ranges):
-        return at
-    if within(at + size, 2 * size, view.ranges):
-        return divide(at + size, size, view.ranges)[1]
-    raise CannotLift(view.node, "looks elements up at positions that may lie outside the tensor")

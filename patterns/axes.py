@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.patterns.indexing import Indices, Ranges, divide, quotient
+from flashfuse.patterns.indexing import Indices, Ranges, quotient, resimplify
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,6 @@ class Roles:
     j: sympy.Symbol
     r: sympy.Symbol
     d: sympy.Symbol | None
-
-
-def resimplify(expr: sympy.Expr, ranges: Ranges) -> sympy.Expr:
-    """Redo the divisions of an index after a substitution."""
-    if not expr.has(FloorDiv, Mod):
-        return sympy.expand(expr)
-    args = [resimplify(a, ranges) for a in expr.args]
-    if isinstance(expr, FloorDiv):
-        return divide(args[0], args[1], ranges)[0]
-    if isinstance(expr, Mod):
-        return divide(args[0], args[1], ranges)[1]
-    return sympy.expand(expr.func(*args))
 
 
 def folds(indices: Iterable[sympy.Expr], symbol: sympy.Symbol) -> list[sympy.Expr]:

@@ -5,6 +5,8 @@ They will not exist after the rewrite, so nothing outside may need what they com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -14,9 +16,9 @@ from flashfuse.patterns.normaliser import NORMALISERS
 from flashfuse.patterns.refusal import Refused
 
 
-def private_chain(graph: Graph, product: fx.Node, site: fx.Node) -> tuple[fx.Node, ...]:
-    """The nodes from the product to the site, in order. Raises Refused where something else needs one of them."""
-    region = _between(graph, product, site)
+def private_chain(graph: Graph, products: Sequence[fx.Node], site: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes from the products to the site, in order. Raises Refused where something else needs one of them."""
+    region = _between(graph, products, site)
     chain = tuple(sorted(region, key=graph.position.__getitem__))
     first_softmax = next((n for n in chain if name_of(n) in NORMALISERS), None)
     what = "scores"
@@ -39,15 +41,15 @@ def private_chain(graph: Graph, product: fx.Node, site: fx.Node) -> tuple[fx.Nod
     return chain
 
 
-def _between(graph: Graph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
-    """Nodes on a path from `start` to `end`, `start` included, and in-place edits of what is on it."""
-    inside = graph.nodes[graph.position[start] + 1 : graph.position[end]]
-    reached = {start}
+def _between(graph: Graph, starts: Sequence[fx.Node], end: fx.Node) -> set[fx.Node]:
+    """Nodes on a path from one of `starts` to `end`, starts included, and in-place edits of what is on it."""
+    inside = graph.nodes[min(graph.position[n] for n in starts) : graph.position[end]]
+    reached = set(starts)
     for node in inside:
         if any(n in reached for n in node.all_input_nodes):
             reached.add(node)
     wanted = {end}
-    for node in (*reversed(inside), start):
+    for node in reversed(inside):
         if node in reached and (
             any(u in wanted for u in node.users) or any(n in reached for n in mutated_inputs(node))
         ):

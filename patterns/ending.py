@@ -31,7 +31,7 @@ from flashfuse.kernels.normal import FALSE, TRUE, cast, conjunction, conjuncts, 
 from flashfuse.patterns.graph import name_of
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.refusal import Refused
-from flashfuse.patterns.score import Score, read_program
+from flashfuse.patterns.score import Score
 from flashfuse.patterns.weights import Weights, combined
 
 
@@ -45,28 +45,25 @@ class Ending:
     factor: Expr | None = None
 
     @property
-    def programs(self) -> tuple[Expr, ...]:
-        return tuple(e for e in (self.sink, self.factor) if e is not None)
+    def programs(self) -> dict[str, Expr]:
+        """The programs there are, by the names of the spec's fields."""
+        return {name: e for name, e in (("sink", self.sink), ("factor", self.factor)) if e is not None}
 
 
 def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, leads: AbstractSet[fx.Node]) -> Ending:
     """The ending of one softmax whose score was found. Raises Refused where it is not one the kernels have."""
     i_symbols = free_symbols(score.dot.lhs) - free_symbols(score.dot.rhs)
-
-    def read(expr: Expr) -> Expr:
-        return read_program(lifter, expr, i_symbols, j)
-
     if weights.by_logarithm and _may_absorb(score.program, j):
         raise Refused(
             "log-sum-exp",
             "a row of large fills absorbs the logarithm of its sum, so its probabilities do not add up to 1",
         )
-    sink = combined(tuple(read(_sink(lifter, s, score, leads)) for s in weights.sinks))
+    sink = combined(tuple(score.opener.read(_sink(lifter, s, score, leads)) for s in weights.sinks))
     factor: Expr | None = None
-    for f in (read(f if f.dtype.is_floating_point else cast(f, torch.float32)) for f in weights.factors):
+    for f in (score.opener.read(f if f.dtype.is_floating_point else cast(f, torch.float32)) for f in weights.factors):
         factor = f if factor is None else pointwise("mul", factor, f)
     empty_row = weights.empty_row
-    kept = conjunction([read(k) for k in weights.kept])
+    kept = conjunction([score.opener.read(k) for k in weights.kept])
     if kept != TRUE:
         factor, empty_row = _zeroed(lifter, score.program, kept, factor, empty_row, j)
     if factor is not None:
@@ -77,8 +74,8 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
 def _sink(lifter: Lifter, expr: Expr, score: Score, leads: AbstractSet[fx.Node]) -> Expr:
     """The argument of a softmax in a column without a value, seen through what it shares with the scores."""
     match expr:
-        case Load(tensor=tensor) if tensor == score.node:
-            raise Refused("extra-columns", "the softmax runs over more keys than there are values", score.node)
+        case Load(tensor=fx.Node() as made) if made in score.nodes:
+            raise Refused("extra-columns", "the softmax runs over more keys than there are values", made)
         case Load(tensor=tensor) if tensor in leads:
             try:
                 opened = lifter.expand(expr)

@@ -51,6 +51,12 @@ def tensor(node: fx.Node) -> torch.Tensor | None:
     return v if isinstance(v, torch.Tensor) else None
 
 
+def wants_gradient(node: fx.Node) -> bool:
+    """Whether the node's value is a tensor that requires a gradient."""
+    t = tensor(node)
+    return t is not None and t.requires_grad
+
+
 def to_sympy(size: Any) -> sympy.Expr:
     """A size, possibly symbolic, as a sympy expression over the graph's size symbols."""
     if not isinstance(size, (torch.SymInt, torch.SymFloat)):

@@ -7,6 +7,7 @@ Every layout operation is a substitution in an index. A reshape is the only one 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 
 import sympy
@@ -31,8 +32,12 @@ def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
     if a.is_Integer and b.is_Integer:
         return sympy.Integer(int(a) // int(b)) if int(a) % int(b) == 0 else None
     ratio = sympy.cancel(a / b)
-    denominator = sympy.fraction(ratio)[1]
-    return sympy.expand(ratio) if denominator == 1 else None
+    return sympy.expand(ratio) if _is_whole(ratio) else None
+
+
+def _is_whole(expr: sympy.Expr) -> bool:
+    """Whether the expression is free of fractions, also of fractional coefficients."""
+    return bool(sympy.fraction(sympy.together(expr))[1] == 1)
 
 
 def bounds(expr: sympy.Expr, ranges: Ranges) -> tuple[sympy.Expr, sympy.Expr] | None:
@@ -77,13 +82,19 @@ def within(expr: sympy.Expr, extent: sympy.Expr, ranges: Ranges) -> bool:
     return bool(limits[0].is_nonnegative) and bool(sympy.expand(extent - 1 - limits[1]).is_nonnegative)
 
 
+def never_negative(expr: sympy.Expr, ranges: Ranges) -> bool:
+    """Whether 0 <= expr can be proven."""
+    limits = bounds(expr, ranges)
+    return limits is not None and bool(limits[0].is_nonnegative)
+
+
 def divide(expr: sympy.Expr, divisor: sympy.Expr, ranges: Ranges) -> tuple[sympy.Expr, sympy.Expr]:
     """(expr // divisor, expr % divisor) for a non-negative expr and a positive divisor, simplified."""
     if divisor == 1:
         return expr, ZERO
     whole: list[sympy.Expr] = []
     rest: list[sympy.Expr] = []
-    for term in sympy.Add.make_args(sympy.expand(expr)):
+    for term in sympy.Add.make_args(recombined(expr)):
         part = quotient(term, divisor)
         (rest if part is None else whole).append(term if part is None else part)
     remainder = sympy.Add(*rest)
@@ -93,7 +104,84 @@ def divide(expr: sympy.Expr, divisor: sympy.Expr, ranges: Ranges) -> tuple[sympy
     if isinstance(remainder, FloorDiv):
         inner, first = remainder.args
         return sympy.Add(*whole) + FloorDiv(inner, sympy.expand(first * divisor)), Mod(remainder, divisor)
-    return sympy.Add(*whole) + FloorDiv(remainder, divisor), Mod(remainder, divisor)
+    share = _best_share(rest, divisor, ranges)
+    if share is None:
+        return FloorDiv(expr, divisor), Mod(expr, divisor)
+    taken, left = sympy.Add(*whole, share[0]), share[1]
+    if within(left, divisor, ranges):
+        return taken, left
+    return taken + FloorDiv(left, divisor), Mod(left, divisor)
+
+
+def _best_share(
+    terms: Sequence[sympy.Expr], divisor: sympy.Expr, ranges: Ranges
+) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """A way to write the sum of `terms` as taken * divisor + left where left is small, or at least never negative."""
+    shares = _shares(terms, divisor)
+    for extent in (divisor, 2 * divisor):
+        for share in shares:
+            if within(share[1], extent, ranges):
+                return share
+    return next((s for s in shares if s[1].is_nonnegative or never_negative(s[1], ranges)), None)
+
+
+_MOST_TERMS = 5
+
+
+def _shares(terms: Sequence[sympy.Expr], divisor: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr]]:
+    """Ways to write the sum of `terms` as taken * divisor + left: 11 i is 12 i - i."""
+    if len(terms) > _MOST_TERMS:
+        return [(ZERO, sympy.Add(*terms))]
+    choices = [_share(term, divisor) for term in terms]
+    return [
+        (sympy.Add(*(taken for taken, _ in way)), sympy.expand(sympy.Add(*(left for _, left in way))))
+        for way in itertools.product(*choices)
+    ]
+
+
+def _share(term: sympy.Expr, divisor: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr]]:
+    """One term as taken * divisor + left, by rounding its coefficient down or up."""
+    if divisor.is_Integer:
+        coefficient, rest = term.as_coeff_Mul()
+        if not coefficient.is_Integer:
+            return [(ZERO, term)]
+        taken = int(coefficient) // int(divisor)
+        return [(n * rest, (coefficient - n * divisor) * rest) for n in (taken, taken + 1)]
+    whole = {part: sympy.Dummy(integer=True) for part in (term * divisor).atoms(FloorDiv, Mod)}
+    given = {dummy: part for part, dummy in whole.items()}
+    term_, divisor_ = term.xreplace(whole), divisor.xreplace(whole)
+    size = sorted(divisor_.free_symbols, key=str)[0]
+    if size not in term_.free_symbols:
+        return [(ZERO, term)]
+    try:
+        taken, left = (part.xreplace(given) for part in sympy.div(term_, divisor_, size))
+    except sympy.PolynomialError:
+        return [(ZERO, term)]
+    return [(ZERO, term), (taken, left)] if _is_whole(taken) and _is_whole(left) else [(ZERO, term)]
+
+
+def recombined(expr: sympy.Expr) -> sympy.Expr:
+    """The expanded expression with x for d * (x // d) + x % d, which a reshape and its inverse leave."""
+    expr = sympy.expand(expr)
+    for part in sorted(expr.atoms(Mod), key=str):
+        value, divisor = part.args
+        times = expr.coeff(part, 1)
+        whole = FloorDiv(value, divisor)
+        if times != 0 and sympy.expand(expr.coeff(whole, 1) - times * divisor) == 0:
+            expr = sympy.expand(expr - times * part - times * divisor * whole + times * value)
+    return expr
+
+
+def resimplify(expr: sympy.Expr, ranges: Ranges) -> sympy.Expr:
+    """Redo the divisions of an index after a substitution."""
+    if not expr.has(FloorDiv, Mod):
+        return sympy.expand(expr)
+    args = [resimplify(a, ranges) for a in expr.args]
+    if isinstance(expr, FloorDiv):
+        return divide(args[0], args[1], ranges)[0]
+    if isinstance(expr, Mod):
+        return divide(args[0], args[1], ranges)[1]
+    return recombined(expr.func(*args))
 
 
 def product(sizes: Sequence[sympy.Expr]) -> sympy.Expr:
@@ -105,7 +193,7 @@ def linearize(position: Sequence[sympy.Expr], sizes: Sequence[sympy.Expr]) -> sy
     offset: sympy.Expr = ZERO
     for at, size in zip(position, sizes, strict=True):
         offset = offset * size + at
-    return sympy.expand(offset)
+    return recombined(offset)
 
 
 def unlinearize(offset: sympy.Expr, sizes: Sequence[sympy.Expr], ranges: Ranges) -> tuple[sympy.Expr, ...]:

@@ -15,51 +15,53 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Expr, Index, Load, loads, walk
+from flashfuse.kernels.expr import Expr, Index, Load, walk
 from flashfuse.kernels.normal import rewrite
 from flashfuse.kernels.spec import MAX_BATCH_AXES
-from flashfuse.patterns.axes import Roles, fold, folds, radix, resimplify, substituted
+from flashfuse.patterns.axes import Roles, fold, folds, radix, substituted
+from flashfuse.patterns.indexing import resimplify
 from flashfuse.patterns.lift import Lifter
 from flashfuse.patterns.operand import Reading, exactly_promotes, sizes_of
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.site import Operand
 from flashfuse.patterns.views import Step, view_plan
 
+Option = tuple[list[Reading], tuple[sympy.Symbol | None, sympy.Symbol | None]]
+
 
 class Layout:
     """Chooses how far back each operand is read, and splits folded batch axes so that each is a view.
 
-    options: the readings of the queries, the keys and the values, each nearest first.
+    options: for each operand its readings, nearest first, and its own axes (rows and columns).
     chosen: the reading taken for each. parts: for every batch axis of the output the axes it was split into.
     Raises Refused where an operand has no reading that is a view.
     """
 
-    def __init__(
-        self, lifter: Lifter, roles: Roles, programs: Sequence[Expr], options: Sequence[list[Reading]]
-    ) -> None:
+    def __init__(self, lifter: Lifter, roles: Roles, programs: Sequence[Expr], options: Sequence[Option]) -> None:
         self.lifter, self.roles = lifter, roles
         self.ranges = lifter.ranges
         self.mapping: dict[sympy.Symbol, sympy.Expr] = {}
         self.parts: dict[sympy.Symbol, tuple[sympy.Symbol, ...]] = {b: (b,) for b in roles.batch}
-        for program in programs:
-            positions = [e.value for e in walk(program) if isinstance(e, Index)]
-            self._split_for([i for x in loads(program) for i in x.indices] + positions)
-        own_axes = ((roles.i, roles.r), (roles.j, roles.r), (roles.j, roles.d))
-        self.chosen = tuple(self._choose(found, own) for found, own in zip(options, own_axes, strict=True))
+        inside = [e for program in programs for e in walk(program)]
+        reads = [i for e in inside if isinstance(e, Load) for i in e.indices]
+        self._split_for(reads + [e.value for e in inside if isinstance(e, Index)])
+        self.chosen = tuple(self._choose(found, own) for found, own in options)
 
     @property
     def batch(self) -> tuple[sympy.Symbol, ...]:
         """The batch axes after splitting."""
         return tuple(p for b in self.roles.batch for p in self.parts[b])
 
-    def operand(self, reading: Reading, axes: Sequence[sympy.Symbol | None], dtype: torch.dtype) -> Operand:
+    def operand(
+        self, reading: Reading, axes: Sequence[sympy.Symbol | None], dtype: torch.dtype, factor: float = 1.0
+    ) -> Operand:
         """The tensor that is read, as a view with a dimension for each of `axes`."""
         assert isinstance(reading.load.tensor, fx.Node)
         steps = self._plan(reading.load, axes)
         if steps is None:
             raise _no_view(reading)
         kept = reading.load.dtype if exactly_promotes(reading.load.dtype, dtype) else dtype
-        return Operand(reading.load.tensor, steps, kept)
+        return Operand(reading.load.tensor, steps, kept, factor)
 
     def substitute(self, expr: Expr) -> Expr:
         """The expression over the axes after splitting."""
@@ -76,10 +78,10 @@ class Layout:
 
     def _choose(self, found: list[Reading], own_axes: tuple[sympy.Symbol | None, ...]) -> Reading:
         for reading in reversed(found):
-            if not self._split_for(reading.load.indices):
-                continue
-            if self._plan(reading.load, (*self.batch, *own_axes)) is not None:
+            before = self.mapping, self.parts
+            if self._split_for(reading.load.indices) and self._plan(reading.load, (*self.batch, *own_axes)) is not None:
                 return reading
+            self.mapping, self.parts = before
         raise _no_view(found[0])
 
     def _split_for(self, indices: Sequence[sympy.Expr]) -> bool:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import Expr, Index, Load, Pointwise
+from flashfuse.kernels.expr import Expr, Index, Load, Pointwise, loads
 from flashfuse.kernels.normal import const, converted, index, rewrite, substitute
-from flashfuse.patterns.graph import Graph, mutated_inputs, shape, storage, tensor, to_sympy, value
-from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds
+from flashfuse.patterns.graph import Graph, mutated_inputs, shape, storage, tensor, to_sympy, value, wants_gradient
+from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds, resimplify
 from flashfuse.patterns.trace import CannotTrace, Trace, trace
 
 
@@ -30,10 +32,13 @@ class CannotLift(Exception):
 
 
 class Lifter:
-    """Lifts the nodes of one graph. Keeps the extent of every index symbol it made, and each node's expansion."""
+    """Lifts the nodes of one graph. Keeps the extent of every index symbol it made, and each node's expansion.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    history: whether what is lifted has to keep its gradient, so that no place where one ends is looked through.
+    """
+
+    def __init__(self, graph: Graph, history: bool = False) -> None:
+        self.graph, self.history = graph, history
         self.ranges: dict[sympy.Symbol, sympy.Expr] = {}
         self._first_read: dict[fx.Node, fx.Node] = {}
         self._overwritten: set[fx.Node] = set()
@@ -74,7 +79,25 @@ class Lifter:
         return self.graph.writer_between(node, reader or node, site)
 
     def expand(self, load: Load) -> Expr:
-        """One step back: the element in terms of the inputs of the load's node. Raises CannotLift."""
+        """One step back: the element in terms of the inputs of the load's node. Raises CannotLift.
+
+        With `history` never past a place where a gradient ends (`detach`, `torch.no_grad`): behind it, one would start.
+        """
+        expr = self.look_behind(load)
+        node = load.tensor
+        assert isinstance(node, fx.Node)
+        if self._ends_gradient(node, expr):
+            raise CannotLift(node, "ends a gradient that its input requires")
+        return expr
+
+    def _ends_gradient(self, node: fx.Node, expr: Expr) -> bool:
+        if not self.history or not expr.dtype.is_floating_point or wants_gradient(node):
+            return False
+        sources = (read.tensor for read in loads(expr) if read.dtype.is_floating_point)
+        return any(wants_gradient(source) for source in sources if isinstance(source, fx.Node))
+
+    def look_behind(self, load: Load) -> Expr:
+        """`expand` for the value alone: what is found must not become part of a program. Raises CannotLift."""
         node = load.tensor
         assert isinstance(node, fx.Node)
         if node in self._overwritten:
@@ -86,7 +109,20 @@ class Lifter:
             raise known
         position, expr = known
         moved = {a: b for a, b in zip(position, load.indices, strict=True) if isinstance(a, sympy.Symbol)}
-        return substitute(expr, moved) if moved else expr
+        return self.divided_again(substitute(expr, moved)) if moved else expr
+
+    def divided_again(self, expr: Expr) -> Expr:
+        """The expression with the divisions in its indices redone, after positions were put in place of symbols."""
+
+        def rule(e: Expr) -> Expr | None:
+            match e:
+                case Load() if any(i.has(FloorDiv, Mod) for i in e.indices):
+                    return replace(e, indices=tuple(resimplify(i, self.ranges) for i in e.indices))
+                case Index() if e.value.has(FloorDiv, Mod):
+                    return replace(e, value=resimplify(e.value, self.ranges))
+            return None
+
+        return rewrite(expr, rule)
 
     def resolved(self, expr: Expr) -> Expr:
         """Integer and boolean loads replaced by what they are made from, as far as that goes."""

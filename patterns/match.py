@@ -6,6 +6,7 @@ argument lifts to a score program over one product of queries and keys, is an at
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
@@ -17,18 +18,19 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 import flashfuse.patterns.aten
 import flashfuse.patterns.aten_layout
 import flashfuse.patterns.aten_numbers
+import flashfuse.patterns.aten_windows
+import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols
 from flashfuse.patterns.assemble import assemble
-from flashfuse.patterns.cases import decided
 from flashfuse.patterns.chain import private_chain
 from flashfuse.patterns.ending import Ending, ending, is_linear
 from flashfuse.patterns.gate import Gated, as_gated
-from flashfuse.patterns.graph import Graph, location, name_of, shape, tensor, value
+from flashfuse.patterns.graph import Graph, location, name_of, shape, tensor, value, wants_gradient
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import PARTIAL, place
-from flashfuse.patterns.refusal import Refused
+from flashfuse.patterns.refusal import Refused, mixing_layer, read_as_whole
 from flashfuse.patterns.score import Score, find_score
 from flashfuse.patterns.seeds import WHOLE, Upstream, is_contraction, unclaimed, upstream
 from flashfuse.patterns.site import AttentionSite, Refusal
@@ -47,7 +49,7 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     """Find every attention in a Dynamo graph (its nodes carry fake tensors in `meta`). The graph is not changed."""
     graph = Graph(module)
     up = upstream(graph)
-    lifter = Lifter(graph)
+    lifters = {history: Lifter(graph, history) for history in (False, True)}
     sites: list[AttentionSite] = []
     refused: dict[fx.Node, Refused] = {}
     claimed: set[fx.Node] = set()
@@ -58,7 +60,7 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
         if node not in graph.live or not seeds or taken:
             continue
         try:
-            site = _match(lifter, node, up.products.keys())
+            site = _match(lifters[wants_gradient(node)], node, up.products.keys())
         except Refused as error:
             for seed in seeds:
                 refused.setdefault(seed, error)
@@ -82,7 +84,9 @@ def _is_curve(up: Upstream, node: fx.Node) -> bool:
 
 def _refusal(seed: fx.Node, error: Refused | None) -> Refusal:
     if error is None:
-        error = Refused("no-value-product", "the probabilities are not multiplied with values in this graph")
+        error = mixing_layer(seed) or Refused(
+            "no-value-product", "the probabilities are not multiplied with values in this graph"
+        )
     node = error.node or seed
     return Refusal(node, error.code, error.reason, location(node))
 
@@ -180,15 +184,20 @@ def _site(
     weights: Weights,
     leads: AbstractSet[fx.Node],
 ) -> AttentionSite:
-    score = _score(lifter, weights.arg, product.axis, leads, node)
+    score = find_score(lifter, weights.arg, product.axis, leads, node, _rows(position, value_side))
     end = ending(lifter, weights, score, product.axis, leads)
     return _assembled(lifter, node, position, product, value_side, score, end)
+
+
+def _rows(position: Indices, value_side: Expr) -> Sequence[sympy.Symbol]:
+    """The output's symbols that the values lack."""
+    return [o for o in position if isinstance(o, sympy.Symbol) and o not in free_symbols(value_side)]
 
 
 def _assembled(
     lifter: Lifter, node: fx.Node, position: Indices, product: Dot, value_side: Expr, score: Score, end: Ending
 ) -> AttentionSite:
-    chain = private_chain(lifter.graph, score.node, node) if score.node is not node else ()
+    chain = private_chain(lifter.graph, score.nodes, node) if node not in score.nodes else ()
     site = assemble(lifter, node, position, product, value_side, end, score, chain)
     _check_apart(site, chain)
     return site
@@ -196,9 +205,9 @@ def _assembled(
 
 def _check_apart(site: AttentionSite, chain: tuple[fx.Node, ...]) -> None:
     """Refuse where the kernel would read what it takes the place of."""
-    for used in (*site.captured, site.q.node, site.k.node, site.v.node):
+    for used in site.nodes_read:
         if used in chain:
-            raise Refused("row-dependent", f"the scores are needed as a whole by `{name_of(used)}`", used)
+            raise read_as_whole(used, chain)
 
 
 def _unnormalised(
@@ -215,15 +224,16 @@ def _unnormalised(
     None for products of activations that are no such function, or a linear one, and for layers with weights.
     """
     try:
-        score = _score(lifter, weights_side, product.axis, leads, node)
+        score = find_score(lifter, weights_side, product.axis, leads, node, _rows(position, value_side))
     except Refused:
         return None
-    if score.node is node or is_linear(score.program):
+    if node in score.nodes or is_linear(score.program):
         return None
     site = _assembled(lifter, node, position, product, value_side, score, Ending("none"))
     dims = [d for d in (site.head_dim, site.value_dim) if d.is_Integer]
     wide = any(d > _WIDEST for d in dims)
-    return None if wide or any(_is_weight(o.node) for o in (site.q, site.k, site.v)) else site
+    operands = [o for pair in ((site.q, site.k), *site.more) for o in pair]
+    return None if wide or any(_is_weight(o.node) for o in (*operands, site.v)) else site
 
 
 # Beyond this no tile holds a row, and two matrix products are the faster program.
@@ -246,7 +256,7 @@ def _wrong_axis(
 ) -> Refused:
     """Why a product over another axis than the softmax's is no attention: rows, or heads, are mixed."""
     try:
-        dot = find_score(lifter, softmax.arg, softmax.axis, set(leads), node).dot
+        dot = find_score(lifter, softmax.arg, softmax.axis, leads, node).dot
     except Refused as error:
         if error.code != "no-product":
             return error
@@ -254,8 +264,3 @@ def _wrong_axis(
         if contracted in free_symbols(dot.lhs) and contracted in free_symbols(dot.rhs):
             return Refused("head-mixing", f"`{name_of(node)}` mixes the probabilities across heads", node)
     return Refused("softmax-axis", "the softmax is not over the axis that is multiplied with the values")
-
-
-def _score(lifter: Lifter, argument: Expr, j: sympy.Symbol, leads: AbstractSet[fx.Node], site: fx.Node) -> Score:
-    found = find_score(lifter, argument, j, set(leads), site)
-    return replace(found, program=decided(found.program, lifter.ranges))

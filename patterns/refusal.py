@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
+
+from flashfuse.patterns.graph import is_weighted, name_of
 
 
 class Refused(Exception):
@@ -11,3 +15,62 @@ class Refused(Exception):
     def __init__(self, code: str, reason: str, node: fx.Node | None = None) -> None:
         super().__init__(reason)
         self.code, self.reason, self.node = code, reason, node
+
+
+# Operators that need a whole row of scores at once, with the code and sentence of the refusal.
+_WHOLE_ROW = {
+    "topk": ("top-k", "the largest scores of each row are chosen"),
+    "kthvalue": ("top-k", "the largest scores of each row are chosen"),
+    "sort": ("sort", "the scores of each row are sorted"),
+    "argsort": ("sort", "the scores of each row are sorted"),
+    "msort": ("sort", "the scores of each row are sorted"),
+    "cumsum": ("cumulative", "the scores of each row are summed up cumulatively"),
+    "cumprod": ("cumulative", "the scores of each row are multiplied up cumulatively"),
+    "logcumsumexp": ("cumulative", "the scores of each row are summed up cumulatively"),
+    "cummax": ("cumulative", "the running maximum of each row of scores is taken"),
+    "cummin": ("cumulative", "the running minimum of each row of scores is taken"),
+}
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+# Operators that take a part of what another one made.
+_PARTS = frozenset({"getitem", "__getitem__", "unsqueeze", "select", "narrow"})
+
+
+def _over_rows(node: fx.Node) -> Refused | None:
+    """The refusal where the node is an operator over whole rows of scores."""
+    known = _WHOLE_ROW.get(name_of(node))
+    return known and Refused(known[0], f"{known[1]} by `{name_of(node)}`", node)
+
+
+def read_as_whole(used: fx.Node, chain: Sequence[fx.Node]) -> Refused:
+    """Why a tensor on the way from the product to the output cannot be read by the kernel, which takes their place."""
+    behind = used
+    while name_of(behind) in _PARTS and behind.all_input_nodes[0] in chain:
+        behind = behind.all_input_nodes[0]
+    return _over_rows(behind) or Refused(
+        "row-dependent", f"the scores are needed as a whole by `{name_of(used)}`", used
+    )
+
+
+def mixed(node: fx.Node, what: str = "scores", when: str = "before the softmax") -> Refused:
+    return Refused("head-mixing", f"the {what} are mixed across heads by `{name_of(node)}` {when}", node)
+
+
+def blocked(node: fx.Node, reason: str) -> Refused:
+    """Why an operator between the product and the softmax cannot be part of a score program."""
+    if name_of(node) in _CONVOLUTIONS:
+        return mixed(node)
+    candidates = (node, *(m for n in node.all_input_nodes for m in (n, *n.all_input_nodes[:1])))
+    known = next((found for n in candidates if (found := _over_rows(n)) is not None), None)
+    return known or Refused("unknown-operator", f"`{name_of(node)}` before the softmax {reason}", node)
+
+
+def mixing_layer(softmax: fx.Node, limit: int = 8) -> Refused | None:
+    """The refusal where a layer takes the probabilities, through layout and casts, before they meet any values."""
+    node = softmax
+    for _ in range(limit):
+        if len(node.users) != 1:
+            return None
+        (node,) = node.users
+        if is_weighted(node):
+            return mixed(node, "probabilities", "before they meet the values")
+    return None

@@ -1,12 +1,15 @@
 """The score of one row and column as a program: one query-key product, and everything pointwise around it.
 
 Loads are expanded while that removes a tensor as large as the score matrix, or leads to the product; anything smaller
-stays a load of the user's own tensor.
+stays a load of the user's own tensor. So do look-ups in a table that the whole batch shares: the graph makes the table
+of biases once, as eager code does, and layers and batch share it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 
 import sympy
 import torch
@@ -16,6 +19,7 @@ from flashfuse.kernels.expr import (
     Const,
     Dot,
     Expr,
+    Gather,
     Index,
     Load,
     Pointwise,
@@ -23,46 +27,65 @@ from flashfuse.kernels.expr import (
     Reduce,
     Softmax,
     free_symbols,
+    gather,
     loads,
     walk,
 )
 from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import ROUNDINGS
-from flashfuse.patterns.graph import is_weighted, name_of
+from flashfuse.patterns.cases import without_cases
+from flashfuse.patterns.graph import is_weighted, tensor, to_sympy
+from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter, may_wrap, small_position
-from flashfuse.patterns.operand import exactly_promotes
-from flashfuse.patterns.refusal import Refused
+from flashfuse.patterns.operand import exactly_promotes, sizes_of
+from flashfuse.patterns.products import Term, as_one_product, side_products
+from flashfuse.patterns.refusal import Refused, blocked, mixed
 
 
 @dataclass(frozen=True)
 class Score:
-    """`program` over `Product(0)`; `dot` is the product with the query side as `lhs`; `node` made it.
+    """`program` over `Product(0)`: the sum of the terms' products. Each has the query side as `lhs`; the first is main.
 
-    `node` is the site itself where one operator is the whole attention.
+    `nodes` made them: the site itself where one operator is the whole attention. `opener` reads further programs.
     """
 
     program: Expr
-    dot: Dot
-    node: fx.Node
+    terms: tuple[Term, ...]
+    nodes: tuple[fx.Node, ...]
+    opener: Opener = field(compare=False)
+
+    @property
+    def dot(self) -> Dot:
+        return self.terms[0].dot
 
 
-def find_score(lifter: Lifter, expr: Expr, j: sympy.Symbol, leads: set[fx.Node], site: fx.Node) -> Score:
+def find_score(
+    lifter: Lifter,
+    expr: Expr,
+    j: sympy.Symbol,
+    leads: AbstractSet[fx.Node],
+    site: fx.Node,
+    rows: Sequence[sympy.Symbol] = (),
+) -> Score:
     """The score program of a normaliser's argument. `leads` are the nodes behind which a product lies.
 
-    Raises Refused where there is no product, more than one, or an operator in between that has no index form.
+    rows: the output's symbols that the values lack; the query position is one of them.
+    Raises Refused where there is no product, where several cannot be one, or where an operator in between has no index
+    form.
     """
     search = _Search(lifter, j, leads)
     program = search.opened(expr, site)
+    others = side_products([dot for dot, _ in search.found], rows, j)
+    if others:
+        search = _Search(lifter, j, leads, others)
+        program = search.opened(expr, site)
     if not search.found:
         raise search.trouble or Refused("no-product", "the softmax is not over products of queries and keys")
-    if len(search.found) > 1:
-        raise Refused("several-products", "the score is a sum of several products of activations")
-    dot, node = search.found[0]
-    i_symbols = free_symbols(dot.lhs) - free_symbols(dot.rhs)
-    try:
-        return Score(_with_program(lifter, program, i_symbols, j), dot, node)
-    except _Inexact:
-        raise Refused("inexact", "a mask compares numbers that would be computed in another type") from None
+    dots, nodes = zip(*search.found, strict=True)
+    program, terms = as_one_product(program, dots, nodes)
+    i_symbols = free_symbols(terms[0].dot.lhs) - free_symbols(terms[0].dot.rhs)
+    opener = Opener(lifter, i_symbols, j, leads)
+    return Score(opener.read(program), terms, nodes, opener)
 
 
 class _NoIndexForm(Exception):
@@ -70,10 +93,15 @@ class _NoIndexForm(Exception):
 
 
 class _Search:
-    """Expands a score along every path that leads to a product, and puts `Product(n)` in the product's place."""
+    """Expands a score along every path that leads to a product, and puts `Product(n)` in the product's place.
 
-    def __init__(self, lifter: Lifter, j: sympy.Symbol, leads: set[fx.Node]) -> None:
-        self.lifter, self.j, self.leads = lifter, j, leads
+    A product among `others` stays the tensor that the graph makes of it.
+    """
+
+    def __init__(
+        self, lifter: Lifter, j: sympy.Symbol, leads: AbstractSet[fx.Node], others: AbstractSet[Dot] = frozenset()
+    ) -> None:
+        self.lifter, self.j, self.leads, self.others = lifter, j, leads, others
         self.found: list[tuple[Dot, fx.Node]] = []
         self.trouble: Refused | None = None
 
@@ -86,6 +114,8 @@ class _Search:
                 return pointwise(expr.op, *(self.opened(a, node) for a in expr.args), dtype=expr.dtype)
             case Load() if expr.tensor in self.leads and self.j in free_symbols(expr):
                 return self._through(expr)
+            case Gather() if expr.tensor in self.leads:
+                self._note(Refused("look-up", "the scores are looked up at positions that depend on data", node))
             case Softmax() | Reduce():
                 self._note(Refused("row-dependent", "a score depends on other scores of its row or column", node))
                 raise _NoIndexForm
@@ -99,8 +129,7 @@ class _Search:
         try:
             return self.opened(self.lifter.expand(load), node)
         except CannotLift as error:
-            label = name_of(error.node or node)
-            self._note(Refused("unknown-operator", f"`{label}` before the softmax {error.reason}", error.node or node))
+            self._note(blocked(error.node or node, error.reason))
         except _NoIndexForm:
             pass
         del self.found[before:]
@@ -108,9 +137,13 @@ class _Search:
 
     def _product(self, dot: Dot, node: fx.Node) -> Expr:
         left, right = self.j in free_symbols(dot.lhs), self.j in free_symbols(dot.rhs)
+        if is_weighted(node) and any(x.tensor in self.leads for x in loads(dot)):
+            self._note(mixed(node))
         if left == right or is_weighted(node):
             raise _NoIndexForm
         dot = dot if right else Dot(dot.dtype, dot.rhs, dot.lhs, dot.axis, dot.extent)
+        if dot in self.others:
+            raise _NoIndexForm
         known = [d for d, _ in self.found]
         if dot not in known:
             self.found.append((dot, node))
@@ -154,29 +187,79 @@ def _times(expr: Expr, factor: float, dtype: torch.dtype) -> Expr:
     return pointwise("mul", expr, Const(dtype, factor), dtype=dtype)
 
 
-def read_program(lifter: Lifter, expr: Expr, i_symbols: frozenset[sympy.Symbol], j: sympy.Symbol) -> Expr:
-    """A program without a product, its tensors read where a score's would be. Raises Refused."""
-    try:
-        return _with_program(lifter, expr, i_symbols, j)
-    except _Inexact:
-        raise Refused("inexact", "a mask compares numbers that would be computed in another type") from None
-
-
 class _Inexact(Exception):
     """A mask compares, rounds or truncates numbers that the kernel would compute in another type than the source."""
 
 
-def _with_program(lifter: Lifter, expr: Expr, i_symbols: frozenset[sympy.Symbol], j: sympy.Symbol) -> Expr:
-    """Expand masks and biases as large as the score matrix, and anything made of positions alone."""
-    match expr:
-        case Pointwise(op=op):
-            args = tuple(_with_program(lifter, a, i_symbols, j) for a in expr.args)
-            if op in _STEPS:
-                args = tuple(_exact(new, old) for new, old in zip(args, expr.args, strict=True))
-            return pointwise(op, *args, dtype=expr.dtype)
-        case Load():
-            return _opened(lifter, expr, i_symbols, j)
-    return expr
+class Opener:
+    """Expands masks and biases as large as the score matrix, and anything made of positions alone."""
+
+    def __init__(
+        self, lifter: Lifter, i_symbols: frozenset[sympy.Symbol], j: sympy.Symbol, leads: AbstractSet[fx.Node]
+    ) -> None:
+        self.lifter, self.i_symbols, self.j, self.leads = lifter, i_symbols, j, leads
+
+    def read(self, expr: Expr) -> Expr:
+        """The program of an expression. Raises Refused."""
+        try:
+            return without_cases(self.program(expr), self.lifter.ranges)
+        except _Inexact:
+            raise Refused("inexact", "a mask compares numbers that would be computed in another type") from None
+
+    def program(self, expr: Expr) -> Expr:
+        match expr:
+            case Pointwise(op=op):
+                args = tuple(self.program(a) for a in expr.args)
+                if op in _STEPS:
+                    args = tuple(_exact(new, old) for new, old in zip(args, expr.args, strict=True))
+                return pointwise(op, *args, dtype=expr.dtype)
+            case Gather():
+                return gather(expr.dtype, expr.tensor, tuple(_exact(self.program(a), a) for a in expr.at))
+            case Load():
+                return self._opened(expr)
+        return expr
+
+    def _opened(self, load: Load) -> Expr:
+        symbols = free_symbols(load)
+        square = self.j in symbols and bool(symbols & self.i_symbols)
+        try:
+            inner = self.lifter.expand(load)
+        except CannotLift:
+            return load
+        if not _is_program(inner) or not all(self._read_through(e) for e in walk(inner) if isinstance(e, Gather)):
+            return load
+        try:
+            opened = self.program(inner)
+        except _Inexact:
+            return load
+        if may_wrap(opened, load.dtype, self.lifter.ranges):
+            return load
+        if isinstance(opened, Load) and self._is_better_laid_out(load, opened):
+            return load
+        return opened if square or not loads(opened) or isinstance(inner, Load) else load
+
+    def _is_better_laid_out(self, copy: Load, source: Load) -> bool:
+        """Whether the user's own copy, no larger than its source, has neighbouring keys side by side in memory."""
+        if not same(sympy.prod(sizes_of(copy)), sympy.prod(sizes_of(source))):
+            return False
+        return self._key_stride(copy) == 1 and self._key_stride(source) not in (-1, 0, 1)
+
+    def _key_stride(self, load: Load) -> sympy.Expr:
+        assert isinstance(load.tensor, fx.Node)
+        t = tensor(load.tensor)
+        assert t is not None
+        steps = (sympy.expand(i).coeff(self.j, 1) for i in load.indices)
+        return sympy.expand(sum(step * to_sympy(stride) for step, stride in zip(steps, t.stride(), strict=True)))
+
+    def _read_through(self, look_up: Gather) -> bool:
+        """Whether the result of a look-up would be as large as the score matrix of every batch element.
+
+        It is where a product is looked up, or where positions that depend on data differ over the batch.
+        """
+        if look_up.tensor in self.leads:
+            return True
+        data = frozenset().union(*(free_symbols(a) for a in look_up.at if not isinstance(a, Index)))
+        return bool((data & self.lifter.ranges.keys()) - self.i_symbols - {self.j})
 
 
 def _exact(opened: Expr, written: Expr) -> Expr:
@@ -196,8 +279,8 @@ def _is_exact(expr: Expr) -> bool:
     match expr:
         case Index() | Const():
             return True
-        case Load(dtype=dtype):
-            return dtype != torch.float64
+        case Load(dtype=dtype) | Gather(dtype=dtype):
+            return dtype != torch.float64 and all(_is_exact(c) for c in expr.children)
         case Pointwise(op="to_float", args=(Index(value=value),)):
             return small_position(value)
         case Pointwise(op=op, dtype=dtype):
@@ -206,25 +289,7 @@ def _is_exact(expr: Expr) -> bool:
     return False
 
 
-def _opened(lifter: Lifter, load: Load, i_symbols: frozenset[sympy.Symbol], j: sympy.Symbol) -> Expr:
-    symbols = free_symbols(load)
-    square = j in symbols and bool(symbols & i_symbols)
-    try:
-        inner = lifter.expand(load)
-    except CannotLift:
-        return load
-    if not _is_program(inner):
-        return load
-    try:
-        opened = _with_program(lifter, inner, i_symbols, j)
-    except _Inexact:
-        return load
-    if may_wrap(opened, load.dtype, lifter.ranges):
-        return load
-    return opened if square or not loads(opened) or isinstance(inner, Load) else load
-
-
 def _is_program(expr: Expr) -> bool:
-    if isinstance(expr, Pointwise):
+    if isinstance(expr, (Pointwise, Gather)):
         return all(_is_program(c) for c in expr.children)
     return isinstance(expr, (Load, Index)) or not expr.children

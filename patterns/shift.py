@@ -6,7 +6,7 @@ row, or of more than the row, is that, or it is -inf and so is the whole row, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 
 import sympy
@@ -20,6 +20,8 @@ from flashfuse.patterns.lift import CannotLift, Lifter
 _ABSORBING = -1e30
 # How many operators back two spellings of one value are compared.
 _STEPS = 6
+
+Look = Callable[[Lifter, Load], Expr]
 
 
 def without_shift(lifter: Lifter, expr: Expr, axis: sympy.Symbol, leads: AbstractSet[fx.Node]) -> Expr | None:
@@ -67,7 +69,7 @@ def _transparent(expr: Pointwise, axis: sympy.Symbol) -> Iterator[int]:
 
 def _is_maximum(lifter: Lifter, m: Expr, x: Expr, axis: sympy.Symbol) -> bool:
     """Whether m is the maximum of x over its row or over more; of x before its masks, too."""
-    for reduced in _steps(lifter, m):
+    for reduced in _values(lifter, m):
         # A maximum that is kept above a number is as finite.
         while (limited := limited_by_number(reduced, "max")) is not None:
             reduced = _opened(lifter, limited[0])
@@ -78,7 +80,7 @@ def _is_maximum(lifter: Lifter, m: Expr, x: Expr, axis: sympy.Symbol) -> bool:
         if bound:
             return any(
                 axis in places.values()
-                for inside in _steps(lifter, reduced)
+                for inside in _values(lifter, reduced)
                 for outside in _unmasked(lifter, x)
                 if (places := same_element(inside, outside, bound)) is not None
             )
@@ -97,34 +99,39 @@ def limited_by_number(expr: Expr, *ops: str) -> tuple[Expr, float] | None:
 
 def _unmasked(lifter: Lifter, x: Expr) -> Iterator[Expr]:
     """x, and what x is before something is added to it or masked in it."""
-    for step in _steps(lifter, x):
+    for step in _values(lifter, x):
         yield step
         if isinstance(step, Pointwise) and step.op in ("where", "add"):
             left, right = step.args[-2:]
             for branch, other in ((left, right), (right, left)):
                 if step.op == "add" or isinstance(other, Const):
-                    yield from _steps(lifter, branch)
+                    yield from _values(lifter, branch)
 
 
-def _steps(lifter: Lifter, expr: Expr) -> Iterator[Expr]:
+def _steps(lifter: Lifter, expr: Expr, look: Look = Lifter.expand) -> Iterator[Expr]:
     """The expression, and what it is seen through one operator after the other."""
     yield expr
     for _ in range(_STEPS):
-        opened = _expanded(lifter, expr) if isinstance(expr, Load) else None
+        opened = _expanded(lifter, expr, look) if isinstance(expr, Load) else None
         if opened is None:
             return
         expr = opened
         yield expr
 
 
+def _values(lifter: Lifter, expr: Expr) -> Iterator[Expr]:
+    """The same for the value alone: a shift has no gradient, so it may be detached."""
+    return _steps(lifter, expr, Lifter.look_behind)
+
+
 def _opened(lifter: Lifter, expr: Expr) -> Expr:
-    *_, last = _steps(lifter, expr)
+    *_, last = _values(lifter, expr)
     return last
 
 
-def _expanded(lifter: Lifter, load: Load) -> Expr | None:
+def _expanded(lifter: Lifter, load: Load, look: Look = Lifter.expand) -> Expr | None:
     try:
-        return lifter.expand(load)
+        return look(lifter, load)
     except CannotLift:
         return None
 

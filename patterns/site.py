@@ -30,12 +30,14 @@ class Location:
 class Operand:
     """A tensor of the graph as an operand: `steps` are the views that give it the shape [batch axes.., length, dim].
 
-    `dtype` is the type the operand has to arrive in; a node of another type is cast first.
+    `dtype` is the type the operand has to arrive in; a node of another type is cast first. Then it is multiplied by
+    `factor`.
     """
 
     node: fx.Node
     steps: tuple[Step, ...]
     dtype: torch.dtype
+    factor: float = 1.0
 
     def moves_along(self, axis: int) -> bool:
         """Whether the operand differs along batch axis number `axis`; if not, all of that axis shares it."""
@@ -50,6 +52,8 @@ class AttentionSite:
     `batch` are the sizes of the spec's batch axes, `sizes` what its `size0`, .. stand for, both over the graph's size
     symbols. The operator's result [batch axes.., q_len, value_dim], permuted by `out_axes`, is `node`'s output
     reshaped.
+    `more` are the queries and keys of further products that are added to the first: the operator's q and k are the
+    concatenations of all of them along the head dim, which `head_dim` counts.
     `plus` are further attentions whose outputs are added to this one's, with the same `node`.
     `captured` are the nodes behind the score program's loads, `chain` the nodes whose work the kernel takes over.
     """
@@ -70,7 +74,14 @@ class AttentionSite:
     out_axes: tuple[int, ...]
     free_layout: bool
     chain: tuple[fx.Node, ...] = field(default=(), compare=False)
+    more: tuple[tuple[Operand, Operand], ...] = ()
     plus: tuple[AttentionSite, ...] = ()
+
+    @property
+    def nodes_read(self) -> tuple[fx.Node, ...]:
+        """Every node of the graph that the operator takes a tensor from."""
+        terms = ((self.q, self.k), *self.more)
+        return (*self.captured, *(operand.node for term in terms for operand in term), self.v.node)
 
 
 @dataclass(frozen=True)

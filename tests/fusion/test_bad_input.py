@@ -149,3 +149,94 @@ def test_masks_of_unusual_types() -> None:
     q, mask = torch.randn(2, 6, 4), torch.tensor([[[1, 1, 1, 0, 0, 0]], [[1, 1, 1, 1, 1, 1]]])
     for dtype in (torch.int64, torch.int32, torch.bfloat16, torch.float16):
         torch.testing.assert_close(run(model, q, mask.to(dtype)), model(q, mask.to(dtype)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Masks that do not fit
+
+
+def masked_fill(q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.softmax((q @ q.mT).masked_fill(mask, float("-inf")), dim=-1) @ q
+
+
+def chosen(q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(torch.where(mask, q @ q.mT, -1e9), dim=-1) @ q
+
+
+def added(q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ q.mT + mask, dim=-1) @ q
+
+
+def functional(q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
+BOOL, S = torch.bool, 6
+UNFIT = {
+    "keys": (torch.ones(S, S - 1, dtype=BOOL), (masked_fill, chosen, added, functional)),
+    "batch": (torch.ones(3, 1, S, S, dtype=BOOL), (masked_fill, chosen, added, functional)),
+    "no keys": (torch.ones(S, 0, dtype=BOOL), (masked_fill, chosen, added, functional)),
+    "dimensions": (torch.ones(1, 2, 4, S, S, dtype=BOOL), (functional,)),
+    "integers": (torch.ones(S, S, dtype=torch.int64), (masked_fill, chosen, functional)),
+    "floats": (torch.ones(S, S), (masked_fill, chosen)),
+    "another precision": (torch.ones(S, S, dtype=torch.float16), (masked_fill, chosen, functional)),
+    "complex": (torch.ones(S, S, dtype=torch.complex64), (masked_fill, chosen, functional)),
+    "device": (torch.ones(S, S, dtype=BOOL, device="meta"), (masked_fill, chosen, added)),
+}
+
+
+def message(error: BaseException) -> str:
+    """What went wrong, without addresses and Dynamo's own stack."""
+    return str(error).split("from user code")[0].split(" at 0x")[0]
+
+
+@pytest.mark.parametrize(("mask", "fn"), [(m, f) for m, (_, fns) in UNFIT.items() for f in fns])
+def test_a_mask_that_does_not_fit_raises_as_it_does_without_flashfuse(mask: str, fn: Callable[..., Any]) -> None:
+    """`torch.compile` raises eager's error, most often wrapped in its own; with flashfuse it is the very same."""
+    q, given = torch.randn(2, 4, S, 8), UNFIT[mask][0]
+    with pytest.raises(RuntimeError):
+        fn(q, given)
+    with pytest.raises(RuntimeError) as expected:
+        torch.compile(fn, backend="eager")(q, given)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError) as found:
+        run(fn, q, given, inner="eager")
+    assert type(found.value) is type(expected.value)
+    assert message(found.value) == message(expected.value)
+
+
+def test_a_mask_larger_than_the_scores_raises() -> None:
+    """Fake tensors let a mask enlarge the batch of `scaled_dot_product_attention`; the attention was given one."""
+    q, mask = torch.randn(1, 4, S, 8), torch.ones(1, 2, 4, S, S, dtype=BOOL)
+    with pytest.raises(RuntimeError, match="broadcast shape"):
+        functional(q, mask)
+    with pytest.raises(RuntimeError, match="broadcast shape"):
+        run(functional, q, mask, inner="eager")
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("fn", [masked_fill, chosen, functional])
+def test_a_mask_without_a_true_entry_gives_what_eager_gives(fn: Callable[..., Any], inner: str) -> None:
+    """NaN where the fill is -inf, the average of the values where it is finite, zeros where torch defines zeros."""
+    q, nothing = torch.randn(2, 4, S, 8), torch.zeros(2, 1, 1, S, dtype=BOOL)
+    nothing = ~nothing if fn is masked_fill else nothing
+    torch.testing.assert_close(run(fn, q, nothing, inner=inner), fn(q, nothing), equal_nan=True)
+    assert flashfuse.reports()[0].sites
+
+
+@pytest.mark.parametrize("fill", [float("-inf"), torch.finfo(torch.float32).min, -1e4, float("nan")])
+def test_an_additive_mask_over_every_key_gives_what_eager_gives(fill: float) -> None:
+    q, mask = torch.randn(2, 4, S, 8), torch.zeros(2, 1, S, S)
+    mask[0, :, 2] = fill
+    mask[1] = fill
+    torch.testing.assert_close(run(added, q, mask), added(q, mask), equal_nan=True)
+    assert flashfuse.reports()[0].sites
+
+
+def test_a_mask_of_another_shape_later_raises_too() -> None:
+    compiled = torch.compile(added, backend="flashfuse", options={"flashfuse.strict": True})
+    q = torch.randn(2, 4, S, 8)
+    compiled(q, torch.zeros(S, S))
+    with pytest.raises(RuntimeError):
+        compiled(q, torch.zeros(S, S - 1))
+    torch.testing.assert_close(compiled(q, torch.ones(S, S).tril()), added(q, torch.ones(S, S).tril()))

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import Call, make_call
-from gradient_cases import Gradients, check_gradients
+from gradient_cases import Gradients, check_gradients, differentiable
 
 triton = pytest.importorskip("triton")
 
@@ -48,9 +48,8 @@ def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int], kv_ranges: t
     captured = [c.to(DEVICE) for c in call.captured]
     kv_ranges = None if kv_ranges is None else kv_ranges.to(DEVICE)
     out, lse = attention_forward(call.spec, q, k, v, captured, call.sizes, kv_ranges, launch=SMALL)
-    return attention_backward(
-        call.spec, grad, q, k, v, out, lse, captured, call.sizes, kv_ranges, wanted, launch=TILES
-    )
+    needs = [at in wanted for at in differentiable(call)]
+    return attention_backward(call.spec, grad, q, k, v, out, lse, captured, call.sizes, kv_ranges, needs, launch=TILES)
 
 
 def check(call: Call) -> Gradients:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-FILES = [f"tests/kernels/test_{name}.py" for name in ("forward", "normalisers", "ranged", "derivative_tiles")]
+NAMES = ("forward", "normalisers", "ranged", "derivative_tiles", "forms")
+FILES = [f"tests/kernels/test_{name}.py" for name in NAMES]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")

@@ -10,7 +10,7 @@ import pytest
 import sympy
 
 from flashfuse.patterns.axes import folds, radix
-from flashfuse.patterns.indexing import divide, reshape
+from flashfuse.patterns.indexing import divide, quotient, reshape
 from flashfuse.patterns.views import Arrange, Narrow, Split, view_plan
 
 b, h, i, r = (sympy.Symbol(s, integer=True, nonnegative=True) for s in "bhir")
@@ -98,3 +98,10 @@ def test_overlapping_windows_have_no_view_plan() -> None:
 def test_a_diagonal_has_no_view_plan() -> None:
     ranges = {i: sympy.Integer(5)}
     assert view_plan((i, i), sizes(5, 5), (i,), ranges) is None
+
+
+def test_a_size_that_may_be_odd_is_not_halved() -> None:
+    """(H + 1) // 2 was taken for (H + 1) / 2, which has no fraction bar but fractional coefficients."""
+    assert quotient(H + 1, sympy.Integer(2)) is None
+    assert quotient(2 * H + 4, sympy.Integer(2)) == H + 2
+    assert quotient(H * G, G) == H

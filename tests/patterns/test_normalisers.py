@@ -160,7 +160,11 @@ def plus_one_as_column(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
     return torch.cat([s, s.new_zeros(*s.shape[:-1], 1)], -1).softmax(-1)[..., :-1] @ v
 
 
-PLUS_ONE = [plus_one, plus_one_shifted, plus_one_shifted_from_zero, plus_one_as_column]
+def plus_one_padded(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    return F.softmax(F.pad(masked(q, k, keep), (1, 0)), dim=-1)[..., 1:] @ v
+
+
+PLUS_ONE = [plus_one, plus_one_shifted, plus_one_shifted_from_zero, plus_one_as_column, plus_one_padded]
 
 
 @pytest.mark.parametrize("fn", PLUS_ONE, ids=lambda f: f.__name__)

@@ -75,6 +75,41 @@ def top_k(q: Any, k: Any, v: Any) -> Any:
     return s.masked_fill(s < kept, float("-inf")).softmax(-1) @ v
 
 
+def top_k_scattered(q: Any, k: Any, v: Any) -> Any:
+    s = scores(q, k)
+    top = s.topk(3, dim=-1)
+    return torch.full_like(s, float("-inf")).scatter(-1, top.indices, top.values).softmax(-1) @ v
+
+
+def sorted_scores(q: Any, k: Any, v: Any) -> Any:
+    return scores(q, k).sort(-1).values.softmax(-1) @ v
+
+
+def permuted_keys(q: Any, k: Any, v: Any) -> Any:
+    order = v[..., 0].argsort(-1)[:, :, None].expand(B, H, S, S)
+    return torch.gather(scores(q, k), -1, order).softmax(-1) @ v
+
+
+def multiplied_products(q: Any, k: Any, v: Any) -> Any:
+    return (scores(q, k) * scores(k, v)).softmax(-1) @ v
+
+
+def product_under_a_function(q: Any, k: Any, v: Any) -> Any:
+    return (scores(q, k) + torch.sigmoid(scores(k, v))).softmax(-1) @ v
+
+
+def convolved_heads_before(q: Any, k: Any, v: Any) -> Any:
+    return F.conv2d(scores(q, k), q.new_ones(H, H, 1, 1)).softmax(-1) @ v
+
+
+def convolved_heads_after(q: Any, k: Any, v: Any) -> Any:
+    return F.conv2d(scores(q, k).softmax(-1), q.new_ones(H, H, 1, 1)) @ v
+
+
+def cumulative_product(q: Any, k: Any, v: Any) -> Any:
+    return scores(q, k).cumprod(-1).softmax(-1) @ v
+
+
 def cumulative(q: Any, k: Any, v: Any) -> Any:
     return scores(q, k).cumsum(-1).softmax(-1) @ v
 
@@ -109,8 +144,16 @@ REFUSED = [
     (scores_returned, "scores-used", "return q @ k.transpose"),
     (talking_heads_after, "head-mixing", "torch.einsum"),
     (talking_heads_before, "head-mixing", "@ v"),
-    (top_k, "row-dependent", "topk"),
-    (cumulative, "unknown-operator", "cumsum"),
+    (top_k, "top-k", "topk"),
+    (top_k_scattered, "top-k", "topk"),
+    (sorted_scores, "sort", "sort"),
+    (cumulative, "cumulative", "cumsum"),
+    (cumulative_product, "cumulative", "cumprod"),
+    (permuted_keys, "look-up", "gather"),
+    (multiplied_products, "square-intermediate", "k.transpose"),
+    (product_under_a_function, "square-intermediate", "k.transpose"),
+    (convolved_heads_before, "head-mixing", "F.conv2d"),
+    (convolved_heads_after, "head-mixing", "F.conv2d"),
     (twice_normalised, "row-dependent", "softmax(-1).softmax(-1)"),
     (drops_at_random, "dropout", "F.dropout"),
     (functional_dropout, "dropout", "scaled_dot_product_attention"),

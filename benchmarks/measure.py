@@ -1,0 +1,72 @@
+"""Timing peers side by side on one GPU: they take turns, in shuffled rounds, and report medians."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+import triton
+from triton.testing import do_bench
+
+ROUNDS = 4
+PAUSE_SECONDS = 0.15
+
+Run = Callable[[], torch.Tensor]
+
+
+def require_cuda(program: str) -> None:
+    """Exit where there is no device to measure on."""
+    if not torch.cuda.is_available():
+        raise SystemExit(f"{program} needs a CUDA device")
+
+
+def versions() -> str:
+    """The device and the versions that figures belong to."""
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
+
+
+def measure(runs: Mapping[str, Run], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Milliseconds of each run, one median a round; a pause before each, so that clocks and power treat all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for name in order:
+            time.sleep(PAUSE_SECONDS)
+            times[name].append(do_bench(runs[name], warmup=4, rep=25, return_mode="median"))
+    return times
+
+
+def peak_bytes(run: Run) -> int:
+    """The most memory that torch held during a run above what it held before; the run has been compiled."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def graphed(run: Run) -> Run:
+    """The run's launches, captured in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def why(error: Exception) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"

@@ -1,0 +1,259 @@
+"""Gradients of the attention operator in plain PyTorch, with memory linear in the sequence.
+
+Probabilities are made again, a tile at a time, from q, k and the saved log-sum-exp. With s = score(q . k),
+p = exp(s - lse), w = factor * p and out = sum_j w_j v_j, of each query row:
+
+    dv_j += w_j dout,    dw_j = dout . v_j,    ds_j = p_j (factor_j dw_j - delta),    delta = dout . out
+    dq += ds_j slope_j k_j,    dk_j += ds_j slope_j q,    slope = d score / d (q . k)
+
+Every read of a captured tensor adds ds * d score / d read, dw * p * d factor / d read or -exp(sink - lse) * delta *
+d sink / d read to the element it reads. Without a normaliser p is s, and ds is factor * dw.
+Tri Dao, https://arxiv.org/abs/2307.08691, section 3.1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flashfuse.kernels.derivative import derivative, leaves
+from flashfuse.kernels.evaluate import Tile, evaluate, scatter_add
+from flashfuse.kernels.expr import Expr, Gather, Load, Product
+from flashfuse.kernels.normal import number
+from flashfuse.kernels.output import empty_gradients
+from flashfuse.kernels.problem import Axes, Box, Problem, slices
+from flashfuse.kernels.spec import AttentionSpec
+from flashfuse.kernels.tiled import key_tiles, row_boxes
+
+# Places of the operands that have batch axes; captured tensor c is at place OPERANDS + c.
+Q, K, V = range(3)
+OPERANDS = 3
+
+
+def attention_backward_tiled(
+    spec: AttentionSpec,
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    kv_ranges: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Gradients of q, k, v and the floating-point captured tensors, those that `needs` flags, on any device.
+
+    grad_out, out: [N.., Tq, Dv], lse: [N.., Tq, 2]; the others are the operator's arguments.
+    """
+    operands = (q, k, v, *captured)
+    gradients = empty_gradients(spec, operands, needs)
+    batch = tuple(sizes[: spec.batch_axes])
+    axes = Axes.of(batch, lambda axis: k.shape[axis] == v.shape[axis] == 1)
+    sums = {at: torch.zeros(_summed(axes, at, x), dtype=spec.compute_dtype, device=q.device)
+            for at, x in enumerate(operands) if at in gradients}  # fmt: skip
+    # The spec states every element type, so an autocast region around the call must not change one.
+    with torch.autocast(q.device.type, enabled=False):
+        if out.numel() and k.shape[-2]:
+            call = _Call(
+                problem=axes.problem(spec, q, k, v, captured, sizes, kv_ranges),
+                rows=tuple(map(axes.rows, (grad_out, out, lse))),
+                sums={at: _arranged(axes, at, total) for at, total in sums.items()},
+            )
+            for box in row_boxes(call.problem.q.shape[:-1], max(q.shape[-1], v.shape[-1])):
+                _Rows(call, box).visit_all()
+    return [grad.copy_(sums[at].sum_to_size(grad.shape)) for at, grad in gradients.items()]
+
+
+def _summed(axes: Axes, at: int, x: torch.Tensor) -> tuple[int, ...]:
+    """The shape in which the gradient of the operand at a place is summed up."""
+    if at >= OPERANDS:
+        return tuple(x.shape)
+    shared = () if at == Q else axes.order[len(axes.order) - axes.shared :]
+    return (*(1 if axis in shared else size for axis, size in enumerate(axes.batch)), *x.shape[-2:])
+
+
+def _arranged(axes: Axes, at: int, total: torch.Tensor) -> torch.Tensor:
+    if at >= OPERANDS:
+        return total
+    return axes.rows(total) if at == Q else axes.keys(total)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """rows: grad_out, out and lse over the problem's axes. sums: by place, what is added up, over those axes too."""
+
+    problem: Problem
+    rows: tuple[torch.Tensor, ...]
+    sums: Mapping[int, torch.Tensor]
+
+    @functools.cached_property
+    def captured(self) -> frozenset[int]:
+        return frozenset(at - OPERANDS for at in self.sums if at >= OPERANDS)
+
+    @functools.cached_property
+    def score(self) -> _Slopes:
+        return _slopes(self.problem.spec.score, self.captured)
+
+    @functools.cached_property
+    def full(self) -> _Slopes:
+        return _slopes(self.problem.full, self.captured)
+
+    @functools.cached_property
+    def factor(self) -> _Slopes | None:
+        """A factor that is not a decision over whole rows."""
+        factor = self.problem.spec.factor
+        return None if factor is None or factor.dtype == torch.bool else _slopes(factor, self.captured)
+
+    @functools.cached_property
+    def sink(self) -> _Slopes | None:
+        sink = self.problem.spec.sink
+        return None if sink is None else _slopes(sink, self.captured)
+
+
+@dataclass(frozen=True)
+class _Slopes:
+    """A program, its derivative by the query-key product, and by those of its reads whose gradient is needed."""
+
+    program: Expr
+    product: Expr | None
+    reads: tuple[tuple[Load | Gather, Expr], ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _slopes(program: Expr, captured: frozenset[int]) -> _Slopes:
+    by = {leaf: derivative(program, leaf) for leaf in leaves(program) if _needed(leaf, captured)}
+    products = [slope for leaf, slope in by.items() if isinstance(leaf, Product)]
+    reads = tuple((leaf, slope) for leaf, slope in by.items() if not isinstance(leaf, Product))
+    return _Slopes(program, products[0] if products else None, reads)
+
+
+def _needed(leaf: Product | Load | Gather, captured: frozenset[int]) -> bool:
+    return isinstance(leaf, Product) or leaf.tensor in captured
+
+
+class _Rows:
+    """The query rows in a box: q [pairs, rows, D] and what else belongs to a row; see `tiled._Rows` for pairs."""
+
+    def __init__(self, call: _Call, box: Box) -> None:
+        self.call, self.problem, self.box = call, call.problem, box
+        self.outer = slices(box[: self.problem.k.dim() - 2])
+        self.shape = tuple(len(positions) for positions in box)
+        pairs = math.prod(self.shape[: len(self.outer)])
+        self.lead = (pairs, math.prod(self.shape) // pairs)
+        self.q, self.grad_out, out, lse = map(self._flat, (self.problem.q, *call.rows))
+        self.max, log_sum = lse.split(1, -1)
+        kept = self._kept()
+        if kept is not None:
+            # A row that was dropped is 0, whatever its probabilities would have been.
+            self.grad_out = self.grad_out.masked_fill(~kept, 0.0)
+            log_sum = log_sum.masked_fill(~kept, math.inf)
+        self.delta = (self.grad_out * out).sum(-1, keepdim=True)
+        # exp(score - shift) * share is the probability: 0 or NaN in rows without a key.
+        self.shift = self.max.masked_fill(self.max == -math.inf, 0.0)
+        self.share = torch.exp(-log_sum)
+        self.dq = torch.zeros_like(self.q)
+
+    def _flat(self, x: torch.Tensor) -> torch.Tensor:
+        """[N.., Tq, width] over the box as [pairs, rows, width]."""
+        return x[slices(self.box)].to(self.problem.spec.compute_dtype).reshape(*self.lead, x.shape[-1])
+
+    def _kept(self) -> torch.Tensor | None:
+        """Which rows [pairs, rows, 1] a boolean factor keeps; None without one."""
+        factor = self.problem.spec.factor
+        if factor is None or factor.dtype != torch.bool:
+            return None
+        return self.problem.evaluate_rows(factor, self.box).expand(self.shape).reshape(*self.lead, 1)
+
+    def visit_all(self) -> None:
+        """Add the gradients by way of these rows to the sums."""
+        call = self.call
+        tiles = self._tiles()
+        for keys, score in tiles:
+            self._visit_tile(keys, score, alone=len(tiles) == 1)
+        if call.sink is not None:
+            prob = torch.exp(self._of_rows(call.sink.program) - self.shift) * self.share
+            self._add_reads(call.sink, -prob * self.delta, self.problem.tile((*self.box, range(1))))
+        if Q in call.sums:
+            call.sums[Q][slices(self.box)] = self.dq.view(*self.shape, -1)
+
+    def _tiles(self) -> list[tuple[range, _Slopes]]:
+        """The key tiles to visit, and the score program of each."""
+        score, keys, kv_len = self.call.score, self.problem.kv_range(self.box), self.problem.k.shape[-2]
+        parts = [
+            (range(keys.start, keys.full_start), score),
+            (range(keys.full_start, keys.full_end), self.call.full),
+            (range(keys.full_end, keys.end), score),
+        ]
+        if self._see_every_key():
+            parts += [(range(keys.start), score), (range(keys.end, kv_len), score)]
+        return [(tile, program) for part, program in parts for tile in key_tiles(part)]
+
+    def _see_every_key(self) -> bool:
+        """Whether a row has seen nothing above a fill, or has no key and spreads NaN."""
+        threshold = self.problem.fill_threshold
+        filled = threshold is not None and bool((self.max <= threshold).any())
+        return filled or bool(self.share.isnan().any())
+
+    def _of_rows(self, expr: Expr) -> torch.Tensor:
+        """`expr`, which has no key position, of every row [pairs, rows, 1]."""
+        values = self.problem.evaluate_rows(expr, self.box).to(self.q.dtype)
+        return values.expand(self.shape).reshape(*self.lead, 1)
+
+    def _visit_tile(self, keys: range, score: _Slopes, alone: bool) -> None:
+        """Add what one tile of keys gives; `alone` where it is the only one of these rows."""
+        normalised = self.problem.spec.normaliser == "softmax"
+        sums, at_keys = self.call.sums, (*self.outer, slice(keys.start, keys.stop))
+        # [pairs, keys, D], [pairs, keys, Dv]
+        k, v = (
+            x[at_keys].to(self.q.dtype).reshape(self.lead[0], len(keys), x.shape[-1])
+            for x in (self.problem.k, self.problem.v)
+        )
+        # [pairs, rows, keys]
+        product = torch.bmm(self.q, k.mT)
+        tile = self.problem.tile((*self.box, keys), product.view(*self.shape, len(keys)))
+        scores = self._over(score.program, tile).reshape(product.shape)
+        probs = torch.sub(scores, self.shift).exp_().mul_(self.share) if normalised else scores
+        weights, dprobs = probs, torch.bmm(self.grad_out, v.mT)
+        if self.call.factor is not None:
+            self._add_reads(self.call.factor, dprobs * probs, tile)
+            factor = self._over(self.call.factor.program, tile).reshape(product.shape)
+            weights, dprobs = probs * factor, dprobs * factor
+        if V in sums:
+            sums[V][at_keys] += torch.bmm(weights.mT, self.grad_out).view(sums[V][at_keys].shape)
+        if alone:
+            # The same sum, with rounding errors that cancel those of the terms.
+            self.delta = (probs * dprobs).sum(-1, keepdim=True)
+        dscores = probs * (dprobs - self.delta) if normalised else dprobs
+        self._add_reads(score, dscores, tile)
+        if score.product is None or not {Q, K} & sums.keys():
+            return
+        dproduct = self._scaled(dscores.view(*self.shape, len(keys)), score.product, tile).view(product.shape)
+        if Q in sums:
+            self.dq.baddbmm_(dproduct, k)
+        if K in sums:
+            sums[K][at_keys] += torch.bmm(dproduct.mT, self.q).view(sums[K][at_keys].shape)
+
+    def _over(self, expr: Expr, tile: Tile) -> torch.Tensor:
+        shape = [len(positions) for _, positions in tile.axes]
+        return evaluate(expr, tile).to(tile.dtype).expand(shape)
+
+    def _add_reads(self, slopes: _Slopes, grad: torch.Tensor, tile: Tile) -> None:
+        """Add what the reads of a program take of the gradient of its value."""
+        grad = grad.view([len(positions) for _, positions in tile.axes])
+        for read, slope in slopes.reads:
+            total = self.call.sums[OPERANDS + read.tensor]  # type: ignore[operator]
+            scatter_add(total, read, self._scaled(grad, slope, tile), tile)
+
+    def _scaled(self, grad: torch.Tensor, slope: Expr, tile: Tile) -> torch.Tensor:
+        """grad * slope, and 0 where the slope is, as the branch that a `where` discards has no gradient."""
+        constant = number(slope)
+        if constant is not None:
+            return grad if constant == 1 else grad * constant
+        values = evaluate(slope, tile).to(grad.dtype)
+        return (grad * values).masked_fill_(values == 0, 0.0)

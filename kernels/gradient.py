@@ -1,0 +1,127 @@
+"""The operator `flashfuse::attention_backward`, and the attention operator's autograd formula that calls it.
+
+    attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] captured,
+        SymInt[] sizes, str spec, Tensor? kv_ranges, bool[] needs) -> Tensor[]
+
+The gradients of q, k, v and then of every floating-point captured tensor, those that `needs` flags, in this order. A
+gradient has the shape and element type of its operand, summed over the batch axes along which that is shared, and its
+strides where the operand is dense. The other arguments are the forward's and its results, see `ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from flashfuse.kernels.backward_tiled import attention_backward_tiled
+from flashfuse.kernels.output import empty_gradients
+from flashfuse.kernels.spec import AttentionSpec
+
+Kernel = Callable[..., list[torch.Tensor]]
+
+_library = torch.library.Library("flashfuse", "FRAGMENT")
+_library.define(
+    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] captured,"
+    " SymInt[] sizes, str spec, Tensor? kv_ranges, bool[] needs) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+
+
+def _on_device(choose: Callable[[], Kernel]) -> Kernel:
+    """The implementation on one device, by the kernel that `choose` finds at the call."""
+
+    def attention_backward(
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+        spec: str,
+        kv_ranges: torch.Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[torch.Tensor]:
+        parsed = AttentionSpec.from_text(spec)
+        beside = [c if c.device == q.device else c.to(q.device, non_blocking=True) for c in captured]
+        kv_ranges = None if kv_ranges is None else kv_ranges.to(q.device)
+        found = choose()(parsed, grad_out, q, k, v, out, lse, beside, sizes, kv_ranges, needs)
+        expected = empty_gradients(parsed, (q, k, v, *captured), needs).values()
+        return [x if x.device == like.device else x.to(like.device) for x, like in zip(found, expected, strict=True)]
+
+    return attention_backward
+
+
+def _cpu_kernel() -> Kernel:
+    return attention_backward_tiled
+
+
+def _cuda_kernel() -> Kernel:
+    return attention_backward_tiled
+
+
+_library.impl("attention_backward", _on_device(_cpu_kernel), "CPU")
+_library.impl("attention_backward", _on_device(_cuda_kernel), "CUDA")
+
+
+@torch.library.register_fake("flashfuse::attention_backward", lib=_library)
+def _fake(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kv_ranges: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    return list(empty_gradients(AttentionSpec.from_text(spec), (q, k, v, *captured), needs).values())
+
+
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Keep what the gradients are computed from; log-sum-exps themselves have none."""
+    q, k, v, captured, sizes, spec, kv_ranges = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, kv_ranges, *captured)
+    ctx.sizes, ctx.spec = sizes, spec
+
+
+def gradients(ctx: Any, grad_out: torch.Tensor, _: torch.Tensor | None) -> tuple[Any, ...]:
+    """A gradient for each argument of `flashfuse::attention`."""
+    q, k, v, out, lse, kv_ranges, *captured = ctx.saved_tensors
+    flags = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3])
+    floating = [at for at, x in enumerate((q, k, v, *captured)) if x.is_floating_point()]
+    needs = [bool(flags[at]) for at in floating]
+    found = iter(
+        torch.ops.flashfuse.attention_backward(
+            grad_out, q, k, v, out, lse, captured, ctx.sizes, ctx.spec, kv_ranges, needs
+        )
+    )
+    result: list[torch.Tensor | None] = [None] * len(flags)
+    for at, need in zip(floating, needs, strict=True):
+        result[at] = next(found) if need else None
+    # The dispatcher leaves out an argument that has its default, and takes an empty list for one of no tensors.
+    others = ([] if flag == [] else None for flag in ctx.needs_input_grad[4:])
+    return *result[:3], result[3:], *others
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
+    raise RuntimeError(
+        "flashfuse::attention has no second derivative: its backward is no function of the graph that create_graph=True"
+        " asks for. Compute this part with eager code"
+    )
+
+
+torch.library.register_autograd("flashfuse::attention_backward", _no_second_derivative, lib=_library)
+
+
+@torch.library.register_vmap("flashfuse::attention_backward", lib=_library)
+def _no_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+    raise RuntimeError("flashfuse::attention does not support torch.vmap: give the batch as one of its batch axes")

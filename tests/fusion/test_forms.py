@@ -1,0 +1,36 @@
+"""Every form in every spelling, compiled: every attention is fused, the result is as near to float64 as eager's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from forms import FORMS, Form, Sizes, Spelling, spelled
+from forms.check import check
+
+SPELLED = spelled()
+# Forms of each kind whose lengths may change without another compilation.
+GROWING = {
+    "causal", "causal-offset", "window", "chunked", "prefix", "padding-int", "left-padding", "documents", "lengths",
+    "dense", "bias-1HST", "bias-B11T", "alibi", "softcap", "temperature-heads", "latent-sum", "sink-last",
+    "sigmoid-causal", "head-mask", "disentangled", "relative-shift", "bucketed-distances",
+}  # fmt: skip
+LONGER = Sizes(q_len=20, kv_len=20)
+
+
+@pytest.mark.parametrize(("form", "spelling"), [s[:2] for s in SPELLED], ids=[s[2] for s in SPELLED])
+def test_right(form: Form, spelling: Spelling) -> None:
+    check(form, spelling, Sizes())
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
+def test_right_in_bfloat16(form: Form) -> None:
+    check(form, form.spellings[0], Sizes(), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if f.name in GROWING], ids=lambda f: f.name)
+def test_right_at_another_length(form: Form) -> None:
+    check(form, form.spellings[0], Sizes(), LONGER, dynamic=True)
+
+
+def test_growing_forms_exist() -> None:
+    assert {f.name for f in FORMS} >= GROWING
