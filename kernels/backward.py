@@ -146,8 +146,8 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, offs_kv,
                 m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR,
-                SUMS_FULL, False, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
-                BLOCK_Q,
+                SUMS_FULL, False, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
+                HEAD_DIM, VALUE_DIM, BLOCK_Q,
             )  # fmt: skip
 
         tiles_before = (full_start - start) // BLOCK_Q
@@ -173,8 +173,8 @@ def attention_keys_backward_kernel(
                 dk, dv, sums = _take_queries(
                     dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, offs_kv,
                     m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
-                    ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
-                    HEAD_DIM, VALUE_DIM, BLOCK_Q,
+                    ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE,
+                    PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
                 )  # fmt: skip
 
         for i in tl.static_range(NUM_SUMS):
@@ -227,8 +227,8 @@ def _take_queries(
     dk = _added_product(dk, dqk.to(PRODUCT_DTYPE), q, PRECISION)
     if SUMS is not None:
         sums = SUMS(
-            sums, ds, of_factor, p, p_dp, qk, n0, n1, n2, n3, q_idx[None, :], kv_idx[:, None], q_len, kv_len, sizes, captured,
-            captured_strides,
+            sums, ds, of_factor, p, p_dp, qk, n0, n1, n2, n3, q_idx[None, :], kv_idx[:, None], q_len, kv_len, sizes,
+            captured, captured_strides,
         )  # fmt: skip
     return dk, dv, sums
 
@@ -298,7 +298,8 @@ def attention_queries_backward_kernel(
         dq, sums = _take_keys(
             dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
             n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR,
-            SUMS_FULL, False, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            SUMS_FULL, False, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
+            VALUE_DIM,
         )  # fmt: skip
 
     tiles_before = (full_start - start) // BLOCK_KV
@@ -308,7 +309,8 @@ def attention_queries_backward_kernel(
         dq, sums = _take_keys(
             dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
             n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
-            SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
+            VALUE_DIM,
         )  # fmt: skip
 
     if FILL_THRESHOLD is not None:
@@ -363,8 +365,8 @@ def _take_keys(
     dq = _added_product(dq, dqk.to(PRODUCT_DTYPE), k, PRECISION)
     if SUMS is not None:
         sums = SUMS(
-            sums, ds, of_factor, p, p_dp, qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured,
-            captured_strides,
+            sums, ds, of_factor, p, p_dp, qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes,
+            captured, captured_strides,
         )  # fmt: skip
     return dq, sums
 
@@ -447,7 +449,11 @@ def load_rows(
 @triton.jit
 def along(rows, AXIS: tl.constexpr):
     """The numbers of rows with an axis of size 1 at AXIS."""
-    return tuple([tl.expand_dims(x, AXIS) for x in rows])
+    shift, log_sum, delta, factor, slack = rows
+    return (
+        tl.expand_dims(shift, AXIS), tl.expand_dims(log_sum, AXIS), tl.expand_dims(delta, AXIS),
+        tl.expand_dims(factor, AXIS), tl.expand_dims(slack, AXIS),
+    )  # fmt: skip
 
 
 @triton.jit

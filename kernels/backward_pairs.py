@@ -88,7 +88,8 @@ def attention_pairs_backward_kernel(
                 q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
             )  # fmt: skip
             _, _, ds, of_factor, _, _ = tile_gradients(
-                qk, dw, along(rows, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
+                qk, dw, along(rows, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3,
+                q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
                 FACTOR_MASKED, ROW_FACTOR, True, SCALE, HUGE_FACTOR, NORMALISED,
             )  # fmt: skip
             dt += PAIR_GRAD(

@@ -202,7 +202,7 @@ class _Call:
             *_padded(self._batch), *self._program_arguments,
             **queries_constants(self.spec, self.program, self.q.shape[-1], self.v.shape[-1], tiles),
         )  # fmt: skip
-        self.gradients.add_rows(sums, rows[2])
+        self.gradients.add_rows(sums, rows)
         return {} if dq is None else {0: _finished(dq, self.q)}
 
     def _pairs(self, rows: torch.Tensor, number: int, target: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Gradients of attention calls for tests: of the exact result, of eager code, and the rule that holds kernels to them."""
+"""Gradients of attention calls for tests: exact ones, those of eager code, and the rule that holds kernels to them."""
 
 from __future__ import annotations
 
@@ -37,9 +37,13 @@ def reference_gradients(call: Call, wanted: Sequence[int], dtype: torch.dtype | 
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
 
 
-def check_gradients(call: Call, backward: Callable[[Call, torch.Tensor, Sequence[int]], Gradients]) -> Gradients:
-    """Hold `backward(call, grad_out, wanted)` to the exact gradients of everything that has one."""
-    wanted = differentiable(call)
+def check_gradients(
+    call: Call,
+    backward: Callable[[Call, torch.Tensor, Sequence[int]], Gradients],
+    wanted: Sequence[int] | None = None,
+) -> Gradients:
+    """Hold `backward(call, grad_out, wanted)` to the exact gradients, by default of everything that has one."""
+    wanted = differentiable(call) if wanted is None else wanted
     exact, eager = reference_gradients(call, wanted, torch.float64), reference_gradients(call, wanted)
     found = backward(call, grad_out(call), wanted)
     for at, mine, theirs, truth in zip(wanted, found, eager, exact, strict=True):
