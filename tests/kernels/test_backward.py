@@ -1,301 +1,293 @@
-"""The Triton backward kernels at small odd sizes: on a GPU where there is one, otherwise in Triton's interpreter.
+"""Gradients of the operator: every kind of program against float64 autograd through the reference."""
 
-The interpreter is chosen when triton is imported, so without a GPU these tests run in a process of their own, which
-test_interpreter.py starts.
-"""
+from __future__ import annotations
 
-import os
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from attention_cases import Call, make_call
-from gradient_cases import Gradients, check_gradients, differentiable, grad_out
+from numerics import assert_close_to_exact
+from torch.utils._python_dispatch import TorchDispatchMode
 
-triton = pytest.importorskip("triton")
+import flashfuse.kernels.ops  # noqa: F401
+from flashfuse.kernels import flash_cpu, tiled
+from flashfuse.kernels.backward_tiled import attention_backward_tiled
+from flashfuse.kernels.reference import attention_reference
 
-from flashfuse.kernels.backward_variants import BackwardLaunch  # noqa: E402
-from flashfuse.kernels.launch import Launch, attention_forward  # noqa: E402
-from flashfuse.kernels.launch_backward import attention_backward  # noqa: E402
-from flashfuse.kernels.ranges import mask_ranges, ranges_program  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs a GPU or TRITON_INTERPRET=1; test_interpreter.py runs them",
-)
-
+attention = torch.ops.flashfuse.attention
 FP32_MIN = torch.finfo(torch.float32).min
 CAUSAL = "where(kv_idx <= q_idx, qk * 0.3, -inf)"
-# Tiles so small that small tensors have many, and of different sizes.
-SMALL = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=2)
-WIDE, TALL = replace(SMALL, block_kv=32), replace(SMALL, block_q=32)
-TILES = BackwardLaunch(keys=WIDE, queries=TALL, pairs=SMALL)
+B, H, SQ, SK = 2, 3, 21, 19
+# A gradient that is few numbers says little with one gradient of the output.
+DRAWS = 4
 
 
 @pytest.fixture(autouse=True)
-def _nan_filled_outputs() -> Iterator[None]:
-    """An element that no kernel writes stays NaN; an operator that is not deterministic raises."""
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiny tiles, so that tiny tensors have many, and memory filled with NaN, so that an unwritten element fails."""
+    monkeypatch.setattr(tiled, "BLOCK_Q", 8)
+    monkeypatch.setattr(tiled, "BLOCK_KV", 8)
+    monkeypatch.setattr(tiled, "WORKSPACE", 8 * 8 * 4)
+    monkeypatch.setattr(flash_cpu, "MAX_BLOCK_Q", 8)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int], kv_ranges: torch.Tensor | None = None) -> Gradients:
-    q, k, v, grad = (x.to(DEVICE) for x in (call.q, call.k, call.v, grad))
-    captured = [c.to(DEVICE) for c in call.captured]
-    kv_ranges = None if kv_ranges is None else kv_ranges.to(DEVICE)
-    out, lse = attention_forward(call.spec, q, k, v, captured, call.sizes, kv_ranges, launch=SMALL)
-    needs = [at in wanted for at in differentiable(call)]
-    return attention_backward(call.spec, grad, q, k, v, out, lse, captured, call.sizes, kv_ranges, needs, launch=TILES)
+def noise(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def check(call: Call, wanted: Sequence[int] | None = None) -> Gradients:
-    return check_gradients(call, backward, wanted)
+def keep(*shape: int) -> torch.Tensor:
+    return noise(*shape, seed=2) < 0.5
 
 
-def check_ranged(call: Call) -> torch.Tensor:
-    """With the ranges that a compiled graph would compute; returns them."""
-    q_len, kv_len, rank = call.q.shape[-2], call.k.shape[-2], call.spec.batch_axes
-    program = ranges_program(call.spec, call.sizes[:rank], kv_len)
-    assert program is not None
-    captured = [call.captured[slot] for slot in program.captured]
-    batch = [size if axis in program.batch else 1 for axis, size in enumerate(call.sizes[:rank])]
-    ranges = mask_ranges(captured, batch, rank, q_len, kv_len, program.needed, program.idle)
-    check_gradients(call, lambda *arguments: backward(*arguments, kv_ranges=ranges))
-    return ranges
+# Score, captured tensors, and the spec's other fields.
+PROGRAMS: dict[str, tuple[str, list[torch.Tensor], dict[str, str]]] = {
+    "plain": ("qk", [], {}),
+    "causal": (CAUSAL, [], {}),
+    "window-min": (f"where((kv_idx <= q_idx) & (kv_idx > q_idx - 5), qk * 0.3, {FP32_MIN})", [], {}),
+    "alibi": ("qk * 0.3 + to_float(kv_idx - q_idx) * t0[n1]", [noise(H)], {}),
+    "softcap": ("where(kv_idx <= q_idx, tanh(qk * 0.1) * 5.0, -inf)", [], {}),
+    "bias": ("qk * 0.3 + t0[n0, n1, q_idx, kv_idx]", [noise(B, H, SQ, SK)], {}),
+    "shared-bias": ("where(kv_idx <= q_idx, qk * 0.3 + t0[n1, q_idx, kv_idx], -inf)", [noise(H, SQ, SK)], {}),
+    "key-bias": ("qk + t0[n0, kv_idx] * 2.0", [noise(B, SK)], {}),
+    "bias-table": ("qk + t0[q_idx - kv_idx + (kv_len - 1), n1]", [noise(SQ + SK, H)], {}),
+    "diagonal-table": ("qk + t0[q_idx + kv_idx]", [noise(SQ + SK)], {}),
+    "look-up": ("qk + t1[t0[q_idx, kv_idx], n1]", [(keep(SQ, SK) * 3 + keep(SQ, SK).mT.sum()).long() % 7, noise(7, H)], {}),
+    "one-tensor-twice": ("qk + t0[n1, kv_idx] - t0[n1, q_idx] * qk", [noise(H, SQ + SK)], {}),
+    "temperature": ("qk * t0[n1]", [noise(H).exp()], {}),
+    "gated-bias": ("where(t0[q_idx, kv_idx], qk, t1[n1, q_idx] * 0.5)", [keep(SQ, SK), noise(H, SQ)], {}),
+    "no-product": ("t0[q_idx, kv_idx]", [noise(SQ, SK)], {}),
+    "padding": ("where(t0[n0, kv_idx], qk, -3.4028234663852886e+38)", [keep(B, SK)], {}),
+    "sink": (CAUSAL, [noise(H)], {"sink": "t0[n1]"}),
+    "sink-of-rows": ("qk", [noise(H, SQ)], {"sink": "t0[n1, q_idx] * 2.0"}),
+    "softmax-plus-one": ("qk * 0.3", [], {"sink": "0.0"}),
+    "head-mask": ("qk * 0.3", [noise(H)], {"factor": "t0[n1]"}),
+    "factor": (CAUSAL, [noise(B, SK)], {"factor": "t0[n0, kv_idx] * 0.5"}),
+    "kept-rows": (CAUSAL, [keep(B, SQ)], {"factor": "t0[n0, q_idx]"}),
+    "sigmoid": ("sigmoid(qk + t0[n1])", [noise(H)], {"normaliser": "none"}),
+    "relu": ("max(qk, 0.0) * 0.1", [], {"normaliser": "none"}),
+    "weights-and-factor": ("sigmoid(qk)", [noise(H, SK)], {"normaliser": "none", "factor": "t0[n1, kv_idx]"}),
+}  # fmt: skip
 
 
-def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+def program(name: str, dtype: torch.dtype = torch.float32, shape: Sequence[int] = (B, H, SQ, 8), **more: object) -> Call:
+    score, captured, fields = PROGRAMS[name]
+    typed = [c.to(dtype) if c.is_floating_point() else c for c in captured]
+    return make_call(score, shape, SK, captured=typed, dtype=dtype, **{**fields, **more})  # type: ignore[arg-type]
 
 
-PROGRAMS = {
-    "plain": ("qk", []),
-    "scaled": ("qk * 0.3", []),
-    "causal": (CAUSAL, []),
-    "bottom-right": ("where(kv_idx <= q_idx + (kv_len - q_len), qk, -inf)", []),
-    "window": ("where((kv_idx <= q_idx) & (kv_idx > q_idx - 9), qk * 0.3, -inf)", []),
-    "symmetric": ("where(abs(kv_idx - q_idx) < 5, qk * 0.3, -inf)", []),
-    "dilated": ("where((q_idx - kv_idx) % 3 == 0, qk, -inf)", []),
-    "chunked": ("where((kv_idx <= q_idx) & (kv_idx // 8 == q_idx // 8), qk, -inf)", []),
-    "softcap": ("where(kv_idx <= q_idx, tanh(qk * 0.1) * 5.0, -inf)", []),
-    "scalar": ("qk * t0[()]", [torch.tensor(0.1)]),
-    "alibi": ("qk * 0.3 + to_float(kv_idx - q_idx) * t0[n1]", [noise(3)]),
-    "temperature": ("where(kv_idx <= q_idx, qk / exp(t0[n1]), -inf)", [noise(3)]),
-    "bias": ("qk * 0.3 + t0[n0, n1, q_idx, kv_idx]", [noise(2, 3, 45, 37)]),
-    "causal-bias": ("where(kv_idx <= q_idx, qk + t0[0, n1, q_idx, kv_idx], -inf)", [noise(1, 3, 45, 37)]),
-    "shared-bias": ("where(kv_idx <= q_idx, (qk + t0[q_idx, kv_idx]) * 0.3, -inf)", [noise(45, 37)]),
-    "wide-bias": ("qk + t0[n0, q_idx + 3, kv_idx + 2]", [noise(2, 50, 60)]),
-    "transposed-bias": ("qk + t0[kv_idx, q_idx]", [noise(37, 45)]),
-    "head-innermost": ("qk + t0[q_idx, kv_idx, n1]", [noise(45, 37, 3)]),
-    "two-biases": ("qk + t0[n1, q_idx, kv_idx] + t1[n0, q_idx, kv_idx]", [noise(3, 45, 37), noise(2, 45, 37)]),
-    "bias-twice": ("qk + t0[n1, q_idx, kv_idx] * t0[n1, 0, 0]", [noise(3, 45, 37)]),
-    "key-bias": ("qk * 0.3 + t0[n0, kv_idx]", [noise(2, 37)]),
-    "query-scale": ("qk * t0[n0, n1, q_idx]", [noise(2, 3, 45)]),
-    "row-look-up": ("qk * t0[t1[q_idx], n1]", [noise(5, 3), torch.arange(45) % 4]),
-    "key-look-up": ("qk + t0[t1[n0, kv_idx]]", [noise(5), torch.arange(74).view(2, 37) % 4]),
-    "concatenated": ("qk + where(kv_idx < 20, t0[kv_idx], t1[kv_idx - 20])", [noise(20), noise(17)]),
-    "padding": (f"where(t0[n0, kv_idx], qk * 0.3, {FP32_MIN!r})", [noise(2, 37) < 0.5]),
-    "constant": ("0.5", []),
-    "no-product": ("t0[kv_idx]", [noise(37)]),
-}
+def leaves(call: Call, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """q, k, v and the captured tensors, the floating-point ones requiring gradients."""
+    tensors = (x.detach().to(dtype) if dtype and x.is_floating_point() else x.detach() for x in (call.q, call.k, call.v, *call.captured))
+    return [x.requires_grad_() if x.is_floating_point() else x for x in tensors]
+
+
+def gradients(out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """[DRAWS, ..] of every input that requires one, for random gradients of the output."""
+    wanted = [x for x in inputs if x.requires_grad]
+    draws = []
+    for seed in range(DRAWS):
+        grad = noise(*out.shape, seed=seed).to(out.dtype)
+        draws.append(torch.autograd.grad(out, wanted, grad, retain_graph=True, materialize_grads=True))
+    return [torch.stack(grads) for grads in zip(*draws, strict=True)]
+
+
+def check(call: Call, kv_ranges: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Hold every gradient to the accuracy rule; the gradients."""
+    inputs, exact_inputs = leaves(call), leaves(call, torch.float64)
+    arguments = (call.sizes, call.spec.to_text(), *(() if kv_ranges is None else (kv_ranges,)))
+    found = gradients(attention(*inputs[:3], inputs[3:], *arguments)[0], inputs)
+    eager = gradients(attention_reference(call.spec, *inputs[:3], inputs[3:], call.sizes)[0], inputs)
+    out, _ = attention_reference(call.spec, *exact_inputs[:3], exact_inputs[3:], call.sizes, dtype=torch.float64)
+    for x, own, grad in zip(found, eager, gradients(out, exact_inputs), strict=True):
+        assert x.dtype == own.dtype
+        assert_close_to_exact(x, own, grad)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs(name: str, dtype: torch.dtype) -> None:
+    check(program(name, dtype))
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_programs(name: str) -> None:
-    score, captured = PROGRAMS[name]
-    check(make_call(score, (2, 3, 45, 20), 37, value_dim=12, captured=captured))
+def test_gradcheck(name: str) -> None:
+    call = program(name, torch.float64, (B, H, SQ, 2))
+    inputs = leaves(call)
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        return attention(*inputs[:3], list(inputs[3:]), call.sizes, call.spec.to_text())[0]
+
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["causal", "softcap", "temperature", "alibi", "bias", "key-bias"])
-def test_half_precision(name: str) -> None:
-    """Rounding the output leaves more in delta than the sums of a slope or a temperature may lose."""
-    score, captured = PROGRAMS[name]
-    check(make_call(score, (2, 3, 45, 20), 37, value_dim=12, captured=captured, dtype=torch.float16))
-
-
-@pytest.mark.parametrize("fill", ["-inf", repr(FP32_MIN), "-1e31", "-10000.0"])
-@pytest.mark.parametrize("empty_row", ["nan", "zero"])
-def test_rows_without_a_key(fill: str, empty_row: str) -> None:
-    """A finite fill has gradients through all keys, those of skipped tiles included; NaN rows make all values NaN."""
-    score = f"where((kv_idx <= q_idx - 20) & (kv_idx > q_idx - 30), qk * 0.1, {fill})"
-    _, _, dv = check(make_call(score, (1, 2, 70, 16), 50, empty_row=empty_row))
-    assert dv.isnan().all() == (fill == "-inf" and empty_row == "nan")
-
-
-@pytest.mark.parametrize("scale", [0.01, 1.0, 7.0])
-def test_additive_minimum(scale: float) -> None:
-    check(make_call(f"qk * {scale} + where(kv_idx <= q_idx - 20, 0.0, {FP32_MIN!r})", (1, 1, 40, 16), 33))
-
-
-@pytest.mark.parametrize("kind", ["additive", "filled", "bias"])
-def test_minimum_from_a_captured_tensor(kind: str) -> None:
-    keep = noise(40, 33) < -1.0
-    keep[3] = False
-    bias = torch.where(keep, 0.0, FP32_MIN)
-    score = {"additive": f"qk + where(t0[q_idx, kv_idx], 0.0, {FP32_MIN!r})", "bias": "qk + t0[q_idx, kv_idx]"}
-    text = score.get(kind, f"where(t0[q_idx, kv_idx], qk * 0.1, {FP32_MIN!r})")
-    check(make_call(text, (1, 1, 40, 16), 33, captured=[bias if kind == "bias" else keep]))
-
-
+@pytest.mark.parametrize("score", [CAUSAL, "tanh(qk) * t0[n1, n2, q_idx]"], ids=["causal", "tanh"])
 @pytest.mark.parametrize(
-    ("q_shape", "kv_len", "k_batch", "v_batch"),
+    ("k_batch", "v_batch"),
     [
-        ((17, 16), 9, (), ()),
-        ((3, 17, 16), 9, (1,), (3,)),
-        ((2, 2, 3, 17, 16), 9, (2, 2, 1), (2, 2, 1)),
-        ((2, 2, 3, 17, 16), 40, (2, 1, 1), (2, 1, 1)),
-        ((2, 3, 17, 16), 9, (1, 3), (1, 3)),
-        ((2, 1, 2, 3, 17, 16), 9, (1, 1, 2, 3), (2, 1, 1, 1)),
-        ((2, 3, 1, 16), 40, None, None),
-        ((2, 3, 40, 16), 1, None, None),
+        ((2, 2, 1), None),
+        ((1, 1, 1), None),
+        ((1, 2, 3), None),
+        ((2, 2, 1), (2, 2, 3)),
+        ((2, 1, 3), (1, 2, 1)),
     ],
 )
-def test_shapes(q_shape: tuple[int, ...], kv_len: int, k_batch: tuple | None, v_batch: tuple | None) -> None:
-    """Keys and values shared over any batch axes, together or not."""
-    check(make_call(CAUSAL, q_shape, kv_len, k_batch=k_batch, v_batch=v_batch, sink="0.5"))
-
-
-def test_queries_shared_over_the_batch() -> None:
-    call = make_call("qk * 0.3 + t0[n0, kv_idx]", (1, 3, 20, 16), 24, k_batch=(4, 3), captured=[noise(4, 24)])
-    check(replace(call, sizes=[4, 3]))
-
-
-@pytest.mark.parametrize("name", ["key-bias", "shared-bias", "alibi"])
-def test_grouped_heads_and_captured_tensors(name: str) -> None:
-    score, captured = PROGRAMS[name]
-    check(make_call(score, (2, 3, 4, 45, 16), 37, k_batch=(2, 3, 1), captured=captured))
-
-
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 3), (40, 16), (16, 72), (33, 33)])
-def test_head_dims(head_dim: int, value_dim: int) -> None:
-    check(make_call(CAUSAL, (2, 40, head_dim), 33, value_dim=value_dim))
-
-
-def test_strided_layouts() -> None:
-    """Operands in any layout; gradients in the memory order of those that are dense."""
-    call = make_call(CAUSAL, (2, 3, 40, 16), out_order=(0, 2, 1, 3))
-    q = torch.cat([call.q, call.q], dim=-1)[..., 16:]
-    k, v = call.k.mT.contiguous().mT, call.v.transpose(1, 2).contiguous().transpose(1, 2)
-    _, dk, dv = check(replace(call, q=q, k=k, v=v))
-    assert (dk.stride(), dv.stride()) == (k.stride(), v.stride())
-
-
-def test_expanded_gradient() -> None:
-    """What `out.sum().backward()` passes on has stride 0."""
-    call = make_call(CAUSAL, (2, 40, 16))
-    one = torch.ones(()).expand(2, 40, 16)
-    for mine, other in zip(backward(call, one, [0, 1]), backward(call, one.contiguous(), [0, 1]), strict=True):
-        assert torch.equal(mine, other)
-
-
-B, H, S, KV_LEN = 2, 3, 45, 37
-SINKS = {"per-head": ("t0[n1]", (H,)), "per-row": ("t0[n0, q_idx] * 3.0", (B, S)), "one": ("0.0", ())}
-
-
-@pytest.mark.parametrize("score", [CAUSAL, f"where(kv_idx <= q_idx - 9, qk * 0.3, {FP32_MIN!r})"])
-@pytest.mark.parametrize("sink", SINKS)
-def test_sinks(sink: str, score: str) -> None:
-    text, shape = SINKS[sink]
-    captured = [noise(*shape)] if shape else []
-    check(make_call(score, (B, H, S, 20), KV_LEN, sink=text, captured=captured, empty_row="zero"))
-
-
-@pytest.mark.parametrize("empty_row", ["nan", "zero"])
-@pytest.mark.parametrize("fill", ["-inf", repr(FP32_MIN), "-10000.0"])
-def test_sinks_of_rows_without_a_key(fill: str, empty_row: str) -> None:
-    score = f"where((kv_idx <= q_idx - 20) & (kv_idx > q_idx - 30), qk * 0.1, {fill})"
-    call = make_call(score, (1, 2, 70, 16), 50, sink="t0[n1]", captured=[noise(2)], empty_row=empty_row)
-    is_nan = fill == "-inf" and empty_row == "nan"
-    check(call, [0, 1, 2] if is_nan else None)
-    if is_nan:
-        assert backward(call, grad_out(call), [3])[0].isnan().all()
-
-
-@pytest.mark.parametrize("fill", [FP32_MIN, -1e31, -10000.0])
-def test_sink_as_low_as_the_fill(fill: float) -> None:
-    score = f"where((kv_idx <= q_idx - 20) & (kv_idx > q_idx - 30), qk, {fill!r})"
-    check(make_call(score, (1, 2, 70, 16), 50, sink="t0[0]", captured=[torch.tensor([fill])]))
-
-
-FACTORS = {
-    "per-head": ("t0[n1]", noise(H)),
-    "per-row": ("t0[n0, q_idx] * 2.0", noise(B, S)),
-    "per-key": ("t0[kv_idx]", noise(KV_LEN)),
-    "matrix": ("t0[n0, 0, q_idx, kv_idx]", noise(B, 1, S, KV_LEN)),
-    "kept": ("where(t0[n0, kv_idx], 1.0, 0.0)", noise(B, KV_LEN) < 0.5),
-    "inverse": ("1.0 / t0[kv_idx]", noise(KV_LEN).abs() + 0.5),
-    "of-products": ("sigmoid(qk) * t0[n1]", noise(H)),
-}
-
-
-@pytest.mark.parametrize("normaliser", ["softmax", "none"])
-@pytest.mark.parametrize("name", [name for name in FACTORS if name != "of-products"])
-def test_factors(name: str, normaliser: str) -> None:
-    factor, captured = FACTORS[name]
-    score = CAUSAL if normaliser == "softmax" else "sigmoid(qk * 0.3)"
-    check(make_call(score, (B, H, S, 20), KV_LEN, factor=factor, captured=[captured], normaliser=normaliser))
-
-
-def test_one_tensor_in_score_sink_and_factor() -> None:
-    call = make_call("qk * t0[n1]", (B, H, S, 20), sink="t0[n1]", factor="t0[n1] * 2.0", captured=[noise(H)])
+def test_shared_keys_and_values(score: str, k_batch: tuple, v_batch: tuple | None) -> None:
+    captured = [noise(2, 3, 20)][: score.count("t0")]
+    call = make_call(score, (2, 2, 3, 20, 8), 21, k_batch=k_batch, v_batch=v_batch, captured=captured, value_dim=5)
     check(call)
 
 
-@pytest.mark.parametrize("fill", ["-inf", repr(FP32_MIN)])
-@pytest.mark.parametrize("normaliser", ["softmax", "none"])
-def test_rows_that_become_zero(normaliser: str, fill: str) -> None:
-    """They have no gradient, whatever they were."""
-    kept = torch.arange(S) % 2 == 0
-    kept[:20] = False
-    score = f"where(kv_idx <= q_idx - 20, qk, {fill})"
-    score = score if normaliser == "softmax" else f"sigmoid({score})"
-    check(make_call(score, (2, S, 16), factor="t0[q_idx]", captured=[kept], normaliser=normaliser))
+def test_shared_queries() -> None:
+    call = make_call(CAUSAL, (2, 3, 20, 8))
+    check(Call(call.spec, call.q[:1], call.k, call.v, [], call.sizes))
 
 
-UNNORMALISED = {
-    "sigmoid": "sigmoid(qk * 0.3 + -3.0)",
-    "causal": "sigmoid(where(kv_idx <= q_idx, qk * 0.3, -inf))",
-    "relu": "max(qk, 0.0) / to_float(kv_len)",
-    "scaled": "where(kv_idx <= q_idx, sigmoid(qk) * 0.5, 0.0)",
-    "biased": "sigmoid(qk + t0[n1, q_idx, kv_idx])",
-}
+@pytest.mark.parametrize("shape", [(17, 8), (3, 17, 8), (2, 2, 1, 2, 17, 8)], ids=len)
+def test_batch_axes(shape: tuple[int, ...]) -> None:
+    check(make_call(CAUSAL, shape))
 
 
-@pytest.mark.parametrize("name", UNNORMALISED)
-def test_scores_as_weights(name: str) -> None:
-    captured = [noise(H, S, KV_LEN)] if name == "biased" else []
-    check(make_call(UNNORMALISED[name], (B, H, S, 20), KV_LEN, normaliser="none", captured=captured))
+def test_operands_expanded_by_the_caller_have_a_gradient_at_every_position() -> None:
+    call = make_call("qk", (2, 3, 20, 8))
+    k, v = (x[:, :1].expand(2, 3, 20, 8) for x in (call.k, call.v))
+    check(Call(call.spec, call.q, k, v, [], call.sizes))
 
 
-TQ, TKV = 150, 200
-LENGTHS = torch.tensor([60, TKV])
-KEEP = torch.arange(TKV) < LENGTHS[:, None]
-DENSE = (torch.arange(TKV) <= torch.arange(TQ)[:, None]).expand(B, 1, TQ, TKV)
-RANGED = {
-    "padding": (f"where(t0[n0, kv_idx], qk * 0.3, {FP32_MIN!r})", [KEEP]),
-    "left-padding": (f"qk * 0.3 + where(t0[n0, kv_idx] & (kv_idx <= q_idx), 0.0, {FP32_MIN!r})", [KEEP.flip(1)]),
-    "documents": ("where((t0[q_idx] == t0[kv_idx]) & (kv_idx <= q_idx), qk * 0.3, -inf)", [torch.arange(TKV) // 70]),
-    "nothing": ("where(t0[n0, kv_idx], qk * 0.3, -10000.0)", [KEEP & torch.tensor([[True], [False]])]),
-    "added": ("qk * 0.3 + t0[n0, 0, q_idx, kv_idx]", [torch.zeros(DENSE.shape).masked_fill(~DENSE, FP32_MIN)]),
-}
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 1, 0, 3)])
+def test_gradients_lie_as_their_operands_do(order: tuple[int, ...]) -> None:
+    call = make_call(CAUSAL, (2, 3, 20, 8), out_order=order)
+    inputs = [x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_() for x in (call.q, call.k, call.v)]
+    out, _ = attention(*inputs, [], call.sizes, call.spec.to_text())
+    for x, grad in zip(inputs, torch.autograd.grad(out.sum(), inputs), strict=True):
+        assert grad.stride() == x.stride()
+    check(Call(call.spec, *inputs, [], call.sizes))
 
 
-@pytest.mark.parametrize("name", RANGED)
-def test_ranges(name: str) -> None:
-    """A mask that depends on data skips tiles; the gradient of an added one is not 0 where it is."""
-    score, captured = RANGED[name]
-    ranges = check_ranged(make_call(score, (B, 4, TQ, 16), TKV, captured=captured))
-    assert (ranges[..., 3] < TKV).any() or (ranges[..., 0] > 0).any(), "nothing is skipped"
+@pytest.mark.parametrize("empty_row", ["nan", "zero"])
+@pytest.mark.parametrize("condition", ["t0[q_idx, kv_idx]", "(kv_idx <= q_idx - 3) & t0[q_idx, kv_idx]"])
+@pytest.mark.parametrize("score", ["where({}, qk, -inf)", "qk + where({}, 0.0, -inf)"])
+def test_empty_rows(score: str, condition: str, empty_row: str) -> None:
+    """NaN where autograd gives NaN: in all values, and where an added mask lets it pass in all queries and keys."""
+    mask = keep(33, 33)
+    mask[[0, 7, 32]] = False
+    _, dk, dv = check(make_call(score.format(condition), (2, 33, 8), captured=[mask], empty_row=empty_row))
+    assert dv.isnan().all() if empty_row == "nan" else dv.isfinite().all()
+    assert dk.isnan().all() if empty_row == "nan" and score.startswith("qk") else dk.isfinite().all()
 
 
-def test_what_is_wanted_alone() -> None:
-    """Each gradient by itself is the one that comes with all others."""
-    score = "qk * t0[n1] + t1[kv_idx] + t2[q_idx, kv_idx]"
-    call = make_call(score, (B, H, S, 16), KV_LEN, captured=[noise(H), noise(KV_LEN), noise(S, KV_LEN)])
-    together = check(call)
-    for at, expected in enumerate(together):
-        (alone,) = backward(call, grad_out(call), [at])
-        assert torch.equal(alone, expected)
+@pytest.mark.parametrize("fill", [FP32_MIN, -1e30, -1e9, -1e4])
+@pytest.mark.parametrize("score", ["where({}, qk * 0.3, {})", "tanh(qk) + where({}, 0.0, {})"])
+@pytest.mark.parametrize("condition", ["t0[q_idx, kv_idx]", "(kv_idx <= q_idx - 13) & t0[q_idx, kv_idx]"])
+def test_rows_masked_by_a_finite_fill_see_every_key(score: str, fill: float, condition: str) -> None:
+    mask = keep(33, 33)
+    mask[[0, 7, 32]] = False
+    check(make_call(score.format(condition, fill), (2, 33, 8), captured=[mask]))
+
+
+@pytest.mark.parametrize("fill", [FP32_MIN, -1e9])
+def test_rows_masked_by_an_added_tensor(fill: float) -> None:
+    """Their log-sum-exp in one number would have lost the number of keys, and every probability would be 1."""
+    mask = torch.zeros(33, 33).masked_fill(~keep(33, 33), fill)
+    mask[7] = fill
+    _, _, dv, _ = check(make_call("qk * 0.3 + t0[q_idx, kv_idx]", (2, 33, 8), captured=[mask]))
+    assert dv.abs().max() < 100
+
+
+def test_dropped_rows_have_no_gradient() -> None:
+    """Also where they have no key, so that their probabilities are NaN before they are dropped."""
+    mask = keep(20, 20)
+    mask[7] = False
+    score = "where(t0[q_idx, kv_idx], qk, -inf)"
+    rows = torch.arange(20) != 7
+    found = check(make_call(score, (2, 20, 8), captured=[mask, rows], factor="t1[q_idx]"))
+    assert all(x.isfinite().all() for x in found)
+    assert (found[0][:, :, 7] == 0).all()
+
+
+def test_discarded_branch_has_no_gradient() -> None:
+    """sqrt has an infinite slope at 0, which autograd multiplies by 0 to NaN; see docs/numerics.md."""
+    captured = [torch.zeros(20), torch.zeros(20, dtype=torch.bool)]
+    call = make_call("where(t1[kv_idx], qk + sqrt(t0[kv_idx]), qk)", (2, 20, 8), captured=captured)
+    inputs = leaves(call)
+    out, _ = attention(*inputs[:3], inputs[3:], call.sizes, call.spec.to_text())
+    assert (torch.autograd.grad(out.sum(), inputs[3])[0] == 0).all()
+
+
+def test_ranges_leave_out_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one batch at a time: what a tile of several visits is what any of them needs."""
+    monkeypatch.setattr(tiled, "WORKSPACE", 8 * 8)
+    length = 300
+    padding = torch.arange(length) < torch.tensor([[70], [300]])
+    call = make_call("where(t0[n0, kv_idx], qk * 0.3, -inf)", (2, 2, length, 8), captured=[padding])
+    predicate = "t0[n0, kv_idx]"
+    kv_ranges = torch.ops.flashfuse.mask_ranges([padding], [2, 1], 2, length, length, predicate, predicate)
+    call.k[0, :, 128:] = math.nan
+    inputs = leaves(call)
+    out, _ = attention(*inputs[:3], inputs[3:], call.sizes, call.spec.to_text(), kv_ranges)
+    dq, dk, dv = torch.autograd.grad(out.square().sum(), inputs[:3])
+    assert dq.isfinite().all()
+    assert (dk[0, :, 70:] == 0).all()
+    assert (dv[0, :, 70:] == 0).all()
+    call.k[0, :, 128:] = 0
+    check(call, kv_ranges)
+
+
+@pytest.mark.parametrize(("shape", "kv_len"), [((0, 2, 5, 8), 5), ((2, 2, 0, 8), 5), ((2, 2, 5, 8), 0)])
+def test_zero_sizes(shape: tuple[int, ...], kv_len: int) -> None:
+    call = make_call("qk", shape, kv_len, captured=[noise(2)], sink="t0[n1]")
+    inputs = leaves(call)
+    out, _ = attention(*inputs[:3], inputs[3:], call.sizes, call.spec.to_text())
+    for x, grad in zip(inputs, torch.autograd.grad(out.sum(), inputs), strict=True):
+        assert grad.shape == x.shape
+        assert (grad == 0).all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("score", [CAUSAL, "tanh(qk)", "qk + t0[kv_idx] * t1[q_idx]", "qk + t0[q_idx - kv_idx + 1023]"])
+def test_memory_is_linear_in_the_sequence(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("BLOCK_Q", 64), ("BLOCK_KV", 64), ("WORKSPACE", 64 * 64)):
+        monkeypatch.setattr(tiled, name, size)
+    largest = []
+    for length in (256, 1024):
+        captured = [noise(2048), noise(2048)][: ("t0" in score) + ("t1" in score)]
+        call = make_call(score, (2, length, 8), captured=captured)
+        inputs = leaves(call)
+        q, k, v, *captured = (x.detach() for x in inputs)
+        out, lse = attention(q, k, v, captured, call.sizes, call.spec.to_text())
+        arguments = (out, q, k, v, out, lse, captured, call.sizes, None, [True] * len(inputs))
+        with LargestTensor() as seen:
+            attention_backward_tiled(call.spec, *arguments)
+        largest.append(seen.elements)
+    assert largest[1] <= 4 * largest[0]
+    assert largest[1] < 1024 * 1024 // 8
+
+
+def test_only_what_is_needed_is_computed() -> None:
+    call = program("alibi")
+    all_of_them = check(call)
+    inputs = leaves(call)
+    for at, x in enumerate(inputs):
+        alone = [y.detach() for y in inputs]
+        alone[at].requires_grad_()
+        out, _ = attention(*alone[:3], alone[3:], call.sizes, call.spec.to_text())
+        torch.testing.assert_close(gradients(out, alone), [all_of_them[at]], rtol=0, atol=0)
+        assert x.grad is None

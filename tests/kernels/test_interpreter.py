@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("forward", "normalisers", "ranged", "derivative_tiles", "forms", "backward")
+NAMES = ("forward", "normalisers", "ranged", "derivative_tiles", "forms", "backward_triton")
 FILES = [f"tests/kernels/test_{name}.py" for name in NAMES]
 
 
