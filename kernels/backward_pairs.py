@@ -59,11 +59,11 @@ def attention_pairs_backward_kernel(
         planes = (batch_0 * loop_0).to(tl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3 * q_len
         rows_base = rows_ptr + position.to(tl.int64) * q_len
 
-        start, _, _, end = KV_BOUNDS(q_start, q_stop, m0, m1, m2, m3, q_len, kv_len, sizes)
+        start, _full_start, _full_end, end = KV_BOUNDS(q_start, q_stop, m0, m1, m2, m3, q_len, kv_len, sizes)
         if ranges_ptr is not None:
             range_ptr = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3)
             range_ptr += (q_start // MASK_BLOCK).to(tl.int64) * ranges_strides[4]
-            start, _, _, end = narrowed(start, end, range_ptr, ranges_strides[5])
+            start, _full_start, _full_end, end = narrowed(start, end, range_ptr, ranges_strides[5])
         visited = (kv_start < end) & (kv_start + BLOCK_KV > start)
         if FILL_THRESHOLD is not None:
             # Rows that saw nothing above the fill have gradients through all keys.
@@ -87,7 +87,7 @@ def attention_pairs_backward_kernel(
             row_factor = row_factor_of(
                 q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
             )  # fmt: skip
-            _, _, ds, of_factor, _, _ = tile_gradients(
+            _w, _dqk, ds, of_factor, _p, _p_dp = tile_gradients(
                 qk, dw, along(rows, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3,
                 q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
                 FACTOR_MASKED, ROW_FACTOR, True, SCALE, HUGE_FACTOR, NORMALISED,

@@ -43,7 +43,7 @@ def on_gpu(call: Call) -> Call:
 
 
 def check(call: Call) -> Gradients:
-    return check_gradients(on_gpu(call), backward)
+    return check_gradients(on_gpu(call), backward, draws=4)
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
