@@ -32,6 +32,8 @@ CAUSAL = "where(kv_idx <= q_idx, qk * 0.3, -inf)"
 SMALL = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=2)
 WIDE, TALL = replace(SMALL, block_kv=32), replace(SMALL, block_q=32)
 TILES = BackwardLaunch(keys=WIDE, queries=TALL, pairs=SMALL)
+LARGE = Launch(block_q=64, block_kv=64, num_warps=4, num_stages=1)
+LARGE_TILES = BackwardLaunch(keys=replace(LARGE, block_kv=32), queries=LARGE, pairs=LARGE)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,8 @@ def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int], kv_ranges: t
     q, k, v, grad = (x.to(DEVICE) for x in (call.q, call.k, call.v, grad))
     captured = [c.to(DEVICE) for c in call.captured]
     kv_ranges = None if kv_ranges is None else kv_ranges.to(DEVICE)
-    out, lse = attention_forward(call.spec, q, k, v, captured, call.sizes, kv_ranges, launch=SMALL)
+    small = kv_ranges is None
+    out, lse = attention_forward(call.spec, q, k, v, captured, call.sizes, kv_ranges, launch=SMALL if small else LARGE)
     needs = [at in wanted for at in differentiable(call)]
     return attention_backward(call.spec, grad, q, k, v, out, lse, captured, call.sizes, kv_ranges, needs, launch=TILES)
 
@@ -71,6 +74,8 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+B, H, S, KV_LEN = 2, 2, 41, 35
+
 PROGRAMS = {
     "plain": ("qk", []),
     "scaled": ("qk * 0.3", []),
@@ -82,38 +87,38 @@ PROGRAMS = {
     "chunked": ("where((kv_idx <= q_idx) & (kv_idx // 8 == q_idx // 8), qk, -inf)", []),
     "softcap": ("where(kv_idx <= q_idx, tanh(qk * 0.1) * 5.0, -inf)", []),
     "scalar": ("qk * t0[()]", [torch.tensor(0.1)]),
-    "alibi": ("qk * 0.3 + to_float(kv_idx - q_idx) * t0[n1]", [noise(3)]),
-    "temperature": ("where(kv_idx <= q_idx, qk / exp(t0[n1]), -inf)", [noise(3)]),
-    "bias": ("qk * 0.3 + t0[n0, n1, q_idx, kv_idx]", [noise(2, 3, 45, 37)]),
-    "causal-bias": ("where(kv_idx <= q_idx, qk + t0[0, n1, q_idx, kv_idx], -inf)", [noise(1, 3, 45, 37)]),
-    "shared-bias": ("where(kv_idx <= q_idx, (qk + t0[q_idx, kv_idx]) * 0.3, -inf)", [noise(45, 37)]),
-    "wide-bias": ("qk + t0[n0, q_idx + 3, kv_idx + 2]", [noise(2, 50, 60)]),
-    "transposed-bias": ("qk + t0[kv_idx, q_idx]", [noise(37, 45)]),
-    "head-innermost": ("qk + t0[q_idx, kv_idx, n1]", [noise(45, 37, 3)]),
-    "two-biases": ("qk + t0[n1, q_idx, kv_idx] + t1[n0, q_idx, kv_idx]", [noise(3, 45, 37), noise(2, 45, 37)]),
-    "bias-twice": ("qk + t0[n1, q_idx, kv_idx] * t0[n1, 0, 0]", [noise(3, 45, 37)]),
-    "key-bias": ("qk * 0.3 + t0[n0, kv_idx]", [noise(2, 37)]),
-    "query-scale": ("qk * t0[n0, n1, q_idx]", [noise(2, 3, 45)]),
-    "row-look-up": ("qk * t0[t1[q_idx], n1]", [noise(5, 3), torch.arange(45) % 4]),
-    "key-look-up": ("qk + t0[t1[n0, kv_idx]]", [noise(5), torch.arange(74).view(2, 37) % 4]),
-    "concatenated": ("qk + where(kv_idx < 20, t0[kv_idx], t1[kv_idx - 20])", [noise(20), noise(17)]),
-    "padding": (f"where(t0[n0, kv_idx], qk * 0.3, {FP32_MIN!r})", [noise(2, 37) < 0.5]),
+    "alibi": ("qk * 0.3 + to_float(kv_idx - q_idx) * t0[n1]", [noise(H)]),
+    "temperature": ("where(kv_idx <= q_idx, qk / exp(t0[n1]), -inf)", [noise(H)]),
+    "bias": ("qk * 0.3 + t0[n0, n1, q_idx, kv_idx]", [noise(B, H, S, KV_LEN)]),
+    "causal-bias": ("where(kv_idx <= q_idx, qk + t0[0, n1, q_idx, kv_idx], -inf)", [noise(1, H, S, KV_LEN)]),
+    "shared-bias": ("where(kv_idx <= q_idx, (qk + t0[q_idx, kv_idx]) * 0.3, -inf)", [noise(S, KV_LEN)]),
+    "wide-bias": ("qk + t0[n0, q_idx + 3, kv_idx + 2]", [noise(B, 50, 60)]),
+    "transposed-bias": ("qk + t0[kv_idx, q_idx]", [noise(KV_LEN, S)]),
+    "head-innermost": ("qk + t0[q_idx, kv_idx, n1]", [noise(S, KV_LEN, H)]),
+    "two-biases": ("qk + t0[n1, q_idx, kv_idx] + t1[n0, q_idx, kv_idx]", [noise(H, S, KV_LEN), noise(B, S, KV_LEN)]),
+    "bias-twice": ("qk + t0[n1, q_idx, kv_idx] * t0[n1, 0, 0]", [noise(H, S, KV_LEN)]),
+    "key-bias": ("qk * 0.3 + t0[n0, kv_idx]", [noise(B, KV_LEN)]),
+    "query-scale": ("qk * t0[n0, n1, q_idx]", [noise(B, H, S)]),
+    "row-look-up": ("qk * t0[t1[q_idx], n1]", [noise(5, H), torch.arange(S) % 4]),
+    "key-look-up": ("qk + t0[t1[n0, kv_idx]]", [noise(5), torch.arange(B * KV_LEN).view(B, KV_LEN) % 4]),
+    "concatenated": ("qk + where(kv_idx < 20, t0[kv_idx], t1[kv_idx - 20])", [noise(20), noise(KV_LEN - 20)]),
+    "padding": (f"where(t0[n0, kv_idx], qk * 0.3, {FP32_MIN!r})", [noise(B, KV_LEN) < 0.5]),
     "constant": ("0.5", []),
-    "no-product": ("t0[kv_idx]", [noise(37)]),
+    "no-product": ("t0[kv_idx]", [noise(KV_LEN)]),
 }
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str) -> None:
     score, captured = PROGRAMS[name]
-    check(make_call(score, (2, 3, 45, 20), 37, value_dim=12, captured=captured))
+    check(make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured))
 
 
 @pytest.mark.parametrize("name", ["causal", "softcap", "temperature", "alibi", "bias", "key-bias"])
 def test_half_precision(name: str) -> None:
     """Rounding the output leaves more in delta than the sums of a slope or a temperature may lose."""
     score, captured = PROGRAMS[name]
-    check(make_call(score, (2, 3, 45, 20), 37, value_dim=12, captured=captured, dtype=torch.float16))
+    check(make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("fill", ["-inf", repr(FP32_MIN), "-1e31", "-10000.0"])
@@ -166,7 +171,7 @@ def test_queries_shared_over_the_batch() -> None:
 @pytest.mark.parametrize("name", ["key-bias", "shared-bias", "alibi"])
 def test_grouped_heads_and_captured_tensors(name: str) -> None:
     score, captured = PROGRAMS[name]
-    check(make_call(score, (2, 3, 4, 45, 16), 37, k_batch=(2, 3, 1), captured=captured))
+    check(make_call(score, (B, H, 2, S, 16), KV_LEN, k_batch=(B, H, 1), captured=captured))
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 3), (40, 16), (16, 72), (33, 33)])
@@ -191,7 +196,6 @@ def test_expanded_gradient() -> None:
         assert torch.equal(mine, other)
 
 
-B, H, S, KV_LEN = 2, 3, 45, 37
 SINKS = {"per-head": ("t0[n1]", (H,)), "per-row": ("t0[n0, q_idx] * 3.0", (B, S)), "one": ("0.0", ())}
 
 
@@ -287,7 +291,7 @@ RANGED = {
 def test_ranges(name: str) -> None:
     """A mask that depends on data skips tiles; the gradient of an added one is not 0 where it is."""
     score, captured = RANGED[name]
-    ranges = check_ranged(make_call(score, (B, 4, TQ, 16), TKV, captured=captured))
+    ranges = check_ranged(make_call(score, (B, 4 if name == "added" else 1, TQ, 16), TKV, captured=captured))
     assert (ranges[..., 3] < TKV).any() or (ranges[..., 0] > 0).any(), "nothing is skipped"
 
 
