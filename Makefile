@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 2.13.0
 TORCH_INDEX ?=
+# Processes that share the tests.
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
@@ -17,7 +19,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -175,7 +175,7 @@ class _Rows:
         call = self.call
         tiles = self._tiles()
         for keys, score in tiles:
-            self._visit_tile(keys, score, alone=len(tiles) == 1)
+            self._visit_tile(keys, score, alone=len(tiles) == 1 and call.sink is None)
         if call.sink is not None:
             prob = torch.exp(self._of_rows(call.sink.program) - self.shift) * self.share
             self._add_reads(call.sink, -prob * self.delta, self.problem.tile((*self.box, range(1))))
@@ -206,7 +206,7 @@ class _Rows:
         return values.expand(self.shape).reshape(*self.lead, 1)
 
     def _visit_tile(self, keys: range, score: _Slopes, alone: bool) -> None:
-        """Add what one tile of keys gives; `alone` where it is the only one of these rows."""
+        """Add what one tile of keys gives; `alone` where nothing else has a probability in these rows."""
         normalised = self.problem.spec.normaliser == "softmax"
         sums, at_keys = self.call.sums, (*self.outer, slice(keys.start, keys.stop))
         # [pairs, keys, D], [pairs, keys, Dv]
@@ -228,7 +228,8 @@ class _Rows:
             sums[V][at_keys] += torch.bmm(weights.mT, self.grad_out).view(sums[V][at_keys].shape)
         if alone:
             # The same sum, with rounding errors that cancel those of the terms.
-            self.delta = (probs * dprobs).sum(-1, keepdim=True)
+            total = probs.sum(-1, keepdim=True)
+            self.delta = (probs * dprobs).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
         dscores = probs * (dprobs - self.delta) if normalised else dprobs
         self._add_reads(score, dscores, tile)
         if score.product is None or not {Q, K} & sums.keys():

@@ -121,7 +121,7 @@ def gradients(ctx: Any, grad_out: torch.Tensor, _: torch.Tensor | None) -> tuple
     for at, need in zip(floating, needs, strict=True):
         result[at] = next(found) if need else None
     # The dispatcher leaves out an argument that has its default, and takes an empty list for one of no tensors.
-    others = ([] if flag == [] else None for flag in ctx.needs_input_grad[4:])
+    others: list[Any] = [[] if flag == [] else None for flag in ctx.needs_input_grad[4:]]
     return *result[:3], result[3:], *others
 
 

@@ -251,10 +251,12 @@ def _fill_of(masked: Expr, normaliser: str) -> float | None:
 
 
 def _saturated(expr: Expr) -> Expr:
-    """`expr` with every sum that a hugely negative constant dominates replaced by -inf, and simplified."""
+    """`expr` with -inf for every sum that a hugely negative constant dominates, 0 for its multiples, and simplified."""
     if expr.dtype.is_floating_point and isinstance(expr, Pointwise) and _added_constant(expr) <= HUGE_FILL:
         return Const(expr.dtype, -math.inf)
     children = tuple(_saturated(child) for child in expr.children)
+    if isinstance(expr, Pointwise) and expr.op == "mul" and any(number(child) == 0 for child in children):
+        return Const(expr.dtype, 0.0)
     return make(expr.op, *children, dtype=expr.dtype) if isinstance(expr, Pointwise) else expr
 
 
@@ -271,8 +273,8 @@ def _added_constant(expr: Expr) -> float:
             return _added_constant(left)
         case Pointwise(op="mul", args=(inner, Const(value=c)) | (Const(value=c), inner)) if 0 < c < math.inf:
             return c * _added_constant(inner)
-        case Pointwise(op="where", args=(_, yes, no)):
-            return max(_added_constant(yes), _added_constant(no))
+        case Pointwise(op="where", args=(_, one, other)) | Pointwise(op="max" | "maximum", args=(one, other)):
+            return max(_added_constant(one), _added_constant(other))
     return 0.0
 
 

@@ -111,7 +111,9 @@ def _dilated(term: Expr) -> str | None:
     match term:
         case Pointwise(op="eq", args=(Index(value=Mod() as rest), Index(value=sympy.S.Zero))):
             distance, step = rest.args
-            return f"dilated by {index_text(step)}" if distance in (Q_IDX - KV_IDX, KV_IDX - Q_IDX) else None
+            # q_idx + kv_idx is as good as q_idx - kv_idx where only the remainder by 2 counts.
+            same = any(sympy.Mod(distance - sign * (Q_IDX - KV_IDX), step) == 0 for sign in (1, -1))
+            return f"dilated by {index_text(step)}" if same else None
     return None
 
 

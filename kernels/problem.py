@@ -45,7 +45,8 @@ class Axes:
     def keys(self, x: torch.Tensor) -> torch.Tensor:
         """The same as [outer.., T, D]: one position stands for all on a shared axis."""
         outer = len(self.batch) - self.shared
-        return self.rows(x)[(*(slice(None),) * outer, *(0,) * self.shared)]
+        where: tuple[slice | int, ...] = (*(slice(None),) * outer, *(0,) * self.shared)
+        return self.rows(x)[where]
 
     def problem(
         self,

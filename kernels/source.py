@@ -15,7 +15,7 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product, free_symbols, loads, walk
-from flashfuse.kernels.normal import number, pointwise
+from flashfuse.kernels.normal import index, number, pointwise
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import KV_IDX, Q_IDX
 
@@ -169,13 +169,14 @@ class Writer:
 
     def _offsets(self, load: Load | Gather, guards: Guards) -> list[str]:
         """The terms of the address: scalars first, and terms in both positions last."""
-        if isinstance(load, Gather):
-            strides = [f"strides[{load.tensor}][{axis}]" for axis in range(len(load.at))]
-            return [f"({self.emit(a, guards)}).to(tl.int64) * {s}" for a, s in zip(load.at, strides, strict=True)]
-        terms = []
-        for axis, index in enumerate(load.indices):
+        terms: list[tuple[int, str]] = []
+        places = load.at if isinstance(load, Gather) else [index(i) for i in load.indices]
+        for axis, at in enumerate(places):
             stride = f"strides[{load.tensor}][{axis}]"
-            terms += [(_position_rank(t), _offset(t, stride)) for t in sympy.Add.make_args(sympy.expand(index))]
+            if isinstance(at, Index):
+                terms += [(_position_rank(t), _offset(t, stride)) for t in sympy.Add.make_args(sympy.expand(at.value))]
+            else:
+                terms.append((2, f"({self.emit(at, guards)}).to(tl.int64) * {stride}"))
         return [text for _, text in sorted(terms, key=lambda t: t[0]) if text]
 
 

@@ -35,7 +35,7 @@ def attention_tiled(
     sizes: Sequence[int],
     kv_ranges: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of q [.., Tq, D], k [.., Tkv, D] and v [.., Tkv, Dv], on any device."""
+    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of q [.., Tq, D], k [.., Tkv, D], v [.., Tkv, Dv], on any device."""
     # The spec states every element type, so an autocast region around the call must not change one.
     with torch.autocast(q.device.type, enabled=False):
         return _attention(spec, q, k, v, captured, sizes, kv_ranges)
@@ -173,9 +173,8 @@ class _Rows:
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [pairs, rows, Dv] and log-sum-exp [pairs, rows, 2] after the last key."""
         spec = self.problem.spec
-        out, lse = (
-            self._normalised() if spec.normaliser == "softmax" else (self.acc, self.sum.expand(*self.sum.shape[:2], 2))
-        )
+        zeros = self.sum.expand(*self.sum.shape[:-1], 2)
+        out, lse = self._normalised() if spec.normaliser == "softmax" else (self.acc, zeros)
         if spec.factor is not None and spec.factor.dtype == torch.bool:
             out = out.masked_fill(~self._of_rows(spec.factor), 0.0)
         return out, lse

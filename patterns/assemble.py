@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Dot, Expr, Product, free_symbols, loads
+from flashfuse.kernels.expr import Dot, Expr, Pointwise, Product, free_symbols, loads
 from flashfuse.kernels.normal import pointwise, rewrite
 from flashfuse.kernels.spec import AttentionSpec, parse, to_text
 from flashfuse.patterns.axes import Roles
@@ -119,9 +119,17 @@ def _check_types(node: fx.Node, values: Dot, score: Score) -> None:
 
 
 def _check_plain(lifter: Lifter, side: Expr, other: Expr, roles: Roles, node: fx.Node) -> None:
-    """Refuse an operand that is itself a matrix of scores: a product of the keys with an axis the other side lacks."""
+    """Refuse an operand that is itself a matrix of scores: a product of the keys with an axis the other side lacks.
+
+    The product may be scaled or masked.
+    """
     try:
         inner = open_up(lifter, side)
+        while isinstance(inner, Pointwise):
+            whole = [a for a in inner.args if free_symbols(a) == free_symbols(inner)]
+            if len(whole) != 1:
+                return
+            inner = open_up(lifter, whole[0])
     except CannotLift:
         return
     if not isinstance(inner, Dot):

@@ -8,14 +8,15 @@ from typing import Any
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Const, Dot, Expr, Index, Reduce, Softmax
 from flashfuse.kernels.normal import cast, const, converted, index, pointwise
 from flashfuse.kernels.operators import OPS
 from flashfuse.patterns.graph import shape, to_sympy
-from flashfuse.patterns.indexing import ZERO, Indices, divide, never_negative
+from flashfuse.patterns.indexing import ZERO, Indices, Ranges, divide, never_negative
 from flashfuse.patterns.lift import CannotLift, NodeView, Row
+from flashfuse.patterns.limits import at_least, at_most
 from flashfuse.patterns.rows import argument, replaced, row
 from flashfuse.patterns.trace import AtenCall
 
@@ -45,7 +46,7 @@ def _filled(fill: Callable[[AtenCall], Any]) -> Row:
 
 row(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)(_filled(lambda call: 0))
 row(aten.ones.default, aten.ones_like.default, aten.new_ones.default)(_filled(lambda call: 1))
-row(aten.full.default, aten.full_like.default)(_filled(lambda call: call.args[1]))
+row(aten.full.default, aten.full_like.default, aten.fill.Scalar)(_filled(lambda call: call.args[1]))
 row(aten.new_full.default)(_filled(lambda call: call.args[2]))
 row(aten.scalar_tensor.default)(_filled(lambda call: call.args[0]))
 
@@ -174,22 +175,32 @@ def _relu(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     return pointwise("max", const(0.0), view.element(call.args[0], position), dtype=call.output.dtype)
 
 
-@row(aten.floor_divide.default, aten.div.Tensor_mode, aten.remainder.Scalar, aten.remainder.Tensor)
+_REMAINDERS = (aten.remainder.Scalar, aten.remainder.Tensor)
+
+
+def _is_remainder(a: Expr, b: Expr, ranges: Ranges) -> bool:
+    """Whether 0 <= a < b can be proven."""
+    return isinstance(b, Index) and at_least(a, ZERO, ranges) and at_most(a, b.value - 1, ranges)
+
+
+@row(aten.floor_divide.default, aten.div.Tensor_mode, *_REMAINDERS)
 def _divide_positions(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     """Whole division of positions (chunks, blocks)."""
     a, b = (view.resolved(view.element(x, position)) for x in call.args[:2])
     rounding = call.kwargs.get("rounding_mode", "floor")
+    if call.func in _REMAINDERS and _is_remainder(a, b, view.ranges):
+        return cast(a, call.output.dtype)
     if not isinstance(a, Index) or not isinstance(b, Index) or rounding is None or not b.value.is_positive:
         raise CannotLift(view.node, "divides with rounding")
     positive = never_negative(a.value, view.ranges)
-    if call.func not in (aten.remainder.Scalar, aten.remainder.Tensor):
+    if call.func not in _REMAINDERS:
         whole = divide(a.value, b.value, view.ranges)[0] if positive else FloorDiv(a.value, b.value)
         if rounding == "trunc" and not positive:
             raise CannotLift(view.node, "rounds a negative position towards zero")
         return cast(index(whole), call.output.dtype)
-    if not positive:
-        raise CannotLift(view.node, "takes a remainder of a negative position")
-    return cast(index(divide(a.value, b.value, view.ranges)[1]), call.output.dtype)
+    # torch's remainder has the sign of the divisor, as Mod has.
+    remainder = divide(a.value, b.value, view.ranges)[1] if positive else Mod(a.value, b.value)
+    return cast(index(remainder), call.output.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------

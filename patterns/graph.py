@@ -111,9 +111,9 @@ def functional_target(node: fx.Node) -> Any:
     if node.op == "call_function" and node.target in _INPLACE_OPERATORS:
         return _INPLACE_OPERATORS[node.target]
     name = name_of(node)
-    if node.op == "call_method" and name.endswith("_") and not name.endswith("__") and hasattr(torch.Tensor, name[:-1]):
-        return name[:-1]
-    return None
+    if node.op != "call_method" or not name.endswith("_") or name.endswith("__"):
+        return None
+    return name[:-1] if hasattr(torch.Tensor, name[:-1]) else getattr(torch, name[:-1], None)
 
 
 def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:

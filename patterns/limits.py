@@ -14,33 +14,31 @@ _LARGER, _SMALLER = ("max", "maximum"), ("min", "minimum")
 
 def at_least(expr: Expr, low: sympy.Expr, ranges: Ranges) -> bool:
     """Whether low <= expr can be proven."""
-    match expr:
-        case Index(value=value):
-            limits = bounds(sympy.expand(value - low), ranges)
-            return limits is not None and bool(limits[0].is_nonnegative)
-        case Load(dtype=dtype) | Gather(dtype=dtype):
-            return dtype in (torch.bool, torch.uint8) and bool(low.is_nonpositive)
-        case Pointwise(op=op, args=args) if op in _LARGER:
-            return any(at_least(a, low, ranges) for a in args)
-        case Pointwise(op=op, args=args) if op in _SMALLER:
-            return all(at_least(a, low, ranges) for a in args)
-        case Pointwise(op="where", args=(_, yes, no)):
-            return at_least(yes, low, ranges) and at_least(no, low, ranges)
-    return False
+    return _beyond(expr, low, ranges, 1)
 
 
 def at_most(expr: Expr, high: sympy.Expr, ranges: Ranges) -> bool:
     """Whether expr <= high can be proven."""
+    return _beyond(expr, high, ranges, -1)
+
+
+def _beyond(expr: Expr, limit: sympy.Expr, ranges: Ranges, sign: int) -> bool:
+    """Whether sign * limit <= sign * expr can be proven."""
+    one_suffices, all_needed = (_LARGER, _SMALLER) if sign > 0 else (_SMALLER, _LARGER)
     match expr:
         case Index(value=value):
-            limits = bounds(sympy.expand(high - value), ranges)
+            limits = bounds(sympy.expand(sign * (value - limit)), ranges)
             return limits is not None and bool(limits[0].is_nonnegative)
-        case Pointwise(op=op, args=args) if op in _SMALLER:
-            return any(at_most(a, high, ranges) for a in args)
-        case Pointwise(op=op, args=args) if op in _LARGER:
-            return all(at_most(a, high, ranges) for a in args)
+        case Load(dtype=dtype) | Gather(dtype=dtype):
+            return sign > 0 and dtype in (torch.bool, torch.uint8) and bool(limit.is_nonpositive)
+        case Pointwise(op="add", args=(a, Index(value=shift)) | (Index(value=shift), a)):
+            return _beyond(a, limit - shift, ranges, sign)
+        case Pointwise(op=op, args=args) if op in one_suffices:
+            return any(_beyond(a, limit, ranges, sign) for a in args)
+        case Pointwise(op=op, args=args) if op in all_needed:
+            return all(_beyond(a, limit, ranges, sign) for a in args)
         case Pointwise(op="where", args=(_, yes, no)):
-            return at_most(yes, high, ranges) and at_most(no, high, ranges)
+            return all(_beyond(a, limit, ranges, sign) for a in (yes, no))
     return False
 
 

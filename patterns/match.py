@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import sympy
 import torch
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch import fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import flashfuse.patterns.aten
@@ -101,7 +101,7 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
     if out is None:
         return None
     if is_functorch_wrapped_tensor(out):
-        raise Refused("transform", "a torch.func transform (grad, vmap, ..) acts here, which the operator does not take", node)
+        raise Refused("transform", "a torch.func transform (grad, vmap, ..) acts here, and the operator has none", node)
     if free_unbacked_symbols([tensor(n) for n in (node, *node.all_input_nodes)]):
         raise Refused("data-dependent-shape", "a length depends on data, so it is not known even as a symbol", node)
     if any(0 in shape(t) for n in (node, *node.all_input_nodes) if (t := tensor(n)) is not None):

@@ -71,7 +71,7 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.Tensor, ...]]] = {
     "rounded": ("to_float16(qk) * 0.125 + to_float16(to_float32(t0[n0, q_idx, kv_idx]))", (BIAS,)),
     "rounded to bfloat16": ("to_bfloat16(qk * 0.125) + to_bfloat16(t0[n0, q_idx, kv_idx])", (BIAS,)),
     "steps": ("qk * floor(qk) + to_float(to_int(qk))", ()),
-    "nothing": ("where(kv_idx <= q_idx, 0.0, -inf)", ()),
+    "nothing": ("where(kv_idx <= q_idx, 1.0, -inf)", ()),
     "sink": ("t0[n0] * 2.0", (SLOPE,)),
     "head factor": ("where(t0[q_idx, kv_idx], t1[n0] * 1.25, 0.0)", (KEEP, SLOPE)),
     "nested": (

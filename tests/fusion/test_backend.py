@@ -225,19 +225,6 @@ def test_sub_graphs_of_higher_order_operators_are_rewritten(qkv: tuple[torch.Ten
     flashfuse.reports()[0].assert_fused(sites=1)
 
 
-def test_training_is_refused_and_gradients_are_eagers(qkv: tuple[torch.Tensor, ...]) -> None:
-    with torch.enable_grad():
-        leaves = [x.clone().requires_grad_() for x in qkv]
-        compiled(attention, inner="aot_eager", strict=True)(*leaves).sum().backward()
-        expected = [x.clone().requires_grad_() for x in qkv]
-        attention(*expected).sum().backward()
-    for actual, wanted in zip(leaves, expected, strict=True):
-        torch.testing.assert_close(actual.grad, wanted.grad)
-    (report,) = flashfuse.reports()
-    report.assert_fused(sites=0)
-    assert [refusal.code for refusal in report.refusals] == ["training"]
-
-
 def test_autocast(qkv: tuple[torch.Tensor, ...]) -> None:
     def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

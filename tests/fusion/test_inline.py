@@ -164,12 +164,19 @@ def test_dropout_in_training_is_left_alone(need_weights: bool) -> None:
     torch.testing.assert_close(out, module(x, x, x, need_weights=need_weights)[0], rtol=0, atol=0)
 
 
-def test_gradients_are_left_alone() -> None:
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_gradients(need_weights: bool) -> None:
     module = nn.MultiheadAttention(EMBED, HEADS)
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return module(x, x, x, need_weights=need_weights)[0]
+
     with torch.enable_grad():
-        _, report = _compiled(lambda x: module(x, x, x, need_weights=False)[0], _x())
-    assert not report.sites
-    assert _codes(report) == ["training"]
+        out, report = _compiled(attend, _x())
+        found = torch.autograd.grad(out.square().sum(), list(module.parameters()))
+        expected = torch.autograd.grad(attend(_x()).square().sum(), list(module.parameters()))
+    assert len(report.sites) == 1, report.refusals
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

@@ -56,7 +56,7 @@ PROGRAMS: dict[str, tuple[str, list[torch.Tensor], dict[str, str]]] = {
     "key-bias": ("qk + t0[n0, kv_idx] * 2.0", [noise(B, SK)], {}),
     "bias-table": ("qk + t0[q_idx - kv_idx + (kv_len - 1), n1]", [noise(SQ + SK, H)], {}),
     "diagonal-table": ("qk + t0[q_idx + kv_idx]", [noise(SQ + SK)], {}),
-    "look-up": ("qk + t1[t0[q_idx, kv_idx], n1]", [(keep(SQ, SK) * 3 + keep(SQ, SK).mT.sum()).long() % 7, noise(7, H)], {}),
+    "look-up": ("qk + t1[t0[q_idx, kv_idx], n1]", [(noise(SQ, SK) * 9).long() % 7, noise(7, H)], {}),
     "one-tensor-twice": ("qk + t0[n1, kv_idx] - t0[n1, q_idx] * qk", [noise(H, SQ + SK)], {}),
     "temperature": ("qk * t0[n1]", [noise(H).exp()], {}),
     "gated-bias": ("where(t0[q_idx, kv_idx], qk, t1[n1, q_idx] * 0.5)", [keep(SQ, SK), noise(H, SQ)], {}),
@@ -74,16 +74,16 @@ PROGRAMS: dict[str, tuple[str, list[torch.Tensor], dict[str, str]]] = {
 }  # fmt: skip
 
 
-def program(name: str, dtype: torch.dtype = torch.float32, shape: Sequence[int] = (B, H, SQ, 8), **more: object) -> Call:
+def program(name: str, dtype: torch.dtype = torch.float32, shape: Sequence[int] = (B, H, SQ, 8)) -> Call:
     score, captured, fields = PROGRAMS[name]
     typed = [c.to(dtype) if c.is_floating_point() else c for c in captured]
-    return make_call(score, shape, SK, captured=typed, dtype=dtype, **{**fields, **more})  # type: ignore[arg-type]
+    return make_call(score, shape, SK, captured=typed, dtype=dtype, **fields)  # type: ignore[arg-type]
 
 
 def leaves(call: Call, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     """q, k, v and the captured tensors, the floating-point ones requiring gradients."""
-    tensors = (x.detach().to(dtype) if dtype and x.is_floating_point() else x.detach() for x in (call.q, call.k, call.v, *call.captured))
-    return [x.requires_grad_() if x.is_floating_point() else x for x in tensors]
+    tensors = [x.detach() for x in (call.q, call.k, call.v, *call.captured)]
+    return [x.to(dtype or x.dtype).requires_grad_() if x.is_floating_point() else x for x in tensors]
 
 
 def gradients(out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

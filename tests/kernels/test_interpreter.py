@@ -10,14 +10,14 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("forward", "normalisers", "ranged", "derivative_tiles", "forms", "backward_triton")
-FILES = [f"tests/kernels/test_{name}.py" for name in NAMES]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is interpreted already")
-def test_forward_in_the_interpreter() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", *FILES]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", f"tests/kernels/test_{name}.py"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

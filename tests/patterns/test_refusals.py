@@ -52,8 +52,8 @@ def values_written_in_place(q: Any, k: Any, v: Any) -> Any:
 
 
 def mask_written_in_place(q: Any, k: Any, v: Any) -> Any:
-    bias = q.new_zeros(S, S)
-    biased = scores(q, k) + bias.fill_(0.5)
+    bias = k.sum(-1)
+    biased = scores(q, k) + bias[:, :, None]
     bias.fill_(7.0)
     return biased.softmax(-1) @ v
 
@@ -209,12 +209,6 @@ def test_data_dependent_length() -> None:
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         refusal = only_refusal(fn, torch.randn(S, D), torch.tensor([True] * 3 + [False] * 3))
     assert refusal.code == "data-dependent-shape"
-
-
-def test_training_waits_for_the_backward() -> None:
-    q, k, v = (x.requires_grad_() for x in qkv())
-    refusal = only_refusal(lambda q, k, v: scores(q, k).softmax(-1) @ v, q, k, v)
-    assert refusal.code == "training"
 
 
 def test_no_softmax_over_products_is_no_attention_at_all() -> None:

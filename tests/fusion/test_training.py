@@ -1,0 +1,341 @@
+"""Training: graphs that want gradients are fused, and outputs and gradients are as near to float64 as eager code's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from forms import Form, Sizes, Spelling, exact, module, spelled
+from numerics import assert_close_to_exact
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import flashfuse
+from flashfuse.report import Report
+
+S, D = 16, 8
+# A gradient that is few numbers says little with one gradient of the output.
+DRAWS = 8
+
+
+@pytest.fixture(autouse=True)
+def _gradients() -> Any:
+    torch._dynamo.reset()
+    flashfuse.reset()
+    with torch.enable_grad():
+        yield
+
+
+def compiled(fn: Callable[..., Any], inner: str = "eager", **options: Any) -> Callable[..., Any]:
+    settings = {"flashfuse.inner": inner, "flashfuse.strict": True}
+    return torch.compile(fn, backend="flashfuse", options=settings, **options)
+
+
+def gradients(out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """[DRAWS, ..] of every input for random gradients of the output; None where there is none."""
+    draws = []
+    for seed in range(DRAWS):
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
+        draws.append(torch.autograd.grad(out, inputs, grad, retain_graph=True, allow_unused=True))
+    return [None if grads[0] is None else torch.stack(grads) for grads in zip(*draws, strict=True)]
+
+
+def leaves(inputs: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """Copies of the inputs that require a gradient where those do, the floating-point ones in `dtype`."""
+    typed = (x.detach().to(dtype) if dtype and x.is_floating_point() else x.detach() for x in inputs)
+    return [y.clone().requires_grad_(x.requires_grad) for x, y in zip(inputs, typed, strict=True)]
+
+
+def assert_trains(
+    fn: Callable[..., torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    inner: str = "eager",
+    precise: Callable[..., torch.Tensor] | None = None,
+) -> Report:
+    """Outputs and gradients of the compiled function by the accuracy rule, and None where eager gives None.
+
+    precise: what computes fn in float64, by default fn itself.
+    """
+    results = []
+    for run, dtype in ((compiled(fn, inner), None), (fn, None), (precise or fn, torch.float64)):
+        xs = leaves(inputs, dtype)
+        out = run(*xs)
+        wanted = [x for x in xs if x.requires_grad]
+        results.append([out, *gradients(out, wanted)])
+    spread = bool(results[2][0].isnan().any())
+    for fused, eager, wide in zip(*results, strict=True):
+        assert (fused is None) == (eager is None), "a gradient where eager has none, or none where it has one"
+        if fused is None or eager is None or wide is None:
+            continue
+        # Autograd multiplies what a `where` discards by zero, and may give NaN where nothing is NaN in the output.
+        known = torch.ones_like(wide, dtype=torch.bool) if spread else wide.isfinite()
+        assert_close_to_exact(fused[known], eager[known], wide[known])
+    (report,) = flashfuse.reports()
+    return report
+
+
+@pytest.mark.parametrize(("form", "spelling"), [(f, s) for f, s, _ in spelled()], ids=[n for *_, n in spelled()])
+def test_every_form_trains(form: Form, spelling: Spelling) -> None:
+    sizes = form.sizes(Sizes())
+    built = module(spelling, sizes)
+    inputs = [x.requires_grad_(x.is_floating_point()) for x in form.make(sizes)]
+    report = assert_trains(built, inputs, precise=lambda *xs: exact(built, xs))
+    report.assert_fused(sites=form.expect.sites)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def qkvb() -> tuple[torch.Tensor, ...]:
+    """q, k, v [2, 3, S, D] and a bias [3, S, S], all requiring gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, S, D),) * 3 + ((3, S, S),)
+    return tuple(torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+
+
+def attention(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    return ((q @ k.mT) * 0.3 + bias).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_inner_compilers(inner: str) -> None:
+    assert_trains(attention, qkvb(), inner).assert_fused(sites=1)
+
+
+def detached_bias_beside_itself(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    return ((q @ k.mT) * 0.3 + bias + bias.detach()).softmax(-1) @ v
+
+
+def keys_of_detached_queries(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    return attention(q, q.detach(), v, bias)
+
+
+def bias_without_grad(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    with torch.no_grad():
+        doubled = (bias * 2).transpose(1, 2)
+    return attention(q, k, v, doubled)
+
+
+def attention_without_grad(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    with torch.no_grad():
+        out = attention(q, k, v, bias)
+    return out + q
+
+
+def detached_maximum(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    scores = (q @ k.mT) * 0.3 + bias
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True).detach())
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def maximum_without_grad(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    scores = (q @ k.mT) * 0.3 + bias
+    with torch.no_grad():
+        shift = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - shift)
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def mask_from_bias(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    added = torch.where(bias > 0.9, torch.full_like(bias, -1e30), torch.zeros_like(bias))
+    return attention(q, k, v, added)
+
+
+def one_tensor(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    return attention(q, q, q, bias)
+
+
+def written_before(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    return attention(q, (k * 1.0).mul_(2.0), v, bias)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "fn",
+    [
+        detached_bias_beside_itself,
+        keys_of_detached_queries,
+        bias_without_grad,
+        attention_without_grad,
+        detached_maximum,
+        maximum_without_grad,
+        mask_from_bias,
+        one_tensor,
+        written_before,
+    ],
+    ids=lambda fn: fn.__name__,
+)
+def test_gradients_go_where_the_source_sends_them(fn: Callable[..., Any], inner: str) -> None:
+    assert_trains(fn, qkvb(), inner).assert_fused(sites=1)
+
+
+def probabilities_without_grad(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    with torch.no_grad():
+        probs = ((q @ k.mT) * 0.3 + bias).softmax(-1)
+    return probs @ v
+
+
+def detached_probabilities(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    return ((q @ k.mT) * 0.3 + bias).softmax(-1).detach() @ v
+
+
+@pytest.mark.parametrize("fn", [probabilities_without_grad, detached_probabilities], ids=lambda fn: fn.__name__)
+def test_gradient_that_ends_inside_is_refused(fn: Callable[..., Any]) -> None:
+    report = assert_trains(fn, qkvb())
+    report.assert_fused(sites=0)
+    (refusal,) = report.refusals
+    assert (refusal.code, "ends a gradient" in refusal.reason) == ("unknown-operator", True)
+
+
+@pytest.mark.parametrize("frozen", [(1, 2), (0, 1, 2), (3,)], ids=str)
+def test_frozen_tensors(frozen: tuple[int, ...]) -> None:
+    inputs = [x.detach() if at in frozen else x for at, x in enumerate(qkvb())]
+    assert_trains(attention, inputs, "aot_eager").assert_fused(sites=1)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_activation_checkpoints(inner: str) -> None:
+    def fn(*inputs: Any) -> Any:
+        return checkpoint(attention, *inputs, use_reentrant=False) * 2
+
+    assert_trains(fn, qkvb(), inner).assert_fused(sites=1)
+
+
+def test_reentrant_checkpoints() -> None:
+    """Which torch lets `backward` alone go through."""
+    found, expected = leaves(qkvb()), leaves(qkvb())
+    run = compiled(lambda *inputs: checkpoint(attention, *inputs, use_reentrant=True) * 2, "aot_eager")
+    run(*found).square().sum().backward()
+    (attention(*expected) * 2).square().sum().backward()
+    torch.testing.assert_close([x.grad for x in found], [x.grad for x in expected])
+    flashfuse.reports()[0].assert_fused(sites=1)
+
+
+def test_autocast() -> None:
+    def fn(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=q.dtype != torch.float64):
+            return attention(q, k, v, bias)
+
+    assert_trains(fn, qkvb(), "aot_eager").assert_fused(sites=1)
+
+
+def test_symbolic_sizes() -> None:
+    run = compiled(attention, "aot_eager", dynamic=True)
+    for length in (S, S + 5, 3):
+        inputs = [torch.randn(2, 3, length, D) for _ in range(3)] + [torch.randn(3, length, length)]
+        found, expected = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
+        run(*found).square().sum().backward()
+        attention(*expected).square().sum().backward()
+        torch.testing.assert_close([x.grad for x in found], [x.grad for x in expected])
+    (report,) = flashfuse.reports()
+    report.assert_fused(sites=1)
+
+
+def test_gradients_accumulate() -> None:
+    found, expected = leaves(qkvb()), leaves(qkvb())
+    run = compiled(attention, "aot_eager")
+    for _ in range(3):
+        run(*found).sum().backward()
+        attention(*expected).sum().backward()
+    torch.testing.assert_close([x.grad for x in found], [x.grad for x in expected])
+
+
+def test_compiled_autograd() -> None:
+    found, expected = leaves(qkvb()), leaves(qkvb())
+    run = compiled(attention, "aot_eager")
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        run(*found).square().sum().backward()
+    attention(*expected).square().sum().backward()
+    torch.testing.assert_close([x.grad for x in found], [x.grad for x in expected])
+
+
+def func_grad(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    return torch.func.grad(lambda q: attention(q, k, v, bias).square().sum())(q)
+
+
+def vmapped(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    return torch.vmap(lambda q, k, v: attention(q, k, v, bias))(q, k, v)
+
+
+@pytest.mark.parametrize("fn", [func_grad, vmapped], ids=lambda fn: fn.__name__)
+def test_function_transforms_are_refused(fn: Callable[..., Any]) -> None:
+    inputs = [x.detach() for x in qkvb()]
+    torch.testing.assert_close(compiled(fn, "aot_eager")(*inputs), fn(*inputs))
+    (report,) = flashfuse.reports()
+    report.assert_fused(sites=0)
+    assert {refusal.code for refusal in report.refusals} == {"transform"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Causal(nn.Module):
+    """A block with one projection of queries, keys and values, and a mask kept as a buffer."""
+
+    def __init__(self, width: int = 24, heads: int = 3) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.register_buffer("mask", torch.tril(torch.ones(S, S, dtype=torch.bool)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, -1))
+        scores = q @ k.transpose(-1, -2) / k.shape[-1] ** 0.5
+        scores = torch.where(self.mask, scores, torch.finfo(scores.dtype).min)
+        return x + self.out((F.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Relative(nn.Module):
+    """An attention whose bias is looked up in a learned table of distances, and a learned temperature."""
+
+    def __init__(self, width: int = 24, heads: int = 3) -> None:
+        super().__init__()
+        self.heads = heads
+        self.table = nn.Embedding(8, heads)
+        self.scale = nn.Parameter(torch.full((heads, 1, 1), 0.4))
+        self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        at = torch.arange(x.shape[1])
+        distance = (at[None, :] - at[:, None]).abs().clamp(max=7)
+        bias = self.table(distance).permute(2, 0, 1).unsqueeze(0)
+        return (F.softmax(q @ k.mT * self.scale + bias, dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", [Causal, Relative])
+def test_models(kind: type[nn.Module], inner: str) -> None:
+    """Gradients of every parameter, by way of the module's own state."""
+    torch.manual_seed(0)
+    model = kind()
+    names = [name for name, _ in model.named_parameters()]
+
+    def fn(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (x,))
+
+    x = torch.randn(2, S, 24, requires_grad=True)
+    assert_trains(fn, [x, *model.parameters()], inner).assert_fused(sites=1)
+
+
+def test_a_loss_falls_as_it_does_in_eager_code() -> None:
+    losses = []
+    for use in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(Causal(), Causal(), nn.Linear(24, 1))
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        x, y = torch.randn(4, S, 24), torch.randn(4, S, 1)
+        run = compiled(model, "aot_eager") if use else model
+        losses.append([])
+        for _ in range(20):
+            loss = F.mse_loss(run(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+    assert losses[1][-1] < 0.5 * losses[1][0]

@@ -1,0 +1,198 @@
+"""What becomes of probabilities between the softmax and the values: recovered specs, numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import matched, only_refusal, only_site
+from written_out import MIN, B, D, H, S, T, check, inputs, masked, scores
+
+from flashfuse.kernels.spec import to_text
+
+FACTORS: dict[str, tuple[Callable[..., Any], str]] = {
+    "head-mask": (lambda p, x, keep: p * x.view(H, 1, 1), "t1[n1]"),
+    "head-mask-argument": (lambda p, x, keep: x[None, :, None, None] * p, "t1[n1]"),
+    "divided": (lambda p, x, keep: p / x.view(1, H, 1, 1), "(1.0 / t1[n1])"),
+    "number": (lambda p, x, keep: p * 3.0, "3.0"),
+    "count": (lambda p, x, keep: p / p.shape[-1], repr(torch.tensor(0.1).item())),
+    "mask": (lambda p, x, keep: p * keep, "where(t1[n0, 0, 0, kv_idx], 1.0, 0.0)"),
+    "float-mask": (lambda p, x, keep: keep.to(p.dtype) * p, "t1[n0, 0, 0, kv_idx]"),
+    "positions": (
+        lambda p, x, keep: p * torch.tril(torch.ones(S, T)),
+        "where((kv_idx <= q_idx), 1.0, 0.0)",
+    ),
+    "two": (lambda p, x, keep: p * 2.0 * x.view(H, 1, 1), "(2.0 * t1[n1])"),
+}
+
+
+@pytest.mark.parametrize("fill", [-math.inf, MIN])
+@pytest.mark.parametrize("name", FACTORS)
+def test_factor_on_the_probabilities(name: str, fill: float) -> None:
+    change, text = FACTORS[name]
+
+    def fn(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        return change(masked(q, k, keep, fill).softmax(-1), x, keep) @ v
+
+    site = only_site(fn, *inputs())
+    assert to_text(site.spec.factor) == text
+    assert site.spec.empty_row == "nan"
+    check(fn, *inputs())
+
+
+ZEROED: dict[str, Callable[..., Any]] = {
+    "masked_fill": lambda p, keep: p.masked_fill(~keep, 0.0),
+    "where": lambda p, keep: torch.where(keep, p, 0.0),
+    "comparison": lambda p, keep: p.masked_fill(keep == 0, 0),
+    "in-place": lambda p, keep: p.masked_fill_(keep.logical_not(), 0),
+}
+
+
+@pytest.mark.parametrize("name", ZEROED)
+def test_zeroed_where_masked_already(name: str) -> None:
+    """With -inf only rows without a key change, from NaN to zero; with a finite fill those become zero too."""
+    zeroed = ZEROED[name]
+
+    def mask(s: Any, keep: Any, fill: float) -> Any:
+        return s.masked_fill(keep == 0, fill) if name == "comparison" else s.masked_fill(~keep, fill)
+
+    def infinite(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        return zeroed(mask(scores(q, k), keep, -math.inf).softmax(-1), keep) @ v
+
+    def finite(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        return zeroed(mask(scores(q, k), keep, MIN).softmax(-1), keep) @ v
+
+    assert (only_site(infinite, *inputs()).spec.factor, only_site(infinite, *inputs()).spec.empty_row) == (None, "zero")
+    assert only_site(finite, *inputs()).spec.factor.op == "where"
+    check(infinite, *inputs())
+    check(finite, *inputs())
+
+
+CLEARED: dict[str, Callable[..., Any]] = {
+    "nan_to_num": lambda p: torch.nan_to_num(p),
+    "nan_to_num-method": lambda p: p.nan_to_num(nan=0.0),
+    "masked_fill": lambda p: p.masked_fill(p.isnan(), 0.0),
+    "where": lambda p: torch.where(torch.isnan(p), torch.zeros_like(p), p),
+    "where-not": lambda p: torch.where(~torch.isnan(p), p, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", CLEARED)
+def test_rows_without_a_key_cleared_of_nan(name: str) -> None:
+    def fn(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        return CLEARED[name](masked(q, k, keep).softmax(-1)) @ v
+
+    site = only_site(fn, *inputs())
+    assert site.spec.empty_row == "zero"
+    assert site.spec.factor is None
+    check(fn, *inputs())
+
+
+@pytest.mark.parametrize("fill", [-math.inf, MIN])
+def test_rows_zeroed_as_a_whole(fill: float) -> None:
+    """Also where they are NaN: `where` does not multiply."""
+
+    def chosen(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        p = masked(q, k, keep, fill).softmax(-1)
+        return torch.where(keep.any(-1, keepdim=True), p, 0.0) @ v
+
+    def filled(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        return masked(q, k, keep, fill).softmax(-1).masked_fill(keep.sum(-1, keepdim=True) == 0, 0.0) @ v
+
+    for fn in (chosen, filled):
+        factor = only_site(fn, *inputs()).spec.factor
+        assert (factor.dtype == torch.bool) == (fill == -math.inf)
+        check(fn, *inputs())
+
+
+def test_zeroed_under_another_mask() -> None:
+    """Left padding under a causal mask of -inf: a row without a key is NaN, and stays so in columns that are kept."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        causal = torch.ones(S, T, dtype=torch.bool).tril()
+        return masked(q, k, causal & keep).softmax(-1).masked_fill(~keep, 0.0) @ v
+
+    refusal = only_refusal(fn, *inputs()[:3], inputs()[4])
+    assert refusal.code == "probability-mask"
+
+
+def test_factor_as_large_as_the_scores() -> None:
+    """Read through to what it is made of, or given from outside; a second matrix of scores is neither."""
+
+    def outside(q: Any, k: Any, v: Any, f: Any) -> Any:
+        return (scores(q, k).softmax(-1) * f) @ v
+
+    def made(q: Any, k: Any, v: Any, f: Any) -> Any:
+        return (scores(q, k).softmax(-1) * f.cumsum(-1)) @ v
+
+    args = (*inputs()[:3], torch.rand(B, H, S, T))
+    assert to_text(only_site(outside, *args).spec.factor) == "t0[n0, n1, q_idx, kv_idx]"
+    check(outside, *args)
+    assert only_refusal(made, *args).code == "probability-factor"
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
+    "added": (lambda p, f: p + f, "probability-term"),
+    "mixed-with-uniform": (lambda p, f: 0.9 * p + 0.1 / T, "probability-term"),
+    "squared": (lambda p, f: p * p, "probability-factor"),
+    "bent": (lambda p, f: p.sqrt(), "probability-factor"),
+    "limited": (lambda p, f: p.clamp(max=0.5), "probability-factor"),
+    "renormalised": (lambda p, f: p / p.sum(-1, keepdim=True), "row-dependent"),
+    "top-k": (lambda p, f: p * (p >= p.topk(3, -1).values[..., -1:]), "probability-factor"),
+    "chosen": (lambda p, f: F.one_hot(p.argmax(-1), T).to(p.dtype), "no-value-product"),
+    "cumulative": (lambda p, f: p.cumsum(-1), "unknown-operator"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_functions_of_the_probabilities(name: str) -> None:
+    change, code = REFUSED[name]
+    refusal = only_refusal(lambda q, k, v, f: change(scores(q, k).softmax(-1), f) @ v, *inputs()[:3], torch.rand(S, T))
+    assert refusal.code == code, refusal
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Several softmaxes
+
+DIFFERENCES: dict[str, Callable[..., Any]] = {
+    "before-values": lambda p1, p2, v, x: (p1 - x.view(H, 1, 1) * p2) @ v,
+    "behind-values": lambda p1, p2, v, x: p1 @ v - x.view(H, 1, 1) * (p2 @ v),
+    "weighted-sum": lambda p1, p2, v, x: torch.einsum("bhij,bhjd->bhid", 0.25 * p1 + p2 * 0.75, v),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_difference_of_two_softmaxes(name: str, dtype: torch.dtype) -> None:
+    """The product with the values is linear: two attentions, added before they are rounded."""
+
+    def fn(q: Any, k: Any, v: Any, x: Any) -> Any:
+        (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+        return DIFFERENCES[name](scores(q1, k1).softmax(-1), scores(q2, k2).softmax(-1), v, x)
+
+    args = tuple(a.to(dtype) for a in inputs()[:4])
+    result = matched(fn, *args)
+    assert not result.refusals
+    apart = name == "behind-values"
+    assert [len(site.plus) for site in result.sites] == ([0, 0] if apart else [1])
+    if not apart:
+        (site,) = result.sites
+        assert {s.spec.out_dtype for s in (site, *site.plus)} == {torch.float32}
+        assert site.head_dim == D // 2
+    check(fn, *args)
+
+
+def test_report_shows_the_factor_or_no_softmax() -> None:
+    from flashfuse.describe import describe_site
+
+    plain = describe_site(only_site(lambda q, k, v: torch.sigmoid(scores(q, k)) @ v, *inputs()[:3]))
+    assert plain.math.startswith("sigmoid((qk * 0.5)) @ v")
+    assert plain.mask == "none"
+    headed = describe_site(
+        only_site(lambda q, k, v, x: (scores(q, k).softmax(-1) * x[:, None, None]) @ v, *inputs()[:4])
+    )
+    assert headed.math.startswith("(softmax((qk * 0.5)) * t0[n1]) @ v")

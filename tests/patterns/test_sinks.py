@@ -1,0 +1,191 @@
+"""Sinks in all their spellings: the recovered spec, and the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import matched, only_refusal, only_site, score_of
+from written_out import MIN, B, D, E, H, T, check, column, inputs, masked, scores
+
+from flashfuse.kernels.spec import to_text
+
+
+def appended_without_maximum(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    s = masked(q, k, keep, MIN)
+    combined = torch.cat([s, column(s, sink)], dim=-1)
+    combined = combined - combined.max(dim=-1, keepdim=True).values
+    return F.softmax(combined, dim=-1, dtype=combined.dtype)[..., :-1] @ v
+
+
+def appended_to_empty_rows(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    s = masked(q, k, keep)
+    return torch.cat([s, column(s, sink)], dim=-1).softmax(-1)[..., :T] @ v
+
+
+def in_front(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    s = masked(q, k, keep)
+    return torch.einsum("bhij,bhjd->bhid", torch.cat([column(s, sink), s], -1).softmax(-1)[..., 1:], v)
+
+
+def in_front_in_another_type(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    s = masked(q, k, keep)
+    combined = torch.cat((column(s, sink), s), -1).to(torch.promote_types(s.dtype, torch.float32))
+    return combined.softmax(-1).to(v.dtype).split([1, T], -1)[1] @ v
+
+
+SINKS = [appended_without_maximum, appended_to_empty_rows, in_front, in_front_in_another_type]
+
+
+@pytest.mark.parametrize("fn", SINKS, ids=lambda f: f.__name__)
+def test_sink_of_each_head(fn: Callable[..., Any]) -> None:
+    """A column of the softmax that meets no value; a row without a key leaves everything to it."""
+    site = only_site(fn, *inputs())
+    fill = repr(MIN) if fn is appended_without_maximum else "-inf"
+    assert score_of(site.spec) == f"where(t0[n0, 0, 0, kv_idx], {fill}, (qk * 0.5))"
+    assert to_text(site.spec.sink) == "t1[n1]"
+    assert site.spec.empty_row == "zero"
+    assert site.captured[1].op == "placeholder"
+    check(fn, *inputs())
+
+
+def test_sinks_and_keys_of_symbolic_number() -> None:
+    site = only_site(in_front, *inputs(), dynamic=True)
+    assert to_text(site.spec.sink) == "t1[n1]"
+    assert not site.kv_len.is_Integer
+
+
+def gated_with_sigmoid(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    s = masked(q, k, keep)
+    lse = torch.logsumexp(s, dim=-1, keepdim=True)
+    return (s.softmax(-1) @ v) * torch.sigmoid(lse - sink.view(1, -1, 1, 1))
+
+
+def gated_with_quotient(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    s = masked(q, k, keep)
+    lse = s.exp().sum(-1).log()
+    out = (s.softmax(-1) @ v).transpose(1, 2)
+    return (1 / (1 + torch.exp(sink.view(1, -1, 1) - lse))).transpose(1, 2).unsqueeze(-1) * out
+
+
+def gated_finite(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    s = masked(q, k, keep, MIN)
+    return torch.sigmoid(s.logsumexp(-1) - sink[:, None])[..., None] * torch.matmul(s.softmax(-1), v)
+
+
+@pytest.mark.parametrize("fn", [gated_with_sigmoid, gated_with_quotient, gated_finite], ids=lambda f: f.__name__)
+def test_output_times_sigmoid_is_a_sink(fn: Callable[..., Any]) -> None:
+    """Where the softmax itself has no sink, a row without a key is NaN and stays so."""
+    site = only_site(fn, *inputs())
+    assert to_text(site.spec.sink) == "t1[n1]"
+    assert site.spec.empty_row == "nan"
+    check(fn, *inputs())
+
+
+def test_gate_of_other_scores_is_no_sink() -> None:
+    """The log-sum-exp of scores before their mask leaves the attention alone."""
+
+    def fn(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+        s = scores(q, k)
+        lse = torch.logsumexp(s, dim=-1, keepdim=True)
+        return (s.masked_fill(~keep, MIN).softmax(-1) @ v) * torch.sigmoid(lse - sink.view(1, -1, 1, 1))
+
+    assert only_refusal(fn, *inputs()).code == "scores-used"
+
+
+def plus_one(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    e = masked(q, k, keep).exp()
+    return (e / (1 + e.sum(-1, keepdim=True))) @ v
+
+
+def plus_one_shifted(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    s = masked(q, k, keep)
+    m = s.amax(-1, keepdim=True)
+    e = torch.exp(s - m)
+    return (e / (torch.exp(-m) + e.sum(-1, keepdim=True))) @ v
+
+
+def plus_one_shifted_from_zero(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    s = masked(q, k, keep)
+    m = s.amax(-1, keepdim=True).clamp(min=0)
+    e = torch.exp(s - m)
+    return (e / (e.sum(-1, keepdim=True) + torch.exp(-m))) @ v
+
+
+def plus_one_as_column(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    s = masked(q, k, keep)
+    return torch.cat([s, s.new_zeros(*s.shape[:-1], 1)], -1).softmax(-1)[..., :-1] @ v
+
+
+def plus_one_padded(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    return F.softmax(F.pad(masked(q, k, keep), (1, 0)), dim=-1)[..., 1:] @ v
+
+
+PLUS_ONE = [plus_one, plus_one_shifted, plus_one_shifted_from_zero, plus_one_as_column, plus_one_padded]
+
+
+@pytest.mark.parametrize("fn", PLUS_ONE, ids=lambda f: f.__name__)
+def test_softmax_plus_one(fn: Callable[..., Any]) -> None:
+    site = only_site(fn, *inputs())
+    assert score_of(site.spec) == "where(t0[n0, 0, 0, kv_idx], -inf, (qk * 0.5))"
+    assert to_text(site.spec.sink) == "0.0"
+    # -inf minus the row's own maximum, -inf, is NaN; with another shift, or none, it is an ordinary sink.
+    assert site.spec.empty_row == ("nan" if fn is plus_one_shifted else "zero")
+    check(fn, *inputs())
+
+
+def test_several_columns_are_one_sink() -> None:
+    def zeros(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+        s = scores(q, k)
+        return torch.cat([s, s.new_zeros(*s.shape[:-1], 2)], -1).softmax(-1)[..., :T] @ v
+
+    def around(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+        s = scores(q, k)
+        return torch.cat([column(s, sink), s, column(s, sink * 2)], -1).softmax(-1)[..., 1:-1] @ v
+
+    assert to_text(only_site(zeros, *inputs()).spec.sink) == repr(math.log(2))
+    assert only_site(around, *inputs()).spec.sink.op == "add"
+    for fn in (zeros, around):
+        check(fn, *inputs())
+
+
+def test_column_of_a_key_is_no_sink() -> None:
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        return scores(q, k).softmax(-1)[..., :-1] @ v[:, :, :-1]
+
+    assert only_refusal(fn, *inputs()[:3]).code == "extra-columns"
+
+
+def test_sum_plus_epsilon_after_the_maximum_is_no_sink() -> None:
+    """The epsilon counts for more in rows of small scores, so it would need the row's maximum."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        s = scores(q, k)
+        e = torch.exp(s - s.amax(-1, keepdim=True))
+        return (e / (e.sum(-1, keepdim=True) + 1e-6)) @ v
+
+    assert not matched(fn, *inputs()[:3]).sites
+
+
+def test_memory_keys() -> None:
+    """Learned keys and values in front of the others are part of two concatenations."""
+
+    def fn(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
+        k = torch.cat([mk.expand(B, -1, -1, -1), k], dim=2)
+        v = torch.cat([mv.expand(B, -1, -1, -1), v], dim=2)
+        return scores(q, k).softmax(-1) @ v
+
+    args = (*inputs()[:3], torch.randn(1, H, 2, D), torch.randn(1, H, 2, E))
+    assert only_site(fn, *args).kv_len == T + 2
+    check(fn, *args)
+
+
+def test_report_shows_the_sink() -> None:
+    from flashfuse.describe import describe_site
+
+    math = describe_site(only_site(in_front, *inputs())).math
+    assert math.startswith("softmax([where(t0[n0, 0, 0, kv_idx], -inf, (qk * 0.5)), t1[n1]])[:-1] @ v")

@@ -1,0 +1,82 @@
+"""Scores that are the weights themselves, and what is no attention at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import matched, only_refusal, only_site, score_of
+from written_out import B, D, S, T, check, inputs, scores
+
+UNNORMALISED: dict[str, tuple[Callable[..., Any], str]] = {
+    "sigmoid": (lambda s, keep: torch.sigmoid(s - math.log(T)), f"sigmoid(((qk * 0.5) - {math.log(T)!r}))"),
+    "sigmoid-mask": (
+        lambda s, keep: s.masked_fill(~keep, -math.inf).sigmoid(),
+        "sigmoid(where(t0[n0, 0, 0, kv_idx], -inf, (qk * 0.5)))",
+    ),
+    "sigmoid-zeroed": (
+        lambda s, keep: torch.where(keep, s.sigmoid(), 0.0),
+        "where(t0[n0, 0, 0, kv_idx], sigmoid((qk * 0.5)), 0.0)",
+    ),
+    "relu": (lambda s, keep: F.relu(s) / T, "(max(0.0, (qk * 0.5)) * 0.1)"),
+    "squared-relu": (lambda s, keep: F.relu(s).square(), "pow(max(0.0, (qk * 0.5)), 2)"),
+    "silu": (lambda s, keep: F.silu(s), "((qk * 0.5) * sigmoid((qk * 0.5)))"),
+    "exponential": (lambda s, keep: torch.exp(s), "exp((qk * 0.5))"),
+}
+
+
+@pytest.mark.parametrize("name", UNNORMALISED)
+def test_scores_are_the_weights(name: str) -> None:
+    weights, text = UNNORMALISED[name]
+
+    def fn(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+        return weights(scores(q, k), keep) @ v
+
+    site = only_site(fn, *inputs())
+    assert site.spec.normaliser == "none"
+    assert score_of(site.spec) == text
+    check(fn, *inputs())
+
+
+LINEAR: dict[str, Callable[..., Any]] = {
+    "gram": lambda q, k, v, keep: (q @ k.mT) @ v,
+    "scaled": lambda q, k, v, keep: scores(q, k) @ v,
+    "masked": lambda q, k, v, keep: (scores(q, k) * keep) @ v,
+    "decay": lambda q, k, v, keep: torch.where(keep, scores(q, k), 0.0) @ v,
+    "feature-map": lambda q, k, v, keep: (F.elu(q) + 1) @ ((F.elu(k) + 1).mT @ v),
+    "whole-row": lambda q, k, v, keep: F.normalize(scores(q, k), dim=-1) @ v,
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_in_the_product_is_no_attention(name: str) -> None:
+    result = matched(lambda q, k, v, keep: LINEAR[name](q, k, v, keep), *inputs()[:3], inputs()[4])
+    assert not result.sites
+    assert not result.refusals
+
+
+def test_layers_with_weights_are_no_attention() -> None:
+    class Mlp(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = (torch.nn.Parameter(torch.randn(*shape)) for shape in ((D, 16), (16, D)))
+
+        def forward(self, x: Any) -> Any:
+            return F.relu(x @ self.up) @ self.down + F.linear(torch.sigmoid(F.linear(x, self.up.T)), self.down.T)
+
+    with torch.no_grad():
+        result = matched(Mlp(), torch.randn(B, S, D))
+    assert not result.sites
+    assert not result.refusals
+
+
+def test_weights_without_a_normaliser_that_are_returned() -> None:
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        weights = torch.sigmoid(scores(q, k))
+        return weights @ v, weights
+
+    assert only_refusal(fn, *inputs()[:3]).code == "scores-used"
