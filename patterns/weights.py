@@ -244,7 +244,9 @@ def _at_columns(columns: Columns, found: Normalised) -> Weights:
         raise OtherAxis(softmax)
     behind = sympy.expand(softmax.extent - before - columns.extent)
     # A fully masked row gives NaN again once its maximum, -inf, is subtracted: only softmax's own rule may be read so.
-    arg = without_shift(lifter, softmax.arg, softmax.axis, columns.leads) if softmax.empty_row == "nan" else None
+    # A sink that is no column of the softmax is relative to its argument as it is.
+    removable = softmax.empty_row == "nan" and not found.sinks
+    arg = without_shift(lifter, softmax.arg, softmax.axis, columns.leads) if removable else None
     arg = softmax.arg if arg is None else arg
     if not (before.is_Integer and behind.is_Integer and before >= 0 and 0 <= behind <= _MOST_SINKS - before):
         raise Refused("extra-columns", "the softmax runs over more columns than there are keys")

@@ -189,3 +189,17 @@ def test_report_shows_the_sink() -> None:
 
     math = describe_site(only_site(in_front, *inputs())).math
     assert math.startswith("softmax([where(t0[n0, 0, 0, kv_idx], -inf, (qk * 0.5)), t1[n1]])[:-1] @ v")
+
+
+def test_maximum_below_a_relative_sink_is_kept() -> None:
+    """A maximum was dropped from the scores and not from the 1 beside them: softmax-plus-one of s, not of s - max s."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        s = scores(q, k)
+        s = s - s.amax(-1, keepdim=True)
+        m = s.amax(-1, keepdim=True)
+        e = torch.exp(s - m)
+        return (e / (torch.exp(-m) + e.sum(-1, keepdim=True))) @ v
+
+    assert not matched(fn, *inputs()[:3]).sites
+    check(fn, *inputs()[:3])
