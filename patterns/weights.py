@@ -264,11 +264,15 @@ def combined(sinks: tuple[Expr, ...]) -> Expr | None:
     values = [number(s) for s in sinks]
     if all(v is not None for v in values):
         largest = max(float(v) for v in values if v is not None)
+        if math.isinf(largest):
+            return Const(sinks[0].dtype, largest)
         total = sum(math.exp(float(v) - largest) for v in values if v is not None)
         return Const(sinks[0].dtype, largest + math.log(total))
     highest = sinks[0]
     for sink in sinks[1:]:
         highest = pointwise("max", highest, sink)
+    # Sinks that are all -inf have no difference.
+    highest = pointwise("max", highest, Const(highest.dtype, torch.finfo(highest.dtype).min))
     total_: Expr | None = None
     for sink in sinks:
         term = pointwise("exp", pointwise("sub", sink, highest))

@@ -203,3 +203,20 @@ def test_maximum_below_a_relative_sink_is_kept() -> None:
 
     assert not matched(fn, *inputs()[:3]).sites
     check(fn, *inputs()[:3])
+
+
+def test_sinks_that_are_all_minus_infinity() -> None:
+    """The sinks' joint logarithm was -inf - -inf, so a head whose sinks are switched off gave NaN."""
+
+    def fn(q: Any, k: Any, v: Any, sink: Any) -> Any:
+        s = scores(q, k)
+        return torch.cat([column(s, sink), s, column(s, sink)], -1).softmax(-1)[..., 1:-1] @ v
+
+    def constant(q: Any, k: Any, v: Any) -> Any:
+        return F.pad(scores(q, k), (1, 1), value=-math.inf).softmax(-1)[..., 1:-1] @ v
+
+    sink = inputs()[3].clone()
+    sink[0] = -math.inf
+    assert only_site(fn, *inputs()[:3], sink).spec.sink is not None
+    check(fn, *inputs()[:3], sink)
+    check(constant, *inputs()[:3])
