@@ -127,13 +127,26 @@ class _Search:
         assert isinstance(node, fx.Node)
         before = len(self.found)
         try:
-            return self.opened(self.lifter.expand(load), node)
+            program = self.opened(self.lifter.expand(load), node)
+            if len(self.found) == before or not self._reaches_outside(load):
+                return program
+            self._note(Refused("extra-columns", "the softmax has rows or columns that are no products", node))
         except CannotLift as error:
             self._note(blocked(error.node or node, error.reason))
         except _NoIndexForm:
             pass
         del self.found[before:]
         return load
+
+    def _reaches_outside(self, load: Load) -> bool:
+        """Whether an index takes more values than its dimension has: only a choice around it keeps it inside."""
+        ranges = self.lifter.ranges
+        return any(
+            (ranges[symbol] - size).is_positive
+            for index, size in zip(load.indices, sizes_of(load), strict=True)
+            for symbol in index.free_symbols & ranges.keys()
+            if index.coeff(symbol, 1) == 1
+        )
 
     def _product(self, dot: Dot, node: fx.Node) -> Expr:
         left, right = self.j in free_symbols(dot.lhs), self.j in free_symbols(dot.rhs)

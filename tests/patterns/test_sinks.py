@@ -220,3 +220,16 @@ def test_sinks_that_are_all_minus_infinity() -> None:
     assert only_site(fn, *inputs()[:3], sink).spec.sink is not None
     check(fn, *inputs()[:3], sink)
     check(constant, *inputs()[:3])
+
+
+@pytest.mark.parametrize("dim", [-1, -2], ids=["columns", "rows"])
+def test_columns_with_values_are_no_keys(dim: int) -> None:
+    """Scores in a further column that has a value, or a further row, made an operator of too few keys: a crash."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        s = scores(q, k)
+        s = torch.cat([s, s.new_zeros(()).expand(s.narrow(dim, 0, 1).shape)], dim)
+        return s.softmax(-1) @ (F.pad(v, (0, 0, 0, 1)) if dim == -1 else v)
+
+    assert only_refusal(fn, *inputs()[:3]).code == "extra-columns"
+    check(fn, *inputs()[:3])
