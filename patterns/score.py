@@ -74,11 +74,11 @@ def find_score(
     form.
     """
     search = _Search(lifter, j, leads)
-    program = search.opened(expr, site)
+    program = search.read(expr, site)
     others = side_products([dot for dot, _ in search.found], rows, j)
     if others:
         search = _Search(lifter, j, leads, others)
-        program = search.opened(expr, site)
+        program = search.read(expr, site)
     if not search.found:
         raise search.trouble or Refused("no-product", "the softmax is not over products of queries and keys")
     dots, nodes = zip(*search.found, strict=True)
@@ -104,6 +104,14 @@ class _Search:
         self.lifter, self.j, self.leads, self.others = lifter, j, leads, others
         self.found: list[tuple[Dot, fx.Node]] = []
         self.trouble: Refused | None = None
+
+    def read(self, expr: Expr, node: fx.Node) -> Expr:
+        """`opened` from the top, where nothing is left that could stay a load."""
+        try:
+            return self.opened(expr, node)
+        except _NoIndexForm:
+            self.found.clear()
+            return expr
 
     def opened(self, expr: Expr, node: fx.Node) -> Expr:
         """`expr`, which `node` computes, with its products found."""
