@@ -233,3 +233,20 @@ def test_columns_with_values_are_no_keys(dim: int) -> None:
 
     assert only_refusal(fn, *inputs()[:3]).code == "extra-columns"
     check(fn, *inputs()[:3])
+
+
+def test_sink_beside_scores_as_large() -> None:
+    """On the CPU the sink was compared with a log-sum-exp whose last digits were gone: half instead of 10 / 11."""
+
+    def fn(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+        s = masked(q, k, keep, -1e30)
+        return torch.cat([s, column(s, sink)], -1).softmax(-1)[..., :-1] @ v
+
+    def large(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+        s = scores(q, k) + 4096.0
+        return torch.cat([s, column(s, sink + 4096.0)], -1).softmax(-1)[..., :-1] @ v
+
+    q, k, v, sink, keep = inputs()
+    v = torch.randn(B, H, T, D, generator=torch.Generator().manual_seed(1))
+    check(fn, q, k, v, torch.full_like(sink, -1e30), keep)
+    check(large, q, k, v, sink, keep)
