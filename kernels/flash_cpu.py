@@ -23,6 +23,9 @@ BIAS_ELEMENTS = 1 << 20
 MIN_BLOCK_Q = 32
 MAX_BLOCK_Q = 256
 
+# A log-sum-exp above this lacks digits, and scores that differ by this are decided.
+_LARGE_LSE = 32.0
+
 
 @dataclass(frozen=True)
 class AdditiveProgram:
@@ -124,6 +127,9 @@ def attend(problem: Problem, program: AdditiveProgram, box: Box) -> tuple[torch.
     if problem.spec.sink is None:
         return out, lse
     sink = problem.evaluate_rows(problem.spec.sink, box)
+    # A large log-sum-exp has no room for the digits that a sink of its size is compared by.
+    if bool(((lse.abs() > _LARGE_LSE) & ((lse - sink).abs() < _LARGE_LSE)).any()):
+        return None
     return out * torch.sigmoid(lse - sink).unsqueeze(-1), torch.logaddexp(lse, sink)
 
 

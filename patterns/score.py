@@ -74,11 +74,11 @@ def find_score(
     form.
     """
     search = _Search(lifter, j, leads)
-    program = search.opened(expr, site)
+    program = search.read(expr, site)
     others = side_products([dot for dot, _ in search.found], rows, j)
     if others:
         search = _Search(lifter, j, leads, others)
-        program = search.opened(expr, site)
+        program = search.read(expr, site)
     if not search.found:
         raise search.trouble or Refused("no-product", "the softmax is not over products of queries and keys")
     dots, nodes = zip(*search.found, strict=True)
@@ -105,6 +105,14 @@ class _Search:
         self.found: list[tuple[Dot, fx.Node]] = []
         self.trouble: Refused | None = None
 
+    def read(self, expr: Expr, node: fx.Node) -> Expr:
+        """`opened` from the top, where nothing is left that could stay a load."""
+        try:
+            return self.opened(expr, node)
+        except _NoIndexForm:
+            self.found.clear()
+            return expr
+
     def opened(self, expr: Expr, node: fx.Node) -> Expr:
         """`expr`, which `node` computes, with its products found."""
         match expr:
@@ -127,13 +135,26 @@ class _Search:
         assert isinstance(node, fx.Node)
         before = len(self.found)
         try:
-            return self.opened(self.lifter.expand(load), node)
+            program = self.opened(self.lifter.expand(load), node)
+            if len(self.found) == before or not self._reaches_outside(load):
+                return program
+            self._note(Refused("extra-columns", "the softmax has rows or columns that are no products", node))
         except CannotLift as error:
             self._note(blocked(error.node or node, error.reason))
         except _NoIndexForm:
             pass
         del self.found[before:]
         return load
+
+    def _reaches_outside(self, load: Load) -> bool:
+        """Whether an index takes more values than its dimension has: only a choice around it keeps it inside."""
+        ranges = self.lifter.ranges
+        return any(
+            (ranges[symbol] - size).is_positive
+            for index, size in zip(load.indices, sizes_of(load), strict=True)
+            for symbol in index.free_symbols & ranges.keys()
+            if index.coeff(symbol, 1) == 1
+        )
 
     def _product(self, dot: Dot, node: fx.Node) -> Expr:
         left, right = self.j in free_symbols(dot.lhs), self.j in free_symbols(dot.rhs)
