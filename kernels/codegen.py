@@ -160,7 +160,7 @@ def generate(spec: AttentionSpec, ranged: bool = False) -> tuple[str, str]:
     bodies = {
         "masked_body": tile_body([inner], spec.compute_dtype, keys_end=True),
         "full_body": tile_body([full], spec.compute_dtype, keys_end=False),
-        "bounds_body": _bounds_body(mask.bounds, spec.compute_dtype),
+        "bounds_body": bounds_body(mask.bounds, spec.compute_dtype),
     }
     source = _TEMPLATE.format(
         score=to_text(spec.score),
@@ -192,6 +192,7 @@ def _further_functions(spec: AttentionSpec) -> Iterator[str]:
         yield function(name, TILE_ARGUMENTS, spec.factor, tile_body([spec.factor], spec.compute_dtype, keys_end))
 
 
-def _bounds_body(bounds: BoundsProgram, float_dtype: torch.dtype) -> str:
+def bounds_body(bounds: BoundsProgram, float_dtype: torch.dtype) -> str:
+    """Statements that return the fields of a `KvRange`."""
     lines = [f"{name} = {Writer([value], float_dtype, keys_end=False).emit(value)}" for name, value in bounds.steps]
     return indented([*lines, f"return {', '.join(KvRange._fields)}"])

@@ -58,9 +58,12 @@ class DerivativeProgram:
 
 
 @functools.lru_cache(maxsize=1024)
-def load_derivatives(spec: AttentionSpec) -> DerivativeProgram:
-    """Generate, write and import the derivatives of a spec."""
-    digest, source = generate_derivatives(spec)
+def load_derivatives(spec: AttentionSpec, ranged: bool = False) -> DerivativeProgram:
+    """Generate, write and import the derivatives of a spec.
+
+    ranged: for calls with `kv_ranges`, which vouch for what data masks too; see `load_program`.
+    """
+    digest, source = generate_derivatives(spec, ranged)
     path, module = load_module(f"derivatives_{digest}", source)
 
     def functions(name: str) -> tuple[Any, Any]:
@@ -105,11 +108,14 @@ def {name}_HASH({arguments}):
 Formulas = Mapping[str, Expr]
 
 
-def generate_derivatives(spec: AttentionSpec) -> tuple[str, str]:
-    """(hash, source text) of the module of a spec's derivatives."""
+def generate_derivatives(spec: AttentionSpec, ranged: bool = False) -> tuple[str, str]:
+    """(hash, source text) of the module of a spec's derivatives, for calls with `kv_ranges` or for those without."""
     scale, inner = inner_score(spec)
-    full = unscaled(mask_of(spec).full, scale)
-    functions = [*_tiles("score_and_grad", _with_product(inner), _with_product(full), spec)]
+    mask = mask_of(spec)
+    full = unscaled(mask.full, scale)
+    unmasked = unscaled(mask.unmasked, scale) if ranged else full
+    functions = [*_tiles("score_and_grad", _with_product(inner), _with_product(unmasked), spec)]
+    # An added mask that is zero throughout a tile has a gradient there all the same.
     for i, leaf in enumerate(_reads(inner)):
         functions += _tiles(f"score_grad{i}", _derivative("s", inner, leaf), _derivative("s", full, leaf), spec)
     for name, program in (("sink", spec.sink), ("factor", spec.factor)):

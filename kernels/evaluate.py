@@ -172,16 +172,17 @@ def scatter_add(total: torch.Tensor, read: Load | Gather, values: torch.Tensor, 
     if total.numel() == 0:
         return
     view = strided(total, read, tile) if isinstance(read, Load) else None
-    if view is not None and not _overlaps(view):
+    if view is not None and not overlaps(view):
         view += values.sum_to_size(view.shape)
         return
     at = torch.zeros((1,) * len(tile.axes), dtype=torch.int64, device=tile.device)
     for position, extent, stride in zip(positions(read, tile), total.shape, total.stride(), strict=True):
         at = at + position.clamp(0, extent - 1) * stride
-    total.view(-1).index_add_(0, at.flatten(), values.sum_to_size(at.shape).flatten())
+    # Unlike index_add_, this is deterministic on every device.
+    total.view(-1).index_put_((at.flatten(),), values.sum_to_size(at.shape).flatten(), accumulate=True)
 
 
-def _overlaps(view: torch.Tensor) -> bool:
+def overlaps(view: torch.Tensor) -> bool:
     """Whether two positions of the view may be the same element."""
     reach = 0
     for stride, size in sorted((t, n) for t, n in zip(view.stride(), view.shape, strict=True) if n > 1):
@@ -203,7 +204,7 @@ def strided(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None
     offset = tensor.storage_offset()
     strides = [0] * len(symbols)
     for index, extent, stride in zip(load.indices, tensor.shape, tensor.stride(), strict=True):
-        form = _affine(index, symbols)
+        form = affine(index, symbols)
         if form is None:
             return None
         constant, *coefficients = (int(evaluate_index(part, tile.sizes)) for part in form)
@@ -222,7 +223,7 @@ def strided(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None
 
 
 @functools.lru_cache(maxsize=4096)
-def _affine(index: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> tuple[sympy.Expr, ...] | None:
+def affine(index: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> tuple[sympy.Expr, ...] | None:
     """Constant and coefficient of each symbol, all over sizes, when `index` is affine in `symbols`."""
     try:
         poly = sympy.Poly(index, *symbols)

@@ -25,6 +25,9 @@ MAX_BLOCK_Q = 256
 # From this size on a log-sum-exp in one number has lost too much of its logarithm.
 LARGE = 1e3
 
+# A log-sum-exp above this lacks digits, and scores that differ by this are decided.
+_LARGE_LSE = 32.0
+
 
 @dataclass(frozen=True)
 class AdditiveProgram:
@@ -126,6 +129,9 @@ def attend(problem: Problem, program: AdditiveProgram, box: Box) -> tuple[torch.
     out, lse = out.reshape(*batch, *out.shape[-2:]), lse.reshape(*batch, lse.shape[-1])
     if problem.spec.sink is not None:
         sink = problem.evaluate_rows(problem.spec.sink, box)
+        # A large log-sum-exp has no room for the digits that a sink of its size is compared by.
+        if bool(((lse.abs() > _LARGE_LSE) & ((lse - sink).abs() < _LARGE_LSE)).any()):
+            return None
         out, lse = out * torch.sigmoid(lse - sink).unsqueeze(-1), torch.logaddexp(lse, sink)
     return out, torch.stack([lse, torch.zeros_like(lse)], -1)
 

@@ -8,6 +8,8 @@ nothing but a finite fill, whose probabilities are then spread over all keys as 
 import triton
 import triton.language as tl
 
+from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, tile_pointers
+
 # Below this a difference of one unit in the last place of a score is enough for a probability of exactly 0 or 1, and
 # multiplying by log2(e) could overflow.
 HUGE: tl.constexpr = tl.constexpr(-1e30)
@@ -15,6 +17,7 @@ LOWEST_FLOAT32: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 # Queries that share a row of `ranges_ptr`; see `mask.MASK_BLOCK`.
 MASK_BLOCK: tl.constexpr = tl.constexpr(128)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 # Lengths change from call to call and nothing is gained from knowing that they are 1 or a multiple of 16.
@@ -69,19 +72,19 @@ def attention_forward_kernel(
     q_idx = tl.minimum(offs_q, q_len - 1)
 
     # [block_q, block_d]
-    q_ptrs = _tile_pointers(_batch_pointer(q_ptr, q_strides, n0, n1, n2, n3), q_idx, offs_d, q_strides)
-    q = _load_columns(q_ptrs, offs_d[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
+    q_ptrs = tile_pointers(batch_pointer(q_ptr, q_strides, n0, n1, n2, n3), q_idx, offs_d, q_strides)
+    q = load_columns(q_ptrs, offs_d[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     # [block_kv, block_d], [block_kv, block_dv]: the first key tile
-    k_ptrs = _tile_pointers(_batch_pointer(k_ptr, k_strides, n0, n1, n2, n3), offs_kv, offs_d, k_strides)
-    v_ptrs = _tile_pointers(_batch_pointer(v_ptr, v_strides, n0, n1, n2, n3), offs_kv, offs_dv, v_strides)
+    k_ptrs = tile_pointers(batch_pointer(k_ptr, k_strides, n0, n1, n2, n3), offs_kv, offs_d, k_strides)
+    v_ptrs = tile_pointers(batch_pointer(v_ptr, v_strides, n0, n1, n2, n3), offs_kv, offs_dv, v_strides)
 
     # Key positions at whole tiles: start <= full_start <= full_end <= end.
     q_stop = tl.minimum(q_start + BLOCK_Q, q_len)
     start, full_start, full_end, end = KV_BOUNDS(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes)
     if ranges_ptr is not None:
-        block_ptr = _batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
+        block_ptr = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
         block_ptr += (q_start // MASK_BLOCK).to(tl.int64) * ranges_strides[4]
-        start, full_start, full_end, end = _narrowed(start, end, block_ptr, ranges_strides[5])
+        start, full_start, full_end, end = narrowed(start, end, block_ptr, ranges_strides[5])
     start = start // BLOCK_KV * BLOCK_KV
     end = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
     full_start = tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end)
@@ -129,7 +132,7 @@ def attention_forward_kernel(
         if not ZERO_EMPTY_ROWS:
             # What eager code multiplies by a weight of 0 is NaN already.
             acc = tl.where(empty[:, None], float("nan"), acc)
-        acc, row_sum, largest = _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE, LOWEST)
+        acc, row_sum, row_shift, largest = _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE, LOWEST)
     elif NORMALISED:
         largest = row_shift * LN2
         if HUGE_FACTOR is not None:
@@ -140,6 +143,9 @@ def attention_forward_kernel(
     log_sum = row_sum
     if NORMALISED:
         log_sum = tl.log(tl.where(row_sum == 0, 1.0, row_sum))
+        # What `largest` has lost of the shift by two roundings, which the backward pass makes again.
+        lost = (row_shift - tl.fma(largest, LOG2_E, 0.0)) * LN2
+        log_sum += tl.where(largest > HUGE * (LOG2_SCALE * LN2), lost, 0.0)
         if not ZERO_EMPTY_ROWS:
             log_sum = tl.where(empty, float("nan"), log_sum)
     position = ((n0 * batch_1 + n1) * batch_2 + n2) * batch_3 + n3
@@ -159,7 +165,7 @@ def attention_forward_kernel(
     if ROW_KEPT is not None:
         row_kept = ROW_KEPT(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
         out = tl.where(row_kept[:, None] != 0, out, 0.0)
-    out_ptrs = _tile_pointers(_batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), offs_q, offs_dv, out_strides)
+    out_ptrs = tile_pointers(batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), offs_q, offs_dv, out_strides)
     stored = offs_q[:, None] < q_len
     if VALUE_DIM != BLOCK_DV:
         stored &= offs_dv[None, :] < VALUE_DIM
@@ -185,7 +191,7 @@ def _attend(
     key = tl.cast(kv_start, tl.int64)
 
     # [block_kv, block_d]
-    k = _load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
+    k = load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     # [block_q, block_kv]
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
     score = SCORE(qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides)
@@ -195,18 +201,15 @@ def _attend(
     if NORMALISED:
         # [block_q]
         new_max = tl.maximum(row_max, tl.max(score, 1))
+        factor = tl.full(row_max.shape, LOG2_SCALE, acc.dtype)
         if HUGE_FACTOR is not None:
-            # A power of two keeps the product exact, so that the difference below is 0 at the maximum, fused or not.
-            factor = tl.where(new_max > HUGE, LOG2_SCALE, HUGE_FACTOR).to(acc.dtype)
-            new_shift = new_max * factor
-            exponent = score * factor[:, None]
-        else:
-            new_shift = new_max * LOG2_SCALE
-            exponent = score * LOG2_SCALE
+            # A power of two keeps the product exact, so that the difference below is 0 at the maximum.
+            factor = tl.where(new_max > HUGE, factor, HUGE_FACTOR)
+        new_shift = new_max * factor
         # -inf minus -inf is NaN: a row without any key so far subtracts nothing.
         subtracted = tl.where(new_max == float("-inf"), 0.0, new_shift)
         # [block_q, block_kv]
-        p = tl.exp2(exponent - subtracted[:, None])
+        p = tl.exp2(tl.fma(score, factor[:, None], -subtracted[:, None]))
         correction = tl.exp2(row_shift - subtracted)
         row_sum = row_sum * correction + tl.sum(p, 1)
     else:
@@ -222,7 +225,7 @@ def _attend(
         p *= weight
 
     # [block_kv, block_dv]
-    v = _load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+    v = load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
     # [block_q, block_dv]
     if PRECISION == "ieee" and v.dtype == tl.float32:
         # A sum a tile, then a sum over tiles: one chain through all keys rounds several times worse.
@@ -241,7 +244,7 @@ def _huge_row_max(row_max, LOG2_SCALE: tl.constexpr, LOWEST: tl.constexpr):
 
 @triton.jit
 def _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE: tl.constexpr, LOWEST: tl.constexpr):
-    """acc and row_sum after one more score without a value, and the largest score with it.
+    """acc, row_sum and row_shift after one more score without a value, and the largest score with it.
 
     Scores of huge rows compare in units so large that they stay finite: their differences are 0 or decide alone.
     """
@@ -254,48 +257,6 @@ def _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE: tl.constexpr,
     decay = tl.exp2(row - subtracted)
     row_sum = row_sum * decay + tl.exp2(tl.fma(sink, unit, -subtracted))
     largest = tl.where(is_huge, tl.maximum(huge, sink), shift * LN2)
-    return acc * decay[:, None], row_sum, largest
-
-
-@triton.jit
-def _narrowed(start, end, ptr, stride):
-    """The key range [start, end) within the range stored at `ptr`, and the stored full range within that."""
-    end = tl.minimum(end, tl.load(ptr + 3 * stride))
-    start = tl.minimum(tl.maximum(start, tl.load(ptr)), end)
-    full_start = tl.minimum(tl.maximum(start, tl.load(ptr + stride)), end)
-    full_end = tl.maximum(tl.minimum(end, tl.load(ptr + 2 * stride)), full_start)
-    return start, full_start, full_end, end
-
-
-@triton.jit
-def _batch_pointer(ptr, strides, n0, n1, n2, n3):
-    """The start of the operand's matrix at one batch position."""
-    ptr += n0.to(tl.int64) * strides[0] + n1.to(tl.int64) * strides[1]
-    return ptr + n2.to(tl.int64) * strides[2] + n3.to(tl.int64) * strides[3]
-
-
-@triton.jit
-def _tile_pointers(ptr, rows, columns, strides):
-    """[rows, columns] pointers into a matrix."""
-    return ptr + rows.to(tl.int64)[:, None] * strides[4] + columns.to(tl.int64)[None, :] * strides[5]
-
-
-@triton.jit
-def _load_columns(ptrs, columns, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Load a tile whose rows all exist, with zeros behind the last column."""
-    if COLUMNS == BLOCK:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=columns < COLUMNS, other=0.0)
-
-
-@triton.jit
-def _load_keys(ptrs, kv_idx, kv_len, KEYS_END: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Load a key or value tile, with zeros behind the last column and, where KEYS_END says so, behind the last key."""
-    columns = tl.arange(0, BLOCK)[None, :]
-    if not KEYS_END:
-        return _load_columns(ptrs, columns, COLUMNS, BLOCK)
-    elif COLUMNS == BLOCK:
-        return tl.load(ptrs, mask=kv_idx[:, None] < kv_len, other=0.0)
-    else:
-        return tl.load(ptrs, mask=(kv_idx[:, None] < kv_len) & (columns < COLUMNS), other=0.0)
+    # Where an ordinary sink decides over a huge row, its shift is the sink in the other unit.
+    shift = tl.where(is_huge, sink * (1 / LN2), shift)
+    return acc * decay[:, None], row_sum, shift, largest

@@ -10,6 +10,9 @@ strides where the operand is dense. The other arguments are the forward's and it
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -55,12 +58,22 @@ def _on_device(choose: Callable[[], Kernel]) -> Kernel:
     return attention_backward
 
 
+@functools.cache
+def _triton_kernel() -> Kernel | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from flashfuse.kernels.launch_backward import attention_backward
+
+    return attention_backward
+
+
 def _cpu_kernel() -> Kernel:
-    return attention_backward_tiled
+    interpret = os.environ.get("TRITON_INTERPRET") == "1"
+    return (_triton_kernel() if interpret else None) or attention_backward_tiled
 
 
 def _cuda_kernel() -> Kernel:
-    return attention_backward_tiled
+    return _triton_kernel() or attention_backward_tiled
 
 
 _library.impl("attention_backward", _on_device(_cpu_kernel), "CPU")

@@ -170,8 +170,8 @@ def constants(
         "ROW_FACTOR": program.row_factor,
         "ROW_KEPT": program.row_kept,
         "SHARED_BATCH": program.shared_batch,
-        "PRODUCT_DTYPE": _triton_dtype(spec.product_dtype),
-        "PROBS_DTYPE": _triton_dtype(spec.probs_dtype),
+        "PRODUCT_DTYPE": triton_dtype(spec.product_dtype),
+        "PROBS_DTYPE": triton_dtype(spec.probs_dtype),
         "PRECISION": precision,
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
@@ -211,11 +211,12 @@ def padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The element type by Triton's name."""
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def _precision(spec: AttentionSpec) -> str:
+def precision_of(spec: AttentionSpec) -> str:
     """How float32 products are formed: TF32 where torch's own matrix products may use it."""
     widest = max(spec.product_dtype.itemsize, spec.probs_dtype.itemsize)
     return "tf32" if widest == 4 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -246,7 +247,7 @@ def attention_forward(
     if kv_len == 0:
         return attention_tiled(spec, q, k, v, captured, sizes)
 
-    precision = _precision(spec)
+    precision = precision_of(spec)
     if launch is None:
         launch = _launch(spec, q_len, head_dim, value_dim, q.device.index if q.is_cuda else None)
     if launch is None:
@@ -254,7 +255,7 @@ def attention_forward(
     grid = (math.prod(batch) * -(-q_len // launch.block_q),)
     arguments = (
         q, k, v, out, lse, kv_ranges,
-        *(_strides(x, batch) for x in (q, k, v, out, out if kv_ranges is None else kv_ranges)),
+        *(strides_of(x, batch) for x in (q, k, v, out, out if kv_ranges is None else kv_ranges)),
         *batch, *(1,) * (MAX_BATCH_AXES - len(batch)), q_len, kv_len,
         tuple(sizes[spec.batch_axes :]), tuple(captured), tuple(c.stride() for c in captured),
     )  # fmt: skip
@@ -264,7 +265,7 @@ def attention_forward(
     return out, lse
 
 
-def _strides(x: torch.Tensor, batch: tuple[int, ...]) -> tuple[int, ...]:
+def strides_of(x: torch.Tensor, batch: tuple[int, ...]) -> tuple[int, ...]:
     """Strides over four batch axes, row and column; 0 on the axes that x is shared over."""
     *outer, row, column = x.stride()
     shared = (0 if size == 1 else stride for size, stride in zip(x.shape, outer, strict=False))

@@ -20,6 +20,7 @@ _IMPORTS = {
     "libdevice.": "from triton.language.extra import libdevice",
     "power(": "from flashfuse.kernels.elementary import power",
     "tanh(": "from flashfuse.kernels.elementary import tanh",
+    "through(": "from flashfuse.kernels.elementary import through",
 }
 # What of a capped score is lost near 0 is far below what operands of 16 bits have lost already.
 _NARROW_IMPORTS = {**_IMPORTS, "tanh(": "from flashfuse.kernels.elementary import bounded_tanh as tanh"}

@@ -130,6 +130,15 @@ def _found(some: torch.Tensor, every: torch.Tensor, grid: Grid) -> torch.Tensor:
     """The ranges, where `some` says which granules hold a key, and `every` in which nothing is masked."""
     blocks, granules = grid.tiles
     number = grid.along(-1, torch.arange(granules, device=grid.device))
+    ranges = (torch.stack(hull_and_run(some, every, number), -1) * MASK_GRANULE).clamp(max=grid.sizes[KV_LEN])
+    return ranges.to(torch.int32).expand(*(size for _, size in grid.batch), blocks, 4)
+
+
+def hull_and_run(some: torch.Tensor, every: torch.Tensor, number: torch.Tensor) -> list[torch.Tensor]:
+    """The fields of a `KvRange`, in units of tiles: around all `some`, and the first run of `every` inside, on axis -1.
+
+    number: the number of each tile, broadcastable to the others.
+    """
 
     def first(found: torch.Tensor) -> torch.Tensor:
         return torch.where(found, number, BEHIND_ALL).amin(-1)
@@ -139,5 +148,4 @@ def _found(some: torch.Tensor, every: torch.Tensor, grid: Grid) -> torch.Tensor:
     full_start = torch.minimum(first(every), end)
     behind = ~every & (number > full_start.unsqueeze(-1))
     full_end = torch.maximum(torch.minimum(first(behind), end), full_start)
-    ranges = (torch.stack([start, full_start, full_end, end], -1) * MASK_GRANULE).clamp(max=grid.sizes[KV_LEN])
-    return ranges.to(torch.int32).expand(*(size for _, size in grid.batch), blocks, 4)
+    return [start, full_start, full_end, end]

@@ -31,9 +31,15 @@ def tile_body(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool
 
     keys_end: whether the tile may reach behind the last key.
     """
+    lines, results = tile_values(programs, float_dtype, keys_end)
+    return indented([*lines, f"return {', '.join(results)}"])
+
+
+def tile_values(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool) -> tuple[list[str], list[str]]:
+    """Statements, and the texts of the programs' values after them, each in the shape of the tile `qk`."""
     writer = Writer(programs, float_dtype, keys_end)
     results = [writer.emit(p) if _products(p) else writer.filled(p, "qk.shape") for p in programs]
-    return indented([*writer.lines, f"return {', '.join(results)}"])
+    return writer.lines, results
 
 
 def row_body(program: Expr) -> str:

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Expr, Index, Load, walk
+from flashfuse.kernels.expr import Expr, Index, Load, free_symbols, walk
 from flashfuse.kernels.normal import rewrite
 from flashfuse.kernels.spec import MAX_BATCH_AXES
 from flashfuse.patterns.axes import Roles, fold, folds, radix, substituted
@@ -77,7 +77,11 @@ class Layout:
         return rewrite(expr, rule)
 
     def _choose(self, found: list[Reading], own_axes: tuple[sympy.Symbol | None, ...]) -> Reading:
+        # One row cannot stand for all: batch axes broadcast, an operand's own do not.
+        own = {a for a in own_axes if a is not None and self.ranges.get(a, 1) != 1}
         for reading in reversed(found):
+            if not own <= free_symbols(reading.load):
+                continue
             before = self.mapping, self.parts
             if self._split_for(reading.load.indices) and self._plan(reading.load, (*self.batch, *own_axes)) is not None:
                 return reading

@@ -6,7 +6,7 @@ row, or of more than the row, is that, or it is -inf and so is the whole row, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 
 import sympy
@@ -14,10 +14,13 @@ from torch import fx
 
 from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Reduce, free_symbols
 from flashfuse.kernels.normal import number, pointwise
+from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
 
 # A fill of at most this absorbs any score that a model computes, and any shift.
 _ABSORBING = -1e30
+# A maximum that is kept above more than this absorbs the scores that it is subtracted from.
+_HIGHEST_LIMIT = 2.0**10
 # How many operators back two spellings of one value are compared.
 _STEPS = 6
 
@@ -71,20 +74,28 @@ def _is_maximum(lifter: Lifter, m: Expr, x: Expr, axis: sympy.Symbol) -> bool:
     """Whether m is the maximum of x over its row or over more; of x before its masks, too."""
     for reduced in _values(lifter, m):
         # A maximum that is kept above a number is as finite.
-        while (limited := limited_by_number(reduced, "max")) is not None:
+        while (limited := limited_by_number(reduced, "max")) is not None and limited[1] <= _HIGHEST_LIMIT:
             reduced = _opened(lifter, limited[0])
-        bound: set[sympy.Symbol] = set()
+        bound: dict[sympy.Symbol, sympy.Expr] = {}
         while isinstance(reduced, Reduce) and reduced.kind == "max":
-            bound.add(reduced.axis)
+            bound[reduced.axis] = reduced.extent
             reduced = reduced.arg
         if bound:
             return any(
-                axis in places.values()
+                axis in places.values() and _covers(lifter, bound, places)
                 for inside in _values(lifter, reduced)
                 for outside in _unmasked(lifter, x)
-                if (places := same_element(inside, outside, bound)) is not None
+                if (places := same_element(inside, outside, bound.keys())) is not None
             )
     return False
+
+
+def _covers(
+    lifter: Lifter, bound: Mapping[sympy.Symbol, sympy.Expr], places: Mapping[sympy.Symbol, sympy.Expr]
+) -> bool:
+    """Whether a maximum over the bound symbols takes in every place: of a part of a row it may be -inf alone."""
+    ranges = lifter.ranges
+    return all(at in ranges and same(bound[symbol], ranges[at]) for symbol, at in places.items())
 
 
 def limited_by_number(expr: Expr, *ops: str) -> tuple[Expr, float] | None:

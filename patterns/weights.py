@@ -244,7 +244,9 @@ def _at_columns(columns: Columns, found: Normalised) -> Weights:
         raise OtherAxis(softmax)
     behind = sympy.expand(softmax.extent - before - columns.extent)
     # A fully masked row gives NaN again once its maximum, -inf, is subtracted: only softmax's own rule may be read so.
-    arg = without_shift(lifter, softmax.arg, softmax.axis, columns.leads) if softmax.empty_row == "nan" else None
+    # A sink that is no column of the softmax is relative to its argument as it is.
+    removable = softmax.empty_row == "nan" and not found.sinks
+    arg = without_shift(lifter, softmax.arg, softmax.axis, columns.leads) if removable else None
     arg = softmax.arg if arg is None else arg
     if not (before.is_Integer and behind.is_Integer and before >= 0 and 0 <= behind <= _MOST_SINKS - before):
         raise Refused("extra-columns", "the softmax runs over more columns than there are keys")
@@ -262,11 +264,15 @@ def combined(sinks: tuple[Expr, ...]) -> Expr | None:
     values = [number(s) for s in sinks]
     if all(v is not None for v in values):
         largest = max(float(v) for v in values if v is not None)
+        if math.isinf(largest):
+            return Const(sinks[0].dtype, largest)
         total = sum(math.exp(float(v) - largest) for v in values if v is not None)
         return Const(sinks[0].dtype, largest + math.log(total))
     highest = sinks[0]
     for sink in sinks[1:]:
         highest = pointwise("max", highest, sink)
+    # Sinks that are all -inf have no difference.
+    highest = pointwise("max", highest, Const(highest.dtype, torch.finfo(highest.dtype).min))
     total_: Expr | None = None
     for sink in sinks:
         term = pointwise("exp", pointwise("sub", sink, highest))

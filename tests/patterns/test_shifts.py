@@ -87,3 +87,24 @@ def test_logarithm_that_a_fill_absorbs() -> None:
         return torch.exp(s - torch.logsumexp(s, -1, keepdim=True)) @ v
 
     assert only_refusal(fn, *inputs()).code == "log-sum-exp"
+
+
+@pytest.mark.parametrize(
+    "shift",
+    [
+        lambda s: s - s[..., :2].amax(-1, keepdim=True),
+        lambda s: s - s[:, :1].amax((1, -1), keepdim=True),
+        lambda s: s - s.amax(-1, keepdim=True).clamp(min=1e30),
+    ],
+    ids=["first-keys", "first-head", "huge-limit"],
+)
+def test_shift_that_may_not_be_finite_is_not_dropped(shift: Callable[..., Any]) -> None:
+    """A maximum over a part of the row may be -inf alone, and a huge limit absorbs the scores: both were dropped."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        s = scores(q, k)
+        drop = torch.arange(s.shape[-1]) < torch.arange(s.shape[-2])[:, None]
+        return shift(s.masked_fill(drop, -math.inf)).softmax(-1) @ v
+
+    assert only_refusal(fn, *inputs()[:3]).code == "row-dependent"
+    check(fn, *inputs()[:3])

@@ -189,3 +189,64 @@ def test_report_shows_the_sink() -> None:
 
     math = describe_site(only_site(in_front, *inputs())).math
     assert math.startswith("softmax([where(t0[n0, 0, 0, kv_idx], -inf, (qk * 0.5)), t1[n1]])[:-1] @ v")
+
+
+def test_maximum_below_a_relative_sink_is_kept() -> None:
+    """A maximum was dropped from the scores and not from the 1 beside them: softmax-plus-one of s, not of s - max s."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        s = scores(q, k)
+        s = s - s.amax(-1, keepdim=True)
+        m = s.amax(-1, keepdim=True)
+        e = torch.exp(s - m)
+        return (e / (torch.exp(-m) + e.sum(-1, keepdim=True))) @ v
+
+    assert not matched(fn, *inputs()[:3]).sites
+    check(fn, *inputs()[:3])
+
+
+def test_sinks_that_are_all_minus_infinity() -> None:
+    """The sinks' joint logarithm was -inf - -inf, so a head whose sinks are switched off gave NaN."""
+
+    def fn(q: Any, k: Any, v: Any, sink: Any) -> Any:
+        s = scores(q, k)
+        return torch.cat([column(s, sink), s, column(s, sink)], -1).softmax(-1)[..., 1:-1] @ v
+
+    def constant(q: Any, k: Any, v: Any) -> Any:
+        return F.pad(scores(q, k), (1, 1), value=-math.inf).softmax(-1)[..., 1:-1] @ v
+
+    sink = inputs()[3].clone()
+    sink[0] = -math.inf
+    assert only_site(fn, *inputs()[:3], sink).spec.sink is not None
+    check(fn, *inputs()[:3], sink)
+    check(constant, *inputs()[:3])
+
+
+@pytest.mark.parametrize("dim", [-1, -2], ids=["columns", "rows"])
+def test_columns_with_values_are_no_keys(dim: int) -> None:
+    """Scores in a further column that has a value, or a further row, made an operator of too few keys: a crash."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        s = scores(q, k)
+        s = torch.cat([s, s.new_zeros(()).expand(s.narrow(dim, 0, 1).shape)], dim)
+        return s.softmax(-1) @ (F.pad(v, (0, 0, 0, 1)) if dim == -1 else v)
+
+    assert only_refusal(fn, *inputs()[:3]).code == "extra-columns"
+    check(fn, *inputs()[:3])
+
+
+def test_sink_beside_scores_as_large() -> None:
+    """On the CPU the sink was compared with a log-sum-exp whose last digits were gone: half instead of 10 / 11."""
+
+    def fn(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+        s = masked(q, k, keep, -1e30)
+        return torch.cat([s, column(s, sink)], -1).softmax(-1)[..., :-1] @ v
+
+    def large(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+        s = scores(q, k) + 4096.0
+        return torch.cat([s, column(s, sink + 4096.0)], -1).softmax(-1)[..., :-1] @ v
+
+    q, k, v, sink, keep = inputs()
+    v = torch.randn(B, H, T, D, generator=torch.Generator().manual_seed(1))
+    check(fn, q, k, v, torch.full_like(sink, -1e30), keep)
+    check(large, q, k, v, sink, keep)

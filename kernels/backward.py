@@ -1,0 +1,502 @@
+"""The backward kernels: probabilities made again from q, k and the saved log-sum-exp, nothing stored for a pair.
+
+Rows first: what a row subtracts and its delta. Then one pass by key tile for the gradients of keys and values, one by
+query tile for that of queries, each of which owns what it writes, so there are no atomics and the result is one.
+Captured tensors are summed where the pass goes along anyway; one with an element for each pair has a pass of its own.
+Tri Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691, section 3.1.
+"""
+
+import triton
+import triton.language as tl
+
+from flashfuse.kernels.elementary import through
+from flashfuse.kernels.forward import HUGE, LOG2_E, LOWEST_FLOAT32, MASK_BLOCK
+from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, tile_pointers
+
+# The planes of `rows_ptr`, [ROW_PLANES, batch positions, q_len].
+SHIFT: tl.constexpr = tl.constexpr(0)
+LOG_SUM: tl.constexpr = tl.constexpr(1)
+DELTA: tl.constexpr = tl.constexpr(2)
+LARGEST: tl.constexpr = tl.constexpr(3)
+SINK_GRAD: tl.constexpr = tl.constexpr(4)
+
+_LENGTHS = ["q_len", "kv_len", "sizes"]
+_BATCH = ["batch_0", "batch_1", "batch_2", "batch_3"]
+_LOOP = ["loop_0", "loop_1", "loop_2", "loop_3"]
+
+
+@triton.jit(do_not_specialize=[*_BATCH, *_LENGTHS])
+def attention_rows_backward_kernel(
+    grad_ptr, out_ptr, lse_ptr, rows_ptr, grad_strides, out_strides,
+    batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
+    SINK: tl.constexpr, ROW_KEPT: tl.constexpr, SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """delta_i = sum_d grad_id out_id, and what makes a probability of a score, see `_probabilities`; 0 unless ROW_KEPT.
+
+    The gradient of SINK is -exp(sink - lse) delta. lse is a pair, see `ops`.
+    """
+    q_tiles = tl.cdiv(q_len, BLOCK_Q)
+    position = tl.program_id(0) // q_tiles
+    n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
+    offs_q = tl.program_id(0) % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    q_idx = tl.minimum(offs_q, q_len - 1)
+
+    # [block_q, block_dv]
+    grad_ptrs = tile_pointers(batch_pointer(grad_ptr, grad_strides, n0, n1, n2, n3), q_idx, offs_dv, grad_strides)
+    out_ptrs = tile_pointers(batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), q_idx, offs_dv, out_strides)
+    grad = load_columns(grad_ptrs, offs_dv[None, :], VALUE_DIM, BLOCK_DV).to(tl.float32)
+    out = load_columns(out_ptrs, offs_dv[None, :], VALUE_DIM, BLOCK_DV).to(tl.float32)
+    # [block_q]
+    delta = tl.sum(grad * out, 1)
+    lse_ptrs = lse_ptr + 2 * (position.to(tl.int64) * q_len + q_idx)
+    largest = tl.load(lse_ptrs)
+    log_sum = tl.load(lse_ptrs + 1)
+
+    # A logarithm of inf makes the probability 0 of a row without any key; NaN stays.
+    empty = largest == float("-inf")
+    log_sum = tl.where(empty & (log_sum == log_sum), float("inf"), log_sum * LOG2_E)
+    largest = tl.where(empty, 0.0, largest)
+    if ROW_KEPT is not None:
+        kept = ROW_KEPT(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides) != 0
+        log_sum = tl.where(kept, log_sum, float("inf"))
+        delta = tl.where(kept, delta, 0.0)
+        largest = tl.where(kept, largest, 0.0)
+    # Rounded before anything is subtracted, as the forward did.
+    shift = tl.fma(largest, LOG2_E, 0.0)
+    huge = largest <= HUGE * SCALE
+    if HUGE_FACTOR is not None:
+        shift = tl.where(huge, tl.maximum(largest / SCALE, LOWEST_FLOAT32) * HUGE_FACTOR, shift)
+
+    planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * q_len
+    rows_ptrs = rows_ptr + position.to(tl.int64) * q_len + offs_q
+    stored = offs_q < q_len
+    tl.store(rows_ptrs + SHIFT * planes, shift, mask=stored)
+    tl.store(rows_ptrs + LOG_SUM * planes, log_sum, mask=stored)
+    tl.store(rows_ptrs + DELTA * planes, delta, mask=stored)
+    tl.store(rows_ptrs + LARGEST * planes, largest, mask=stored)
+    if SINK is not None:
+        sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
+        exponent = tl.fma(sink, LOG2_E, -shift)
+        exponent = tl.where(huge, tl.where(sink >= largest, 0.0, float("-inf")), exponent) - log_sum
+        tl.store(rows_ptrs + SINK_GRAD * planes, -tl.exp2(exponent) * delta, mask=stored)
+
+
+@triton.jit(do_not_specialize=[*_BATCH, *_LOOP, *_LENGTHS])
+def attention_keys_backward_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, filled_ptr, dk_ptr, dv_ptr, sums_ptrs,
+    q_strides, k_strides, v_strides, grad_strides, ranges_strides, dk_strides, dv_strides,
+    batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
+    q_len, kv_len, sizes, captured, captured_strides,
+    GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, QUERY_BOUNDS: tl.constexpr,
+    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
+    FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
+    SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """dk_j = sum_i ds_ij slope_ij q_i,  dv_j = sum_i w_ij grad_i, over the queries of all batch positions that share j.
+
+    One program owns BLOCK_KV keys of one of batch_0 * .. * batch_3 positions, and passes over the loop_0 * .. * loop_3
+    positions that share them (of each axis one of the two is 1). ranges_ptr [n.., key tiles, 4] narrows the queries,
+    filled_ptr [n.., 2] holds the queries that see every key. sums_ptrs [n.., kv_len] take the gradients of reads.
+    """
+    kv_tiles = tl.cdiv(kv_len, BLOCK_KV)
+    tile = tl.program_id(0) % kv_tiles
+    n0, n1, n2, n3 = batch_position(tl.program_id(0) // kv_tiles, batch_0, batch_1, batch_2, batch_3)
+    kv_start = tile * BLOCK_KV
+    offs_kv = kv_start + tl.arange(0, BLOCK_KV)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    inside = offs_kv < kv_len
+
+    # [block_kv, block_d], [block_kv, block_dv]
+    k_ptrs = tile_pointers(batch_pointer(k_ptr, k_strides, n0, n1, n2, n3), offs_kv, offs_d, k_strides)
+    v_ptrs = tile_pointers(batch_pointer(v_ptr, v_strides, n0, n1, n2, n3), offs_kv, offs_dv, v_strides)
+    k = load_keys(k_ptrs, offs_kv, kv_len, True, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
+    v = load_keys(v_ptrs, offs_kv, kv_len, True, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+    dk = tl.zeros([BLOCK_KV, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_KV, BLOCK_DV], tl.float32)
+
+    for shared in tl.range(0, loop_0 * loop_1 * loop_2 * loop_3):
+        s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
+        m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
+        position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
+        planes = (batch_0 * loop_0).to(tl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3 * q_len
+        q_base = batch_pointer(q_ptr, q_strides, m0, m1, m2, m3)
+        grad_base = batch_pointer(grad_ptr, grad_strides, m0, m1, m2, m3)
+        rows_base = rows_ptr + position.to(tl.int64) * q_len
+        sums = _zeros(NUM_SUMS, BLOCK_KV)
+
+        # Query positions at whole tiles: start <= full_start <= full_end <= end.
+        kv_stop = tl.minimum(kv_start + BLOCK_KV, kv_len)
+        start, full_start, full_end, end = QUERY_BOUNDS(kv_start, kv_stop, m0, m1, m2, m3, kv_len, q_len, sizes)
+        if ranges_ptr is not None:
+            range_ptr = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3) + tile * ranges_strides[4]
+            start, full_start, full_end, end = narrowed(start, end, range_ptr, ranges_strides[5])
+        start = start // BLOCK_Q * BLOCK_Q
+        end = tl.cdiv(end, BLOCK_Q) * BLOCK_Q
+        full_start = tl.minimum(tl.cdiv(full_start, BLOCK_Q) * BLOCK_Q, end)
+        full_end = tl.where(kv_start + BLOCK_KV <= kv_len, full_end // BLOCK_Q * BLOCK_Q, full_start)
+        full_end = tl.maximum(full_end, full_start)
+
+        for q_start in tl.range(full_start, full_end, BLOCK_Q):
+            dk, dv, sums = _take_queries(
+                dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, offs_kv,
+                m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR,
+                SUMS_FULL, False, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
+                HEAD_DIM, VALUE_DIM, BLOCK_Q,
+            )  # fmt: skip
+
+        tiles_before = (full_start - start) // BLOCK_Q
+        tiles_behind = (end - full_end) // BLOCK_Q
+        for i in tl.range(0, tiles_before + tiles_behind):
+            q_start = tl.where(i < tiles_before, start, full_end - tiles_before * BLOCK_Q) + i * BLOCK_Q
+            dk, dv, sums = _take_queries(
+                dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, offs_kv,
+                m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
+                ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
+                HEAD_DIM, VALUE_DIM, BLOCK_Q,
+            )  # fmt: skip
+
+        if filled_ptr is not None:
+            # Rare: rows that saw nothing above the fill have gradients through all keys.
+            low = tl.load(filled_ptr + 2 * position) // BLOCK_Q * BLOCK_Q
+            high = tl.cdiv(tl.load(filled_ptr + 2 * position + 1), BLOCK_Q) * BLOCK_Q
+            behind = tl.maximum(low, end)
+            tiles_before = tl.maximum(tl.minimum(high, start) - low, 0) // BLOCK_Q
+            tiles_behind = tl.maximum(high - behind, 0) // BLOCK_Q
+            for i in tl.range(0, tiles_before + tiles_behind):
+                q_start = tl.where(i < tiles_before, low, behind - tiles_before * BLOCK_Q) + i * BLOCK_Q
+                dk, dv, sums = _take_queries(
+                    dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, offs_kv,
+                    m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
+                    ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE,
+                    PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
+                )  # fmt: skip
+
+        for i in tl.static_range(NUM_SUMS):
+            tl.store(sums_ptrs[i] + position.to(tl.int64) * kv_len + offs_kv, sums[i], mask=inside)
+
+    if dk_ptr is not None:
+        dk_ptrs = tile_pointers(batch_pointer(dk_ptr, dk_strides, n0, n1, n2, n3), offs_kv, offs_d, dk_strides)
+        stored = inside[:, None] & (offs_d[None, :] < HEAD_DIM)
+        tl.store(dk_ptrs, (dk * SCALE).to(dk_ptr.dtype.element_ty), mask=stored)
+    if dv_ptr is not None:
+        dv_ptrs = tile_pointers(batch_pointer(dv_ptr, dv_strides, n0, n1, n2, n3), offs_kv, offs_dv, dv_strides)
+        stored = inside[:, None] & (offs_dv[None, :] < VALUE_DIM)
+        tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _take_queries(
+    dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, kv_idx,
+    n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
+    GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
+    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries, transposed: its rows are keys."""
+    BLOCK_D: tl.constexpr = k.shape[1]
+    BLOCK_DV: tl.constexpr = v.shape[1]
+    offs_q = q_start + tl.arange(0, BLOCK_Q)
+    # Rows behind the last query repeat it; with a gradient of 0 they add nothing.
+    q_idx = tl.minimum(offs_q, q_len - 1)
+
+    # [block_q, block_d], [block_q, block_dv]
+    q_ptrs = tile_pointers(q_base, q_idx, tl.arange(0, BLOCK_D), q_strides)
+    q = load_columns(q_ptrs, tl.arange(0, BLOCK_D)[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
+    grad_ptrs = tile_pointers(grad_base, q_idx, tl.arange(0, BLOCK_DV), grad_strides)
+    grad = load_keys(grad_ptrs, offs_q, q_len, True, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+    # [block_kv, block_q]
+    qk = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
+    dw = tl.dot(v, tl.trans(grad), input_precision=PRECISION, out_dtype=tl.float32)
+    rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SCALE, HUGE_FACTOR, NORMALISED)
+    row_factor = row_factor_of(
+        q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
+    )  # fmt: skip
+    w, dqk, ds, of_factor, p, p_dp = tile_gradients(
+        qk, dw, along(rows, 0), row_factor[None, :], q_idx[None, :], kv_idx[:, None],
+        n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
+        SCALE, HUGE_FACTOR, NORMALISED,
+    )  # fmt: skip
+    dv = _added_product(dv, w.to(PROBS_DTYPE), grad, PRECISION)
+    dk = _added_product(dk, dqk.to(PRODUCT_DTYPE), q, PRECISION)
+    if SUMS is not None:
+        sums = SUMS(
+            sums, ds, of_factor, p, p_dp, qk, n0, n1, n2, n3, q_idx[None, :], kv_idx[:, None], q_len, kv_len, sizes,
+            captured, captured_strides,
+        )  # fmt: skip
+    return dk, dv, sums
+
+
+@triton.jit(do_not_specialize=[*_BATCH, *_LENGTHS])
+def attention_queries_backward_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, dq_ptr, sums_ptrs,
+    q_strides, k_strides, v_strides, grad_strides, ranges_strides, dq_strides,
+    batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
+    GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
+    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
+    LONGEST_FIRST: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
+    SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """dq_i = sum_j ds_ij slope_ij k_j.
+
+    One program owns BLOCK_Q queries of one batch position, and visits the keys that the forward visits. sums_ptrs
+    [n.., q_len] take the gradients of reads.
+    """
+    q_tiles = tl.cdiv(q_len, BLOCK_Q)
+    tile = tl.program_id(0) % q_tiles
+    position = tl.program_id(0) // q_tiles
+    n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
+    if LONGEST_FIRST:
+        tile = q_tiles - 1 - tile
+    q_start = tile * BLOCK_Q
+    offs_q = q_start + tl.arange(0, BLOCK_Q)
+    offs_kv = tl.arange(0, BLOCK_KV)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    q_idx = tl.minimum(offs_q, q_len - 1)
+
+    # [block_q, block_d], [block_q, block_dv]
+    q_ptrs = tile_pointers(batch_pointer(q_ptr, q_strides, n0, n1, n2, n3), q_idx, offs_d, q_strides)
+    q = load_columns(q_ptrs, offs_d[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
+    grad_ptrs = tile_pointers(batch_pointer(grad_ptr, grad_strides, n0, n1, n2, n3), q_idx, offs_dv, grad_strides)
+    grad = load_columns(grad_ptrs, offs_dv[None, :], VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+    # [block_kv, block_d], [block_kv, block_dv]: the first key tile
+    k_ptrs = tile_pointers(batch_pointer(k_ptr, k_strides, n0, n1, n2, n3), offs_kv, offs_d, k_strides)
+    v_ptrs = tile_pointers(batch_pointer(v_ptr, v_strides, n0, n1, n2, n3), offs_kv, offs_dv, v_strides)
+    # [block_q]
+    planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * q_len
+    rows_base = rows_ptr + position.to(tl.int64) * q_len
+    rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SCALE, HUGE_FACTOR, NORMALISED)
+    row_factor = row_factor_of(
+        q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
+    )  # fmt: skip
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    sums = _zeros(NUM_SUMS, BLOCK_Q)
+
+    # Key positions at whole tiles: start <= full_start <= full_end <= end.
+    q_stop = tl.minimum(q_start + BLOCK_Q, q_len)
+    start, full_start, full_end, end = KV_BOUNDS(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes)
+    if ranges_ptr is not None:
+        range_ptr = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
+        range_ptr += (q_start // MASK_BLOCK).to(tl.int64) * ranges_strides[4]
+        start, full_start, full_end, end = narrowed(start, end, range_ptr, ranges_strides[5])
+    start = start // BLOCK_KV * BLOCK_KV
+    end = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
+    full_start = tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end)
+    full_end = tl.maximum(full_end // BLOCK_KV * BLOCK_KV, full_start)
+
+    for kv_start in tl.range(full_start, full_end, BLOCK_KV):
+        dq, sums = _take_keys(
+            dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
+            n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR,
+            SUMS_FULL, False, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
+            VALUE_DIM,
+        )  # fmt: skip
+
+    tiles_before = (full_start - start) // BLOCK_KV
+    tiles_behind = (end - full_end) // BLOCK_KV
+    for i in tl.range(0, tiles_before + tiles_behind):
+        kv_start = tl.where(i < tiles_before, start, full_end - tiles_before * BLOCK_KV) + i * BLOCK_KV
+        dq, sums = _take_keys(
+            dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
+            n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
+            SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
+            VALUE_DIM,
+        )  # fmt: skip
+
+    if FILL_THRESHOLD is not None:
+        filled = sees_every_key(rows_base, planes, q_idx, FILL_THRESHOLD)
+        tiles_before = filled * (start // BLOCK_KV)
+        tiles_behind = filled * tl.cdiv(tl.maximum(kv_len - end, 0), BLOCK_KV)
+        for i in tl.range(0, tiles_before + tiles_behind):
+            kv_start = tl.where(i < tiles_before, 0, end - tiles_before * BLOCK_KV) + i * BLOCK_KV
+            dq, sums = _take_keys(
+                dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start,
+                q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
+                ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
+                HEAD_DIM, VALUE_DIM,
+            )  # fmt: skip
+
+    stored = offs_q < q_len
+    for i in tl.static_range(NUM_SUMS):
+        tl.store(sums_ptrs[i] + position.to(tl.int64) * q_len + offs_q, sums[i], mask=stored)
+    if dq_ptr is not None:
+        dq_ptrs = tile_pointers(batch_pointer(dq_ptr, dq_strides, n0, n1, n2, n3), offs_q, offs_d, dq_strides)
+        stored = stored[:, None] & (offs_d[None, :] < HEAD_DIM)
+        tl.store(dq_ptrs, (dq * SCALE).to(dq_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _take_keys(
+    dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
+    n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
+    GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
+    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys."""
+    BLOCK_KV: tl.constexpr = k_ptrs.shape[0]
+    BLOCK_D: tl.constexpr = k_ptrs.shape[1]
+    BLOCK_DV: tl.constexpr = v_ptrs.shape[1]
+    kv_idx = kv_start + tl.arange(0, BLOCK_KV)
+    key = tl.cast(kv_start, tl.int64)
+
+    # [block_kv, block_d], [block_kv, block_dv]
+    k = load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
+    v = load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+    # [block_q, block_kv]
+    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
+    dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
+    _, dqk, ds, of_factor, p, p_dp = tile_gradients(
+        qk, dw, along(rows, 1), row_factor[:, None], q_idx[:, None], kv_idx[None, :],
+        n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
+        SCALE, HUGE_FACTOR, NORMALISED,
+    )  # fmt: skip
+    dq = _added_product(dq, dqk.to(PRODUCT_DTYPE), k, PRECISION)
+    if SUMS is not None:
+        sums = SUMS(
+            sums, ds, of_factor, p, p_dp, qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes,
+            captured, captured_strides,
+        )  # fmt: skip
+    return dq, sums
+
+
+@triton.jit
+def tile_gradients(
+    qk, dw, rows, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
+    GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, KEYS_END: tl.constexpr,
+    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
+):  # fmt: skip
+    """(w, ds * slope, ds, p * dw, p, p * factor * dw) of a tile of products.
+
+    w is what v is multiplied by, and then come the gradients of the product, of the inner score s and of the factor:
+
+        p = exp(SCALE s - lse),  w = factor p,  ds = p (factor dw - delta),  slope = d s / d product
+
+    Where the score is not NORMALISED, p = s and ds = factor dw. KEYS_END: whether the tile may meet a mask or reach
+    behind the last key.
+    """
+    s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
+    p = _probabilities(s, rows, SCALE, HUGE_FACTOR) if NORMALISED else s
+    if KEYS_END:
+        p = tl.where(kv_idx < kv_len, p, 0.0)
+    w = p
+    dp = dw
+    if FACTOR is not None:
+        factor = FACTOR(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
+        if KEYS_END:
+            factor = tl.where(kv_idx < kv_len, factor, 0.0)
+        w = p * factor
+        dp = dw * factor
+    elif ROW_FACTOR is not None:
+        w = p * row_factor
+        dp = dw * row_factor
+    ds = p * (dp - rows[2]) if NORMALISED else dp
+    if KEYS_END:
+        ds = tl.where(kv_idx < kv_len, ds, 0.0)
+        dqk = through(ds, slope)
+    else:
+        dqk = ds * slope
+    return w, dqk, ds, p * dw, p, p * dp
+
+
+@triton.jit
+def _probabilities(s, rows, SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr):
+    """exp(SCALE s - lse), from what `load_rows` gives.
+
+    The difference from the shift is rounded once, so that scores far from 0 keep theirs. Huge scores are compared in
+    units in which they are finite: those that are the largest to a few units in the last place differ from it by 0.
+    """
+    if HUGE_FACTOR is None:
+        below = tl.fma(s, SCALE * LOG2_E, -rows[0])
+    else:
+        below = tl.fma(s, rows[3], -rows[0])
+        below = tl.where(below >= rows[4], 0.0, below)
+    return tl.exp2(below - rows[1])
+
+
+@triton.jit
+def load_rows(
+    rows_base, planes, q_idx, inside, SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr
+):  # fmt: skip
+    """(shift, log_sum, delta, factor, slack) of rows; delta is 0 behind the last one.
+
+    factor: units of the shift in one of the inner score; from `slack` on a difference from the shift is 0.
+    """
+    delta = tl.zeros(q_idx.shape, tl.float32)
+    shift, log_sum, factor, slack = delta, delta, delta, delta
+    if NORMALISED:
+        shift = tl.load(rows_base + SHIFT * planes + q_idx)
+        log_sum = tl.load(rows_base + LOG_SUM * planes + q_idx)
+        delta = tl.load(rows_base + DELTA * planes + q_idx, mask=inside, other=0.0)
+        if HUGE_FACTOR is not None:
+            huge = tl.load(rows_base + LARGEST * planes + q_idx) <= HUGE * SCALE
+            factor = tl.where(huge, HUGE_FACTOR, SCALE * LOG2_E)
+            slack = tl.where(huge, shift * 2.0**-22, float("inf"))
+    return shift, log_sum, delta, factor, slack
+
+
+@triton.jit
+def along(rows, AXIS: tl.constexpr):
+    """The numbers of rows with an axis of size 1 at AXIS."""
+    shift, log_sum, delta, factor, slack = rows
+    return (
+        tl.expand_dims(shift, AXIS), tl.expand_dims(log_sum, AXIS), tl.expand_dims(delta, AXIS),
+        tl.expand_dims(factor, AXIS), tl.expand_dims(slack, AXIS),
+    )  # fmt: skip
+
+
+@triton.jit
+def sees_every_key(rows_base, planes, q_idx, FILL_THRESHOLD: tl.constexpr):
+    """1 where one of the rows saw nothing above the fill, or is NaN for want of a key; 0 elsewhere."""
+    largest = tl.load(rows_base + LARGEST * planes + q_idx)
+    log_sum = tl.load(rows_base + LOG_SUM * planes + q_idx)
+    return tl.max(((largest <= FILL_THRESHOLD) | (log_sum != log_sum)).to(tl.int32), 0)
+
+
+@triton.jit
+def row_factor_of(
+    q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR: tl.constexpr
+):  # fmt: skip
+    """The factor of whole rows, as a number; 1 where there is none."""
+    if ROW_FACTOR is None:
+        return tl.full(q_idx.shape, 1.0, tl.float32)
+    else:
+        return ROW_FACTOR(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides).to(tl.float32)
+
+
+@triton.jit
+def _added_product(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a b, as in the forward: float32 is summed a tile at a time."""
+    if PRECISION == "ieee" and b.dtype == tl.float32:
+        return acc + tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def _zeros(N: tl.constexpr, BLOCK: tl.constexpr):
+    """N sums [block] that are 0."""
+    sums = ()
+    for _ in tl.static_range(N):
+        sums = sums + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def batch_position(position, batch_0, batch_1, batch_2, batch_3):
+    """A number in [0, batch_0 * .. * batch_3) as a position on each axis."""
+    n3 = position % batch_3
+    n2 = position // batch_3 % batch_2
+    n1 = position // (batch_3 * batch_2) % batch_1
+    return position // (batch_3 * batch_2 * batch_1), n1, n2, n3

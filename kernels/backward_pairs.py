@@ -1,0 +1,102 @@
+"""The gradient of a captured tensor with an element for each pair of a query and a key: a dense bias, an added mask.
+
+Each program owns a tile of the tensor and makes the probabilities of every batch position that shares it once more, so
+that nothing is added by more than one program.
+"""
+
+import triton
+import triton.language as tl
+
+from flashfuse.kernels.backward import (
+    MASK_BLOCK,
+    along,
+    batch_position,
+    load_rows,
+    row_factor_of,
+    sees_every_key,
+    tile_gradients,
+)
+from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, tile_pointers
+
+_NOT_SPECIALISED = [*(f"{kind}_{axis}" for kind in ("batch", "loop") for axis in range(4)), "q_len", "kv_len", "sizes"]
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+def attention_pairs_backward_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, dt_ptr,
+    q_strides, k_strides, v_strides, grad_strides, ranges_strides, dt_strides,
+    batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
+    q_len, kv_len, sizes, captured, captured_strides,
+    PAIR_GRAD: tl.constexpr, PAIR_SCALE: tl.constexpr, GRADS_MASKED: tl.constexpr, KV_BOUNDS: tl.constexpr,
+    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
+    FACTOR_MASKED: tl.constexpr, ROW_FACTOR: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """dt_ij = PAIR_SCALE * sum_n PAIR_GRAD(n, i, j) over the batch positions n that share the element.
+
+    One program owns BLOCK_Q queries by BLOCK_KV keys at one of batch_0 * .. * batch_3 positions, and passes over the
+    loop_0 * .. * loop_3 positions that share them (of each axis one of the two is 1).
+    """
+    q_tiles = tl.cdiv(q_len, BLOCK_Q)
+    kv_tiles = tl.cdiv(kv_len, BLOCK_KV)
+    kv_start = tl.program_id(0) % kv_tiles * BLOCK_KV
+    q_start = tl.program_id(0) // kv_tiles % q_tiles * BLOCK_Q
+    n0, n1, n2, n3 = batch_position(tl.program_id(0) // kv_tiles // q_tiles, batch_0, batch_1, batch_2, batch_3)
+    offs_q = q_start + tl.arange(0, BLOCK_Q)
+    offs_kv = kv_start + tl.arange(0, BLOCK_KV)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    q_idx = tl.minimum(offs_q, q_len - 1)
+    q_stop = tl.minimum(q_start + BLOCK_Q, q_len)
+    dt = tl.zeros([BLOCK_Q, BLOCK_KV], tl.float32)
+
+    for shared in tl.range(0, loop_0 * loop_1 * loop_2 * loop_3):
+        s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
+        m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
+        position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
+        planes = (batch_0 * loop_0).to(tl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3 * q_len
+        rows_base = rows_ptr + position.to(tl.int64) * q_len
+
+        start, _full_start, _full_end, end = KV_BOUNDS(q_start, q_stop, m0, m1, m2, m3, q_len, kv_len, sizes)
+        if ranges_ptr is not None:
+            range_ptr = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3)
+            range_ptr += (q_start // MASK_BLOCK).to(tl.int64) * ranges_strides[4]
+            start, _full_start, _full_end, end = narrowed(start, end, range_ptr, ranges_strides[5])
+        visited = (kv_start < end) & (kv_start + BLOCK_KV > start)
+        if FILL_THRESHOLD is not None:
+            # Rows that saw nothing above the fill have gradients through all keys.
+            visited |= sees_every_key(rows_base, planes, q_idx, FILL_THRESHOLD) > 0
+        if visited:
+            # [block_q, block_d], [block_q, block_dv]
+            q_ptrs = tile_pointers(batch_pointer(q_ptr, q_strides, m0, m1, m2, m3), q_idx, offs_d, q_strides)
+            q = load_columns(q_ptrs, offs_d[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
+            base = batch_pointer(grad_ptr, grad_strides, m0, m1, m2, m3)
+            grad_ptrs = tile_pointers(base, q_idx, offs_dv, grad_strides)
+            grad = load_columns(grad_ptrs, offs_dv[None, :], VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+            # [block_kv, block_d], [block_kv, block_dv]
+            k_ptrs = tile_pointers(batch_pointer(k_ptr, k_strides, m0, m1, m2, m3), offs_kv, offs_d, k_strides)
+            k = load_keys(k_ptrs, offs_kv, kv_len, True, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
+            v_ptrs = tile_pointers(batch_pointer(v_ptr, v_strides, m0, m1, m2, m3), offs_kv, offs_dv, v_strides)
+            v = load_keys(v_ptrs, offs_kv, kv_len, True, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+            # [block_q, block_kv]
+            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
+            dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
+            rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SCALE, HUGE_FACTOR, NORMALISED)
+            row_factor = row_factor_of(
+                q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
+            )  # fmt: skip
+            _w, _dqk, ds, of_factor, _p, _p_dp = tile_gradients(
+                qk, dw, along(rows, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3,
+                q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
+                FACTOR_MASKED, ROW_FACTOR, True, SCALE, HUGE_FACTOR, NORMALISED,
+            )  # fmt: skip
+            dt += PAIR_GRAD(
+                ds, of_factor, qk, m0, m1, m2, m3, q_idx[:, None], offs_kv[None, :], q_len, kv_len, sizes, captured,
+                captured_strides,
+            )  # fmt: skip
+
+    dt_ptrs = tile_pointers(batch_pointer(dt_ptr, dt_strides, n0, n1, n2, n3), offs_q, offs_kv, dt_strides)
+    stored = (offs_q[:, None] < q_len) & (offs_kv[None, :] < kv_len)
+    tl.store(dt_ptrs, (dt * PAIR_SCALE).to(dt_ptr.dtype.element_ty), mask=stored)

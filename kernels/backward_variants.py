@@ -1,0 +1,172 @@
+"""Variants of the backward kernels: tiles for a device and a shape, and compile-time arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import triton
+
+from flashfuse.kernels.codegen_backward import BackwardProgram
+from flashfuse.kernels.launch import Device, Launch, Shape, padded, precision_of, triton_dtype
+from flashfuse.kernels.mask import MASK_BLOCK
+from flashfuse.kernels.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class BackwardLaunch:
+    """Tiles and resources of the kernels that pass by key tile, by query tile, and by pairs."""
+
+    keys: Launch
+    queries: Launch
+    pairs: Launch
+
+    def shared_bytes(self, shape: Shape) -> int:
+        """Shared memory of the largest: resident and pipelined operands, and tiles of gradients as operands."""
+        columns = (shape.block_d + shape.block_dv) * shape.element_bytes
+        found = []
+        for launch, resident, passing, pair_tiles in (
+            (self.keys, self.keys.block_kv, self.keys.block_q, 2),
+            (self.queries, self.queries.block_q, self.queries.block_kv, 1),
+            (self.pairs, self.pairs.block_q, self.pairs.block_kv, 1),
+        ):
+            stages = max(launch.num_stages, 1)
+            pair = launch.block_q * launch.block_kv
+            captured = pair * (stages - 1) * shape.captured_bytes
+            found.append(columns * (resident + stages * passing) + pair * pair_tiles * shape.element_bytes + captured)
+        return max(found)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the launch table: for head dims up to `head_dim`, elements up to `element_bytes`, at least `arch`."""
+
+    head_dim: int
+    element_bytes: int
+    backend: str
+    arch: int
+    launch: BackwardLaunch
+
+
+def _row(head_dim: int, element_bytes: int, backend: str, arch: int, *tiles: tuple[int, int, int, int]) -> Row:
+    """tiles: (block_q, block_kv, num_warps, num_stages) for keys, queries and pairs."""
+    return Row(head_dim, element_bytes, backend, arch, BackwardLaunch(*(Launch(*t) for t in tiles)))
+
+
+# The first row that applies and fits in shared memory is used. Chosen to compile without spills, not measured.
+TABLE = (
+    # The keys' pass holds two accumulators and numbers of rows along its columns, so its query tiles are narrow.
+    _row(64, 2, "cuda", 90, (32, 128, 8, 2), (128, 64, 8, 2), (64, 32, 4, 1)),
+    _row(128, 2, "cuda", 90, (32, 128, 8, 1), (128, 64, 8, 2), (64, 32, 8, 1)),
+    _row(256, 2, "cuda", 90, (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    _row(512, 2, "cuda", 90, (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    _row(64, 2, "cuda", 80, (32, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 1)),
+    _row(128, 2, "cuda", 80, (32, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+    _row(256, 2, "cuda", 80, (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    _row(512, 2, "cuda", 80, (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    _row(64, 2, "hip", 0, (32, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+    _row(128, 2, "hip", 0, (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    _row(256, 2, "hip", 0, (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    _row(512, 2, "hip", 0, (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    _row(64, 4, "", 0, (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    _row(128, 4, "", 0, (16, 32, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
+    _row(256, 4, "", 0, (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    _row(512, 4, "", 0, (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+)
+
+
+def choose_backward(device: Device, shape: Shape) -> BackwardLaunch | None:
+    """The launch for a shape on a device, None where no tile fits. Short queries take fewer rows."""
+    rows = max(16, triton.next_power_of_2(shape.q_len))
+    for row in TABLE:
+        tiles = (row.launch.keys, row.launch.queries, row.launch.pairs)
+        launch = BackwardLaunch(*(replace(tile, block_q=min(tile.block_q, rows)) for tile in tiles))
+        if (
+            max(shape.block_d, shape.block_dv) <= row.head_dim
+            and shape.element_bytes <= row.element_bytes
+            and row.backend in ("", device.backend)
+            and device.arch >= row.arch
+            and launch.shared_bytes(shape) <= device.shared_bytes
+        ):
+            return launch
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Compile-time arguments and options of each kernel
+
+
+def keys_constants(
+    spec: AttentionSpec, program: BackwardProgram, head_dim: int, value_dim: int, launch: Launch
+) -> Mapping[str, Any]:
+    """Of the kernel that passes by key tile."""
+    masked, full = program.key_sums
+    return {
+        **_shared_constants(spec, program, head_dim, value_dim, launch),
+        "QUERY_BOUNDS": program.query_bounds,
+        "GRADS_FULL": program.derivatives.score_and_grad_full,
+        "FACTOR_FULL": program.forward.factor_full,
+        "SUMS_MASKED": masked,
+        "SUMS_FULL": full,
+        "NUM_SUMS": len(program.key_terms),
+    }
+
+
+def queries_constants(
+    spec: AttentionSpec, program: BackwardProgram, head_dim: int, value_dim: int, launch: Launch
+) -> Mapping[str, Any]:
+    """Of the kernel that passes by query tile."""
+    assert MASK_BLOCK % launch.block_q == 0, "the rows of a tile share a row of kv_ranges"
+    masked, full = program.row_sums
+    return {
+        **_shared_constants(spec, program, head_dim, value_dim, launch),
+        "KV_BOUNDS": program.forward.kv_bounds,
+        "FILL_THRESHOLD": program.fill_threshold,
+        "LONGEST_FIRST": program.forward.longest_first,
+        "GRADS_FULL": program.derivatives.score_and_grad_full,
+        "FACTOR_FULL": program.forward.factor_full,
+        "SUMS_MASKED": masked,
+        "SUMS_FULL": full,
+        "NUM_SUMS": program.num_row_sums,
+    }
+
+
+def pairs_constants(
+    spec: AttentionSpec, program: BackwardProgram, number: int, head_dim: int, value_dim: int, launch: Launch
+) -> Mapping[str, Any]:
+    """Of the kernel that writes the gradient of pair term `number`."""
+    assert MASK_BLOCK % launch.block_q == 0, "the rows of a tile share a row of kv_ranges"
+    return {
+        **_shared_constants(spec, program, head_dim, value_dim, launch),
+        "PAIR_GRAD": program.pair_grads[number],
+        "PAIR_SCALE": program.pair_terms[number].scale,
+        "KV_BOUNDS": program.forward.kv_bounds,
+        "FILL_THRESHOLD": program.fill_threshold,
+    }
+
+
+def _shared_constants(
+    spec: AttentionSpec, program: BackwardProgram, head_dim: int, value_dim: int, launch: Launch
+) -> dict[str, Any]:
+    normalised = spec.normaliser == "softmax"
+    return {
+        "GRADS_MASKED": program.derivatives.score_and_grad_masked,
+        "SCALE": program.derivatives.scale,
+        "HUGE_FACTOR": program.forward.huge_factor,
+        "NORMALISED": normalised,
+        "FACTOR_MASKED": program.forward.factor_masked,
+        # The rows kernel has taken rows that are not kept out of a softmax.
+        "ROW_FACTOR": program.forward.row_factor or (None if normalised else program.forward.row_kept),
+        "PRODUCT_DTYPE": triton_dtype(spec.product_dtype),
+        "PROBS_DTYPE": triton_dtype(spec.probs_dtype),
+        "PRECISION": precision_of(spec),
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_D": padded(head_dim),
+        "BLOCK_DV": padded(value_dim),
+        "BLOCK_Q": launch.block_q,
+        "BLOCK_KV": launch.block_kv,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }

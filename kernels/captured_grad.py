@@ -1,0 +1,134 @@
+"""Gradients of captured tensors, from the sums over queries or keys that the kernels leave and from rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from flashfuse.kernels.captured_reads import owned_view
+from flashfuse.kernels.codegen_backward import BackwardProgram, Term
+from flashfuse.kernels.derivative import derivative, leaves
+from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, scatter_add, size_values
+from flashfuse.kernels.expr import Expr, Gather, Load
+from flashfuse.kernels.spec import AttentionSpec
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedGradients:
+    """Accumulates the gradients of the captured tensors for which `needs` says so, of one call.
+
+    lengths: (q_len, kv_len). total: by slot, the gradients so far, in float32 unless one term writes all of it.
+    """
+
+    spec: AttentionSpec
+    program: BackwardProgram
+    captured: Sequence[torch.Tensor]
+    sizes: Sequence[int]
+    lengths: tuple[int, int]
+    device: torch.device
+    needs: Sequence[bool]
+    total: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return tuple(self.sizes[: self.spec.batch_axes])
+
+    def pair_targets(self) -> list[torch.Tensor] | None:
+        """For each pair term what its kernel writes, zeros [n.., q_len, kv_len] of size 1 on axes to be summed over.
+
+        None where a term's read has no owner: two positions read one element, or one outside the tensor.
+        """
+        targets = []
+        for term in self.program.pair_terms:
+            assert isinstance(term.read, Load)
+            slot = _slot(term.read)
+            target = torch.zeros_like(self.captured[slot])
+            if self._terms_of(slot) == 1:
+                self.total[slot] = target
+            else:
+                target = torch.zeros_like(target, dtype=torch.float32)
+            view = owned_view(target, term.read, self._tile(*self.lengths))
+            if view is None:
+                return None
+            targets.append(view)
+        return targets
+
+    def add_pair(self, term: Term, target: torch.Tensor) -> None:
+        """Take in what the kernel has written, unless it is the total already."""
+        assert isinstance(term.read, Load)
+        if self._terms_of(_slot(term.read)) > 1:
+            scatter_add(self._total(_slot(term.read)), term.read, target, self._tile(*self.lengths))
+
+    def add_rows(self, sums: Sequence[torch.Tensor], rows: torch.Tensor) -> None:
+        """sums: [N.., q_len] each, what the kernel has summed over keys; rows: the numbers of rows, see `backward`."""
+        terms, corrected = self.program.row_terms, self.program.corrected
+        weights = dict(zip(corrected, sums[len(terms) : -1], strict=True)) if corrected else {}
+        for term, found in zip(terms, sums, strict=False):
+            if term in weights:
+                # What rounding the output has left in delta, weighted as delta is.
+                found = found - torch.where(weights[term] == 0, 0.0, (sums[-1] - rows[2]) * weights[term])
+            self._add_rows(term, found)
+
+    def _add_rows(self, term: Term, sums: torch.Tensor) -> None:
+        tile = self._tile(self.lengths[0], 1)
+        values = sums.unsqueeze(-1) * term.scale
+        if term.read is not None:
+            self._add(term.read, values, tile)
+        elif self.spec.factor is not None:
+            self._add_program(self.spec.factor, values, tile)
+
+    def add_keys(self, term: Term, sums: torch.Tensor) -> None:
+        """sums: [N.., kv_len], the term's gradients summed over queries."""
+        assert term.read is not None
+        self._add(term.read, sums.unsqueeze(-2) * term.scale, self._tile(1, self.lengths[1]))
+
+    def add_sink(self, grad: torch.Tensor) -> None:
+        """grad: [N.., q_len], the gradient of the sink."""
+        assert self.spec.sink is not None
+        self._add_program(self.spec.sink, grad.unsqueeze(-1), self._tile(self.lengths[0], 1))
+
+    @property
+    def of_sink(self) -> bool:
+        """Whether the sink reads a tensor whose gradient is wanted."""
+        return self.spec.sink is not None and any(True for _ in self._wanted(self.spec.sink))
+
+    def result(self, slot: int) -> torch.Tensor:
+        """The gradient in the tensor's element type and, where that is dense, memory order."""
+        total = self._total(slot)
+        like = torch.empty_like(self.captured[slot])
+        return total if total.dtype == like.dtype and total.stride() == like.stride() else like.copy_(total)
+
+    def _add_program(self, program: Expr, values: torch.Tensor, tile: Tile) -> None:
+        """Take in the gradient `values` of a program of rows."""
+        for leaf in self._wanted(program):
+            self._add(leaf, values * evaluate(derivative(program, leaf), tile), tile)
+
+    def _add(self, read: Load | Gather, values: torch.Tensor, tile: Tile) -> None:
+        shape = [len(positions) for _, positions in tile.axes]
+        scatter_add(self._total(_slot(read)), read, values.expand(shape), tile)
+
+    def _total(self, slot: int) -> torch.Tensor:
+        if slot not in self.total:
+            self.total[slot] = torch.zeros(self.captured[slot].shape, dtype=torch.float32, device=self.device)
+        return self.total[slot]
+
+    def _wanted(self, program: Expr) -> Iterator[Load | Gather]:
+        for leaf in leaves(program):
+            if isinstance(leaf, (Load, Gather)) and self.needs[_slot(leaf)]:
+                yield leaf
+
+    def _terms_of(self, slot: int) -> int:
+        return sum(_slot(leaf) == slot for program in self.spec.programs for leaf in self._wanted(program))
+
+    def _tile(self, q_len: int, kv_len: int) -> Tile:
+        """All positions; an axis of length 1 stands for one that has been summed over."""
+        axes = tuple(zip(position_symbols(self.spec), map(range, (*self.batch, q_len, kv_len)), strict=True))
+        sizes = size_values(self.spec, *self.lengths, self.sizes)
+        return Tile(axes, sizes, (), self.captured, torch.float32, self.device)
+
+
+def _slot(read: Load | Gather) -> int:
+    assert isinstance(read.tensor, int)
+    return read.tensor

@@ -1,0 +1,217 @@
+"""What the backward kernels compile in for one attention: the forward's functions, derivatives, and sums of reads.
+
+The sums are generated because their number differs: a function takes the sums so far and the gradients of a tile, and
+gives the sums with the tile in them, one for each read of a captured tensor whose gradient is wanted.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashfuse.kernels.bounds import BoundsProgram
+from flashfuse.kernels.captured_reads import is_of_pairs
+from flashfuse.kernels.codegen import ScoreProgram, bounds_body, load_program
+from flashfuse.kernels.codegen_derivative import DerivativeProgram, load_derivatives
+from flashfuse.kernels.derivative import Leaf, derivative, leaves
+from flashfuse.kernels.expr import Expr, Gather, Load, free_symbols
+from flashfuse.kernels.mask import kernel_spec, mask_of
+from flashfuse.kernels.modules import finished, load_module
+from flashfuse.kernels.normal import const
+from flashfuse.kernels.query_ranges import query_bounds
+from flashfuse.kernels.scale import inner_score, unscaled
+from flashfuse.kernels.source import TILE_ARGUMENTS, indented, is_row, tile_values
+from flashfuse.kernels.spec import KV_IDX, AttentionSpec, to_text
+
+
+@dataclass(frozen=True)
+class Term:
+    """A summand of gradients: `grad` ("ds" of the inner score, "of_factor" of the factor) times d program / d read.
+
+    read: what is read; None for a factor of whole rows itself, whose reads are all at rows.
+    scale: what the sum is multiplied by to be the gradient.
+    """
+
+    grad: str
+    read: Load | Gather | None
+    masked: Expr
+    full: Expr
+    scale: float
+
+    @property
+    def is_of_pairs(self) -> bool:
+        return self.read is not None and is_of_pairs(self.read)
+
+    @property
+    def is_of_keys(self) -> bool:
+        return self.read is not None and not self.is_of_pairs and KV_IDX in free_symbols(self.read)
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardProgram:
+    """The compiled-in part of one attention's backward pass.
+
+    forward, derivatives: the forward's functions, and those of slopes.
+    query_bounds: key tile -> the queries that visit it, see `query_ranges.query_bounds`.
+    row_terms, key_terms, pair_terms: the gradients of reads, by what is left when the kernels have summed.
+    row_sums, key_sums: for tiles that may meet a mask or the end of the keys and for others, the function that adds a
+        tile to the sums; None where there are none.
+    pair_grads: the function of a tile for each pair term.
+    corrected: the row terms that hold ds. Summed over all keys, delta's own rounding does not average out, so that
+        the kernel also sums p * slope for each, and p * factor * dw, which is delta without the output's rounding.
+    fill_threshold: rows whose largest score is not above it see every key; None where no row has to, -inf where only
+        rows that are NaN for want of a key have to, so that their gradients are NaN.
+    """
+
+    forward: ScoreProgram
+    derivatives: DerivativeProgram
+    query_bounds: Any
+    row_terms: tuple[Term, ...]
+    key_terms: tuple[Term, ...]
+    pair_terms: tuple[Term, ...]
+    row_sums: tuple[Any, Any]
+    key_sums: tuple[Any, Any]
+    pair_grads: tuple[Any, ...]
+    corrected: tuple[Term, ...]
+    fill_threshold: float | None
+
+    @property
+    def num_row_sums(self) -> int:
+        """One for each row term, and what corrects some of them: one for each of those, and one more."""
+        return len(self.row_terms) + (len(self.corrected) + 1 if self.corrected else 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def load_backward(
+    spec: AttentionSpec, needs: tuple[bool, ...], ranged: bool = False, fewer_queries: bool = False
+) -> BackwardProgram:
+    """Generate, write and import what a spec's backward pass needs; see `load_program`.
+
+    needs: for each captured tensor, whether its gradient is wanted.
+    """
+    forward = load_program(spec, ranged, fewer_queries)
+    spec = kernel_spec(spec, fewer_queries)
+    terms = _terms(spec, needs)
+    row_terms, key_terms, pair_terms = _sorted(terms)
+    digest, source = _generate(spec, row_terms, key_terms, pair_terms)
+    _, module = load_module(f"backward_{digest}", source)
+
+    def function(name: str) -> Any:
+        return getattr(module, f"{name}_{digest}", None)
+
+    return BackwardProgram(
+        forward=forward,
+        derivatives=load_derivatives(spec, ranged),
+        query_bounds=function("query_bounds"),
+        row_terms=row_terms,
+        key_terms=key_terms,
+        pair_terms=pair_terms,
+        row_sums=(function("row_sums_masked"), function("row_sums_full")),
+        key_sums=(function("key_sums_masked"), function("key_sums_full")),
+        pair_grads=tuple(function(f"pair_grad{i}") for i in range(len(pair_terms))),
+        corrected=_corrected(spec, row_terms),
+        fill_threshold=_fill_threshold(spec, ranged, fewer_queries),
+    )
+
+
+def _fill_threshold(spec: AttentionSpec, ranged: bool, fewer_queries: bool) -> float | None:
+    mask = mask_of(spec)
+    if spec.normaliser == "none" or not (mask.bounded or ranged):
+        return None
+    threshold = mask.fill_threshold(ranged=ranged, fewer_queries=fewer_queries)
+    may_be_nan = spec.empty_row == "nan" and not mask.keeps_key(fewer_queries)
+    return -math.inf if threshold is None and may_be_nan else threshold
+
+
+def _terms(spec: AttentionSpec, needs: Sequence[bool]) -> tuple[Term, ...]:
+    """The gradients of reads in score and factor; a sink is a function of rows, and no kernel's business."""
+    scale, inner = inner_score(spec)
+    full = unscaled(mask_of(spec).full, scale)
+
+    def wanted(program: Expr) -> Iterable[Load | Gather]:
+        return (leaf for leaf in leaves(program) if isinstance(leaf, (Load, Gather)) and _needed(leaf, needs))
+
+    found = [Term("ds", leaf, derivative(inner, leaf), derivative(full, leaf), scale) for leaf in wanted(inner)]
+    factor = spec.factor
+    if factor is None or factor.dtype == torch.bool:
+        return tuple(found)
+    if is_row(factor):
+        return (*found, Term("of_factor", None, const(1.0), const(1.0), 1.0)) if any(wanted(factor)) else tuple(found)
+    for leaf in wanted(factor):
+        slope = derivative(factor, leaf)
+        found.append(Term("of_factor", leaf, slope, slope, 1.0))
+    return tuple(found)
+
+
+def _needed(leaf: Leaf, needs: Sequence[bool]) -> bool:
+    return isinstance(leaf, (Load, Gather)) and isinstance(leaf.tensor, int) and needs[leaf.tensor]
+
+
+def _sorted(terms: tuple[Term, ...]) -> tuple[tuple[Term, ...], tuple[Term, ...], tuple[Term, ...]]:
+    pairs = tuple(t for t in terms if t.is_of_pairs)
+    keys = tuple(t for t in terms if t.is_of_keys)
+    return tuple(t for t in terms if not t.is_of_pairs and not t.is_of_keys), keys, pairs
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Source text
+
+_HEADER = '''"""Backward pass of score = {score}"""
+
+IMPORTS
+
+@triton.jit
+def query_bounds_HASH(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes):
+    """For the keys [q_start, q_stop) of q_len keys: the queries, of kv_len, as kv_bounds gives keys for queries."""
+{bounds}
+'''
+
+_FUNCTION = '''
+
+@triton.jit
+def {name}_HASH({arguments}):
+    """{text}"""
+{body}
+'''
+
+
+def _generate(
+    spec: AttentionSpec, row_terms: Sequence[Term], key_terms: Sequence[Term], pair_terms: Sequence[Term]
+) -> tuple[str, str]:
+    """(hash, source text) of the module."""
+    bounds: BoundsProgram = query_bounds(spec)
+    parts = [_HEADER.format(score=to_text(spec.score), bounds=bounds_body(bounds, spec.compute_dtype))]
+    for name, terms in (("row_sums", row_terms), ("key_sums", key_terms)):
+        for variant in ("masked", "full") if terms else ():
+            body = _sums_body(terms, variant, spec, _corrected(spec, terms) if name == "row_sums" else ())
+            arguments = f"sums, ds, of_factor, p, p_dp, {TILE_ARGUMENTS}"
+            parts.append(_function(f"{name}_{variant}", arguments, terms, body))
+    for i, term in enumerate(pair_terms):
+        lines, (slope,) = tile_values([term.masked], spec.compute_dtype, keys_end=True)
+        body = indented([*lines, f"return through({term.grad}, {slope})"])
+        parts.append(_function(f"pair_grad{i}", f"ds, of_factor, {TILE_ARGUMENTS}", [term], body))
+    return finished("".join(parts), spec.product_dtype)
+
+
+def _corrected(spec: AttentionSpec, terms: Sequence[Term]) -> tuple[Term, ...]:
+    return tuple(t for t in terms if t.grad == "ds") if spec.normaliser == "softmax" else ()
+
+
+def _sums_body(terms: Sequence[Term], variant: str, spec: AttentionSpec, corrected: Sequence[Term]) -> str:
+    slopes = [getattr(term, variant) for term in terms]
+    lines, values = tile_values(slopes, spec.compute_dtype, keys_end=variant == "masked")
+    found = [f"through({term.grad}, {value})" for term, value in zip(terms, values, strict=True)]
+    found += [f"through(p, {value})" for term, value in zip(terms, values, strict=True) if term in corrected]
+    found += ["p_dp"] if corrected else []
+    summed = (f"sums[{i}] + tl.sum({value}, 1)" for i, value in enumerate(found))
+    return indented([*lines, f"return ({', '.join(summed)},)"])
+
+
+def _function(name: str, arguments: str, terms: Sequence[Term], body: str) -> str:
+    text = ", ".join("factor" if t.read is None else to_text(t.read) for t in terms)
+    return _FUNCTION.format(name=name, arguments=arguments, text=f"Gradients of {text}.", body=body)

@@ -1,0 +1,247 @@
+"""Launch the backward kernels: describe operands to them, allocate the gradients, add up what is shared."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashfuse.kernels.backward import (
+    attention_keys_backward_kernel,
+    attention_queries_backward_kernel,
+    attention_rows_backward_kernel,
+)
+from flashfuse.kernels.backward_pairs import attention_pairs_backward_kernel
+from flashfuse.kernels.backward_tiled import attention_backward_tiled
+from flashfuse.kernels.backward_variants import (
+    BackwardLaunch,
+    choose_backward,
+    keys_constants,
+    pairs_constants,
+    queries_constants,
+)
+from flashfuse.kernels.captured_grad import CapturedGradients
+from flashfuse.kernels.captured_reads import unsupported
+from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
+from flashfuse.kernels.launch import choose_launch, device_of, padded, shape_of, strides_of
+from flashfuse.kernels.query_ranges import query_ranges
+from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec
+
+# Numbers kept for each row beside the log-sum-exp: see `backward`.
+ROW_PLANES = 5
+# Elements of the output that one program of the rows kernel reads.
+ROW_ELEMENTS = 8192
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int, device: int | None
+) -> BackwardLaunch | None:
+    """None too where the forward runs in torch: its log-sum-exps are rounded otherwise."""
+    shape = shape_of(spec, q_len, head_dim, value_dim)
+    on = device_of(device)
+    return None if choose_launch(on, shape) is None else choose_backward(on, shape)
+
+
+def attention_backward(
+    spec: AttentionSpec,
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    kv_ranges: torch.Tensor | None,
+    needs: Sequence[bool],
+    launch: BackwardLaunch | None = None,
+) -> list[torch.Tensor]:
+    """Gradients of the needed tensors, in their shapes, element types and, where those are dense, memory orders.
+
+    grad_out, out: [N.., Tq, Dv], lse: [N.., Tq, 2] of the forward kernel; the others are the operator's arguments.
+    needs: for q, k, v and every floating-point captured tensor. `launch` overrides the table, for searching.
+    """
+    if launch is None:
+        launch = _launch(spec, q.shape[-2], q.shape[-1], v.shape[-1], q.device.index if q.is_cuda else None)
+    floating = [at for at, x in enumerate((q, k, v, *captured)) if x.is_floating_point()]
+    wanted = [at for at, need in zip(floating, needs, strict=True) if need]
+    by_slot = tuple(slot + 3 in wanted for slot in range(len(captured)))
+    everything = (spec, grad_out, q, k, v, out, lse, captured, sizes, kv_ranges)
+    empty = out.numel() == 0 or k.shape[-2] == 0 or q.numel() == 0
+    if empty or launch is None or spec.compute_dtype == torch.float64 or unsupported(spec, by_slot):
+        return attention_backward_tiled(*everything, needs)
+    call = _Call.of(*everything, by_slot, launch)
+    targets = call.gradients.pair_targets()
+    if targets is None:
+        return attention_backward_tiled(*everything, needs)
+    with torch.cuda.device_of(q):
+        return call.run(wanted, targets)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One backward pass. `batch` are the batch sizes, padded with ones to four."""
+
+    spec: AttentionSpec
+    program: BackwardProgram
+    grad_out: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    kv_ranges: torch.Tensor | None
+    gradients: CapturedGradients
+    launch: BackwardLaunch
+
+    @staticmethod
+    def of(
+        spec: AttentionSpec,
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+        kv_ranges: torch.Tensor | None,
+        needs: tuple[bool, ...],
+        launch: BackwardLaunch,
+    ) -> _Call:
+        lengths = (q.shape[-2], k.shape[-2])
+        program = load_backward(spec, needs, kv_ranges is not None, lengths[0] <= lengths[1])
+        gradients = CapturedGradients(spec, program, captured, sizes, lengths, q.device, needs)
+        return _Call(spec, program, grad_out, q, k, v, out, lse, kv_ranges, gradients, launch)
+
+    def run(self, wanted: Sequence[int], targets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        rows = self._rows()
+        found: dict[int, torch.Tensor] = {}
+        if 0 in wanted or self.program.row_terms:
+            found |= self._queries(rows, 0 in wanted)
+        if 1 in wanted or 2 in wanted or self.program.key_terms:
+            found |= self._keys(rows, 1 in wanted, 2 in wanted)
+        for i, (term, target) in enumerate(zip(self.program.pair_terms, targets, strict=True)):
+            self._pairs(rows, i, target)
+            self.gradients.add_pair(term, target)
+        return [found[at] if at < 3 else self.gradients.result(at - 3) for at in wanted]
+
+    @property
+    def _batch(self) -> tuple[int, ...]:
+        return self.gradients.batch
+
+    def _rows(self) -> torch.Tensor:
+        """[ROW_PLANES, N.., Tq]; the log-sum-exps, unused, where there is no softmax."""
+        if self.spec.normaliser == "none":
+            return self.lse
+        q_len, value_dim = self.out.shape[-2:]
+        rows = self.lse.new_empty(ROW_PLANES, *self._batch, q_len)
+        block = max(16, min(128, ROW_ELEMENTS // padded(value_dim)))
+        attention_rows_backward_kernel[(math.prod(self._batch) * -(-q_len // block),)](
+            self.grad_out, self.out, self.lse, rows, *self._strides(self.grad_out, self.out),
+            *_padded(self._batch), *self._program_arguments,
+            SINK=self.program.forward.sink if self.gradients.of_sink else None,
+            ROW_KEPT=self.program.forward.row_kept,
+            SCALE=self.program.derivatives.scale, HUGE_FACTOR=self.program.forward.huge_factor,
+            VALUE_DIM=value_dim, BLOCK_DV=padded(value_dim), BLOCK_Q=block,
+        )  # fmt: skip
+        if self.gradients.of_sink:
+            self.gradients.add_sink(rows[4])
+        return rows
+
+    def _keys(self, rows: torch.Tensor, k_wanted: bool, v_wanted: bool) -> dict[int, torch.Tensor]:
+        """The gradients of k (1) and v (2), where wanted, and those of reads at keys."""
+        owned = self._owned_by_keys()
+        dk, dv = self._buffer(self.k, owned, k_wanted), self._buffer(self.v, owned, v_wanted)
+        q_len, kv_len = self.gradients.lengths
+        tiles = self.launch.keys
+        ranges = None if self.kv_ranges is None else query_ranges(self.kv_ranges, q_len, kv_len, tiles.block_kv)
+        sums = tuple(rows.new_empty(*self._batch, kv_len) for _ in self.program.key_terms)
+        attention_keys_backward_kernel[(math.prod(owned) * -(-kv_len // tiles.block_kv),)](
+            self.q, self.k, self.v, self.grad_out, rows, ranges, self._filled(), dk, dv, sums,
+            *self._strides(self.q, self.k, self.v, self.grad_out, ranges, dk, dv),
+            *_padded(owned), *_padded(_loop(self._batch, owned)), *self._program_arguments,
+            **keys_constants(self.spec, self.program, self.q.shape[-1], self.v.shape[-1], tiles),
+        )  # fmt: skip
+        for term, found in zip(self.program.key_terms, sums, strict=True):
+            self.gradients.add_keys(term, found)
+        return {at: _finished(grad, x) for at, grad, x in ((1, dk, self.k), (2, dv, self.v)) if grad is not None}
+
+    def _owned_by_keys(self) -> tuple[int, ...]:
+        """The batch positions whose keys a program owns: 1 on the last axes, over which k and v are shared."""
+        owned = list(self._batch)
+        for axis in reversed(range(len(owned))):
+            if self.k.shape[axis] != 1 or self.v.shape[axis] != 1:
+                break
+            owned[axis] = 1
+        return tuple(owned)
+
+    def _filled(self) -> torch.Tensor | None:
+        """The queries [first, stop) that may have gradients through all keys, int32 [N.., 2]."""
+        threshold = self.program.fill_threshold
+        if threshold is None:
+            return None
+        found = self.lse[..., 1].isnan() | ((self.lse[..., 0] <= threshold) if threshold > -math.inf else False)
+        number = torch.arange(found.shape[-1], device=found.device, dtype=torch.int32)
+        first = torch.where(found, number, found.shape[-1]).amin(-1)
+        return torch.stack([first, torch.where(found, number + 1, 0).amax(-1)], -1).to(torch.int32)
+
+    def _queries(self, rows: torch.Tensor, wanted: bool) -> dict[int, torch.Tensor]:
+        """The gradient of q (0), where wanted, and those of reads at queries."""
+        dq = self._buffer(self.q, self._batch, wanted)
+        tiles, q_len = self.launch.queries, self.q.shape[-2]
+        sums = tuple(rows.new_empty(*self._batch, q_len) for _ in range(self.program.num_row_sums))
+        attention_queries_backward_kernel[(math.prod(self._batch) * -(-q_len // tiles.block_q),)](
+            self.q, self.k, self.v, self.grad_out, rows, self.kv_ranges, dq, sums,
+            *self._strides(self.q, self.k, self.v, self.grad_out, self.kv_ranges, dq),
+            *_padded(self._batch), *self._program_arguments,
+            **queries_constants(self.spec, self.program, self.q.shape[-1], self.v.shape[-1], tiles),
+        )  # fmt: skip
+        self.gradients.add_rows(sums, rows)
+        return {} if dq is None else {0: _finished(dq, self.q)}
+
+    def _pairs(self, rows: torch.Tensor, number: int, target: torch.Tensor) -> None:
+        """Write the gradients of one read at pairs."""
+        (q_len, kv_len), tiles, owned = self.gradients.lengths, self.launch.pairs, tuple(target.shape[:-2])
+        grid = (math.prod(owned) * -(-q_len // tiles.block_q) * -(-kv_len // tiles.block_kv),)
+        attention_pairs_backward_kernel[grid](
+            self.q, self.k, self.v, self.grad_out, rows, self.kv_ranges, target,
+            *self._strides(self.q, self.k, self.v, self.grad_out, self.kv_ranges, target),
+            *_padded(owned), *_padded(_loop(self._batch, owned)), *self._program_arguments,
+            **pairs_constants(self.spec, self.program, number, self.q.shape[-1], self.v.shape[-1], tiles),
+        )  # fmt: skip
+
+    @property
+    def _program_arguments(self) -> tuple[Any, ...]:
+        captured = self.gradients.captured
+        sizes = tuple(self.gradients.sizes[self.spec.batch_axes :])
+        return (*self.gradients.lengths, sizes, tuple(captured), tuple(c.stride() for c in captured))
+
+    def _strides(self, *tensors: torch.Tensor | None) -> list[tuple[int, ...]]:
+        return [strides_of(self.q if x is None else x, self._batch) for x in tensors]
+
+    def _buffer(self, x: torch.Tensor, owned: tuple[int, ...], wanted: bool) -> torch.Tensor | None:
+        """Where the gradient of `x` goes: itself, or one for each position that shares `x`, in float32."""
+        if not wanted:
+            return None
+        shape = (*owned, *x.shape[-2:])
+        return torch.empty_like(x) if x.shape == shape else x.new_empty(shape, dtype=torch.float32)
+
+
+def _finished(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The gradient of `x` in its own shape, element type and memory order."""
+    return grad if grad.shape == x.shape else torch.empty_like(x).copy_(grad.sum_to_size(x.shape))
+
+
+def _padded(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return (*sizes, *(1,) * (MAX_BATCH_AXES - len(sizes)))
+
+
+def _loop(batch: tuple[int, ...], owned: tuple[int, ...]) -> tuple[int, ...]:
+    """The batch positions over which each owner passes."""
+    return tuple(1 if mine == size else size for size, mine in zip(batch, owned, strict=True))

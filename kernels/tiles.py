@@ -1,0 +1,48 @@
+"""Loading parts of operands: what every kernel says about tiles, batch positions and stored ranges."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def narrowed(start, end, ptr, stride):
+    """The key range [start, end) within the range stored at `ptr`, and the stored full range within that."""
+    end = tl.minimum(end, tl.load(ptr + 3 * stride))
+    start = tl.minimum(tl.maximum(start, tl.load(ptr)), end)
+    full_start = tl.minimum(tl.maximum(start, tl.load(ptr + stride)), end)
+    full_end = tl.maximum(tl.minimum(end, tl.load(ptr + 2 * stride)), full_start)
+    return start, full_start, full_end, end
+
+
+@triton.jit
+def batch_pointer(ptr, strides, n0, n1, n2, n3):
+    """The start of the operand's matrix at one batch position."""
+    ptr += n0.to(tl.int64) * strides[0] + n1.to(tl.int64) * strides[1]
+    return ptr + n2.to(tl.int64) * strides[2] + n3.to(tl.int64) * strides[3]
+
+
+@triton.jit
+def tile_pointers(ptr, rows, columns, strides):
+    """[rows, columns] pointers into a matrix."""
+    return ptr + rows.to(tl.int64)[:, None] * strides[4] + columns.to(tl.int64)[None, :] * strides[5]
+
+
+@triton.jit
+def load_columns(ptrs, columns, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Load a tile whose rows all exist, with zeros behind the last column."""
+    if COLUMNS == BLOCK:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=columns < COLUMNS, other=0.0)
+
+
+@triton.jit
+def load_keys(ptrs, kv_idx, kv_len, KEYS_END: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Load a key or value tile, with zeros behind the last column and, where KEYS_END says so, behind the last key."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    if not KEYS_END:
+        return load_columns(ptrs, columns, COLUMNS, BLOCK)
+    elif COLUMNS == BLOCK:
+        return tl.load(ptrs, mask=kv_idx[:, None] < kv_len, other=0.0)
+    else:
+        return tl.load(ptrs, mask=(kv_idx[:, None] < kv_len) & (columns < COLUMNS), other=0.0)

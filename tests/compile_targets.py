@@ -1,0 +1,84 @@
+"""Compiling kernels for GPUs this machine does not have."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from flashfuse.kernels.launch import Device
+from flashfuse.kernels.spec import AttentionSpec
+
+DEVICES = {
+    "sm80": (Device("cuda", 80, 166912), GPUTarget("cuda", 80, 32)),
+    "sm86": (Device("cuda", 86, 101376), GPUTarget("cuda", 86, 32)),
+    "sm90": (Device("cuda", 90, 232448), GPUTarget("cuda", 90, 32)),
+    "sm100": (Device("cuda", 100, 232448), GPUTarget("cuda", 100, 32)),
+    "gfx942": (Device("hip", 0, 65536), GPUTarget("hip", "gfx942", 64)),
+}
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
+
+
+def source_of(
+    kernel: Any,
+    spec: AttentionSpec,
+    ranks: tuple[int, ...],
+    arguments: dict[str, Any],
+    ranged: bool,
+    filled: bool = False,
+) -> ASTSource:
+    """The kernel as the launcher would specialise it for aligned operands with contiguous rows.
+
+    ranged: for a call with `kv_ranges`. filled: with rows that may see every key.
+    """
+    signature: dict[str, Any] = {}
+    constant: dict[tuple[int, ...], Any] = {}
+    aligned: list[tuple[int, ...]] = []
+
+    def strides(path: tuple[int, ...], rank: int) -> tuple[str, ...]:
+        aligned.extend((*path, axis) for axis in range(rank - 1))
+        constant[*path, rank - 1] = 1
+        return (*("i32",) * (rank - 1), "constexpr")
+
+    for i, name in enumerate(kernel.arg_names):
+        if name in arguments:
+            signature[name], constant[i,] = "constexpr", arguments[name]
+        elif name in ("ranges_ptr", "filled_ptr"):
+            given = ranged if name == "ranges_ptr" else filled
+            signature[name] = "*i32" if given else "constexpr"
+            constant |= {} if given else {(i,): None}
+        elif name == "sums_ptrs":
+            signature[name] = ("*fp32",) * arguments["NUM_SUMS"]
+        elif name.endswith("_ptr"):
+            signature[name] = POINTERS[spec.compute_dtype if name in ("lse_ptr", "rows_ptr") else spec.out_dtype]
+            aligned.append((i,))
+        elif name == "captured":
+            signature[name] = tuple(POINTERS[c] for c in spec.captured)
+            aligned.extend((i, slot) for slot in range(len(ranks)))
+        elif name == "captured_strides":
+            signature[name] = tuple(strides((i, slot), rank) for slot, rank in enumerate(ranks))
+        elif name.endswith("_strides"):
+            signature[name] = strides((i,), 6)
+        else:
+            signature[name] = ("i32",) * spec.num_sizes if name == "sizes" else "i32"
+    return ASTSource(kernel, signature, constant, {path: [["tt.divisibility", 16]] for path in aligned})
+
+
+def assembler_report(ptx: str, arch: int, folder: Path) -> str:
+    """What ptxas says about registers, spills and serialised matrix instructions."""
+    file = folder / "kernel.ptx"
+    file.write_text(ptx)
+    command = [
+        get_ptxas(arch).path,
+        "-v",
+        f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}",
+        file,
+        "-o",
+        folder / "kernel.cubin",
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr

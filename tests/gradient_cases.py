@@ -1,0 +1,70 @@
+"""Gradients of attention calls for tests: exact ones, those of eager code, and the rule that holds kernels to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from attention_cases import Call
+from numerics import assert_close_to_exact
+
+from flashfuse.kernels.reference import attention_reference
+
+Gradients = list[torch.Tensor]
+
+
+def grad_out(call: Call, draw: int = 0) -> torch.Tensor:
+    """A gradient of the call's output, in the output's type."""
+    rows = (*call.sizes[: call.spec.batch_axes], call.q.shape[-2], call.v.shape[-1])
+    values = torch.randn(rows, generator=torch.Generator().manual_seed(2 + draw))
+    return values.to(call.q.device, call.spec.out_dtype)
+
+
+def differentiable(call: Call) -> list[int]:
+    """The places of the floating-point tensors in (q, k, v, *captured)."""
+    return [at for at, x in enumerate((call.q, call.k, call.v, *call.captured)) if x.is_floating_point()]
+
+
+def reference_gradients(
+    call: Call, grads: Sequence[torch.Tensor], wanted: Sequence[int], dtype: torch.dtype | None = None
+) -> Gradients:
+    """Autograd through the reference, one after the other for all `grads`: exact with dtype float64, eager without."""
+    operands = [x.detach().clone() for x in (call.q, call.k, call.v, *call.captured)]
+    for at in wanted:
+        operands[at] = operands[at].to(dtype or operands[at].dtype).requires_grad_()
+    q, k, v, *captured = operands
+    out, _ = attention_reference(call.spec, q, k, v, captured, call.sizes, dtype=dtype)
+    leaves = [operands[at] for at in wanted]
+    return _stacked(
+        torch.autograd.grad(out, leaves, grad.to(out.dtype), retain_graph=True, materialize_grads=True)
+        for grad in grads
+    )
+
+
+def check_gradients(
+    call: Call,
+    backward: Callable[[Call, torch.Tensor, Sequence[int]], Gradients],
+    wanted: Sequence[int] | None = None,
+    draws: int = 1,
+) -> Gradients:
+    """Hold `backward(call, grad_out, wanted)` to the exact gradients, by default of everything that has one.
+
+    draws: of how many gradients of the output; a gradient that is few numbers says little with one. Returns those for
+        the first.
+    """
+    wanted = differentiable(call) if wanted is None else wanted
+    grads = [grad_out(call, draw) for draw in range(draws)]
+    exact, eager = (reference_gradients(call, grads, wanted, dtype) for dtype in (torch.float64, None))
+    found = [backward(call, grad, wanted) for grad in grads]
+    for at, mine, theirs, truth in zip(wanted, _stacked(found), eager, exact, strict=True):
+        operand = (call.q, call.k, call.v, *call.captured)[at]
+        assert (mine.shape[1:], mine.dtype) == (operand.shape, operand.dtype)
+        try:
+            assert_close_to_exact(mine, theirs, truth, dtype=call.spec.product_dtype)
+        except AssertionError as error:
+            raise AssertionError(f"gradient of operand {at} (q, k, v, captured..): {error}") from error
+    return found[0]
+
+
+def _stacked(draws: Iterable[Sequence[torch.Tensor]]) -> Gradients:
+    return [torch.stack(grads) for grads in zip(*draws, strict=True)]

@@ -1,0 +1,305 @@
+"""The Triton backward kernels at small odd sizes: on a GPU where there is one, otherwise in Triton's interpreter.
+
+The interpreter is chosen when triton is imported, so without a GPU these tests run in a process of their own, which
+test_interpreter.py starts.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import Call, make_call
+from gradient_cases import Gradients, check_gradients, differentiable, grad_out
+
+triton = pytest.importorskip("triton")
+
+from flashfuse.kernels.backward_variants import BackwardLaunch  # noqa: E402
+from flashfuse.kernels.launch import Launch, attention_forward  # noqa: E402
+from flashfuse.kernels.launch_backward import attention_backward  # noqa: E402
+from flashfuse.kernels.ranges import mask_ranges, ranges_program  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a GPU or TRITON_INTERPRET=1; test_interpreter.py runs them",
+)
+
+FP32_MIN = torch.finfo(torch.float32).min
+CAUSAL = "where(kv_idx <= q_idx, qk * 0.3, -inf)"
+# Tiles so small that small tensors have many, and of different sizes.
+SMALL = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=2)
+WIDE, TALL = replace(SMALL, block_kv=32), replace(SMALL, block_q=32)
+TILES = BackwardLaunch(keys=WIDE, queries=TALL, pairs=SMALL)
+LARGE = Launch(block_q=64, block_kv=64, num_warps=4, num_stages=1)
+LARGE_TILES = BackwardLaunch(keys=replace(LARGE, block_kv=32), queries=LARGE, pairs=LARGE)
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled_outputs() -> Iterator[None]:
+    """An element that no kernel writes stays NaN; an operator that is not deterministic raises."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int], kv_ranges: torch.Tensor | None = None) -> Gradients:
+    q, k, v, grad = (x.to(DEVICE) for x in (call.q, call.k, call.v, grad))
+    captured = [c.to(DEVICE) for c in call.captured]
+    kv_ranges = None if kv_ranges is None else kv_ranges.to(DEVICE)
+    small = kv_ranges is None
+    out, lse = attention_forward(call.spec, q, k, v, captured, call.sizes, kv_ranges, launch=SMALL if small else LARGE)
+    needs = [at in wanted for at in differentiable(call)]
+    return attention_backward(call.spec, grad, q, k, v, out, lse, captured, call.sizes, kv_ranges, needs, launch=TILES)
+
+
+def check(call: Call, wanted: Sequence[int] | None = None) -> Gradients:
+    return check_gradients(call, backward, wanted)
+
+
+def check_ranged(call: Call) -> torch.Tensor:
+    """With the ranges that a compiled graph would compute; returns them."""
+    q_len, kv_len, rank = call.q.shape[-2], call.k.shape[-2], call.spec.batch_axes
+    program = ranges_program(call.spec, call.sizes[:rank], kv_len)
+    assert program is not None
+    captured = [call.captured[slot] for slot in program.captured]
+    batch = [size if axis in program.batch else 1 for axis, size in enumerate(call.sizes[:rank])]
+    ranges = mask_ranges(captured, batch, rank, q_len, kv_len, program.needed, program.idle)
+    check_gradients(call, lambda *arguments: backward(*arguments, kv_ranges=ranges))
+    return ranges
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+B, H, S, KV_LEN = 2, 2, 41, 35
+
+PROGRAMS = {
+    "plain": ("qk", []),
+    "scaled": ("qk * 0.3", []),
+    "causal": (CAUSAL, []),
+    "bottom-right": ("where(kv_idx <= q_idx + (kv_len - q_len), qk, -inf)", []),
+    "window": ("where((kv_idx <= q_idx) & (kv_idx > q_idx - 9), qk * 0.3, -inf)", []),
+    "symmetric": ("where(abs(kv_idx - q_idx) < 5, qk * 0.3, -inf)", []),
+    "dilated": ("where((q_idx - kv_idx) % 3 == 0, qk, -inf)", []),
+    "chunked": ("where((kv_idx <= q_idx) & (kv_idx // 8 == q_idx // 8), qk, -inf)", []),
+    "softcap": ("where(kv_idx <= q_idx, tanh(qk * 0.1) * 5.0, -inf)", []),
+    "scalar": ("qk * t0[()]", [torch.tensor(0.1)]),
+    "alibi": ("qk * 0.3 + to_float(kv_idx - q_idx) * t0[n1]", [noise(H)]),
+    "temperature": ("where(kv_idx <= q_idx, qk / exp(t0[n1]), -inf)", [noise(H)]),
+    "bias": ("qk * 0.3 + t0[n0, n1, q_idx, kv_idx]", [noise(B, H, S, KV_LEN)]),
+    "causal-bias": ("where(kv_idx <= q_idx, qk + t0[0, n1, q_idx, kv_idx], -inf)", [noise(1, H, S, KV_LEN)]),
+    "shared-bias": ("where(kv_idx <= q_idx, (qk + t0[q_idx, kv_idx]) * 0.3, -inf)", [noise(S, KV_LEN)]),
+    "wide-bias": ("qk + t0[n0, q_idx + 3, kv_idx + 2]", [noise(B, 50, 60)]),
+    "transposed-bias": ("qk + t0[kv_idx, q_idx]", [noise(KV_LEN, S)]),
+    "head-innermost": ("qk + t0[q_idx, kv_idx, n1]", [noise(S, KV_LEN, H)]),
+    "two-biases": ("qk + t0[n1, q_idx, kv_idx] + t1[n0, q_idx, kv_idx]", [noise(H, S, KV_LEN), noise(B, S, KV_LEN)]),
+    "bias-twice": ("qk + t0[n1, q_idx, kv_idx] * t0[n1, 0, 0]", [noise(H, S, KV_LEN)]),
+    "key-bias": ("qk * 0.3 + t0[n0, kv_idx]", [noise(B, KV_LEN)]),
+    "query-scale": ("qk * t0[n0, n1, q_idx]", [noise(B, H, S)]),
+    "row-look-up": ("qk * t0[t1[q_idx], n1]", [noise(5, H), torch.arange(S) % 4]),
+    "key-look-up": ("qk + t0[t1[n0, kv_idx]]", [noise(5), torch.arange(B * KV_LEN).view(B, KV_LEN) % 4]),
+    "concatenated": ("qk + where(kv_idx < 20, t0[kv_idx], t1[kv_idx - 20])", [noise(20), noise(KV_LEN - 20)]),
+    "padding": (f"where(t0[n0, kv_idx], qk * 0.3, {FP32_MIN!r})", [noise(B, KV_LEN) < 0.5]),
+    "constant": ("0.5", []),
+    "no-product": ("t0[kv_idx]", [noise(KV_LEN)]),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs(name: str) -> None:
+    score, captured = PROGRAMS[name]
+    check(make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured))
+
+
+@pytest.mark.parametrize("name", ["causal", "softcap", "temperature", "alibi", "bias", "key-bias"])
+def test_half_precision(name: str) -> None:
+    """Rounding the output leaves more in delta than the sums of a slope or a temperature may lose."""
+    score, captured = PROGRAMS[name]
+    check(make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("fill", ["-inf", repr(FP32_MIN), "-1e31", "-10000.0"])
+@pytest.mark.parametrize("empty_row", ["nan", "zero"])
+def test_rows_without_a_key(fill: str, empty_row: str) -> None:
+    """A finite fill has gradients through all keys, those of skipped tiles included; NaN rows make all values NaN."""
+    score = f"where((kv_idx <= q_idx - 20) & (kv_idx > q_idx - 30), qk * 0.1, {fill})"
+    _, _, dv = check(make_call(score, (1, 2, 70, 16), 50, empty_row=empty_row))
+    assert dv.isnan().all() == (fill == "-inf" and empty_row == "nan")
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 7.0])
+def test_additive_minimum(scale: float) -> None:
+    check(make_call(f"qk * {scale} + where(kv_idx <= q_idx - 20, 0.0, {FP32_MIN!r})", (1, 1, 40, 16), 33))
+
+
+@pytest.mark.parametrize("kind", ["additive", "filled", "bias"])
+def test_minimum_from_a_captured_tensor(kind: str) -> None:
+    keep = noise(40, 33) < -1.0
+    keep[3] = False
+    bias = torch.where(keep, 0.0, FP32_MIN)
+    score = {"additive": f"qk + where(t0[q_idx, kv_idx], 0.0, {FP32_MIN!r})", "bias": "qk + t0[q_idx, kv_idx]"}
+    text = score.get(kind, f"where(t0[q_idx, kv_idx], qk * 0.1, {FP32_MIN!r})")
+    check(make_call(text, (1, 1, 40, 16), 33, captured=[bias if kind == "bias" else keep]))
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "kv_len", "k_batch", "v_batch"),
+    [
+        ((17, 16), 9, (), ()),
+        ((3, 17, 16), 9, (1,), (3,)),
+        ((2, 2, 3, 17, 16), 9, (2, 2, 1), (2, 2, 1)),
+        ((2, 2, 3, 17, 16), 40, (2, 1, 1), (2, 1, 1)),
+        ((2, 3, 17, 16), 9, (1, 3), (1, 3)),
+        ((2, 1, 2, 3, 17, 16), 9, (1, 1, 2, 3), (2, 1, 1, 1)),
+        ((2, 3, 1, 16), 40, None, None),
+        ((2, 3, 40, 16), 1, None, None),
+    ],
+)
+def test_shapes(q_shape: tuple[int, ...], kv_len: int, k_batch: tuple | None, v_batch: tuple | None) -> None:
+    """Keys and values shared over any batch axes, together or not."""
+    check(make_call(CAUSAL, q_shape, kv_len, k_batch=k_batch, v_batch=v_batch, sink="0.5"))
+
+
+def test_queries_shared_over_the_batch() -> None:
+    call = make_call("qk * 0.3 + t0[n0, kv_idx]", (1, 3, 20, 16), 24, k_batch=(4, 3), captured=[noise(4, 24)])
+    check(replace(call, sizes=[4, 3]))
+
+
+@pytest.mark.parametrize("name", ["key-bias", "shared-bias", "alibi"])
+def test_grouped_heads_and_captured_tensors(name: str) -> None:
+    score, captured = PROGRAMS[name]
+    check(make_call(score, (B, H, 2, S, 16), KV_LEN, k_batch=(B, H, 1), captured=captured))
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 3), (40, 16), (16, 72), (33, 33)])
+def test_head_dims(head_dim: int, value_dim: int) -> None:
+    check(make_call(CAUSAL, (2, 40, head_dim), 33, value_dim=value_dim))
+
+
+def test_strided_layouts() -> None:
+    """Operands in any layout; gradients in the memory order of those that are dense."""
+    call = make_call(CAUSAL, (2, 3, 40, 16), out_order=(0, 2, 1, 3))
+    q = torch.cat([call.q, call.q], dim=-1)[..., 16:]
+    k, v = call.k.mT.contiguous().mT, call.v.transpose(1, 2).contiguous().transpose(1, 2)
+    _, dk, dv = check(replace(call, q=q, k=k, v=v))
+    assert (dk.stride(), dv.stride()) == (k.stride(), v.stride())
+
+
+def test_expanded_gradient() -> None:
+    """What `out.sum().backward()` passes on has stride 0."""
+    call = make_call(CAUSAL, (2, 40, 16))
+    one = torch.ones(()).expand(2, 40, 16)
+    for mine, other in zip(backward(call, one, [0, 1]), backward(call, one.contiguous(), [0, 1]), strict=True):
+        assert torch.equal(mine, other)
+
+
+SINKS = {"per-head": ("t0[n1]", (H,)), "per-row": ("t0[n0, q_idx] * 3.0", (B, S)), "one": ("0.0", ())}
+
+
+@pytest.mark.parametrize("score", [CAUSAL, f"where(kv_idx <= q_idx - 9, qk * 0.3, {FP32_MIN!r})"])
+@pytest.mark.parametrize("sink", SINKS)
+def test_sinks(sink: str, score: str) -> None:
+    text, shape = SINKS[sink]
+    captured = [noise(*shape)] if shape else []
+    check(make_call(score, (B, H, S, 20), KV_LEN, sink=text, captured=captured, empty_row="zero"))
+
+
+@pytest.mark.parametrize("empty_row", ["nan", "zero"])
+@pytest.mark.parametrize("fill", ["-inf", repr(FP32_MIN), "-10000.0"])
+def test_sinks_of_rows_without_a_key(fill: str, empty_row: str) -> None:
+    score = f"where((kv_idx <= q_idx - 20) & (kv_idx > q_idx - 30), qk * 0.1, {fill})"
+    call = make_call(score, (1, 2, 70, 16), 50, sink="t0[n1]", captured=[noise(2)], empty_row=empty_row)
+    is_nan = fill == "-inf" and empty_row == "nan"
+    check(call, [0, 1, 2] if is_nan else None)
+    if is_nan:
+        assert backward(call, grad_out(call), [3])[0].isnan().all()
+
+
+@pytest.mark.parametrize("fill", [FP32_MIN, -1e31, -10000.0])
+def test_sink_as_low_as_the_fill(fill: float) -> None:
+    score = f"where((kv_idx <= q_idx - 20) & (kv_idx > q_idx - 30), qk, {fill!r})"
+    check(make_call(score, (1, 2, 70, 16), 50, sink="t0[0]", captured=[torch.tensor([fill])]))
+
+
+FACTORS = {
+    "per-head": ("t0[n1]", noise(H)),
+    "per-row": ("t0[n0, q_idx] * 2.0", noise(B, S)),
+    "per-key": ("t0[kv_idx]", noise(KV_LEN)),
+    "matrix": ("t0[n0, 0, q_idx, kv_idx]", noise(B, 1, S, KV_LEN)),
+    "kept": ("where(t0[n0, kv_idx], 1.0, 0.0)", noise(B, KV_LEN) < 0.5),
+    "inverse": ("1.0 / t0[kv_idx]", noise(KV_LEN).abs() + 0.5),
+    "of-products": ("sigmoid(qk) * t0[n1]", noise(H)),
+}
+
+
+@pytest.mark.parametrize("normaliser", ["softmax", "none"])
+@pytest.mark.parametrize("name", [name for name in FACTORS if name != "of-products"])
+def test_factors(name: str, normaliser: str) -> None:
+    factor, captured = FACTORS[name]
+    score = CAUSAL if normaliser == "softmax" else "sigmoid(qk * 0.3)"
+    check(make_call(score, (B, H, S, 20), KV_LEN, factor=factor, captured=[captured], normaliser=normaliser))
+
+
+def test_one_tensor_in_score_sink_and_factor() -> None:
+    call = make_call("qk * t0[n1]", (B, H, S, 20), sink="t0[n1]", factor="t0[n1] * 2.0", captured=[noise(H)])
+    check(call)
+
+
+@pytest.mark.parametrize("fill", ["-inf", repr(FP32_MIN)])
+@pytest.mark.parametrize("normaliser", ["softmax", "none"])
+def test_rows_that_become_zero(normaliser: str, fill: str) -> None:
+    """They have no gradient, whatever they were."""
+    kept = torch.arange(S) % 2 == 0
+    kept[:20] = False
+    score = f"where(kv_idx <= q_idx - 20, qk, {fill})"
+    score = score if normaliser == "softmax" else f"sigmoid({score})"
+    check(make_call(score, (2, S, 16), factor="t0[q_idx]", captured=[kept], normaliser=normaliser))
+
+
+UNNORMALISED = {
+    "sigmoid": "sigmoid(qk * 0.3 + -3.0)",
+    "causal": "sigmoid(where(kv_idx <= q_idx, qk * 0.3, -inf))",
+    "relu": "max(qk, 0.0) / to_float(kv_len)",
+    "scaled": "where(kv_idx <= q_idx, sigmoid(qk) * 0.5, 0.0)",
+    "biased": "sigmoid(qk + t0[n1, q_idx, kv_idx])",
+}
+
+
+@pytest.mark.parametrize("name", UNNORMALISED)
+def test_scores_as_weights(name: str) -> None:
+    captured = [noise(H, S, KV_LEN)] if name == "biased" else []
+    check(make_call(UNNORMALISED[name], (B, H, S, 20), KV_LEN, normaliser="none", captured=captured))
+
+
+TQ, TKV = 150, 200
+LENGTHS = torch.tensor([60, TKV])
+KEEP = torch.arange(TKV) < LENGTHS[:, None]
+DENSE = (torch.arange(TKV) <= torch.arange(TQ)[:, None]).expand(B, 1, TQ, TKV)
+RANGED = {
+    "padding": (f"where(t0[n0, kv_idx], qk * 0.3, {FP32_MIN!r})", [KEEP]),
+    "left-padding": (f"qk * 0.3 + where(t0[n0, kv_idx] & (kv_idx <= q_idx), 0.0, {FP32_MIN!r})", [KEEP.flip(1)]),
+    "documents": ("where((t0[q_idx] == t0[kv_idx]) & (kv_idx <= q_idx), qk * 0.3, -inf)", [torch.arange(TKV) // 70]),
+    "nothing": ("where(t0[n0, kv_idx], qk * 0.3, -10000.0)", [KEEP & torch.tensor([[True], [False]])]),
+    "added": ("qk * 0.3 + t0[n0, 0, q_idx, kv_idx]", [torch.zeros(DENSE.shape).masked_fill(~DENSE, FP32_MIN)]),
+}
+
+
+@pytest.mark.parametrize("name", RANGED)
+def test_ranges(name: str) -> None:
+    """A mask that depends on data skips tiles; the gradient of an added one is not 0 where it is."""
+    score, captured = RANGED[name]
+    ranges = check_ranged(make_call(score, (B, 4 if name == "added" else 1, TQ, 16), TKV, captured=captured))
+    assert (ranges[..., 3] < TKV).any() or (ranges[..., 0] > 0).any(), "nothing is skipped"
+
+
+def test_what_is_wanted_alone() -> None:
+    """Each gradient by itself is the one that comes with all others."""
+    score = "qk * t0[n1] + t1[kv_idx] + t2[q_idx, kv_idx]"
+    call = make_call(score, (B, H, S, 16), KV_LEN, captured=[noise(H), noise(KV_LEN), noise(S, KV_LEN)])
+    together = check(call)
+    for at, expected in enumerate(together):
+        (alone,) = backward(call, grad_out(call), [at])
+        assert torch.equal(alone, expected)

@@ -1,0 +1,103 @@
+"""The backward kernels compile for GPUs this machine does not have: tensor cores, shared memory, spills.
+
+FLASHFUSE_FULL_TABLE=1 compiles every head dim and element type of the launch table (minutes).
+"""
+
+import itertools
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashfuse.kernels.spec import AttentionSpec, parse
+
+triton = pytest.importorskip("triton")
+
+from compile_targets import DEVICES, assembler_report, source_of  # noqa: E402
+
+from flashfuse.kernels import backward, backward_pairs  # noqa: E402
+from flashfuse.kernels import backward_variants as variants  # noqa: E402
+from flashfuse.kernels.codegen_backward import load_backward  # noqa: E402
+from flashfuse.kernels.launch import shape_of  # noqa: E402
+from flashfuse.kernels.mask import mask_of  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled when interpreted"
+)
+
+BF16, FP32 = torch.bfloat16, torch.float32
+# Score text, captured element types, and the rank of each captured tensor.
+PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
+    "plain": ("qk * 0.125", (), ()),
+    "causal": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (), ()),
+    "alibi": ("where(kv_idx <= q_idx, qk * 0.125 + to_float(kv_idx - q_idx) * t0[n1], -inf)", (FP32,), (1,)),
+    "bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[0, n1, q_idx, kv_idx], -inf)", (BF16,), (4,)),
+    "padding": ("where((kv_idx <= q_idx) & t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)", (torch.bool,), (2,)),
+}
+KERNELS = {
+    "keys": backward.attention_keys_backward_kernel,
+    "queries": backward.attention_queries_backward_kernel,
+    "pairs": backward_pairs.attention_pairs_backward_kernel,
+}
+CASES = [
+    ("sm80", "causal", 128, BF16),
+    ("sm90", "plain", 64, BF16),
+    ("sm90", "causal", 128, BF16),
+    ("sm90", "bias", 64, BF16),
+    ("sm90", "alibi", 128, BF16),
+    ("sm90", "padding", 80, BF16),
+    ("sm100", "causal", 64, BF16),
+    ("gfx942", "causal", 64, BF16),
+    ("sm90", "causal", 64, FP32),
+]
+if os.environ.get("FLASHFUSE_FULL_TABLE") == "1":
+    CASES = list(itertools.product(DEVICES, PROGRAMS, (16, 64, 80, 128, 256, 512), (BF16, FP32)))
+
+
+def arguments_of(name: str, spec: AttentionSpec, head_dim: int, device: str, ranged: bool) -> Mapping[str, Any] | None:
+    """The compile-time arguments of a kernel as the launcher would choose them; None where it is not launched."""
+    launch = variants.choose_backward(DEVICES[device][0], shape_of(spec, 4096, head_dim, head_dim))
+    assert launch is not None
+    program = load_backward(spec, tuple(c.is_floating_point for c in spec.captured), ranged)
+    if name == "keys":
+        return variants.keys_constants(spec, program, head_dim, head_dim, launch.keys)
+    if name == "queries":
+        return variants.queries_constants(spec, program, head_dim, head_dim, launch.queries)
+    if not program.pair_terms:
+        return None
+    return variants.pairs_constants(spec, program, 0, head_dim, head_dim, launch.pairs)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(("device", "program", "head_dim", "dtype"), CASES)
+def test_compiles_within_limits(
+    device: str, program: str, head_dim: int, dtype: torch.dtype, name: str, tmp_path: Path
+) -> None:
+    limits, target = DEVICES[device]
+    text, captured, ranks = PROGRAMS[program]
+    spec = AttentionSpec(2, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3))
+    ranged = mask_of(spec).depends_on_data and bool(captured) and captured[0] == torch.bool
+    found = arguments_of(name, spec, head_dim, device, ranged)
+    if found is None:
+        pytest.skip("no tensor has an element for each pair")
+    arguments = dict(found)
+    options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
+    source = source_of(KERNELS[name], spec, ranks, arguments, ranged, filled=True)
+    kernel = triton.compile(source, target=target, options=options)
+
+    assert kernel.metadata.shared <= limits.shared_bytes
+    if limits.backend == "hip":
+        return
+    ptx = kernel.asm["ptx"]
+    if dtype == BF16:
+        instruction = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[limits.arch]
+        assert instruction in ptx
+    if limits.arch in (80, 90):
+        report = assembler_report(ptx, limits.arch, tmp_path)
+        spilled = max((int(n) for n in re.findall(r"(\d+) bytes spill stores", report)), default=0)
+        assert "C75" not in report, "matrix instructions are serialised"
+        assert spilled <= (0 if program in ("plain", "causal") and head_dim in (64, 128) else 512)

@@ -1,0 +1,98 @@
+"""Which queries a key tile is visited by: never too few, and none counted as full whose score may be masked."""
+
+import math
+
+import pytest
+import torch
+
+from flashfuse.kernels.bounds import Q_START, Q_STOP, KvRange
+from flashfuse.kernels.captured_reads import unsupported
+from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
+from flashfuse.kernels.expr import Expr
+from flashfuse.kernels.mask import MASK_BLOCK, mask_of
+from flashfuse.kernels.query_ranges import query_bounds, query_ranges
+from flashfuse.kernels.spec import KV_LEN, Q_LEN, AttentionSpec, parse
+
+Q, KV, BLOCK = 37, 45, 8
+MASKS = {
+    "none": "True",
+    "causal": "kv_idx <= q_idx",
+    "bottom-right": "kv_idx <= q_idx + (kv_len - q_len)",
+    "shifted": "kv_idx <= q_idx - 20",
+    "window": "(kv_idx <= q_idx) & (kv_idx > q_idx - 9)",
+    "symmetric": "abs(kv_idx - q_idx) < 5",
+    "chunked": "(kv_idx <= q_idx) & (kv_idx // 8 == q_idx // 8)",
+    "dilated": "((q_idx - kv_idx) % 3 == 0) & (kv_idx <= q_idx)",
+    "prefix": "(kv_idx <= q_idx) | (kv_idx < 10)",
+    "strided-queries": "kv_idx <= q_idx * 2 + 1",
+    "negated": "~(kv_idx > q_idx + 3)",
+}
+
+
+def spec_of(score: str, *captured: torch.dtype) -> AttentionSpec:
+    f32 = torch.float32
+    return AttentionSpec(0, parse(score, captured), captured, 0, f32, f32, f32, "nan", (0, 1))
+
+
+def scores(spec: AttentionSpec, program: Expr) -> torch.Tensor:
+    axes = tuple(zip(position_symbols(spec), (range(Q), range(KV)), strict=True))
+    product = torch.arange(1.0, Q * KV + 1).view(Q, KV)
+    tile = Tile(axes, size_values(spec, Q, KV, []), (product,), (), torch.float32, torch.device("cpu"))
+    return evaluate(program, tile).expand(Q, KV)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_bounds_by_positions(mask: str) -> None:
+    spec = spec_of(f"where({mask}, qk, -inf)")
+    score, full = scores(spec, spec.score), scores(spec, mask_of(spec).full)
+    for start in range(0, KV, BLOCK):
+        keys = slice(start, min(start + BLOCK, KV))
+        # Queries and keys have changed places.
+        found = query_bounds(spec).kv_range({Q_START: keys.start, Q_STOP: keys.stop, Q_LEN: KV, KV_LEN: Q})
+        assert 0 <= found.start <= found.full_start <= found.full_end <= found.end <= Q
+        outside = torch.cat([score[: found.start, keys], score[found.end :, keys]])
+        assert (outside == -math.inf).all()
+        inside = slice(found.full_start, found.full_end)
+        assert torch.equal(score[inside, keys], full[inside, keys])
+
+
+@pytest.mark.parametrize(
+    ("mask", "first_keys"),
+    [("causal", KvRange(0, 7, Q, Q)), ("window", KvRange(0, 7, 9, 16)), ("shifted", KvRange(20, 27, Q, Q))],
+)
+def test_bounds_are_tight(mask: str, first_keys: KvRange) -> None:
+    bounds = query_bounds(spec_of(f"where({MASKS[mask]}, qk, -inf)"))
+    assert bounds.kv_range({Q_START: 0, Q_STOP: BLOCK, Q_LEN: KV, KV_LEN: Q}) == first_keys
+
+
+def test_ranges_turned_round() -> None:
+    """Every pair of a query block and a key tile that meet is kept, and full only where the whole tile is."""
+    q_len, kv_len, block = 3 * MASK_BLOCK - 5, 250, 32
+    generator = torch.Generator().manual_seed(0)
+    edges = (torch.rand(2, 4, 4, generator=generator) * kv_len).int().sort(-1).values
+    edges[0, 1] = 0
+    found = query_ranges(edges, q_len, kv_len, block)
+    assert found.shape == (2, -(-kv_len // block), 4)
+    assert found.dtype == torch.int32
+    for n in range(2):
+        for tile, (start, full_start, full_end, end) in enumerate(found[n].tolist()):
+            first, last = tile * block, min(tile * block + block, kv_len)
+            assert 0 <= start <= full_start <= full_end <= end <= q_len
+            for number, (visited, full, full_stop, stop) in enumerate(edges[n, :3].tolist()):
+                position = number * MASK_BLOCK
+                if visited < last and stop > first:
+                    assert start <= position < end
+                if full_start <= position < full_end:
+                    assert full <= first
+                    assert last <= full_stop
+
+
+def test_what_has_no_owner() -> None:
+    """Tables of distances and look-ups by pairs share elements among pairs; by rows or keys alone any read will do."""
+    f32, i64 = torch.float32, torch.int64
+    score = "qk * t4[t2[0, kv_idx]] + t0[q_idx - kv_idx + (kv_len - 1)] + t1[t2[q_idx, kv_idx]] + t3[q_idx, kv_idx + 2]"
+    spec = spec_of(score, f32, f32, i64, f32, f32)
+    assert unsupported(spec, (True, True, False, True, True)) == (0, 1)
+    assert unsupported(spec, (False, False, False, True, True)) == ()
+    assert unsupported(spec_of("qk + t0[q_idx // 2, kv_idx]", f32), (True,)) == (0,)
+    assert unsupported(spec_of("qk", f32), (True,)) == ()
