@@ -64,6 +64,10 @@ class ScoreProgram:
     path: Path
 
 
+# From about here the rounding of a score times log2(e) is more than one: float16 probabilities could overflow by it.
+LARGE = 1e7
+
+
 @functools.lru_cache(maxsize=1024)
 def load_program(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool = False) -> ScoreProgram:
     """Generate, write and import the functions of a spec.
@@ -90,7 +94,7 @@ def load_program(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool 
         row_kept=function("row_kept"),
         scale=scale,
         fill_threshold=mask.fill_threshold(scale, ranged=ranged),
-        huge_factor=_huge_factor(scale) if any(may_be_huge(e) for e in walk(inner)) else None,
+        huge_factor=_huge_factor(scale) if any(may_be_huge(e, LARGE / scale) for e in walk(inner)) else None,
         lowest=_lowest(spec.score, scale),
         longest_first=mask.bounds.depends_on({Q_START, Q_STOP}, ("end",)),
         shared_batch=_shares_first_batch_axis(spec),

@@ -144,7 +144,10 @@ def attention_forward_kernel(
     if NORMALISED:
         log_sum = tl.log(tl.where(row_sum == 0, 1.0, row_sum))
         # What `largest` has lost of the shift by two roundings, which the backward pass makes again.
-        lost = (row_shift - tl.fma(largest, LOG2_E, 0.0)) * LN2
+        lost = row_shift - tl.fma(largest, LOG2_E, 0.0)
+        if HUGE_FACTOR is not None and SINK is None:
+            lost = tl.fma(row_max, tl.full(row_max.shape, LOG2_SCALE, acc.dtype), -tl.fma(largest, LOG2_E, 0.0))
+        lost *= LN2
         log_sum += tl.where(largest > HUGE * (LOG2_SCALE * LN2), lost, 0.0)
         if not ZERO_EMPTY_ROWS:
             log_sum = tl.where(empty, float("nan"), log_sum)
@@ -201,16 +204,19 @@ def _attend(
     if NORMALISED:
         # [block_q]
         new_max = tl.maximum(row_max, tl.max(score, 1))
-        factor = tl.full(row_max.shape, LOG2_SCALE, acc.dtype)
-        if HUGE_FACTOR is not None:
-            # A power of two keeps the product exact, so that the difference below is 0 at the maximum.
-            factor = tl.where(new_max > HUGE, factor, HUGE_FACTOR)
-        new_shift = new_max * factor
+        new_shift = new_max * LOG2_SCALE
         # -inf minus -inf is NaN: a row without any key so far subtracts nothing.
-        subtracted = tl.where(new_max == float("-inf"), 0.0, new_shift)
-        # [block_q, block_kv]
-        p = tl.exp2(tl.fma(score, factor[:, None], -subtracted[:, None]))
-        correction = tl.exp2(row_shift - subtracted)
+        if HUGE_FACTOR is not None:
+            # The difference first: it is exact, where the rounding of a large product would be in the exponent.
+            subtracted = tl.where(new_max == float("-inf"), 0.0, new_max)
+            # [block_q, block_kv]
+            p = tl.exp2((score - subtracted[:, None]) * LOG2_SCALE)
+            correction = tl.exp2((row_max - subtracted) * LOG2_SCALE)
+        else:
+            subtracted = tl.where(new_max == float("-inf"), 0.0, new_shift)
+            # [block_q, block_kv]
+            p = tl.exp2(tl.fma(score, tl.full(score.shape, LOG2_SCALE, acc.dtype), -subtracted[:, None]))
+            correction = tl.exp2(row_shift - subtracted)
         row_sum = row_sum * correction + tl.sum(p, 1)
     else:
         p = score

@@ -117,11 +117,11 @@ def kernel_spec(spec: AttentionSpec, fewer_queries: bool = False) -> AttentionSp
     return replace(spec, score=make("where", mask.needed, mask.unmasked, Const(dtype, -math.inf), dtype=dtype))
 
 
-def may_be_huge(expr: Expr) -> bool:
-    """Whether a node may bring in numbers of the size of a fill."""
+def may_be_huge(expr: Expr, size: float = -HUGE_FILL) -> bool:
+    """Whether a node may bring in numbers of the size of a fill, at least `size`."""
     match expr:
         case Const(value=value):
-            return math.isfinite(value) and abs(value) >= -HUGE_FILL
+            return math.isfinite(value) and abs(value) >= size
         case Load(dtype=dtype) | Gather(dtype=dtype):
             return dtype.is_floating_point
     return False

@@ -100,6 +100,10 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
     out = tensor(node)
     if out is None:
         return None
+    if wants_gradient(node) and out.device.type == "cuda":
+        raise Refused(
+            "training", "gradients are wanted here, and the backward kernels for GPUs are not ready yet", node
+        )
     if is_functorch_wrapped_tensor(out):
         raise Refused("transform", "a torch.func transform (grad, vmap, ..) acts here, and the operator has none", node)
     if free_unbacked_symbols([tensor(n) for n in (node, *node.all_input_nodes)]):
