@@ -96,6 +96,21 @@ def test_additive_minimum_never_overflows(scale: float) -> None:
     check(make_call(f"qk * {scale} + where(kv_idx <= q_idx - 20, 0.0, {FP32_MIN!r})", (1, 1, 40, 16), 33))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("fill", [-1e6, -1e8, -1e9, -3e10, -1e20])
+def test_fills_of_any_size(fill: float, dtype: torch.dtype) -> None:
+    """In rows that had seen only fills the rounding of fill * log2(e) stood in the exponent, and could overflow it."""
+    keep = noise(40, 50) < 0.5
+    keep[3] = False
+    keep[5, :40] = False
+    scores = [f"where(t0[q_idx, kv_idx], qk * 0.1, {fill})"]
+    if fill <= -1e9:
+        # Added, smaller ones keep some digits of the scores, and which ones is chance.
+        scores.append(f"qk * 0.1 + where(t0[q_idx, kv_idx], 0.0, {fill})")
+    for score in scores:
+        check(make_call(score, (1, 2, 40, 16), 50, captured=[keep], dtype=dtype))
+
+
 @pytest.mark.parametrize("kind", ["additive", "filled", "bias"])
 def test_minimum_from_a_captured_tensor(kind: str) -> None:
     keep = noise(40, 33) < -1.0
