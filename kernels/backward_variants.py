@@ -58,7 +58,7 @@ def _row(head_dim: int, element_bytes: int, backend: str, arch: int, *tiles: tup
 TABLE = (
     # The keys' pass holds two accumulators and numbers of rows along its columns, so its query tiles are narrow.
     _row(64, 2, "cuda", 90, (32, 128, 8, 2), (128, 64, 8, 2), (64, 32, 4, 1)),
-    _row(128, 2, "cuda", 90, (32, 128, 8, 1), (128, 64, 8, 2), (64, 32, 8, 1)),
+    _row(128, 2, "cuda", 90, (32, 64, 8, 1), (128, 64, 8, 2), (64, 32, 8, 1)),
     _row(256, 2, "cuda", 90, (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     _row(512, 2, "cuda", 90, (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     _row(64, 2, "cuda", 80, (32, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 1)),
