@@ -13,6 +13,8 @@ from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narr
 # Below this a difference of one unit in the last place of a score is enough for a probability of exactly 0 or 1, and
 # multiplying by log2(e) could overflow.
 HUGE: tl.constexpr = tl.constexpr(-1e30)
+# Below this the roundings of a shift are no correction of a logarithm any more.
+LARGE: tl.constexpr = tl.constexpr(-1e7)
 LOWEST_FLOAT32: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 # Queries that share a row of `ranges_ptr`; see `mask.MASK_BLOCK`.
 MASK_BLOCK: tl.constexpr = tl.constexpr(128)
@@ -148,7 +150,7 @@ def attention_forward_kernel(
         if HUGE_FACTOR is not None and SINK is None:
             lost = tl.fma(row_max, tl.full(row_max.shape, LOG2_SCALE, acc.dtype), -tl.fma(largest, LOG2_E, 0.0))
         lost *= LN2
-        log_sum += tl.where(largest > HUGE * (LOG2_SCALE * LN2), lost, 0.0)
+        log_sum += tl.where(largest > LARGE, lost, 0.0)
         if not ZERO_EMPTY_ROWS:
             log_sum = tl.where(empty, float("nan"), log_sum)
     position = ((n0 * batch_1 + n1) * batch_2 + n2) * batch_3 + n3
