@@ -489,7 +489,7 @@ def _zeros(N: tl.constexpr, BLOCK: tl.constexpr):
     """N sums [block] that are 0."""
     sums = ()
     for _ in tl.static_range(N):
-        sums = sums + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros([BLOCK], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     return sums
 
 
