@@ -326,7 +326,7 @@ def test_a_loss_falls_as_it_does_in_eager_code() -> None:
     def losses(dtype: torch.dtype, fused: bool) -> torch.Tensor:
         torch.manual_seed(0)
         model = nn.Sequential(Causal(), Causal(), nn.Linear(24, 1)).to(dtype)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         x, y = torch.randn(4, S, 24).to(dtype), torch.randn(4, S, 1).to(dtype)
         run = compiled(model, "aot_eager") if fused else model
         seen = []
@@ -340,4 +340,4 @@ def test_a_loss_falls_as_it_does_in_eager_code() -> None:
 
     mine = losses(torch.float32, True)
     assert_close_to_exact(mine, losses(torch.float32, False), losses(torch.float64, False))
-    assert mine[-1] < 0.9 * mine[0]
+    assert mine[-1] < 0.5 * mine[0]
