@@ -218,7 +218,7 @@ def _take_queries(
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
-    w, dqk, ds, of_factor, p, p_dp = tile_gradients(
+    w, dqk, ds, of_factor, p = tile_gradients(
         qk, dw, along(rows, 0), row_factor[None, :], q_idx[None, :], kv_idx[:, None],
         n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
         SCALE, HUGE_FACTOR, NORMALISED,
@@ -227,7 +227,7 @@ def _take_queries(
     dk = _added_product(dk, dqk.to(PRODUCT_DTYPE), q, PRECISION)
     if SUMS is not None:
         sums = SUMS(
-            sums, ds, of_factor, p, p_dp, qk, n0, n1, n2, n3, q_idx[None, :], kv_idx[:, None], q_len, kv_len, sizes,
+            sums, ds, of_factor, p, qk, n0, n1, n2, n3, q_idx[None, :], kv_idx[:, None], q_len, kv_len, sizes,
             captured, captured_strides,
         )  # fmt: skip
     return dk, dv, sums
@@ -357,7 +357,7 @@ def _take_keys(
     # [block_q, block_kv]
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
     dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
-    _, dqk, ds, of_factor, p, p_dp = tile_gradients(
+    _, dqk, ds, of_factor, p = tile_gradients(
         qk, dw, along(rows, 1), row_factor[:, None], q_idx[:, None], kv_idx[None, :],
         n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
         SCALE, HUGE_FACTOR, NORMALISED,
@@ -365,7 +365,7 @@ def _take_keys(
     dq = _added_product(dq, dqk.to(PRODUCT_DTYPE), k, PRECISION)
     if SUMS is not None:
         sums = SUMS(
-            sums, ds, of_factor, p, p_dp, qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes,
+            sums, ds, of_factor, p, qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes,
             captured, captured_strides,
         )  # fmt: skip
     return dq, sums
@@ -377,7 +377,7 @@ def tile_gradients(
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, KEYS_END: tl.constexpr,
     SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
-    """(w, ds * slope, ds, p * dw, p, p * factor * dw) of a tile of products.
+    """(w, ds * slope, ds, p * dw, p) of a tile of products.
 
     w is what v is multiplied by, and then come the gradients of the product, of the inner score s and of the factor:
 
@@ -407,7 +407,7 @@ def tile_gradients(
         dqk = through(ds, slope)
     else:
         dqk = ds * slope
-    return w, dqk, ds, p * dw, p, p * dp
+    return w, dqk, ds, p * dw, p
 
 
 @triton.jit

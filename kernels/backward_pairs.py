@@ -87,7 +87,7 @@ def attention_pairs_backward_kernel(
             row_factor = row_factor_of(
                 q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
             )  # fmt: skip
-            _w, _dqk, ds, of_factor, _p, _p_dp = tile_gradients(
+            _w, _dqk, ds, of_factor, _p = tile_gradients(
                 qk, dw, along(rows, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3,
                 q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
                 FACTOR_MASKED, ROW_FACTOR, True, SCALE, HUGE_FACTOR, NORMALISED,

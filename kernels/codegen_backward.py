@@ -63,7 +63,7 @@ class BackwardProgram:
         tile to the sums; None where there are none.
     pair_grads: the function of a tile for each pair term.
     corrected: the row terms that hold ds. Summed over all keys, delta's own rounding does not average out, so that
-        the kernel also sums p * slope for each, and p * factor * dw, which is delta without the output's rounding.
+        the kernel also sums p * slope for each, and ds, whose sum that rounding alone keeps from 0.
     fill_threshold: rows whose largest score is not above it see every key; None where no row has to, -inf where only
         rows that are NaN for want of a key have to, so that their gradients are NaN.
     """
@@ -189,7 +189,7 @@ def _generate(
     for name, terms in (("row_sums", row_terms), ("key_sums", key_terms)):
         for variant in ("masked", "full") if terms else ():
             body = _sums_body(terms, variant, spec, _corrected(spec, terms) if name == "row_sums" else ())
-            arguments = f"sums, ds, of_factor, p, p_dp, {TILE_ARGUMENTS}"
+            arguments = f"sums, ds, of_factor, p, {TILE_ARGUMENTS}"
             parts.append(_function(f"{name}_{variant}", arguments, terms, body))
     for i, term in enumerate(pair_terms):
         lines, (slope,) = tile_values([term.masked], spec.compute_dtype, keys_end=True)
@@ -207,7 +207,7 @@ def _sums_body(terms: Sequence[Term], variant: str, spec: AttentionSpec, correct
     lines, values = tile_values(slopes, spec.compute_dtype, keys_end=variant == "masked")
     found = [f"through({term.grad}, {value})" for term, value in zip(terms, values, strict=True)]
     found += [f"through(p, {value})" for term, value in zip(terms, values, strict=True) if term in corrected]
-    found += ["p_dp"] if corrected else []
+    found += ["ds"] if corrected else []
     summed = (f"sums[{i}] + tl.sum({value}, 1)" for i, value in enumerate(found))
     return indented([*lines, f"return ({', '.join(summed)},)"])
 

@@ -132,6 +132,11 @@ class _Call:
         return [found[at] if at < 3 else self.gradients.result(at - 3) for at in wanted]
 
     @property
+    def _needs_sink(self) -> bool:
+        """Whether the gradients of sinks are needed: for themselves, or to correct those of the scores."""
+        return self.gradients.of_sink or (self.spec.sink is not None and bool(self.program.corrected))
+
+    @property
     def _batch(self) -> tuple[int, ...]:
         return self.gradients.batch
 
@@ -145,7 +150,7 @@ class _Call:
         attention_rows_backward_kernel[(math.prod(self._batch) * -(-q_len // block),)](
             self.grad_out, self.out, self.lse, rows, *self._strides(self.grad_out, self.out),
             *_padded(self._batch), *self._program_arguments,
-            SINK=self.program.forward.sink if self.gradients.of_sink else None,
+            SINK=self.program.forward.sink if self._needs_sink else None,
             ROW_KEPT=self.program.forward.row_kept,
             SCALE=self.program.derivatives.scale, HUGE_FACTOR=self.program.forward.huge_factor,
             VALUE_DIM=value_dim, BLOCK_DV=padded(value_dim), BLOCK_Q=block,
@@ -202,7 +207,8 @@ class _Call:
             *_padded(self._batch), *self._program_arguments,
             **queries_constants(self.spec, self.program, self.q.shape[-1], self.v.shape[-1], tiles),
         )  # fmt: skip
-        self.gradients.add_rows(sums, rows)
+        if sums:
+            self.gradients.add_rows(sums, rows[4] if self._needs_sink else None)
         return {} if dq is None else {0: _finished(dq, self.q)}
 
     def _pairs(self, rows: torch.Tensor, number: int, target: torch.Tensor) -> None:
