@@ -1,8 +1,8 @@
 """What multiplies the values of a product: probabilities, seen through everything between normaliser and product.
 
-Probabilities may be rounded, multiplied by what does not depend on them, set to zero where something is masked, and
-cleared of NaN. A sum of several probabilities is several attentions of one output, since the product is linear
-(https://arxiv.org/abs/2410.05258, equation 1). An extra column of the softmax that meets no value is a sink
+Probabilities may be rounded, multiplied by what does not depend on them, set to zero where something is masked, cleared
+of NaN, and dropped at random. A sum of several probabilities is several attentions of one output, since the product is
+linear (https://arxiv.org/abs/2410.05258, equation 1). An extra column of the softmax that meets no value is a sink
 (https://arxiv.org/abs/2309.17453, section 3.3).
 """
 
@@ -19,6 +19,7 @@ from torch import fx
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Softmax
 from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
+from flashfuse.patterns.draw import Draw, drawn
 from flashfuse.patterns.graph import is_weighted, name_of
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import NORMALISERS, Normalised, as_softmax, opened_or_none
@@ -34,6 +35,7 @@ class Weights:
 
     arg: the softmax's argument at column j; sinks: its arguments in columns that have no value.
     factors: what the probabilities are multiplied by. kept: conditions outside which they are replaced by 0.
+    dropout: the random number that each is multiplied by.
     empty_row: what a row of only -inf gives. by_logarithm: see `Normalised`.
     """
 
@@ -43,9 +45,16 @@ class Weights:
     by_logarithm: bool = False
     factors: tuple[Expr, ...] = ()
     kept: tuple[Expr, ...] = ()
+    dropout: Load | None = None
 
     def times(self, factor: Expr) -> Weights:
-        return replace(self, factors=(*self.factors, factor))
+        if not drawn(factor):
+            return replace(self, factors=(*self.factors, factor))
+        assert isinstance(factor, Load)
+        assert isinstance(factor.tensor, Draw)
+        if self.dropout is not None:
+            raise Refused("dropout", "the probabilities are dropped at random twice", factor.tensor.node)
+        return replace(self, dropout=factor)
 
 
 @dataclass(frozen=True)
@@ -87,9 +96,10 @@ def find_weights(columns: Columns, expr: Expr, passed: fx.Node | None = None) ->
 
 def _search(columns: Columns, expr: Expr, passed: fx.Node | None) -> tuple[Weights, ...]:
     if isinstance(expr, Load):
-        assert isinstance(expr.tensor, fx.Node)
+        if not isinstance(expr.tensor, fx.Node):
+            return ()
         try:
-            return find_weights(columns, columns.lifter.expand(expr), expr.tensor)
+            return find_weights(columns, columns.lifter.expand(expr, draws=True), expr.tensor)
         except CannotLift as error:
             _refuse_opaque(error, expr.tensor)
             return ()
@@ -182,7 +192,8 @@ def _limit(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[W
     if limited is None or not (limited[1] >= 1 if expr.op == "min" else limited[1] <= 0):
         return _other(columns, expr, passed)
     terms = find_weights(columns, limited[0], passed)
-    return terms if len(terms) == 1 and not terms[0].factors else _other(columns, expr, passed)
+    plain = len(terms) == 1 and not terms[0].factors and terms[0].dropout is None
+    return terms if plain else _other(columns, expr, passed)
 
 
 def _other(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
@@ -209,7 +220,7 @@ def _refuse_opaque(error: CannotLift, passed: fx.Node) -> None:
         return
     name = name_of(node)
     if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
-        raise Refused("dropout", "probabilities are dropped at random, which needs the training kernels", node)
+        raise Refused("dropout", f"`{name}` {error.reason}: no random number of its own for each probability", node)
     if is_contraction(node) or is_weighted(node):
         raise Refused(
             "head-mixing", f"the probabilities are mixed across heads by `{name}` before they meet the values", node
