@@ -14,6 +14,7 @@ from torch import fx
 import flashfuse.kernels.ops  # noqa: F401
 from flashfuse.insert import Inserter, copy_module
 from flashfuse.kernels.derivative import differentiable
+from flashfuse.kernels.dropout import SEEDS
 from flashfuse.kernels.expr import Load
 from flashfuse.kernels.ranges import RangesProgram, ranges_program
 from flashfuse.patterns.graph import mutated_inputs, shape, tensor, to_sympy, value, wants_gradient
@@ -26,8 +27,6 @@ aten = torch.ops.aten
 
 # A size that nothing is known of while compiling is taken to be like this.
 UNKNOWN_SIZE = 1024
-# Seeds are numbers below this, as many as an int64 without its sign holds.
-SEEDS = 2**63 - 1
 
 
 def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphModule:

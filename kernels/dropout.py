@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 
 ROUNDS = 7
+# Seeds are drawn below this: what an int64 without its sign holds.
+SEEDS = 2**63 - 1
 # Keys that share a counter.
 GROUP = 8
 _WORD = 0xFFFFFFFF

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen import load_program
+from flashfuse.kernels.dropout import keep_scale, threshold
 from flashfuse.kernels.expr import Load, free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
 from flashfuse.kernels.mask import MASK_BLOCK
@@ -170,6 +171,7 @@ def constants(
         "FACTOR_FULL": program.factor_full,
         "ROW_FACTOR": program.row_factor,
         "ROW_KEPT": program.row_kept,
+        **dropping(spec),
         "SHARED_BATCH": program.shared_batch,
         "PRODUCT_DTYPE": triton_dtype(spec.product_dtype),
         "PROBS_DTYPE": triton_dtype(spec.probs_dtype),
@@ -183,6 +185,12 @@ def constants(
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
+
+
+def dropping(spec: AttentionSpec) -> dict[str, Any]:
+    """The compile-time arguments of dropout."""
+    p = spec.dropout
+    return {"DROP_LEAST": threshold(p) if p else None, "KEEP_SCALE": keep_scale(p) if p else None}
 
 
 def shape_of(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int) -> Shape:
@@ -241,7 +249,7 @@ def attention_forward(call: AttentionCall, launch: Launch | None = None) -> tupl
         return attention_tiled(call)
     grid = (math.prod(batch) * -(-q_len // launch.block_q),)
     arguments = (
-        call.q, call.k, call.v, out, lse, kv_ranges,
+        call.q, call.k, call.v, out, lse, kv_ranges, call.seed,
         *(strides_of(x, batch) for x in (call.q, call.k, call.v, out, out if kv_ranges is None else kv_ranges)),
         *batch, *(1,) * (MAX_BATCH_AXES - len(batch)), q_len, call.kv_len,
         call.program_sizes, tuple(call.captured), tuple(c.stride() for c in call.captured),

@@ -220,7 +220,8 @@ def _refuse_opaque(error: CannotLift, passed: fx.Node) -> None:
         return
     name = name_of(node)
     if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
-        raise Refused("dropout", f"`{name}` {error.reason}: no random number of its own for each probability", node)
+        reason = f"probabilities are dropped at random in a way that has no kernel: `{name}` {error.reason}"
+        raise Refused("dropout", reason, node)
     if is_contraction(node) or is_weighted(node):
         raise Refused(
             "head-mixing", f"the probabilities are mixed across heads by `{name}` before they meet the values", node

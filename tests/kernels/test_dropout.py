@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pytest
 import torch
 from attention_cases import Call, make_call
+from dropout_cases import PROGRAMS, program
 from gradient_cases import Gradients, check_gradients
 from numerics import assert_close_to_exact, assert_lse_close_to_exact
 
@@ -17,9 +17,7 @@ from flashfuse.kernels import tiled
 from flashfuse.kernels.dropout import ROUNDS, kept, philox, threshold
 
 attention = torch.ops.flashfuse.attention
-CAUSAL = "where(kv_idx <= q_idx, qk * 0.3, -inf)"
 ONES = 0xFFFFFFFF
-B, H, SQ, SK = 2, 3, 21, 19
 
 # Counter, key, and what they give, of Random123's own test vectors for philox4x32.
 VECTORS = {
@@ -52,10 +50,6 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 def mask(p: float, *sizes: int, seed: int = 7) -> torch.Tensor:
@@ -135,26 +129,6 @@ def test_same_seed_same_mask() -> None:
 
 # --------------------------------------------------------------------------------------------------------------------
 # The operator
-
-# Score, captured tensors, and the spec's other fields.
-PROGRAMS: dict[str, tuple[str, list[torch.Tensor], dict[str, Any]]] = {
-    "plain": ("qk", [], {}),
-    "causal": (CAUSAL, [], {}),
-    "bias": ("qk * 0.3 + t0[n1, q_idx, kv_idx]", [noise(H, SQ, SK)], {}),
-    "window-min": (f"where(kv_idx > q_idx - 5, qk * 0.3, {torch.finfo(torch.float32).min})", [], {}),
-    "factor": ("qk", [noise(H, SK)], {"factor": "t0[n1, kv_idx]"}),
-    "rows-kept": ("where(t0[kv_idx], qk, -inf)", [noise(SK) < 0.5], {"factor": "q_idx > 2"}),
-    "sink": (CAUSAL, [noise(H)], {"sink": "t0[n1]"}),
-    "no-normaliser": ("sigmoid(qk + t0[n1])", [noise(H)], {"normaliser": "none"}),
-    "empty-rows": ("where(kv_idx <= q_idx - 3, qk, -inf)", [], {}),
-    "empty-rows-zero": ("where(kv_idx <= q_idx - 3, qk, -inf)", [], {"empty_row": "zero"}),
-}
-
-
-def program(name: str, p: float, dtype: torch.dtype = torch.float32, dim: int = 8) -> Call:
-    score, captured, fields = PROGRAMS[name]
-    captured = [c.to(dtype) if c.is_floating_point() else c for c in captured]
-    return make_call(score, (B, H, SQ, dim), SK, captured=captured, dtype=dtype, dropout=p, **fields)
 
 
 def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int]) -> Gradients:
