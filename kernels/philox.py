@@ -26,5 +26,6 @@ def kept_scales(draw, q_idx, kv_start, BLOCK_KV: tl.constexpr, LEAST: tl.constex
     # [block_q, block_kv / 8, 2, 2, 2], the last axis the halves of a word
     words = tl.join(tl.join(a, c), tl.join(b, d))
     halves = tl.join(words & 0xFFFF, words >> 16)
+    # Numbers made from booleans last: what moves between threads to the layout of the weights is a byte each.
     kept = tl.reshape(halves >= LEAST, [BLOCK_Q, BLOCK_KV])
-    return tl.where(kept, SCALE, 0.0)
+    return kept.to(tl.int32).to(tl.float32) * SCALE

@@ -12,12 +12,15 @@ from typing import Any
 import sympy
 import torch
 import torch.nn.functional as F
+from torch import fx
 
-from flashfuse.kernels.expr import Const, Expr, Load, free_symbols
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, free_symbols
 from flashfuse.kernels.normal import pointwise
+from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.draw import Draw
+from flashfuse.patterns.graph import value
 from flashfuse.patterns.indexing import Indices, Ranges
-from flashfuse.patterns.lift import NODE_ROWS, CannotLift, NodeView
+from flashfuse.patterns.lift import NODE_ROWS, CannotLift, Lifter, NodeView
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.rows import argument, row
 from flashfuse.patterns.trace import AtenCall
@@ -26,12 +29,17 @@ aten = torch.ops.aten
 
 
 def dropped(view: NodeView, x: Expr, p: Any, position: Indices, call: int = 0) -> Expr:
-    """An element x after dropout, at its position in the tensor that is dropped from. Raises CannotLift."""
-    if not isinstance(p, (int, float)):
-        raise CannotLift(view.node, "drops with a probability that is not constant")
+    """An element x after dropout, at its position in the tensor that is dropped from. Raises CannotLift.
+
+    A probability that is a symbol becomes the number it is, with a guard: so does every compiler's dropout.
+    """
+    p = value(p) if isinstance(p, fx.Node) else p
+    if not isinstance(p, (int, float, torch.SymFloat)):
+        raise CannotLift(view.node, "drops with a probability that is not a number")
+    p = float(p)
     if p == 0:
         return x
-    factor: Expr = Const(x.dtype, 0.0) if p == 1 else Load(x.dtype, Draw(view.node, float(p), call), position)
+    factor: Expr = Const(x.dtype, 0.0) if p == 1 else Load(x.dtype, Draw(view.node, p, call), position)
     return pointwise("mul", x, factor, dtype=x.dtype)
 
 
@@ -42,7 +50,8 @@ def _lift_dropout(view: NodeView, position: Indices) -> Expr:
     return dropped(view, x, given.get("p", 0.5), position) if given.get("training", given.get("train", True)) else x
 
 
-NODE_ROWS |= dict.fromkeys((F.dropout, torch.dropout, torch.dropout_, aten.dropout.default), _lift_dropout)
+_DROPOUTS = (F.dropout, torch.dropout, torch.dropout_, aten.dropout, aten.dropout.default)
+NODE_ROWS |= dict.fromkeys(_DROPOUTS, _lift_dropout)
 
 
 @row(aten.native_dropout.default)
@@ -54,6 +63,23 @@ def _native_dropout(view: NodeView, call: AtenCall, position: Indices, number: i
     assert view.trace is not None
     order = [made for made, _ in view.trace.producers.values()].index(call)
     return element if training is False else dropped(view, element, p, position, order)
+
+
+def before_dropout(lifter: Lifter, expr: Expr) -> tuple[Expr, Load | None]:
+    """What is dropped from, and the random number that it is multiplied by; (expr, None) where dropout is not last."""
+    match expr:
+        case Load(tensor=fx.Node()):
+            try:
+                inner, draw = before_dropout(lifter, lifter.expand(expr, draws=True))
+            except CannotLift:
+                return expr, None
+            return (expr, None) if draw is None else (inner, draw)
+        case Pointwise(op="mul", args=(inner, Load(tensor=Draw()) as draw)):
+            return inner, draw
+        case Pointwise(op=op, args=(arg,)) if op in ROUNDINGS:
+            inner, draw = before_dropout(lifter, arg)
+            return pointwise(op, inner, dtype=expr.dtype), draw
+    return expr, None
 
 
 def check_apart(draw: Load, needed: Iterable[sympy.Symbol], ranges: Ranges) -> None:

@@ -25,6 +25,7 @@ import flashfuse.patterns.sdpa  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.chain import private_chain
+from flashfuse.patterns.dropout import before_dropout
 from flashfuse.patterns.ending import Ending, ending, is_linear
 from flashfuse.patterns.gate import Gated, as_gated
 from flashfuse.patterns.graph import Graph, location, name_of, shape, tensor, value, wants_gradient
@@ -247,13 +248,14 @@ def _unnormalised(
 
     None for products of activations that are no such function, or a linear one, and for layers with weights.
     """
+    weights, draw = before_dropout(lifter, weights_side)
     try:
-        score = find_score(lifter, weights_side, product.axis, leads, node, _rows(position, value_side))
+        score = find_score(lifter, weights, product.axis, leads, node, _rows(position, value_side))
     except Refused:
         return None
     if node in score.nodes or is_linear(score.program):
         return None
-    site = _assembled(lifter, node, position, product, value_side, score, Ending("none"))
+    site = _assembled(lifter, node, position, product, value_side, score, Ending("none", dropout=draw))
     dims = [d for d in (site.head_dim, site.value_dim) if d.is_Integer]
     wide = any(d > _WIDEST for d in dims)
     operands = [o for pair in ((site.q, site.k), *site.more) for o in pair]

@@ -16,7 +16,6 @@ from flashfuse.patterns.dropout import dropped
 from flashfuse.patterns.graph import shape, tensor, to_sympy, value
 from flashfuse.patterns.indexing import Indices, divide, quotient
 from flashfuse.patterns.lift import NODE_ROWS, CannotLift, NodeView
-from flashfuse.patterns.refusal import Refused
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS: dict[str, Any] = {
@@ -27,8 +26,6 @@ _DEFAULTS: dict[str, Any] = {
 def lift_sdpa(view: NodeView, position: Indices) -> Expr:
     """softmax(q k^T * scale + mask) v; a row with nothing unmasked gives zeros."""
     given = _DEFAULTS | dict(zip(_NAMES, view.node.args, strict=False)) | view.node.kwargs
-    if not isinstance(given["dropout_p"], (int, float)):
-        raise Refused("dropout", "probabilities are dropped with a probability that is not constant", view.node)
     q, k, v = (_operand(view, given[name]) for name in ("query", "key", "value"))
     *batch, i, d = position
     kv_len, head_dim = shape(k)[-2], shape(q)[-1]

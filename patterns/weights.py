@@ -47,6 +47,11 @@ class Weights:
     kept: tuple[Expr, ...] = ()
     dropout: Load | None = None
 
+    @property
+    def largest(self) -> float:
+        """What none of the weights exceeds without their factors."""
+        return 1.0 if self.dropout is None else 1.0 / (1.0 - self.dropout.tensor.p)  # type: ignore[attr-defined]
+
     def times(self, factor: Expr) -> Weights:
         if not drawn(factor):
             return replace(self, factors=(*self.factors, factor))
@@ -189,11 +194,13 @@ def _without_nan(terms: tuple[Weights, ...], passed: fx.Node | None) -> tuple[We
 def _limit(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
     """A limit that no probability reaches."""
     limited = limited_by_number(expr, "min", "max")
-    if limited is None or not (limited[1] >= 1 if expr.op == "min" else limited[1] <= 0):
+    if limited is None:
         return _other(columns, expr, passed)
     terms = find_weights(columns, limited[0], passed)
-    plain = len(terms) == 1 and not terms[0].factors and terms[0].dropout is None
-    return terms if plain else _other(columns, expr, passed)
+    if len(terms) != 1 or terms[0].factors:
+        return _other(columns, expr, passed)
+    inside = limited[1] >= terms[0].largest if expr.op == "min" else limited[1] <= 0
+    return terms if inside else _other(columns, expr, passed)
 
 
 def _other(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:

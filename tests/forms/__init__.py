@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import additive, data_masks, normalisers, padding, positional, products, relative, shaping
+from . import additive, data_masks, dropping, normalisers, padding, positional, products, relative, shaping
 from .decoys import DECOYS, Decoy
 from .form import Form, Sizes, Spelling, exact, module
 
@@ -15,6 +15,7 @@ FORMS: tuple[Form, ...] = (
     *shaping.FORMS,
     *products.FORMS,
     *normalisers.FORMS,
+    *dropping.FORMS,
 )
 
 
