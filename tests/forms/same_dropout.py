@@ -15,7 +15,7 @@ SEED = 5
 
 
 class SameDropout(TorchFunctionMode):
-    """`F.dropout` and its kin of probabilities [.., Tq, Tkv] with the mask of the operator, its seed drawn as in a graph."""
+    """`F.dropout` and its kin of probabilities [.., Tq, Tkv] with the mask of the operator, seeded as in a graph."""
 
     FUNCTIONS = (F.dropout, torch.dropout, torch.dropout_)
 
