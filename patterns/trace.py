@@ -72,9 +72,9 @@ def as_traced(graph: Graph, node: fx.Node) -> Iterator[None]:
     """The modes under which Dynamo saw the node: fake tensors, its autocast regions; no gradients, no new guards."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        for args in graph.autocast.get(node, ()):
-            device, dtype, enabled, cache = args
-            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        stack.enter_context(_no_autocast_cache())
+        for device, dtype, enabled, _ in graph.autocast.get(node, ()):
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
         if graph.fake_mode is not None:
             stack.enter_context(graph.fake_mode)
             if _has_symbolic_sizes(node):
@@ -82,6 +82,17 @@ def as_traced(graph: Graph, node: fx.Node) -> Iterator[None]:
             if graph.fake_mode.shape_env is not None:
                 stack.enter_context(graph.fake_mode.shape_env.suppress_guards())
         yield
+
+
+@contextlib.contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Every cast of an autocast region around the compiled function is made, and so recorded, where it happens."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _has_symbolic_sizes(node: fx.Node) -> bool:
