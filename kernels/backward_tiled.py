@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flashfuse.kernels import tiled
 from flashfuse.kernels.derivative import derivative, leaves
 from flashfuse.kernels.evaluate import Tile, evaluate, scatter_add
 from flashfuse.kernels.expr import Expr, Gather, Load, Product
@@ -183,8 +184,11 @@ class _Rows:
             call.sums[Q][slices(self.box)] = self.dq.view(*self.shape, -1)
 
     def _tiles(self) -> list[tuple[range, _Slopes]]:
-        """The key tiles to visit, and the score program of each."""
+        """The key tiles to visit, and the score program of each: one tile of few keys, masked or not."""
         score, keys, kv_len = self.call.score, self.problem.kv_range(self.box), self.problem.k.shape[-2]
+        whole = range(kv_len) if self._see_every_key() else range(keys.start, keys.end)
+        if 0 < len(whole) <= tiled.BLOCK_KV // 2:
+            return [(whole, score)]
         parts = [
             (range(keys.start, keys.full_start), score),
             (range(keys.full_start, keys.full_end), self.call.full),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import Call, make_call
+from numerics import assert_close_to_exact
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -124,6 +125,26 @@ def test_second_derivative_says_that_there_is_none() -> None:
     (grad,) = torch.autograd.grad(out.sum(), call.q, create_graph=True)
     with pytest.raises(RuntimeError, match="flashfuse::attention has no second derivative"):
         grad.sum().backward()
+
+
+def test_what_every_key_has_in_common_has_no_gradient() -> None:
+    """A vector added to all keys changes no probability: its gradient is the rounding errors of a row's scores.
+
+    A causal mask cut the few keys of a row into two tiles, and each took the row's sum of products from the output,
+    whose own rounding left one and a half times as much as eager code leaves.
+    """
+    call = make_call(CAUSAL, (2, 3, 21, 8))
+    kept = torch.ones(21, 21, dtype=torch.bool).tril()
+    q, k, v = leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+    fused, _ = attention(*leaves, [], call.sizes, call.spec.to_text())
+    eager = (q @ k.mT * 0.3).masked_fill(~kept, -torch.inf).softmax(-1) @ v
+    found: list[list[torch.Tensor]] = [[], []]
+    for seed in range(32):
+        grad = torch.randn(fused.shape, generator=torch.Generator().manual_seed(seed))
+        for sums, out in zip(found, (fused, eager), strict=True):
+            sums.append(torch.autograd.grad(out, k, grad, retain_graph=True)[0].double().sum((0, 2)))
+    mine, theirs = (torch.stack(sums) for sums in found)
+    assert_close_to_exact(mine, theirs, torch.zeros_like(mine), dtype=torch.float32)
 
 
 def test_wrong_number_of_flags_is_an_error() -> None:
