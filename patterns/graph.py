@@ -21,6 +21,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from flashfuse.patterns.indexing import quotient
 from flashfuse.patterns.site import Location
+from flashfuse.patterns.transforms import as_operators_see, is_forward_mode, is_wrapped
 
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
@@ -42,7 +43,18 @@ _STATEFUL: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def value(node: fx.Node) -> Any:
-    """What Dynamo knows of the node's value: a fake tensor, a SymInt, a tuple of them; None when it knows nothing."""
+    """What Dynamo knows of the node's value: a fake tensor, a SymInt, a tuple of them; None when it knows nothing.
+
+    A tensor inside a `torch.func` transform is what an operator sees there.
+    """
+    v = raw_value(node)
+    if isinstance(v, (tuple, list)) and any(map(is_wrapped, v)):
+        return pytree.tree_map_only(is_wrapped, as_operators_see, v)
+    return as_operators_see(v) if is_wrapped(v) else v
+
+
+def raw_value(node: fx.Node) -> Any:
+    """The value as Dynamo holds it."""
     return node.meta.get("example_value", node.meta.get("val"))
 
 
@@ -227,6 +239,8 @@ class Graph:
         self.autocast = self._autocast_regions()
         self.writes = self._writes()
         self.live = self._live()
+        self.forward_mode = any(map(is_forward_mode, self.nodes))
+        self.writes_wrapped = any(is_wrapped(raw_value(target)) for n in self.nodes for target in mutated_inputs(n))
 
     def _find_fake_mode(self) -> FakeTensorMode | None:
         for node in self.nodes:

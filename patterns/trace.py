@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashfuse.patterns.graph import Graph, functional_target, mutated_inputs, tensor, value
+from flashfuse.patterns.transforms import is_border
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +105,8 @@ def _has_symbolic_sizes(node: fx.Node) -> bool:
 def trace(graph: Graph, node: fx.Node) -> Trace:
     """Run the node once on its inputs' fake tensors and record its ATen calls. Raises CannotTrace."""
     target = node.target
+    if is_border(node):
+        raise CannotTrace("a torch.func transform begins or ends here")
     if mutated_inputs(node):
         target = functional_target(node)
         if target is None:
