@@ -68,9 +68,7 @@ def transform(gm: fx.GraphModule, example_inputs: Sequence[Any], strict: bool) -
         return _transform(gm, example_inputs, Findings(strict))
 
 
-def _transform(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], findings: Findings
-) -> tuple[fx.GraphModule, Report]:
+def _transform(gm: fx.GraphModule, example_inputs: Sequence[Any], findings: Findings) -> tuple[fx.GraphModule, Report]:
     if subclass := _subclass(example_inputs):
         findings.refusals.append(Refused("tensor-subclass", f"the graph works on {subclass} tensors", Location(), ""))
     else:

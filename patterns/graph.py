@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -306,9 +307,13 @@ class Graph:
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
 
 
+# What torch.func does around the user's function is no place in it.
+_TRANSFORMS = os.path.join("torch", "_functorch", "")
+
+
 def location(node: fx.Node) -> Location:
     """Where in the user's model a node comes from: the innermost frame of its source, and the module path."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if _TRANSFORMS not in f[0]]
     stack = node.meta.get("nn_module_stack") or {}
     path = [entry[0] for entry in stack.values()]
     module = re.sub(r"^L\['(self|fn|mod)'\]\.?", "", path[-1]) if path else ""
