@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen import load_program
 from flashfuse.kernels.expr import Load, free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
@@ -222,45 +223,33 @@ def precision_of(spec: AttentionSpec) -> str:
     return "tf32" if widest == 4 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def attention_forward(
-    spec: AttentionSpec,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    kv_ranges: torch.Tensor | None = None,
-    launch: Launch | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of q [.., Tq, D], k [.., Tkv, D], v [.., Tkv, Dv] that broadcast.
-
-    The arguments are the operator's, already validated. `launch` overrides the table, for searching.
-    """
+def attention_forward(call: AttentionCall, launch: Launch | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of a validated call. `launch` overrides the table, for searching."""
+    spec = call.spec
     if spec.compute_dtype == torch.float64:
         # Triton 3.6 aborts the process on some float64 products.
-        return attention_tiled(spec, q, k, v, captured, sizes, kv_ranges)
-    out, lse = empty_output(spec, q, v, sizes)
-    (q_len, head_dim), (kv_len, value_dim) = q.shape[-2:], v.shape[-2:]
-    batch = tuple(sizes[: spec.batch_axes])
+        return attention_tiled(call)
+    out, lse = empty_output(call)
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
-    if kv_len == 0:
-        return attention_tiled(spec, q, k, v, captured, sizes)
-
-    precision = precision_of(spec)
+    if call.kv_len == 0:
+        return attention_tiled(call)
+    q_len, batch, kv_ranges = call.q_len, call.batch, call.kv_ranges
     if launch is None:
-        launch = _launch(spec, q_len, head_dim, value_dim, q.device.index if q.is_cuda else None)
+        launch = _launch(spec, q_len, call.head_dim, call.value_dim, call.device.index if call.q.is_cuda else None)
     if launch is None:
-        return attention_tiled(spec, q, k, v, captured, sizes, kv_ranges)
+        return attention_tiled(call)
     grid = (math.prod(batch) * -(-q_len // launch.block_q),)
     arguments = (
-        q, k, v, out, lse, kv_ranges,
-        *(strides_of(x, batch) for x in (q, k, v, out, out if kv_ranges is None else kv_ranges)),
-        *batch, *(1,) * (MAX_BATCH_AXES - len(batch)), q_len, kv_len,
-        tuple(sizes[spec.batch_axes :]), tuple(captured), tuple(c.stride() for c in captured),
+        call.q, call.k, call.v, out, lse, kv_ranges,
+        *(strides_of(x, batch) for x in (call.q, call.k, call.v, out, out if kv_ranges is None else kv_ranges)),
+        *batch, *(1,) * (MAX_BATCH_AXES - len(batch)), q_len, call.kv_len,
+        call.program_sizes, tuple(call.captured), tuple(c.stride() for c in call.captured),
     )  # fmt: skip
-    variant = constants(spec, head_dim, value_dim, precision, launch, kv_ranges is not None, q_len <= kv_len)
-    with torch.cuda.device_of(q):
+    variant = constants(
+        spec, call.head_dim, call.value_dim, precision_of(spec), launch, kv_ranges is not None, q_len <= call.kv_len
+    )
+    with torch.cuda.device_of(call.q):
         attention_forward_kernel[grid](*arguments, **variant)
     return out, lse
 

@@ -27,15 +27,15 @@ from typing import Any, NoReturn
 
 import torch
 
+from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.gradient import gradients, save
-from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.ranges import mask_ranges
 from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
-Kernel = Callable[..., Outputs]
+Kernel = Callable[[AttentionCall], Outputs]
 
 _library = torch.library.Library("flashfuse", "DEF")
 _library.define(
@@ -53,64 +53,7 @@ _library.define(
 _library.impl("mask_ranges", mask_ranges, "CompositeImplicitAutograd")
 
 
-def _check(
-    spec: AttentionSpec,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-) -> None:
-    """Raise RuntimeError where the operands cannot be the spec's. Size comparisons are symbolic while tracing."""
-    rank = spec.batch_axes + 2
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != rank:
-            raise RuntimeError(f"flashfuse::attention: {name} needs {rank} dimensions, got shape {list(x.shape)}")
-        if x.device != q.device:
-            raise RuntimeError(f"flashfuse::attention: {name} is on {x.device}, q on {q.device}")
-        to = spec.probs_dtype if name == "v" else spec.product_dtype
-        if torch.promote_types(x.dtype, to) != to:
-            raise RuntimeError(f"flashfuse::attention: {name} is {x.dtype}, which {to} cannot hold exactly")
-    if len(sizes) != spec.batch_axes + spec.num_sizes:
-        expected = f"{spec.batch_axes} batch sizes and {spec.num_sizes} others"
-        raise RuntimeError(f"flashfuse::attention: expected {expected}, got {len(sizes)} sizes")
-    if tuple(c.dtype for c in captured) != spec.captured:
-        found = [c.dtype for c in captured]
-        raise RuntimeError(f"flashfuse::attention: captured tensors must be {list(spec.captured)}, got {found}")
-    for slot, c in enumerate(captured):
-        # torch lets a scalar on the CPU stand beside tensors elsewhere.
-        if c.device != q.device and (c.dim() or c.device.type != "cpu"):
-            raise RuntimeError(f"flashfuse::attention: captured tensor {slot} is on {c.device}, q on {q.device}")
-    torch._check(q.shape[-1] == k.shape[-1], lambda: f"flashfuse::attention: q is {q.shape[-1]} wide, k {k.shape[-1]}")
-    torch._check(k.shape[-2] == v.shape[-2], lambda: f"flashfuse::attention: {k.shape[-2]} keys, {v.shape[-2]} values")
-
-
-def _check_batch(spec: AttentionSpec, operands: Sequence[torch.Tensor], sizes: Sequence[int]) -> None:
-    """Raise RuntimeError where an operand does not broadcast to the batch sizes."""
-    batch = tuple(sizes[: spec.batch_axes])
-    for name, x in zip("qkv", operands, strict=True):
-        if any(n not in (1, size) for n, size in zip(x.shape, batch, strict=False)):
-            raise RuntimeError(f"flashfuse::attention: {name} of shape {list(x.shape)} does not broadcast to {batch}")
-
-
-def _beside(
-    spec: AttentionSpec, kv_ranges: torch.Tensor | None, q: torch.Tensor, sizes: Sequence[int]
-) -> torch.Tensor | None:
-    """The ranges, on q's device. Raises RuntimeError where they are not what `flashfuse::mask_ranges` gives."""
-    if kv_ranges is None:
-        return None
-    wanted = (*sizes[: spec.batch_axes], -(-q.shape[-2] // MASK_BLOCK), 4)
-    found = tuple(kv_ranges.shape)
-    broadcasts = all(n in (1, size) for n, size in zip(found[:-2], wanted, strict=False))
-    fits = broadcasts and len(found) == len(wanted) and found[-2] >= wanted[-2] and found[-1] == 4
-    if kv_ranges.dtype != torch.int32 or not fits:
-        raise RuntimeError(
-            f"flashfuse::attention: kv_ranges must be int32 and broadcast to {wanted}, got {kv_ranges.dtype} {found}"
-        )
-    return kv_ranges.to(q.device)
-
-
-def _on_device(choose: Callable[[], Kernel]) -> Kernel:
+def _on_device(choose: Callable[[], Kernel]) -> Callable[..., Outputs]:
     """The implementation on one device, by the kernel that `choose` finds at the call."""
 
     def attention(
@@ -122,12 +65,10 @@ def _on_device(choose: Callable[[], Kernel]) -> Kernel:
         spec: str,
         kv_ranges: torch.Tensor | None = None,
     ) -> Outputs:
-        parsed = AttentionSpec.from_text(spec)
-        _check(parsed, q, k, v, captured, sizes)
-        _check_batch(parsed, (q, k, v), sizes)
-        kv_ranges = _beside(parsed, kv_ranges, q, sizes)
-        captured = [c if c.device == q.device else c.to(q.device, non_blocking=True) for c in captured]
-        return choose()(parsed, q, k, v, captured, sizes, kv_ranges)
+        call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges)
+        call.check()
+        call.check_sizes()
+        return choose()(call.on_one_device())
 
     return attention
 
@@ -164,9 +105,9 @@ def _fake(
     spec: str,
     kv_ranges: torch.Tensor | None = None,
 ) -> Outputs:
-    parsed = AttentionSpec.from_text(spec)
-    _check(parsed, q, k, v, captured, sizes)
-    return empty_output(parsed, q, v, sizes)
+    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges)
+    call.check()
+    return empty_output(call)
 
 
 torch.library.register_autograd("flashfuse::attention", gradients, setup_context=save, lib=_library)

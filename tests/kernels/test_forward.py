@@ -5,7 +5,6 @@ test_interpreter.py starts.
 """
 
 import os
-from typing import Any
 
 import pytest
 import torch
@@ -38,9 +37,7 @@ def _nan_filled_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(call: Call, launch: Launch | None = TILES) -> tuple[torch.Tensor, torch.Tensor]:
     exact, eager = call.exact(), call.eager()
-    arguments: list[Any] = [x.to(DEVICE) for x in (call.q, call.k, call.v)]
-    captured = [c.to(DEVICE) for c in call.captured]
-    out, lse = attention_forward(call.spec, *arguments, captured, call.sizes, launch=launch)
+    out, lse = attention_forward(call.to(DEVICE), launch)
     assert (out.dtype, lse.dtype) == (call.spec.out_dtype, call.spec.compute_dtype)
     assert_close_to_exact(out, eager[0], exact[0])
     assert_lse_close_to_exact(lse, eager[1], exact[1])
@@ -142,7 +139,7 @@ def test_batch_axes_and_lengths(
 
 def test_no_keys_give_zeros() -> None:
     call = make_call("qk", (2, 5, 16), 0)
-    out, lse = attention_forward(call.spec, *(x.to(DEVICE) for x in (call.q, call.k, call.v)), [], call.sizes)
+    out, lse = attention_forward(call.to(DEVICE))
     assert (out == 0).all()
     assert (lse.sum(-1) == -torch.inf).all()
 
