@@ -35,7 +35,7 @@ from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
-Kernel = Callable[[AttentionCall], Outputs]
+Kernel = Callable[..., Outputs]
 
 _library = torch.library.Library("flashfuse", "DEF")
 _library.define(
@@ -53,46 +53,42 @@ _library.define(
 _library.impl("mask_ranges", mask_ranges, "CompositeImplicitAutograd")
 
 
-def _on_device(choose: Callable[[], Kernel]) -> Callable[..., Outputs]:
-    """The implementation on one device, by the kernel that `choose` finds at the call."""
+def _attention_tiled(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kv_ranges: torch.Tensor | None = None,
+) -> Outputs:
+    """In plain PyTorch, on any device."""
+    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges)
+    call.check()
+    call.check_sizes()
+    return attention_tiled(call.on_one_device())
 
-    def attention(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-        spec: str,
-        kv_ranges: torch.Tensor | None = None,
-    ) -> Outputs:
-        call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges)
-        call.check()
-        call.check_sizes()
-        return choose()(call.on_one_device())
+
+@functools.cache
+def _attention_triton() -> Kernel | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from flashfuse.kernels.plans import attention
 
     return attention
 
 
-@functools.cache
-def _triton_kernel() -> Kernel | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from flashfuse.kernels.launch import attention_forward
-
-    return attention_forward
-
-
-def _cpu_kernel() -> Kernel:
+def _attention_cpu(*arguments: Any) -> Outputs:
     interpret = os.environ.get("TRITON_INTERPRET") == "1"
-    return (_triton_kernel() if interpret else None) or attention_tiled
+    return ((_attention_triton() if interpret else None) or _attention_tiled)(*arguments)
 
 
-def _cuda_kernel() -> Kernel:
-    return _triton_kernel() or attention_tiled
+def _attention_cuda(*arguments: Any) -> Outputs:
+    return (_attention_triton() or _attention_tiled)(*arguments)
 
 
-_library.impl("attention", _on_device(_cpu_kernel), "CPU")
-_library.impl("attention", _on_device(_cuda_kernel), "CUDA")
+_library.impl("attention", _attention_cpu, "CPU")
+_library.impl("attention", _attention_cuda, "CUDA")
 
 
 @torch.library.register_fake("flashfuse::attention", lib=_library)
