@@ -52,6 +52,9 @@ def register_formula(
             raise NotImplementedError(f"{op.name()} has no forward-mode derivative: compute this part with eager code")
 
     def call(keyset: Any, *given: Any) -> Any:
+        if not _derivatives_wanted(given):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *given)
         arguments, _ = fill_defaults(op._schema, given, {})
         flat, structure = pytree.tree_flatten(list(arguments))
         # `Function.apply` itself would hand a tensor of a transform to the outermost level, which is behind us here.
@@ -61,3 +64,8 @@ def register_formula(
         return list(output) if op._schema.returns[0].type.kind() == "ListType" else output
 
     library.impl(op._schema.name.split("::")[1], call, "Autograd", with_keyset=True)
+
+
+def _derivatives_wanted(arguments: Any) -> bool:
+    wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+    return wanted or torch.autograd.forward_ad._current_level >= 0
