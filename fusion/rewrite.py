@@ -15,7 +15,8 @@ import flashfuse.kernels.ops  # noqa: F401
 from flashfuse.insert import Inserter, copy_module
 from flashfuse.kernels.derivative import differentiable
 from flashfuse.kernels.ranges import RangesProgram, ranges_program
-from flashfuse.patterns.graph import mutated_inputs, raw_value, shape, tensor, to_sympy, value, wants_gradient
+from flashfuse.patterns.calls import mutated_inputs
+from flashfuse.patterns.graph import raw_value, shape, tensor, to_sympy, value, wants_gradient
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.output_order import memory_order
 from flashfuse.patterns.site import AttentionSite, Operand

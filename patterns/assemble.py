@@ -13,8 +13,9 @@ from flashfuse.kernels.expr import Dot, Expr, Pointwise, Product, free_symbols, 
 from flashfuse.kernels.normal import pointwise, rewrite
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec, parse, to_text
 from flashfuse.patterns.axes import Roles
+from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.ending import Ending
-from flashfuse.patterns.graph import location, name_of, raw_value, tensor, value
+from flashfuse.patterns.graph import location, raw_value, tensor, value
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.layout import Layout, Option
 from flashfuse.patterns.lift import CannotLift, Lifter

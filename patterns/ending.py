@@ -28,7 +28,7 @@ from flashfuse.kernels.expr import (
     walk,
 )
 from flashfuse.kernels.normal import FALSE, TRUE, cast, conjunction, conjuncts, pointwise, rewrite
-from flashfuse.patterns.graph import name_of
+from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score

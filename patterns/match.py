@@ -23,10 +23,11 @@ import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols
 from flashfuse.patterns.assemble import assemble
+from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
 from flashfuse.patterns.ending import Ending, ending, is_linear
 from flashfuse.patterns.gate import Gated, as_gated
-from flashfuse.patterns.graph import Graph, location, name_of, raw_value, shape, tensor, value, wants_gradient
+from flashfuse.patterns.graph import Graph, location, raw_value, shape, tensor, value, wants_gradient
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import PARTIAL, place

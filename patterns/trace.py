@@ -18,7 +18,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashfuse.patterns.graph import Graph, functional_target, mutated_inputs, tensor, value
+from flashfuse.patterns.calls import functional_target, mutated_inputs
+from flashfuse.patterns.graph import Graph, tensor, value
 from flashfuse.patterns.transforms import is_border
 
 
