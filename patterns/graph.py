@@ -19,7 +19,7 @@ from torch.utils._sympy.functions import FloorDiv
 from flashfuse.patterns.calls import mutated_inputs, name_of
 from flashfuse.patterns.indexing import quotient
 from flashfuse.patterns.site import Location
-from flashfuse.patterns.transforms import as_operators_see, is_forward_mode, is_wrapped
+from flashfuse.patterns.transforms import as_operators_see, innermost, is_forward_mode, is_wrapped
 
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
@@ -71,9 +71,12 @@ def shape(t: torch.Tensor) -> tuple[sympy.Expr, ...]:
 
 
 def storage(node: fx.Node) -> int | None:
-    """An identity of the memory behind the node's tensor; views of one tensor share it."""
-    t = tensor(node)
-    if t is None or t.layout != torch.strided or t.is_nested:
+    """An identity of the memory behind the node's tensor; views of one tensor share it, also where it is wrapped."""
+    t = raw_value(node)
+    if not isinstance(t, torch.Tensor):
+        return None
+    t = innermost(t)
+    if t.layout != torch.strided or t.is_nested:
         return None
     try:
         return t.untyped_storage()._cdata
@@ -109,7 +112,6 @@ class Graph:
         self.writes = self._writes()
         self.live = self._live()
         self.forward_mode = any(map(is_forward_mode, self.nodes))
-        self.writes_wrapped = any(is_wrapped(raw_value(target)) for n in self.nodes for target in mutated_inputs(n))
 
     def _find_fake_mode(self) -> FakeTensorMode | None:
         for node in self.nodes:
@@ -161,11 +163,14 @@ class Graph:
     def current(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
         """The node whose value `reader` sees where it reads `node`: the last in-place edit of that very tensor.
 
-        None where its memory was written through another view: then no node's definition says what it holds.
+        None where its memory was written through another view, or inside or outside of a transform alone: then no
+        node's definition says what it holds.
         """
         writer = self.writer_between(node, node, reader)
         if writer is None:
             return node
+        if is_wrapped(raw_value(node)) or is_wrapped(raw_value(writer)):
+            return None
         seen, written = tensor(node), tensor(writer)
         if seen is None or written is None or storage(writer) != storage(node):
             return None

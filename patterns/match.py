@@ -136,8 +136,6 @@ def _check_transforms(graph: Graph, node: fx.Node) -> None:
         return
     if gradient_levels(raw_value(node)) > 1:
         raise Refused("transform", "a gradient of a gradient is wanted, and the operator has none", node)
-    if graph.writes_wrapped:
-        raise Refused("transform", "a tensor is written in place inside a torch.func transform", node)
 
 
 def _terms(

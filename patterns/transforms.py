@@ -31,6 +31,12 @@ def levels(t: torch.Tensor) -> Iterator[torch.Tensor]:
     yield t
 
 
+def innermost(t: torch.Tensor) -> torch.Tensor:
+    """The plain tensor behind all levels."""
+    *_, plain = levels(t)
+    return plain
+
+
 def gradient_levels(t: torch.Tensor) -> int:
     """How many transforms, and autograd outside of them, want a gradient of the tensor."""
     return sum(level.requires_grad for level in levels(t))
@@ -44,9 +50,9 @@ def mapped_axes(t: torch.Tensor) -> int:
 def as_operators_see(t: torch.Tensor) -> torch.Tensor:
     """A plain fake tensor of the logical shape; it requires a gradient where any level does. The same at every call."""
     if t not in _seen:
-        *_, innermost = levels(t)
-        assert isinstance(innermost, FakeTensor)
-        with innermost.fake_mode:
+        fake = innermost(t)
+        assert isinstance(fake, FakeTensor)
+        with fake.fake_mode:
             plain = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
         _seen[t] = plain.requires_grad_(gradient_levels(t) > 0)
     return _seen[t]
