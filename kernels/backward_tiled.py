@@ -218,11 +218,10 @@ class _Rows:
             weights, dprobs = probs * factor, dprobs * factor
         if V in sums:
             sums[V][at_keys] += torch.bmm(weights.mT, self.grad_out).view(sums[V][at_keys].shape)
-        if alone:
-            # The same sum, with rounding errors that cancel those of the terms.
-            total = probs.sum(-1, keepdim=True)
-            self.delta = (probs * dprobs).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
-        dscores = probs * (dprobs - self.delta) if normalised else dprobs
+        if not normalised:
+            dscores = dprobs
+        else:
+            dscores = _of_whole_rows(probs, dprobs) if alone else probs * (dprobs - self.delta)
         self._add_reads(score, dscores, tile)
         if score.product is None or not {Q, K} & sums.keys():
             return
@@ -250,3 +249,14 @@ class _Rows:
             return grad if constant == 1 else grad * constant
         values = evaluate(slope, tile).to(grad.dtype)
         return (grad * values).masked_fill_(values == 0, 0.0)
+
+
+def _of_whole_rows(probs: torch.Tensor, dprobs: torch.Tensor) -> torch.Tensor:
+    """The gradient of the scores [.., keys] of rows whose every probability is here.
+
+    It adds up to 0 over a row: what rounding errors leave of that is taken off.
+    """
+    total = probs.sum(-1, keepdim=True)
+    total.masked_fill_(total == 0, 1.0)
+    dscores = probs * (dprobs - (probs * dprobs).sum(-1, keepdim=True) / total)
+    return dscores.addcmul_(probs, dscores.sum(-1, keepdim=True) / total, value=-1.0)
