@@ -11,6 +11,9 @@ from numerics import assert_close_to_exact
 import flashfuse
 from flashfuse.report import Report
 
+Run = Callable[..., Any]
+Inputs = Sequence[torch.Tensor]
+
 S, D = 16, 8
 # A gradient that is few numbers says little with one gradient of the output.
 DRAWS = 32
@@ -90,3 +93,20 @@ def assert_same_use(
         if fused is not None and eager is not None and wide is not None:
             assert_close_to_exact(fused, eager, wide)
     return flashfuse.reports()[0]
+
+
+def loss(out: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """A sum with random weights, whose gradient is far from uniform."""
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
+    return (out * weights.to(out.dtype)).sum()
+
+
+def kept_gradients(inputs: Inputs) -> list[torch.Tensor | None]:
+    """What `backward` left; None where it left nothing."""
+    return [x.grad for x in inputs]
+
+
+def backward(run: Run, inputs: Inputs) -> list[torch.Tensor | None]:
+    """The plain step that others vary."""
+    loss(run(*inputs)).backward()
+    return kept_gradients(inputs)

@@ -1,28 +1,34 @@
-"""How training code runs a model: mixed precision, checkpoints, frozen parts, several backward passes, hooks.
+"""How training code runs a model: mixed precision, frozen parts, several backward passes, hooks.
 
 Each runs around or inside a compiled attention, which stays fused; the results are held to float64 as eager code's are.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from numerics import assert_close_to_exact
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from training import D, S, assert_same_use, assert_trains, attention, compiled, leaves, qkvb
+from training import (
+    D,
+    Inputs,
+    Run,
+    S,
+    assert_same_use,
+    assert_trains,
+    attention,
+    backward,
+    compiled,
+    kept_gradients,
+    leaves,
+    loss,
+    qkvb,
+)
 
 import flashfuse
-from flashfuse.kernels import ops
-
-Run = Callable[..., Any]
-Inputs = Sequence[torch.Tensor]
-
-ATTENTION = "flashfuse.attention.default"
 
 
 @pytest.fixture(autouse=True)
@@ -31,25 +37,6 @@ def _gradients() -> Any:
     flashfuse.reset()
     with torch.enable_grad():
         yield
-
-
-def loss(out: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """A sum with random weights, whose gradient is far from uniform."""
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
-    return (out * weights.to(out.dtype)).sum()
-
-
-def gradients(inputs: Inputs) -> list[torch.Tensor | None]:
-    return [x.grad for x in inputs]
-
-
-def backward(run: Run, inputs: Inputs) -> list[torch.Tensor | None]:
-    """The plain step that others vary."""
-    loss(run(*inputs)).backward()
-    return gradients(inputs)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def cast(dtype: torch.dtype, x: torch.Tensor) -> torch.autocast:
@@ -76,7 +63,7 @@ def test_autocast_around(dtype: torch.dtype) -> None:
         with cast(dtype, inputs[0]):
             out = run(*inputs)
         loss(out).backward()
-        return [out, *gradients(inputs)]
+        return [out, *kept_gradients(inputs)]
 
     report = assert_same_use(use)
     report.assert_fused(sites=1)
@@ -134,94 +121,11 @@ def test_gradient_scaler() -> None:
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_checkpoint_inside(inner: str) -> None:
-    def fn(*inputs: Any) -> Any:
-        return checkpoint(attention, *inputs, use_reentrant=False) * 2
-
-    assert_trains(fn, qkvb(), inner).assert_fused(sites=1)
-
-
-def test_reentrant_checkpoint_inside() -> None:
-    """Which torch lets `backward` alone go through."""
-    report = assert_same_use(backward, lambda *inputs: checkpoint(attention, *inputs, use_reentrant=True) * 2)
-    report.assert_fused(sites=1)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_checkpoint_around(reentrant: bool, inner: str) -> None:
-    """Tensors of our own that were made while compiling counted as saved ones, and recomputation missed them."""
-
-    def use(run: Run, inputs: Inputs) -> list[torch.Tensor | None]:
-        loss(checkpoint(run, *inputs, use_reentrant=reentrant)).backward()
-        return gradients(inputs)
-
-    assert_same_use(use, inner=inner).assert_fused(sites=1)
-
-
-class Counter:
-    """A selective policy for the attention, and what it was asked."""
-
-    def __init__(self, policy: CheckpointPolicy) -> None:
-        self.policy, self.asked = policy, 0
-
-    def __call__(self, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if str(op) != ATTENTION:
-            return CheckpointPolicy.PREFER_RECOMPUTE
-        self.asked += 1
-        return self.policy
-
-
-POLICIES = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE)
-
-
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
-def test_selective_checkpoint_around(policy: CheckpointPolicy) -> None:
-    """The operator is one that a policy can name, to keep its result or to compute it again."""
-    counter = Counter(policy)
-
-    def use(run: Run, inputs: Inputs) -> list[torch.Tensor | None]:
-        contexts = functools.partial(create_selective_checkpoint_contexts, counter)
-        loss(checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)).backward()
-        return gradients(inputs)
-
-    assert_same_use(use, inner="eager").assert_fused(sites=1)
-    assert counter.asked
-
-
-def saved(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if str(op) == ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def recomputed(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_RECOMPUTE if str(op) == ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@pytest.mark.parametrize(("policy", "forwards"), [(saved, 1), (recomputed, 2)], ids=["saved", "recomputed"])
-def test_selective_checkpoint_inside(
-    policy: Callable[..., Any], forwards: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The partitioner does as the policy says: the backward runs the forward's kernel again, or does not."""
-    kernel, calls = ops.attention_tiled, []
-    monkeypatch.setattr(ops, "attention_tiled", lambda *args: calls.append(args) or kernel(*args))
-    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-
-    def fn(*inputs: Any) -> Any:
-        return checkpoint(attention, *inputs, use_reentrant=False, context_fn=contexts) * 2
-
-    assert_same_use(backward, fn).assert_fused(sites=1)
-    assert len(calls) == forwards
-
-
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_gradients_accumulate(inner: str) -> None:
     def use(run: Run, inputs: Inputs) -> list[torch.Tensor | None]:
         for seed in range(3):
             loss(run(*inputs), seed).backward()
-        return gradients(inputs)
+        return kept_gradients(inputs)
 
     assert_same_use(use, inner=inner).assert_fused(sites=1)
 
@@ -232,7 +136,7 @@ def test_graph_that_is_kept_goes_backward_twice(inner: str) -> None:
         out = run(*inputs)
         loss(out, 0).backward(retain_graph=True)
         loss(out, 1).backward()
-        return gradients(inputs)
+        return kept_gradients(inputs)
 
     assert_same_use(use, inner=inner).assert_fused(sites=1)
 
@@ -242,7 +146,7 @@ def test_graph_that_is_kept_goes_backward_twice(inner: str) -> None:
 def test_one_tensor_given_in_several_places(places: tuple[int, ...], inner: str) -> None:
     def use(run: Run, inputs: Inputs) -> list[torch.Tensor | None]:
         loss(run(*(inputs[at] for at in places))).backward()
-        return gradients(inputs)
+        return kept_gradients(inputs)
 
     assert_same_use(use, inner=inner).assert_fused(sites=1)
 
@@ -259,7 +163,7 @@ def test_training_between_inferences(inner: str) -> None:
         assert [out.requires_grad for out in outs] == [False, False, True, False, False]
         assert [out.is_inference() for out in outs] == [False, True, False, True, False]
         loss(outs[2]).backward()
-        return [*(out.clone() for out in outs), *gradients(inputs)]
+        return [*(out.clone() for out in outs), *kept_gradients(inputs)]
 
     assert_same_use(use, inner=inner)
     assert all(len(report.sites) == 1 for report in flashfuse.reports())
@@ -273,7 +177,7 @@ def test_only_some_tensors_are_trained(trained: tuple[int, ...]) -> None:
         out = run(*inputs)
         if out.requires_grad:
             loss(out).backward()
-        return [out, *gradients(inputs)]
+        return [out, *kept_gradients(inputs)]
 
     assert_same_use(use, inputs=inputs).assert_fused(sites=1)
 
@@ -283,7 +187,7 @@ def test_compiled_autograd_enabled(inner: str) -> None:
     def use(run: Run, inputs: Inputs) -> list[torch.Tensor | None]:
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend=inner, fullgraph=True)):
             loss(run(*inputs)).backward()
-        return gradients(inputs)
+        return kept_gradients(inputs)
 
     assert_same_use(use, inner=inner).assert_fused(sites=1)
 
@@ -294,7 +198,7 @@ def test_compiled_autograd_of_a_whole_step() -> None:
 
     def use(run: Run, inputs: Inputs) -> list[torch.Tensor | None]:
         run(*inputs)
-        return gradients(inputs)
+        return kept_gradients(inputs)
 
     with torch._dynamo.config.patch(compiled_autograd=True):
         assert_same_use(use, step).assert_fused(sites=1)
