@@ -226,7 +226,7 @@ def shifted_windows_timm(c: Any, q: Any, k: Any, v: Any, table: Any, index: Any,
 
 
 TABLES = (
-    Form("bucketed-distances", (bucketed_t5, bucketed_mpnet), Expect(squares=None), _buckets),
+    Form("bucketed-distances", (bucketed_t5, bucketed_mpnet), Expect((r"qk", r"t\d\[n1, .*kv_idx")), _buckets),
     Form("bias-table", (table_beit, table_timm), Expect(squares=None), _table),
     Form("shifted-windows", (shifted_windows_swin, shifted_windows_timm), Expect(squares=None), _windows),
 )
