@@ -12,7 +12,7 @@ from torch import fx
 
 from flashfuse.kernels.expr import Expr, loads
 
-# What the positions of a look-up are computed by; all are integers, so any operator of torch that says the same will do.
+# What the positions of a look-up are computed by. All are integers, so any operator that says the same will do.
 PLACE_OPS: Mapping[str, Callable[..., Any]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "neg": torch.neg, "abs": torch.abs, "where": torch.where,
     "min": torch.minimum, "minimum": torch.minimum, "max": torch.maximum, "maximum": torch.maximum,
