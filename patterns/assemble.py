@@ -26,6 +26,7 @@ from flashfuse.patterns.output_order import output_order
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score, settled
 from flashfuse.patterns.site import AttentionSite
+from flashfuse.patterns.table import Table
 from flashfuse.patterns.transforms import mapped_axes
 
 _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -206,18 +207,22 @@ def _product_dtype(operands: AbstractSet[torch.dtype], dtype: torch.dtype) -> to
     return narrow if narrow in (torch.float16, torch.bfloat16) and exactly_promotes(narrow, dtype) else dtype
 
 
-def _captured(programs: Iterable[Expr]) -> tuple[fx.Node, ...]:
-    """The graph tensors that the programs read, in order of first use."""
-    return tuple(dict.fromkeys(x.tensor for e in programs for x in loads(e) if isinstance(x.tensor, fx.Node)))
+def _captured(programs: Iterable[Expr]) -> tuple[fx.Node | Table, ...]:
+    """The tensors that the programs read, in order of first use."""
+    return tuple(dict.fromkeys(x.tensor for e in programs for x in loads(e) if isinstance(x.tensor, (fx.Node, Table))))
 
 
-def _captured_dtype(node: fx.Node) -> torch.dtype:
-    t = tensor(node)
+def _captured_dtype(captured: fx.Node | Table) -> torch.dtype:
+    if isinstance(captured, Table):
+        return captured.dtype
+    t = tensor(captured)
     return torch.float64 if t is None else t.dtype
 
 
-def _check_captured(lifter: Lifter, captured: Sequence[fx.Node], site: fx.Node) -> None:
+def _check_captured(lifter: Lifter, captured: Sequence[fx.Node | Table], site: fx.Node) -> None:
     for node in captured:
+        if isinstance(node, Table):
+            continue
         writer = lifter.writer_before(node, site)
         if writer is not None:
             raise Refused(

@@ -59,7 +59,7 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     if isinstance(target, torch._ops.OpOverloadPacket):
         overloads = (getattr(target, name) for name in target.overloads())
         return tuple(dict.fromkeys(n for overload in overloads for n in _schema_mutated(node, overload)))
-    if _is_foreign(target):
+    if is_foreign(target):
         return tuple(node.all_input_nodes)
     written = (*_nodes_in(node.kwargs.get("out")), *_state_written(node))
     if _writes_first(node):
@@ -103,7 +103,7 @@ def _inplace_argument(function: Any) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-def _is_foreign(target: Any) -> bool:
+def is_foreign(target: Any) -> bool:
     """Whether the function is the user's own (`torch.compiler.allow_in_graph`), of which nothing is known."""
     module = getattr(target, "__module__", None)
     known = ("torch", "_operator", "operator", "math", "builtins", "einops")

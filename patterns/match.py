@@ -21,7 +21,7 @@ import flashfuse.patterns.aten_numbers
 import flashfuse.patterns.aten_windows
 import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa  # noqa: F401
-from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols
+from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols, loads
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
@@ -32,7 +32,7 @@ from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import PARTIAL, place
 from flashfuse.patterns.refusal import Refused, mixing_layer, read_as_whole
-from flashfuse.patterns.score import Score, find_score
+from flashfuse.patterns.score import Score, as_scores, find_products, find_score
 from flashfuse.patterns.seeds import WHOLE, Upstream, is_contraction, unclaimed, upstream
 from flashfuse.patterns.site import AttentionSite, Refusal
 from flashfuse.patterns.transforms import gradient_levels, is_wrapped
@@ -167,9 +167,15 @@ def _terms(
     if gated is not None:
         return None
     for weights_side, value_side in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
-        site = _unnormalised(lifter, node, position, product, weights_side, value_side, leads)
+        try:
+            site = _unnormalised(lifter, node, position, product, weights_side, value_side, leads)
+        except Refused as error:
+            problems.append(error)
+            continue
         if site is not None:
             return site
+    if problems:
+        raise problems[0]
     return None
 
 
@@ -241,16 +247,25 @@ def _unnormalised(
     None for products of activations that are no such function, or a linear one, and for layers with weights.
     """
     try:
-        score = find_score(lifter, weights_side, product.axis, leads, node, _rows(position, value_side))
+        found = find_products(lifter, weights_side, product.axis, leads, node, _rows(position, value_side))
     except Refused:
         return None
-    if node in score.nodes or is_linear(score.program):
+    reads = [read for expr in (*found.dots, value_side) for read in loads(expr)]
+    wide = any(dot.extent.is_Integer and dot.extent > _WIDEST for dot in found.dots)
+    if wide or any(isinstance(read.tensor, fx.Node) and _is_weight(read.tensor) for read in reads):
         return None
-    site = _assembled(lifter, node, position, product, value_side, score, Ending("none"))
-    dims = [d for d in (site.head_dim, site.value_dim) if d.is_Integer]
-    wide = any(d > _WIDEST for d in dims)
-    operands = [o for pair in ((site.q, site.k), *site.more) for o in pair]
-    return None if wide or any(_is_weight(o.node) for o in (*operands, site.v)) else site
+    try:
+        scores = as_scores(found)
+    except Refused as error:
+        if error.code == "square-intermediate":
+            raise
+        return None
+    if any(node in score.nodes for score in scores) or all(is_linear(score.program) for score in scores):
+        return None
+    end = Ending("none")
+    sites = [_assembled(lifter, node, position, product, value_side, score, end) for score in scores]
+    value_dim = sites[0].value_dim
+    return None if value_dim.is_Integer and value_dim > _WIDEST else _added(lifter, sites)
 
 
 # Beyond this no tile holds a row, and two matrix products are the faster program.

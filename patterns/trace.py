@@ -39,12 +39,14 @@ class Trace:
 
     inputs: the node behind each input tensor, by identity. scalars: the node behind each symbolic float.
     producers: the call and output number behind each tensor made inside. result: the node's output tensors.
+    calls: the ATen calls in order.
     """
 
     inputs: dict[int, fx.Node]
     scalars: dict[sympy.Expr, fx.Node]
     producers: dict[int, tuple[AtenCall, int]]
     result: Any
+    calls: tuple[AtenCall, ...] = field(repr=False)
     keep: tuple[Any, ...] = field(default=(), repr=False)
 
 
@@ -126,7 +128,7 @@ def trace(graph: Graph, node: fx.Node) -> Trace:
     except Exception as error:
         raise CannotTrace(f"{type(error).__name__}: {error}") from error
     check_same(result, value(node), node)
-    return Trace(inputs, scalars, recorder.producers, result, (args, kwargs, recorder.calls))
+    return Trace(inputs, scalars, recorder.producers, result, tuple(recorder.calls), (args, kwargs))
 
 
 def check_same(got: Any, seen: Any, node: fx.Node) -> None:
