@@ -25,10 +25,12 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from flashfuse.kernels.autograd import register_formula
+from flashfuse.kernels.batching import vmap_attention
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.gradient import gradients, save
 from flashfuse.kernels.output import empty_output
@@ -37,7 +39,7 @@ from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
-Kernel = Callable[[AttentionCall], Outputs]
+Kernel = Callable[..., Outputs]
 
 _library = torch.library.Library("flashfuse", "DEF")
 _library.define(
@@ -55,47 +57,43 @@ _library.define(
 _library.impl("mask_ranges", mask_ranges, "CompositeImplicitAutograd")
 
 
-def _on_device(choose: Callable[[], Kernel]) -> Callable[..., Outputs]:
-    """The implementation on one device, by the kernel that `choose` finds at the call."""
+def _attention_tiled(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kv_ranges: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+) -> Outputs:
+    """In plain PyTorch, on any device."""
+    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
+    call.check()
+    call.check_sizes()
+    return attention_tiled(call.on_one_device())
 
-    def attention(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-        spec: str,
-        kv_ranges: torch.Tensor | None = None,
-        seed: torch.Tensor | None = None,
-    ) -> Outputs:
-        call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
-        call.check()
-        call.check_sizes()
-        return choose()(call.on_one_device())
+
+@functools.cache
+def _attention_triton() -> Kernel | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from flashfuse.kernels.plans import attention
 
     return attention
 
 
-@functools.cache
-def _triton_kernel() -> Kernel | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from flashfuse.kernels.launch import attention_forward
-
-    return attention_forward
-
-
-def _cpu_kernel() -> Kernel:
+def _attention_cpu(*arguments: Any) -> Outputs:
     interpret = os.environ.get("TRITON_INTERPRET") == "1"
-    return (_triton_kernel() if interpret else None) or attention_tiled
+    return ((_attention_triton() if interpret else None) or _attention_tiled)(*arguments)
 
 
-def _cuda_kernel() -> Kernel:
-    return _triton_kernel() or attention_tiled
+def _attention_cuda(*arguments: Any) -> Outputs:
+    return (_attention_triton() or _attention_tiled)(*arguments)
 
 
-_library.impl("attention", _on_device(_cpu_kernel), "CPU")
-_library.impl("attention", _on_device(_cuda_kernel), "CUDA")
+_library.impl("attention", _attention_cpu, "CPU")
+_library.impl("attention", _attention_cuda, "CUDA")
 
 
 @torch.library.register_fake("flashfuse::attention", lib=_library)
@@ -114,9 +112,5 @@ def _fake(
     return empty_output(call)
 
 
-torch.library.register_autograd("flashfuse::attention", gradients, setup_context=save, lib=_library)
-
-
-@torch.library.register_vmap("flashfuse::attention", lib=_library)
-def _no_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-    raise RuntimeError("flashfuse::attention does not support torch.vmap: give the batch as one of its batch axes")
+register_formula(_library, torch.ops.flashfuse.attention.default, gradients, save)
+torch.library.register_vmap("flashfuse::attention", vmap_attention, lib=_library)

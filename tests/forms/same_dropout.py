@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,16 @@ class SameDropout(TorchFunctionMode):
         if func not in self.FUNCTIONS or not given.get("training", True):
             return func(*args, **(kwargs or {}))
         return dropped(given["input"], given["p"])
+
+
+def same_dropout(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, run in that mode."""
+
+    def run(*args: Any) -> Any:
+        with SameDropout():
+            return fn(*args)
+
+    return run
 
 
 def dropped(x: torch.Tensor, p: float) -> torch.Tensor:

@@ -208,6 +208,49 @@ def test_backward_uses_the_forwards_mask(inner: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Transforms of torch.func
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.dropout((q @ k.transpose(-1, -2)).softmax(-1), 0.5) @ v
+
+
+def zeros_of(weights: torch.Tensor) -> torch.Tensor:
+    return weights.detach() == 0
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmap_draws_as_it_is_told(randomness: str) -> None:
+    """With values that are the identity an output is the weights themselves."""
+
+    def each(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.func.vmap(attend, in_dims=(0, 0, None), randomness=randomness)(q, k, v)
+
+    q, k = torch.randn(2, 3, B, S, 8)
+    dropped = zeros_of(compiled(each)(q, k, torch.eye(S)))
+    flashfuse.reports()[0].assert_fused(sites=1)
+    assert 0.4 < dropped.float().mean() < 0.6
+    assert not torch.equal(dropped[:, 0], dropped[:, 1])
+    assert torch.equal(dropped[0], dropped[1]) == (randomness == "same")
+
+
+def test_jacobian_is_of_what_was_drawn() -> None:
+    """Gradients of all outputs at once are those of one forward: its own product with the values gives the output."""
+
+    def jacobian(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def output(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            out = attend(q, k, v)
+            return out, out
+
+        return torch.func.jacrev(output, has_aux=True)(v)
+
+    q, k, v = torch.randn(3, 6, 8)
+    found, out = compiled(jacobian)(q, k, v)
+    flashfuse.reports()[0].assert_fused(sites=1)
+    torch.testing.assert_close(torch.einsum("idjc,jc->id", found, v), out)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Verification
 
 
