@@ -33,7 +33,7 @@ class BackwardLaunch:
         ):
             stages = max(launch.num_stages, 1)
             pair = launch.block_q * launch.block_kv
-            captured = pair * ((stages - 1) * shape.captured_bytes + shape.drops)
+            captured = pair * ((stages - 1) * shape.captured_bytes + shape.drop_bytes)
             found.append(columns * (resident + stages * passing) + pair * pair_tiles * shape.element_bytes + captured)
         return max(found)
 

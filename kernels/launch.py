@@ -30,8 +30,8 @@ class Shape:
     """What the choice of tiles depends on in an attention.
 
     block_d, block_dv: padded head dims; element_bytes: of the wider product's operands; captured_bytes: of the captured
-    elements loaded for each (query, key) pair, which the pipeline keeps in shared memory; drops: whether there is
-    dropout, whose marks of a tile pass through shared memory.
+    elements loaded for each (query, key) pair, which the pipeline keeps in shared memory; drop_bytes: of
+    the mark that dropout makes for each pair, which passes through it from the threads that draw to those that use it.
     """
 
     q_len: int
@@ -39,7 +39,7 @@ class Shape:
     block_dv: int
     element_bytes: int
     captured_bytes: int
-    drops: bool = False
+    drop_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Launch:
         columns = shape.block_d + shape.block_dv
         operands = self.block_q * shape.block_d + max(self.num_stages, 1) * self.block_kv * columns
         captured = self.block_q * self.block_kv * (self.num_stages - 1) * shape.captured_bytes
-        return shape.element_bytes * operands + captured + shape.drops * self.block_q * self.block_kv
+        return shape.element_bytes * operands + captured + shape.drop_bytes * self.block_q * self.block_kv
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def shape_of(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int) -> 
         block_dv=padded(value_dim),
         element_bytes=max(spec.product_dtype.itemsize, spec.probs_dtype.itemsize),
         captured_bytes=sum(tile.dtype.itemsize for tile in _pipelined(spec)),
-        drops=spec.dropout > 0,
+        drop_bytes=4 if spec.dropout else 0,
     )
 
 
