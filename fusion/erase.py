@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from flashfuse.patterns.graph import functional_target, is_foreign, mutated_inputs, name_of, storage
+from flashfuse.patterns.calls import functional_target, is_foreign, mutated_inputs, name_of
+from flashfuse.patterns.graph import storage
 
 
 class Unused:

@@ -16,11 +16,12 @@ from flashfuse.erase import Unused
 from flashfuse.insert import Inserter, copy_module
 from flashfuse.kernels.derivative import differentiable
 from flashfuse.kernels.ranges import RangesProgram, ranges_program
-from flashfuse.patterns.graph import shape, tensor, to_sympy, value, wants_gradient
+from flashfuse.patterns.graph import raw_value, shape, tensor, to_sympy, value, wants_gradient
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.output_order import memory_order
 from flashfuse.patterns.site import AttentionSite, Operand
 from flashfuse.patterns.table import Table
+from flashfuse.patterns.transforms import is_wrapped
 from flashfuse.patterns.views import Arrange, Narrow, Select, Split, Step
 from flashfuse.tables import Tables
 
@@ -103,7 +104,12 @@ class SharedRanges:
         self.made: dict[tuple[Any, ...], fx.Node] = {}
 
     def node(self, site: AttentionSite, build: _Builder) -> fx.Node | None:
-        """The key ranges of a site; None where its mask does not depend on data or they would not pay."""
+        """The key ranges of a site; None where its mask does not depend on data or they would not pay.
+
+        None inside a transform of `torch.func` too: what is made in there means nothing to a site outside of it.
+        """
+        if is_wrapped(raw_value(site.node)):
+            return None
         program = ranges_program(site.spec, [*map(self._typical, site.batch)], self._typical(site.kv_len))
         if program is None:
             return None

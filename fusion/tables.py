@@ -11,7 +11,8 @@ from torch import fx
 
 from flashfuse.insert import ARITHMETIC, Inserter
 from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise
-from flashfuse.patterns.graph import functional_target, mutated_inputs, tensor, value, wants_gradient
+from flashfuse.patterns.calls import functional_target, mutated_inputs
+from flashfuse.patterns.graph import tensor, value, wants_gradient
 from flashfuse.patterns.table import PLACE_OPS, Applied, Table
 
 aten = torch.ops.aten

@@ -11,10 +11,11 @@ from torch import fx
 
 from flashfuse.kernels.expr import Dot, Expr, Pointwise, Product, free_symbols, loads
 from flashfuse.kernels.normal import pointwise, rewrite
-from flashfuse.kernels.spec import AttentionSpec, parse, to_text
+from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec, parse, to_text
 from flashfuse.patterns.axes import Roles
+from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.ending import Ending
-from flashfuse.patterns.graph import location, name_of, tensor, value
+from flashfuse.patterns.graph import location, raw_value, tensor, value
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.layout import Layout, Option
 from flashfuse.patterns.lift import CannotLift, Lifter
@@ -26,6 +27,7 @@ from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score, settled
 from flashfuse.patterns.site import AttentionSite
 from flashfuse.patterns.table import Table
+from flashfuse.patterns.transforms import mapped_axes
 
 _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -60,6 +62,8 @@ def assemble(
         program = _scaled(program, factor)
     program = settled(layout.substitute(program), score.dot.dtype)
     axes = layout.batch
+    if len(axes) + mapped_axes(raw_value(node)) > MAX_BATCH_AXES:
+        raise Refused("transform", f"with the axes of vmap there are more than {MAX_BATCH_AXES} batch axes", node)
     programs = {"score": program, **{name: layout.substitute(e) for name, e in end.programs.items()}}
     captured = _captured(programs.values())
     _check_captured(lifter, captured, node)

@@ -29,7 +29,7 @@ from flashfuse.kernels.expr import (
     walk,
 )
 from flashfuse.kernels.normal import FALSE, TRUE, cast, conjunction, conjuncts, number, pointwise, rewrite, substitute
-from flashfuse.patterns.graph import name_of
+from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import opened_or_none, place

@@ -18,7 +18,8 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Expr, Index, Load, Pointwise, loads
 from flashfuse.kernels.normal import const, converted, index, rewrite, substitute
-from flashfuse.patterns.graph import Graph, mutated_inputs, shape, storage, tensor, to_sympy, value, wants_gradient
+from flashfuse.patterns.calls import mutated_inputs
+from flashfuse.patterns.graph import Graph, shape, storage, tensor, to_sympy, value, wants_gradient
 from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds, resimplify
 from flashfuse.patterns.trace import CannotTrace, Trace, trace
 

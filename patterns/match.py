@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 from torch import fx
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import flashfuse.patterns.aten
@@ -24,10 +23,11 @@ import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols, loads
 from flashfuse.patterns.assemble import assemble
+from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
 from flashfuse.patterns.ending import Ending, ending, is_linear
 from flashfuse.patterns.gate import Gated, as_gated
-from flashfuse.patterns.graph import Graph, location, name_of, shape, tensor, value, wants_gradient
+from flashfuse.patterns.graph import Graph, location, raw_value, shape, tensor, value, wants_gradient
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import PARTIAL, place
@@ -35,6 +35,7 @@ from flashfuse.patterns.refusal import Refused, mixing_layer, read_as_whole
 from flashfuse.patterns.score import Score, as_scores, find_products, find_score
 from flashfuse.patterns.seeds import WHOLE, Upstream, is_contraction, unclaimed, upstream
 from flashfuse.patterns.site import AttentionSite, Refusal
+from flashfuse.patterns.transforms import gradient_levels, is_wrapped
 from flashfuse.patterns.weights import Columns, OtherAxis, Weights, find_weights
 
 
@@ -104,8 +105,7 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
         raise Refused(
             "training", "gradients are wanted here, and the backward kernels for GPUs are not ready yet", node
         )
-    if is_functorch_wrapped_tensor(out):
-        raise Refused("transform", "a torch.func transform (grad, vmap, ..) acts here, and the operator has none", node)
+    _check_transforms(lifter.graph, node)
     if free_unbacked_symbols([tensor(n) for n in (node, *node.all_input_nodes)]):
         raise Refused("data-dependent-shape", "a length depends on data, so it is not known even as a symbol", node)
     if any(0 in shape(t) for n in (node, *node.all_input_nodes) if (t := tensor(n)) is not None):
@@ -126,6 +126,16 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
             "value-product", "the product with the values is combined with something else in one operator", node
         )
     return _terms(lifter, node, position, expr, frozenset() if whole else leads)
+
+
+def _check_transforms(graph: Graph, node: fx.Node) -> None:
+    """Refuse what a `torch.func` transform asks of the output, and the operator does not give."""
+    if graph.forward_mode:
+        raise Refused("transform", "a forward-mode derivative is taken here, and the operator has none", node)
+    if not is_wrapped(raw_value(node)):
+        return
+    if gradient_levels(raw_value(node)) > 1:
+        raise Refused("transform", "a gradient of a gradient is wanted, and the operator has none", node)
 
 
 def _terms(
