@@ -1,5 +1,7 @@
-"""Biases looked up: buckets of distances (T5, https://arxiv.org/abs/1910.10683), tables (Swin,
-https://arxiv.org/abs/2103.14030), alone and with masks of windows."""
+"""Biases that are looked up: in buckets of distances (T5, https://arxiv.org/abs/1910.10683), in tables of pairs.
+
+Such tables, and masks of shifted windows beside them, are Swin's: https://arxiv.org/abs/2103.14030.
+"""
 
 from __future__ import annotations
 
