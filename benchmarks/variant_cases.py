@@ -80,10 +80,10 @@ class Variant:
         sizes = (shape.batch, shape.heads, shape.length, shape.dim)
         return (*(make.randn(*sizes) for _ in range(3)), *self.extras(make))
 
-    def last_head(self, inputs: Tensors) -> Tensors:
-        """The inputs of the last head of the last batch row."""
+    def last(self, inputs: Tensors, along: str) -> Tensors:
+        """The part of q, k, v and the extras that belongs to the last of the `along` axes, such as "BH"."""
         return tuple(
-            x[tuple(slice(-1, None) if axis in "BH" else slice(None) for axis in axes)]
+            x[tuple(slice(-1, None) if axis in along else slice(None) for axis in axes)]
             for x, axes in zip(inputs, ("BHTD",) * 3 + self.axes, strict=True)
         )
 
