@@ -241,7 +241,7 @@ def search(cases: list[Case]) -> Iterator[dict[str, object]]:
             launch: Launch, q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v,
             spec: AttentionSpec = spec, sizes: list[int] = sizes,
         ) -> Callable[[Operands], Run]:  # fmt: skip
-            return lambda x: lambda: attention_forward(spec, q, k, v, [], sizes, launch=launch)[0].view(x.q.shape)
+            return lambda y: lambda: attention_forward(spec, q, k, v, [], sizes, launch=launch)[0].view(y.q.shape)
 
         makers = {str((r.block_q, r.block_kv, r.num_warps, r.num_stages)): maker(r) for r in candidates(case)}
         _compile_all(x, makers)

@@ -1,7 +1,7 @@
 """Forward and backward of one peer, timed apart; on a CPU too, where only the logic is of interest.
 
-A step runs forward, then backward. On a GPU three events part them, so the backward pass is timed beside its own forward
-pass, whose tensors it finds in the caches as in training.
+A step runs forward, then backward. On a GPU events part the two, so that the backward pass is timed after its own forward
+pass, as in training.
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ def _measure_graphed(steps: Mapping[str, Step], rounds: int) -> dict[str, Times]
     for name, step in steps.items():
         runs |= {(name, "forward"): graphed(step.forward), (name, "whole"): graphed(step.whole)}
     medians = {key: statistics.median(times) for key, times in measure(runs, rounds).items()}
-    return {
-        name: Times(medians[name, "forward"], medians[name, "whole"] - medians[name, "forward"]) for name in steps
-    }
+    return {name: Times(medians[name, "forward"], medians[name, "whole"] - medians[name, "forward"]) for name in steps}
 
 
 def _laps(step: Step) -> Times:

@@ -66,7 +66,7 @@ def twin_case(variant: Variant, shape: Shape, dtype: torch.dtype, device: str) -
         name=variant.name,
         code=functools.partial(variant.eager, shape),
         inputs=inputs,
-        sampled=variant.last(inputs, "BH"),
+        sampled=variant.last_head(inputs),
         sample=lambda out: out[-1:, -1:],
         block_mask=lambda: variant.block_mask(shape, inputs),
         flex=variant.twin(shape, inputs[3:]),

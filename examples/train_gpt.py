@@ -1,4 +1,4 @@
-"""`make train`: a GPT-2 is trained from scratch under eager code, Inductor and flashfuse, from the same seed side by side.
+"""`make train`: a GPT-2 trained from scratch by eager code, Inductor and flashfuse, side by side from the same seed.
 
     python examples/train_gpt.py [--preset gpu] [--attention sdpa] [--attention-dropout 0] [--steps 500] [--plot FILE]
 
@@ -58,7 +58,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(layers=2, width=128, heads=4, tokens=256, rows=4, steps=200, rate=2e-3),
+    "cpu": Preset(layers=2, width=128, heads=4, tokens=256, rows=4, steps=300, rate=2e-3),
     "gpu": Preset(layers=12, width=768, heads=12, tokens=2048, rows=4, steps=300, rate=6e-4),
 }
 
@@ -115,8 +115,8 @@ def _heading(setup: Setup, text: Text) -> str:
     on_gpu = setup.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     return (
-        f"torch {torch.__version__}, {device}, {'bfloat16 autocast' if on_gpu else 'float32'}; {len(text.train):,} bytes to"
-        f" train on, {len(text.validation):,} to validate with, {setup.rows} x {setup.tokens} a step"
+        f"torch {torch.__version__}, {device}, {'bfloat16 autocast' if on_gpu else 'float32'};"
+        f" {len(text.train):,} bytes to train on, {len(text.validation):,} to validate with, {setup.rows} x {setup.tokens} a step"
     )
 
 

@@ -100,9 +100,8 @@ def train(setup: Setup, text: Text, backend: str, seed: int, told: Callable[[flo
     peak = measure.peak_bytes(step, setup.device)
     # Eager code, so that the runs differ in nothing but how they were trained.
     validation = _validation(setup, model, text.validation)
-    return Run(
-        tuple(losses), validation, seconds[0], statistics.median(seconds[1:]), peak, flashfuse.reports()
-    )  # fmt: skip
+    median = statistics.median(seconds[1:])
+    return Run(tuple(losses), validation, seconds[0], median, peak, flashfuse.reports())
 
 
 def _loss(setup: Setup, run: Callable[..., object], tokens: torch.Tensor) -> torch.Tensor:
