@@ -1,7 +1,7 @@
 """Forward and backward of one peer, timed apart; on a CPU too, where only the logic is of interest.
 
-A step runs forward, then backward. On a GPU events part the two, so that the backward pass is timed after its own forward
-pass, as in training.
+A step runs forward, then backward. On a GPU events part the two, so that the backward pass is timed after its own
+forward pass, as in training.
 """
 
 from __future__ import annotations

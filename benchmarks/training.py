@@ -6,9 +6,9 @@
 
 flashfuse compiles eager code as models write it, and so does Inductor; "operator" is flashfuse's operator called alone.
 FlexAttention is compiled with its default tiles, `--autotune` adds its own search. Rows are printed as they come, and
-kept in the JSON file, so that a later call with `--only` adds or replaces some. A figure is printed only when output and
-gradients are right, on one head, against float64: flashfuse's by the contract of docs/numerics.md, a peer's when its
-errors are at most twice eager's.
+kept in the JSON file, so that a later call with `--only` adds or replaces some. A figure is printed only when output
+and gradients are right, on one head, against float64: flashfuse's by the contract of docs/numerics.md, a peer's when
+its errors are at most twice eager's.
 """
 
 from __future__ import annotations

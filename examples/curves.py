@@ -1,10 +1,10 @@
 """Whether loss curves lie on each other, and their plot.
 
-A curve is smoothed by a moving average, since single batches are noise; two are as far apart as the smoothed ones are where
-they are furthest apart. A compiler passes when its curve is no further from eager's than that of a second eager seed: so
-much differs from run to run with no compiler at all. Equal they cannot be, since a compiler draws other dropout masks from
-the same seed. A seed also decides weights and batches, which the compared runs share; a right compiler is therefore well
-within (about a third of the way), and which of two runs is the odd one is not left to chance.
+A curve is smoothed by a moving average, since single batches are noise; two are as far apart as the smoothed ones are
+where they are furthest apart. A compiler passes when its curve is no further from eager's than that of a second eager
+seed: so much differs from run to run with no compiler at all. Equal they cannot be, since a compiler draws other
+dropout masks from the same seed. A seed also decides weights and batches, which the compared runs share; a right
+compiler is therefore well within (a third of the way or less, when measured), and passes by no luck.
 """
 
 from __future__ import annotations

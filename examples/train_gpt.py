@@ -17,7 +17,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import argparse
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 from curves import gaps, plot, smoothed, within_noise
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from stdlib_text import Text, stdlib_text
 from training import Run, Setup, train
 
@@ -58,7 +57,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(layers=2, width=128, heads=4, tokens=256, rows=4, steps=300, rate=2e-3),
+    "cpu": Preset(layers=2, width=128, heads=4, tokens=512, rows=2, steps=300, rate=2e-3),
     "gpu": Preset(layers=12, width=768, heads=12, tokens=2048, rows=4, steps=300, rate=6e-4),
 }
 
@@ -72,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(_heading(setup, text), highlight=False)
     runs = _train(console, setup, text)
     console.print(_table(runs))
+    console.print("times: of the first step, which compiles, and the median of the others; loss: at the end, averaged;")
+    console.print("gap: the largest from eager's smoothed curve; validation: without dropout, by eager code")
     console.print(_fused(runs[FLASHFUSE].reports, setup.layers), markup=False, highlight=False)
     title = f"GPT-2, {setup.layers} layers, width {setup.width}, {setup.tokens} tokens, {setup.attention} attention"
     plot(chosen.plot, title, {name: run.losses for name, run in runs.items()}, EAGER)
@@ -115,13 +116,14 @@ def _heading(setup: Setup, text: Text) -> str:
     on_gpu = setup.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     return (
-        f"torch {torch.__version__}, {device}, {'bfloat16 autocast' if on_gpu else 'float32'};"
-        f" {len(text.train):,} bytes to train on, {len(text.validation):,} to validate with, {setup.rows} x {setup.tokens} a step"
+        f"torch {torch.__version__}, {device}, {'bfloat16 autocast' if on_gpu else 'float32'}\n"
+        f"{len(text.train):,} bytes to train on, {len(text.validation):,} to validate with,"
+        f" {setup.rows} x {setup.tokens} a step"
     )
 
 
 def _train(console: Console, setup: Setup, text: Text) -> dict[str, Run]:
-    """Every run, one after the other under a progress bar each."""
+    """Every run, one after the other, each with its progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress:
         tasks = {name: progress.add_task(name, total=setup.steps, loss="", start=False) for name in RUNS}
@@ -137,8 +139,7 @@ def _train(console: Console, setup: Setup, text: Text) -> dict[str, Run]:
 
 
 def _table(runs: Mapping[str, Run]) -> Table:
-    columns = ("first step s", "step ms", "peak MiB", "training loss", "validation loss", "largest gap")
-    table = Table("", *columns, title="the first step compiles; gaps are from eager's curve", title_justify="left")
+    table = Table(Column(no_wrap=True), "first step s", "ms", "peak MiB", "loss", "validation", "gap")
     for name, run in runs.items():
         gap = max(gaps(run.losses, runs[EAGER].losses))
         times = (f"{run.first:.1f}", f"{1e3 * run.step:.1f}", f"{run.peak / 2**20:.1f}")
@@ -147,13 +148,12 @@ def _table(runs: Mapping[str, Run]) -> Table:
 
 
 def _fused(reports: tuple[flashfuse.Report, ...], layers: int) -> str:
-    """How many attentions were fused, and why others were not."""
+    """How many attentions were fused, and where one is missing, what stood in the way."""
     fused = sum(site.status == "fused" for report in reports for site in report.sites)
     lines = [f"{fused} of {layers} attention sites fused"]
-    refused = Counter(f"{r.code}: {r.reason}" for report in reports for r in report.refusals)
-    failed = Counter(str(failure) for report in reports for failure in report.failures)
-    lines += [f"  {count} refused, {reason}" for reason, count in refused.items()]
-    lines += [f"  {count} failed, {reason}" for reason, count in failed.items()]
+    if fused < layers:
+        lines += [f"  refused {refusal}" for report in reports for refusal in report.refusals]
+        lines += [f"  failed {failure}" for report in reports for failure in report.failures]
     return "\n".join(lines)
 
 
