@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,7 @@ class Text:
 def stdlib_text() -> Text:
     """Every source and text file of the running Python, in the order of their paths. Raises OSError where none is."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(path.relative_to(root) for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    files = [(root / path).read_bytes() for path in paths if LEFT_OUT.isdisjoint(path.parts)]
+    files = [path.read_bytes() for path in _texts(root)]
     if len(files) < VALIDATION:
         raise OSError(f"expected the sources of Python's standard library in {root}, found {len(files)} files")
     kept_back = files[VALIDATION - 1 :: VALIDATION]
@@ -40,6 +40,14 @@ def batch(text: torch.Tensor, rows: int, length: int, generator: torch.Generator
     """Tokens [rows, length] (int64): pieces of `text` that start at random places."""
     starts = torch.randint(len(text) - length + 1, (rows, 1), generator=generator)
     return text[starts + torch.arange(length)].long()
+
+
+def _texts(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name not in LEFT_OUT:
+            yield from _texts(path)
+        if path.suffix in SUFFIXES and path.is_file():
+            yield path
 
 
 def _joined(files: list[bytes]) -> torch.Tensor:
