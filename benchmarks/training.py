@@ -119,7 +119,7 @@ def checked(
 # One case
 
 
-def compare(case: TrainingCase, compilers: Mapping[str, Compile] = COMPILERS, graph: bool = False) -> TrainingRow:
+def compare(case: TrainingCase, compilers: Mapping[str, Compile], graph: bool = False) -> TrainingRow:
     """Compile, check and time every peer of a case."""
     torch._dynamo.reset()
     flashfuse.reset()
@@ -141,7 +141,7 @@ def rows(chosen: argparse.Namespace) -> Iterator[TrainingRow]:
     """Measure every chosen case."""
     sizes = TINY if chosen.tiny else FULL
     for _, make in training_cases(chosen.only, sizes, chosen.device, chosen.autotune):
-        yield compare(make(), graph=chosen.graph)
+        yield compare(make(), COMPILERS, chosen.graph)
         gc.collect()
         if chosen.device == "cuda":
             torch.cuda.empty_cache()
