@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.measure import PAUSE_SECONDS, Run, graphed, measure
+from benchmarks.measure import PAUSE_SECONDS, Run, graphed, measure, why
 from examples import measure as memory
 
 Tensors = tuple[torch.Tensor, ...]
@@ -65,10 +65,8 @@ def repeats_itself(step: Step) -> bool:
     return all(torch.equal(one, other) for one, other in zip(step.whole()[1:], step.whole()[1:], strict=True))
 
 
-def measure_steps(steps: Mapping[str, Step], rounds: int, graph: bool = False) -> dict[str, Times]:
-    """The median round of every step; peers take turns, after a pause each. graph: launches in a CUDA graph."""
-    if graph:
-        return _measure_graphed(steps, rounds)
+def measure_steps(steps: Mapping[str, Step], rounds: int) -> dict[str, Times]:
+    """The median round of every step; peers take turns, after a pause each."""
     found: dict[str, list[Times]] = {name: [] for name in steps}
     order = list(steps)
     for _ in range(rounds):
@@ -79,13 +77,22 @@ def measure_steps(steps: Mapping[str, Step], rounds: int, graph: bool = False) -
     return {name: _median(times) for name, times in found.items()}
 
 
-def _measure_graphed(steps: Mapping[str, Step], rounds: int) -> dict[str, Times]:
-    """A captured forward pass, and what a captured step takes longer."""
+def measure_graphed(steps: Mapping[str, Step], rounds: int, notes: dict[str, str]) -> dict[str, Times]:
+    """The same of a forward pass captured in a CUDA graph, and of what a captured step takes longer.
+
+    notes: gets why a step could not be captured; it is left out.
+    """
     runs: dict[tuple[str, str], Callable[[], object]] = {}
     for name, step in steps.items():
-        runs |= {(name, "forward"): graphed(step.forward), (name, "whole"): graphed(step.whole)}
+        try:
+            runs |= {(name, "forward"): graphed(step.forward), (name, "whole"): graphed(step.whole)}
+        except Exception as error:
+            notes[name] = why(error)
     medians = {key: statistics.median(times) for key, times in measure(runs, rounds).items()}
-    return {name: Times(medians[name, "forward"], medians[name, "whole"] - medians[name, "forward"]) for name in steps}
+    captured = [name for name in steps if (name, "whole") in medians]
+    return {
+        name: Times(medians[name, "forward"], medians[name, "whole"] - medians[name, "forward"]) for name in captured
+    }
 
 
 def _laps(step: Step) -> Times:

@@ -14,11 +14,13 @@ its errors are at most twice eager's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ import torch
 import flashfuse
 from benchmarks import training_memory
 from benchmarks.measure import Run, require_cuda, versions, why
-from benchmarks.steps import Step, Tensors, measure_steps, peak_bytes, repeats_itself
+from benchmarks.steps import Step, Tensors, measure_graphed, measure_steps, peak_bytes, repeats_itself
 from benchmarks.table import allowed_error, recovered, relative_error
 from benchmarks.training_cases import FULL, TINY, Compile, TrainingCase, training_cases
 from benchmarks.training_table import OWN, PEERS, TrainingRow, markdown, show
@@ -34,6 +36,7 @@ from tests.forms import exact
 from tests.numerics import assert_close_to_exact
 
 ROUNDS = 3
+THREADS = 8
 COMPILERS: Mapping[str, Compile] = {
     name: functools.partial(torch.compile, backend=name, fullgraph=True, dynamic=False)
     for name in ("flashfuse", "inductor")
@@ -131,16 +134,32 @@ def compare(case: TrainingCase, compilers: Mapping[str, Compile], graph: bool = 
     row = recovered(row)
     if not row.sites and right.pop("flashfuse", None):
         row.notes["flashfuse"] = "not fused, so it has no figures"
-    for name, times in measure_steps(right, ROUNDS, graph).items():
+    measured = measure_graphed(right, ROUNDS, row.notes) if graph else measure_steps(right, ROUNDS)
+    for name, times in measured.items():
         row.backward_ms[name] = times.backward
         row.ms[name] = times.forward + times.backward
     return row
 
 
+def warm_up(makers: Sequence[Callable[[], TrainingCase]]) -> None:
+    """Run the operator of every case once, in threads: Triton's compiler takes most of the time, and holds no lock."""
+
+    def attempt(make: Callable[[], TrainingCase]) -> None:
+        case = make()
+        with contextlib.suppress(Exception):  # told when the case is checked
+            if "operator" in case.makers:
+                case.step(case.makers["operator"]()).whole()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(attempt, makers))
+
+
 def rows(chosen: argparse.Namespace) -> Iterator[TrainingRow]:
     """Measure every chosen case."""
     sizes = TINY if chosen.tiny else FULL
-    for _, make in training_cases(chosen.only, sizes, chosen.device, chosen.autotune):
+    makers = list(training_cases(chosen.only, sizes, chosen.device, chosen.autotune).values())
+    warm_up(makers)
+    for make in makers:
         yield compare(make(), COMPILERS, chosen.graph)
         gc.collect()
         if chosen.device == "cuda":
@@ -178,11 +197,11 @@ def main(arguments: list[str] | None = None) -> None:
     for row in rows(chosen):
         found[row.name] = row
         show(row)
+        print(f"    {time.perf_counter() - started:.0f} s since the start", flush=True)
         if chosen.json:
             chosen.json.write_text(json.dumps([row.to_json() for row in found.values()], indent=1))
         if chosen.markdown:
             chosen.markdown.write_text(markdown(list(found.values())))
-    print(f"{time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class TrainingCase:
 
 def training_cases(
     only: Sequence[str], sizes: Sizes, device: str, tuned: bool = False
-) -> Iterator[tuple[str, Callable[[], TrainingCase]]]:
+) -> dict[str, Callable[[], TrainingCase]]:
     """Name and maker of every case whose name holds one of the texts. tuned: FlexAttention's search for tiles too."""
     modes = {"flex": None, **({"flex tuned": TUNED} if tuned else {})}
     makers: dict[str, Callable[[], TrainingCase]] = {
@@ -98,7 +98,7 @@ def training_cases(
     }
     variants = [v for v in VARIANTS if v.name in TARGETS]
     makers |= {v.name: functools.partial(variant_case, v, sizes.variant, device, modes) for v in variants}
-    yield from ((name, make) for name, make in makers.items() if any(text in name for text in only))
+    return {name: make for name, make in makers.items() if any(text in name for text in only)}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ try:
 finally:
     sys.path.pop(0)
 
-CASES = dict(training_cases([""], TINY, "cpu"))
+CASES = training_cases([""], TINY, "cpu")
 GROUPED, BIAS = "B2H4/2S64D16c", "dense bias (1, H, S, S)"
 Code = Callable[..., torch.Tensor]
 
