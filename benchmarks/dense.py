@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import flashfuse.kernels.ops  # noqa: F401  (registers the operator)
 from benchmarks.measure import Run, measure, require_cuda, versions, why
+from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.launch import Launch, attention_forward, device_of
 from flashfuse.kernels.spec import AttentionSpec, parse
 
@@ -241,7 +242,9 @@ def search(cases: list[Case]) -> Iterator[dict[str, object]]:
             launch: Launch, q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v,
             spec: AttentionSpec = spec, sizes: list[int] = sizes,
         ) -> Callable[[Operands], Run]:  # fmt: skip
-            return lambda y: lambda: attention_forward(spec, q, k, v, [], sizes, launch=launch)[0].view(y.q.shape)
+            return lambda y: (
+                lambda: attention_forward(AttentionCall(spec, q, k, v, [], sizes), launch)[0].view(y.q.shape)
+            )
 
         makers = {str((r.block_q, r.block_kv, r.num_warps, r.num_stages)): maker(r) for r in candidates(case)}
         _compile_all(x, makers)

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 
 import torch
 
+from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.derivative import derivative, leaves
 from flashfuse.kernels.evaluate import Tile, evaluate, scatter_add
 from flashfuse.kernels.expr import Expr, Gather, Load, Product
 from flashfuse.kernels.normal import number
 from flashfuse.kernels.output import empty_gradients
 from flashfuse.kernels.problem import Axes, Box, Problem, slices
-from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.kernels.tiled import key_tiles, row_boxes
 
 # Places of the operands that have batch axes; captured tensor c is at place OPERANDS + c.
@@ -35,38 +35,26 @@ OPERANDS = 3
 
 
 def attention_backward_tiled(
-    spec: AttentionSpec,
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    kv_ranges: torch.Tensor | None,
-    needs: Sequence[bool],
+    call: AttentionCall, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, needs: Sequence[bool]
 ) -> list[torch.Tensor]:
     """Gradients of q, k, v and the floating-point captured tensors, those that `needs` flags, on any device.
 
-    grad_out, out: [N.., Tq, Dv], lse: [N.., Tq, 2]; the others are the operator's arguments.
+    grad_out, out: [N.., Tq, Dv], lse: [N.., Tq, 2], of the call's forward.
     """
-    operands = (q, k, v, *captured)
-    gradients = empty_gradients(spec, operands, needs)
-    batch = tuple(sizes[: spec.batch_axes])
-    axes = Axes.of(batch, lambda axis: k.shape[axis] == v.shape[axis] == 1)
-    sums = {at: torch.zeros(_summed(axes, at, x), dtype=spec.compute_dtype, device=q.device)
-            for at, x in enumerate(operands) if at in gradients}  # fmt: skip
+    gradients = empty_gradients(call, needs)
+    axes = Axes.of(call.batch, lambda axis: call.k.shape[axis] == call.v.shape[axis] == 1)
+    sums = {at: torch.zeros(_summed(axes, at, x), dtype=call.spec.compute_dtype, device=call.device)
+            for at, x in enumerate(call.operands) if at in gradients}  # fmt: skip
     # The spec states every element type, so an autocast region around the call must not change one.
-    with torch.autocast(q.device.type, enabled=False):
-        if out.numel() and k.shape[-2]:
-            call = _Call(
-                problem=axes.problem(spec, q, k, v, captured, sizes, kv_ranges),
+    with torch.autocast(call.device.type, enabled=False):
+        if out.numel() and call.kv_len:
+            backward = _Backward(
+                problem=axes.problem(call),
                 rows=tuple(map(axes.rows, (grad_out, out, lse))),
                 sums={at: _arranged(axes, at, total) for at, total in sums.items()},
             )
-            for box in row_boxes(call.problem.q.shape[:-1], max(q.shape[-1], v.shape[-1])):
-                _Rows(call, box).visit_all()
+            for box in row_boxes(backward.problem.q.shape[:-1], max(call.head_dim, call.value_dim)):
+                _Rows(backward, box).visit_all()
     return [grad.copy_(sums[at].sum_to_size(grad.shape)) for at, grad in gradients.items()]
 
 
@@ -85,7 +73,7 @@ def _arranged(axes: Axes, at: int, total: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
+class _Backward:
     """rows: grad_out, out and lse over the problem's axes. sums: by place, what is added up, over those axes too."""
 
     problem: Problem
@@ -140,13 +128,13 @@ def _needed(leaf: Product | Load | Gather, captured: frozenset[int]) -> bool:
 class _Rows:
     """The query rows in a box: q [pairs, rows, D] and what else belongs to a row; see `tiled._Rows` for pairs."""
 
-    def __init__(self, call: _Call, box: Box) -> None:
-        self.call, self.problem, self.box = call, call.problem, box
+    def __init__(self, whole: _Backward, box: Box) -> None:
+        self.whole, self.problem, self.box = whole, whole.problem, box
         self.outer = slices(box[: self.problem.k.dim() - 2])
         self.shape = tuple(len(positions) for positions in box)
         pairs = math.prod(self.shape[: len(self.outer)])
         self.lead = (pairs, math.prod(self.shape) // pairs)
-        self.q, self.grad_out, out, lse = map(self._flat, (self.problem.q, *call.rows))
+        self.q, self.grad_out, out, lse = map(self._flat, (self.problem.q, *whole.rows))
         self.max, log_sum = lse.split(1, -1)
         kept = self._kept()
         if kept is not None:
@@ -172,22 +160,22 @@ class _Rows:
 
     def visit_all(self) -> None:
         """Add the gradients by way of these rows to the sums."""
-        call = self.call
+        whole = self.whole
         tiles = self._tiles()
         for keys, score in tiles:
-            self._visit_tile(keys, score, alone=len(tiles) == 1 and call.sink is None)
-        if call.sink is not None:
-            prob = torch.exp(self._of_rows(call.sink.program) - self.shift) * self.share
-            self._add_reads(call.sink, -prob * self.delta, self.problem.tile((*self.box, range(1))))
-        if Q in call.sums:
-            call.sums[Q][slices(self.box)] = self.dq.view(*self.shape, -1)
+            self._visit_tile(keys, score, alone=len(tiles) == 1 and whole.sink is None)
+        if whole.sink is not None:
+            prob = torch.exp(self._of_rows(whole.sink.program) - self.shift) * self.share
+            self._add_reads(whole.sink, -prob * self.delta, self.problem.tile((*self.box, range(1))))
+        if Q in whole.sums:
+            whole.sums[Q][slices(self.box)] = self.dq.view(*self.shape, -1)
 
     def _tiles(self) -> list[tuple[range, _Slopes]]:
         """The key tiles to visit, and the score program of each."""
-        score, keys, kv_len = self.call.score, self.problem.kv_range(self.box), self.problem.k.shape[-2]
+        score, keys, kv_len = self.whole.score, self.problem.kv_range(self.box), self.problem.k.shape[-2]
         parts = [
             (range(keys.start, keys.full_start), score),
-            (range(keys.full_start, keys.full_end), self.call.full),
+            (range(keys.full_start, keys.full_end), self.whole.full),
             (range(keys.full_end, keys.end), score),
         ]
         if self._see_every_key():
@@ -208,7 +196,7 @@ class _Rows:
     def _visit_tile(self, keys: range, score: _Slopes, alone: bool) -> None:
         """Add what one tile of keys gives; `alone` where nothing else has a probability in these rows."""
         normalised = self.problem.spec.normaliser == "softmax"
-        sums, at_keys = self.call.sums, (*self.outer, slice(keys.start, keys.stop))
+        sums, at_keys = self.whole.sums, (*self.outer, slice(keys.start, keys.stop))
         # [pairs, keys, D], [pairs, keys, Dv]
         k, v = (
             x[at_keys].to(self.q.dtype).reshape(self.lead[0], len(keys), x.shape[-1])
@@ -220,9 +208,9 @@ class _Rows:
         scores = self._over(score.program, tile).reshape(product.shape)
         probs = torch.sub(scores, self.shift).exp_().mul_(self.share) if normalised else scores
         weights, dprobs = probs, torch.bmm(self.grad_out, v.mT)
-        if self.call.factor is not None:
-            self._add_reads(self.call.factor, dprobs * probs, tile)
-            factor = self._over(self.call.factor.program, tile).reshape(product.shape)
+        if self.whole.factor is not None:
+            self._add_reads(self.whole.factor, dprobs * probs, tile)
+            factor = self._over(self.whole.factor.program, tile).reshape(product.shape)
             weights, dprobs = probs * factor, dprobs * factor
         if V in sums:
             sums[V][at_keys] += torch.bmm(weights.mT, self.grad_out).view(sums[V][at_keys].shape)
@@ -248,7 +236,7 @@ class _Rows:
         """Add what the reads of a program take of the gradient of its value."""
         grad = grad.view([len(positions) for _, positions in tile.axes])
         for read, slope in slopes.reads:
-            total = self.call.sums[OPERANDS + read.tensor]  # type: ignore[operator]
+            total = self.whole.sums[OPERANDS + read.tensor]  # type: ignore[operator]
             scatter_add(total, read, self._scaled(grad, slope, tile), tile)
 
     def _scaled(self, grad: torch.Tensor, slope: Expr, tile: Tile) -> torch.Tensor:

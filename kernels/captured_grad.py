@@ -7,33 +7,25 @@ from dataclasses import dataclass, field
 
 import torch
 
+from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.captured_reads import owned_view
 from flashfuse.kernels.codegen_backward import BackwardProgram, Term
 from flashfuse.kernels.derivative import derivative, leaves
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, scatter_add, size_values
 from flashfuse.kernels.expr import Expr, Gather, Load
-from flashfuse.kernels.spec import AttentionSpec
 
 
 @dataclass(frozen=True, eq=False)
 class CapturedGradients:
     """Accumulates the gradients of the captured tensors for which `needs` says so, of one call.
 
-    lengths: (q_len, kv_len). total: by slot, the gradients so far, in float32 unless one term writes all of it.
+    total: by slot, the gradients so far, in float32 unless one term writes all of it.
     """
 
-    spec: AttentionSpec
+    call: AttentionCall
     program: BackwardProgram
-    captured: Sequence[torch.Tensor]
-    sizes: Sequence[int]
-    lengths: tuple[int, int]
-    device: torch.device
     needs: Sequence[bool]
     total: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        return tuple(self.sizes[: self.spec.batch_axes])
 
     def pair_targets(self) -> list[torch.Tensor] | None:
         """For each pair term what its kernel writes, zeros [n.., q_len, kv_len] of size 1 on axes to be summed over.
@@ -44,12 +36,12 @@ class CapturedGradients:
         for term in self.program.pair_terms:
             assert isinstance(term.read, Load)
             slot = _slot(term.read)
-            target = torch.zeros_like(self.captured[slot])
+            target = torch.zeros_like(self.call.captured[slot])
             if self._terms_of(slot) == 1:
                 self.total[slot] = target
             else:
                 target = torch.zeros_like(target, dtype=torch.float32)
-            view = owned_view(target, term.read, self._tile(*self.lengths))
+            view = owned_view(target, term.read, self._tile(self.call.q_len, self.call.kv_len))
             if view is None:
                 return None
             targets.append(view)
@@ -59,7 +51,7 @@ class CapturedGradients:
         """Take in what the kernel has written, unless it is the total already."""
         assert isinstance(term.read, Load)
         if self._terms_of(_slot(term.read)) > 1:
-            scatter_add(self._total(_slot(term.read)), term.read, target, self._tile(*self.lengths))
+            scatter_add(self._total(_slot(term.read)), term.read, target, self._tile(self.call.q_len, self.call.kv_len))
 
     def add_rows(self, sums: Sequence[torch.Tensor], sink_grad: torch.Tensor | None) -> None:
         """sums: [N.., q_len] each, what the kernel has summed over keys; sink_grad: the sinks' gradients, so shaped."""
@@ -73,32 +65,32 @@ class CapturedGradients:
             self._add_rows(term, found)
 
     def _add_rows(self, term: Term, sums: torch.Tensor) -> None:
-        tile = self._tile(self.lengths[0], 1)
+        tile = self._tile(self.call.q_len, 1)
         values = sums.unsqueeze(-1) * term.scale
         if term.read is not None:
             self._add(term.read, values, tile)
-        elif self.spec.factor is not None:
-            self._add_program(self.spec.factor, values, tile)
+        elif self.call.spec.factor is not None:
+            self._add_program(self.call.spec.factor, values, tile)
 
     def add_keys(self, term: Term, sums: torch.Tensor) -> None:
         """sums: [N.., kv_len], the term's gradients summed over queries."""
         assert term.read is not None
-        self._add(term.read, sums.unsqueeze(-2) * term.scale, self._tile(1, self.lengths[1]))
+        self._add(term.read, sums.unsqueeze(-2) * term.scale, self._tile(1, self.call.kv_len))
 
     def add_sink(self, grad: torch.Tensor) -> None:
         """grad: [N.., q_len], the gradient of the sink."""
-        assert self.spec.sink is not None
-        self._add_program(self.spec.sink, grad.unsqueeze(-1), self._tile(self.lengths[0], 1))
+        assert self.call.spec.sink is not None
+        self._add_program(self.call.spec.sink, grad.unsqueeze(-1), self._tile(self.call.q_len, 1))
 
     @property
     def of_sink(self) -> bool:
         """Whether the sink reads a tensor whose gradient is wanted."""
-        return self.spec.sink is not None and any(True for _ in self._wanted(self.spec.sink))
+        return self.call.spec.sink is not None and any(True for _ in self._wanted(self.call.spec.sink))
 
     def result(self, slot: int) -> torch.Tensor:
         """The gradient in the tensor's element type and, where that is dense, memory order."""
         total = self._total(slot)
-        like = torch.empty_like(self.captured[slot])
+        like = torch.empty_like(self.call.captured[slot])
         return total if total.dtype == like.dtype and total.stride() == like.stride() else like.copy_(total)
 
     def _add_program(self, program: Expr, values: torch.Tensor, tile: Tile) -> None:
@@ -112,7 +104,7 @@ class CapturedGradients:
 
     def _total(self, slot: int) -> torch.Tensor:
         if slot not in self.total:
-            self.total[slot] = torch.zeros(self.captured[slot].shape, dtype=torch.float32, device=self.device)
+            self.total[slot] = torch.zeros(self.call.captured[slot].shape, dtype=torch.float32, device=self.call.device)
         return self.total[slot]
 
     def _wanted(self, program: Expr) -> Iterator[Load | Gather]:
@@ -121,13 +113,14 @@ class CapturedGradients:
                 yield leaf
 
     def _terms_of(self, slot: int) -> int:
-        return sum(_slot(leaf) == slot for program in self.spec.programs for leaf in self._wanted(program))
+        return sum(_slot(leaf) == slot for program in self.call.spec.programs for leaf in self._wanted(program))
 
     def _tile(self, q_len: int, kv_len: int) -> Tile:
         """All positions; an axis of length 1 stands for one that has been summed over."""
-        axes = tuple(zip(position_symbols(self.spec), map(range, (*self.batch, q_len, kv_len)), strict=True))
-        sizes = size_values(self.spec, *self.lengths, self.sizes)
-        return Tile(axes, sizes, (), self.captured, torch.float32, self.device)
+        call = self.call
+        axes = tuple(zip(position_symbols(call.spec), map(range, (*call.batch, q_len, kv_len)), strict=True))
+        sizes = size_values(call.spec, call.q_len, call.kv_len, call.sizes)
+        return Tile(axes, sizes, (), call.captured, torch.float32, call.device)
 
 
 def _slot(read: Load | Gather) -> int:

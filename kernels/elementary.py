@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.core import builtin, constexpr
 
 
 @triton.jit
@@ -36,3 +37,30 @@ def power(x, N: tl.constexpr):
 def through(grad, slope):
     """grad * slope, but 0 where either is: what a mask discards stays 0 beside a NaN or an infinity."""
     return tl.where((grad == 0) | (slope == 0), 0.0, grad * slope)
+
+
+@builtin
+def _rounds_pairs(_semantic=None):
+    """Whether the target has an instruction that rounds two numbers to bfloat16: NVIDIA's from capability 8.0 on."""
+    options = _semantic.builder.options
+    return constexpr(options.backend_name == "cuda" and int(options.arch.removeprefix("sm")) >= 80)
+
+
+@triton.jit
+def to_bfloat16(x):
+    """x rounded to bfloat16, in float32. Pairs, since single numbers would wait for the unit that exp2 runs on."""
+    PAIRS: tl.constexpr = len(x.shape) > 0 and _rounds_pairs()
+    if PAIRS:
+        return tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b32 pair;
+                cvt.rn.bf16x2.f32 pair, $3, $2;
+                shl.b32 $0, pair, 16;
+                and.b32 $1, pair, 0xffff0000;
+            }
+            """,
+            "=f,=f,f,f", [x.to(tl.float32)], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x.to(tl.bfloat16).to(tl.float32)

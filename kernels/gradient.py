@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from flashfuse.kernels.backward_tiled import attention_backward_tiled
+from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.output import empty_gradients
 from flashfuse.kernels.spec import AttentionSpec
 
@@ -48,11 +49,9 @@ def _on_device(choose: Callable[[], Kernel]) -> Kernel:
         kv_ranges: torch.Tensor | None,
         needs: Sequence[bool],
     ) -> list[torch.Tensor]:
-        parsed = AttentionSpec.from_text(spec)
-        beside = [c if c.device == q.device else c.to(q.device, non_blocking=True) for c in captured]
-        kv_ranges = None if kv_ranges is None else kv_ranges.to(q.device)
-        found = choose()(parsed, grad_out, q, k, v, out, lse, beside, sizes, kv_ranges, needs)
-        expected = empty_gradients(parsed, (q, k, v, *captured), needs).values()
+        call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges)
+        found = choose()(call.on_one_device(), grad_out, out, lse, needs)
+        expected = empty_gradients(call, needs).values()
         return [x if x.device == like.device else x.to(like.device) for x, like in zip(found, expected, strict=True)]
 
     return attention_backward
@@ -94,7 +93,8 @@ def _fake(
     kv_ranges: torch.Tensor | None,
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
-    return list(empty_gradients(AttentionSpec.from_text(spec), (q, k, v, *captured), needs).values())
+    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges)
+    return list(empty_gradients(call, needs).values())
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen import load_program
 from flashfuse.kernels.expr import Load, free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
@@ -222,47 +223,73 @@ def precision_of(spec: AttentionSpec) -> str:
     return "tf32" if widest == 4 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def attention_forward(
-    spec: AttentionSpec,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    kv_ranges: torch.Tensor | None = None,
-    launch: Launch | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of q [.., Tq, D], k [.., Tkv, D], v [.., Tkv, Dv] that broadcast.
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A launch of the forward kernel but for its tensors: all that follows from their element types, sizes and strides.
 
-    The arguments are the operator's, already validated. `launch` overrides the table, for searching.
+    out, lse: (size, strides, element type). numbers: the arguments between the tensors and the captured tensors.
     """
-    if spec.compute_dtype == torch.float64:
-        # Triton 3.6 aborts the process on some float64 products.
-        return attention_tiled(spec, q, k, v, captured, sizes, kv_ranges)
-    out, lse = empty_output(spec, q, v, sizes)
-    (q_len, head_dim), (kv_len, value_dim) = q.shape[-2:], v.shape[-2:]
-    batch = tuple(sizes[: spec.batch_axes])
-    if out.numel() == 0 and lse.numel() == 0:
-        return out, lse
-    if kv_len == 0:
-        return attention_tiled(spec, q, k, v, captured, sizes)
 
-    precision = precision_of(spec)
+    programs: int
+    out: tuple[Any, ...]
+    lse: tuple[Any, ...]
+    numbers: tuple[Any, ...]
+    captured_strides: tuple[tuple[int, ...], ...]
+    variant: Mapping[str, Any]
+
+    def arguments(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        kv_ranges: torch.Tensor | None,
+    ) -> tuple[Any, ...]:
+        """The kernel's arguments, with new outputs at places OUT and LSE."""
+        (size, strides, dtype), (rows, row_strides, compute_dtype) = self.out, self.lse
+        out = torch.empty_strided(size, strides, dtype=dtype, device=q.device)
+        lse = torch.empty_strided(rows, row_strides, dtype=compute_dtype, device=q.device)
+        return q, k, v, out, lse, kv_ranges, *self.numbers, tuple(captured), self.captured_strides
+
+
+OUT, LSE = 3, 4
+
+
+def prepare(call: AttentionCall, launch: Launch | None = None) -> Prepared | None:
+    """What launches a validated call; None where torch computes it. `launch` overrides the table, for searching."""
+    spec, q_len, batch, kv_ranges = call.spec, call.q_len, call.batch, call.kv_ranges
+    if spec.compute_dtype == torch.float64 or math.prod(batch) * q_len == 0 or call.kv_len == 0:
+        # Triton 3.6 aborts the process on some float64 products.
+        return None
     if launch is None:
-        launch = _launch(spec, q_len, head_dim, value_dim, q.device.index if q.is_cuda else None)
+        launch = _launch(spec, q_len, call.head_dim, call.value_dim, call.device.index if call.q.is_cuda else None)
     if launch is None:
-        return attention_tiled(spec, q, k, v, captured, sizes, kv_ranges)
-    grid = (math.prod(batch) * -(-q_len // launch.block_q),)
-    arguments = (
-        q, k, v, out, lse, kv_ranges,
-        *(strides_of(x, batch) for x in (q, k, v, out, out if kv_ranges is None else kv_ranges)),
-        *batch, *(1,) * (MAX_BATCH_AXES - len(batch)), q_len, kv_len,
-        tuple(sizes[spec.batch_axes :]), tuple(captured), tuple(c.stride() for c in captured),
+        return None
+    out, lse = empty_output(call)
+    return Prepared(
+        programs=math.prod(batch) * -(-q_len // launch.block_q),
+        out=(out.shape, out.stride(), out.dtype),
+        lse=(lse.shape, lse.stride(), lse.dtype),
+        numbers=(
+            *(strides_of(x, batch) for x in (call.q, call.k, call.v, out, out if kv_ranges is None else kv_ranges)),
+            *batch, *(1,) * (MAX_BATCH_AXES - len(batch)), q_len, call.kv_len, call.program_sizes,
+        ),
+        captured_strides=tuple(c.stride() for c in call.captured),
+        variant=constants(
+            spec, call.head_dim, call.value_dim, precision_of(spec), launch, kv_ranges is not None, q_len <= call.kv_len
+        ),
     )  # fmt: skip
-    variant = constants(spec, head_dim, value_dim, precision, launch, kv_ranges is not None, q_len <= kv_len)
-    with torch.cuda.device_of(q):
-        attention_forward_kernel[grid](*arguments, **variant)
-    return out, lse
+
+
+def attention_forward(call: AttentionCall, launch: Launch | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of a validated call."""
+    prepared = prepare(call, launch)
+    if prepared is None:
+        return attention_tiled(call)
+    arguments = prepared.arguments(call.q, call.k, call.v, call.captured, call.kv_ranges)
+    with torch.cuda.device_of(call.q):
+        attention_forward_kernel[(prepared.programs,)](*arguments, **prepared.variant)
+    return arguments[OUT], arguments[LSE]
 
 
 def strides_of(x: torch.Tensor, batch: tuple[int, ...]) -> tuple[int, ...]:

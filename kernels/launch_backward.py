@@ -24,6 +24,7 @@ from flashfuse.kernels.backward_variants import (
     pairs_constants,
     queries_constants,
 )
+from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.captured_grad import CapturedGradients
 from flashfuse.kernels.captured_reads import unsupported
 from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
@@ -48,76 +49,48 @@ def _launch(
 
 
 def attention_backward(
-    spec: AttentionSpec,
+    call: AttentionCall,
     grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    kv_ranges: torch.Tensor | None,
     needs: Sequence[bool],
     launch: BackwardLaunch | None = None,
 ) -> list[torch.Tensor]:
     """Gradients of the needed tensors, in their shapes, element types and, where those are dense, memory orders.
 
-    grad_out, out: [N.., Tq, Dv], lse: [N.., Tq, 2] of the forward kernel; the others are the operator's arguments.
+    grad_out, out: [N.., Tq, Dv], lse: [N.., Tq, 2] of the forward kernel.
     needs: for q, k, v and every floating-point captured tensor. `launch` overrides the table, for searching.
     """
+    spec = call.spec
     if launch is None:
-        launch = _launch(spec, q.shape[-2], q.shape[-1], v.shape[-1], q.device.index if q.is_cuda else None)
-    floating = [at for at, x in enumerate((q, k, v, *captured)) if x.is_floating_point()]
+        device = call.device.index if call.q.is_cuda else None
+        launch = _launch(spec, call.q_len, call.head_dim, call.value_dim, device)
+    floating = [at for at, x in enumerate(call.operands) if x.is_floating_point()]
     wanted = [at for at, need in zip(floating, needs, strict=True) if need]
-    by_slot = tuple(slot + 3 in wanted for slot in range(len(captured)))
-    everything = (spec, grad_out, q, k, v, out, lse, captured, sizes, kv_ranges)
-    empty = out.numel() == 0 or k.shape[-2] == 0 or q.numel() == 0
+    by_slot = tuple(slot + 3 in wanted for slot in range(len(call.captured)))
+    empty = out.numel() == 0 or call.kv_len == 0 or call.q.numel() == 0
     if empty or launch is None or spec.compute_dtype == torch.float64 or unsupported(spec, by_slot):
-        return attention_backward_tiled(*everything, needs)
-    call = _Call.of(*everything, by_slot, launch)
-    targets = call.gradients.pair_targets()
+        return attention_backward_tiled(call, grad_out, out, lse, needs)
+    program = load_backward(spec, by_slot, call.kv_ranges is not None, call.q_len <= call.kv_len)
+    gradients = CapturedGradients(call, program, by_slot)
+    targets = gradients.pair_targets()
     if targets is None:
-        return attention_backward_tiled(*everything, needs)
-    with torch.cuda.device_of(q):
-        return call.run(wanted, targets)
+        return attention_backward_tiled(call, grad_out, out, lse, needs)
+    with torch.cuda.device_of(call.q):
+        return _Backward(call, grad_out, out, lse, program, gradients, launch).run(wanted, targets)
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
-    """One backward pass. `batch` are the batch sizes, padded with ones to four."""
+class _Backward:
+    """One backward pass."""
 
-    spec: AttentionSpec
-    program: BackwardProgram
+    call: AttentionCall
     grad_out: torch.Tensor
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
-    kv_ranges: torch.Tensor | None
+    program: BackwardProgram
     gradients: CapturedGradients
     launch: BackwardLaunch
-
-    @staticmethod
-    def of(
-        spec: AttentionSpec,
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-        kv_ranges: torch.Tensor | None,
-        needs: tuple[bool, ...],
-        launch: BackwardLaunch,
-    ) -> _Call:
-        lengths = (q.shape[-2], k.shape[-2])
-        program = load_backward(spec, needs, kv_ranges is not None, lengths[0] <= lengths[1])
-        gradients = CapturedGradients(spec, program, captured, sizes, lengths, q.device, needs)
-        return _Call(spec, program, grad_out, q, k, v, out, lse, kv_ranges, gradients, launch)
 
     def run(self, wanted: Sequence[int], targets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         rows = self._rows()
@@ -134,22 +107,18 @@ class _Call:
     @property
     def _needs_sink(self) -> bool:
         """Whether the gradients of sinks are needed: for themselves, or to correct those of the scores."""
-        return self.gradients.of_sink or (self.spec.sink is not None and bool(self.program.corrected))
-
-    @property
-    def _batch(self) -> tuple[int, ...]:
-        return self.gradients.batch
+        return self.gradients.of_sink or (self.call.spec.sink is not None and bool(self.program.corrected))
 
     def _rows(self) -> torch.Tensor:
         """[ROW_PLANES, N.., Tq]; the log-sum-exps, unused, where there is no softmax."""
-        if self.spec.normaliser == "none":
+        if self.call.spec.normaliser == "none":
             return self.lse
         q_len, value_dim = self.out.shape[-2:]
-        rows = self.lse.new_empty(ROW_PLANES, *self._batch, q_len)
+        rows = self.lse.new_empty(ROW_PLANES, *self.call.batch, q_len)
         block = max(16, min(128, ROW_ELEMENTS // padded(value_dim)))
-        attention_rows_backward_kernel[(math.prod(self._batch) * -(-q_len // block),)](
+        attention_rows_backward_kernel[(math.prod(self.call.batch) * -(-q_len // block),)](
             self.grad_out, self.out, self.lse, rows, *self._strides(self.grad_out, self.out),
-            *_padded(self._batch), *self._program_arguments,
+            *_padded(self.call.batch), *self._program_arguments,
             SINK=self.program.forward.sink if self._needs_sink else None,
             ROW_KEPT=self.program.forward.row_kept,
             SCALE=self.program.derivatives.scale, HUGE_FACTOR=self.program.forward.huge_factor,
@@ -162,26 +131,30 @@ class _Call:
     def _keys(self, rows: torch.Tensor, k_wanted: bool, v_wanted: bool) -> dict[int, torch.Tensor]:
         """The gradients of k (1) and v (2), where wanted, and those of reads at keys."""
         owned = self._owned_by_keys()
-        dk, dv = self._buffer(self.k, owned, k_wanted), self._buffer(self.v, owned, v_wanted)
-        q_len, kv_len = self.gradients.lengths
+        dk, dv = self._buffer(self.call.k, owned, k_wanted), self._buffer(self.call.v, owned, v_wanted)
+        q_len, kv_len = self.call.q_len, self.call.kv_len
         tiles = self.launch.keys
-        ranges = None if self.kv_ranges is None else query_ranges(self.kv_ranges, q_len, kv_len, tiles.block_kv)
-        sums = tuple(rows.new_empty(*self._batch, kv_len) for _ in self.program.key_terms)
+        ranges = (
+            None if self.call.kv_ranges is None else query_ranges(self.call.kv_ranges, q_len, kv_len, tiles.block_kv)
+        )
+        sums = tuple(rows.new_empty(*self.call.batch, kv_len) for _ in self.program.key_terms)
         attention_keys_backward_kernel[(math.prod(owned) * -(-kv_len // tiles.block_kv),)](
-            self.q, self.k, self.v, self.grad_out, rows, ranges, self._filled(), dk, dv, sums,
-            *self._strides(self.q, self.k, self.v, self.grad_out, ranges, dk, dv),
-            *_padded(owned), *_padded(_loop(self._batch, owned)), *self._program_arguments,
-            **keys_constants(self.spec, self.program, self.q.shape[-1], self.v.shape[-1], tiles),
+            self.call.q, self.call.k, self.call.v, self.grad_out, rows, ranges, self._filled(), dk, dv, sums,
+            *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, ranges, dk, dv),
+            *_padded(owned), *_padded(_loop(self.call.batch, owned)), *self._program_arguments,
+            **keys_constants(self.call.spec, self.program, self.call.head_dim, self.call.value_dim, tiles),
         )  # fmt: skip
         for term, found in zip(self.program.key_terms, sums, strict=True):
             self.gradients.add_keys(term, found)
-        return {at: _finished(grad, x) for at, grad, x in ((1, dk, self.k), (2, dv, self.v)) if grad is not None}
+        return {
+            at: _finished(grad, x) for at, grad, x in ((1, dk, self.call.k), (2, dv, self.call.v)) if grad is not None
+        }
 
     def _owned_by_keys(self) -> tuple[int, ...]:
         """The batch positions whose keys a program owns: 1 on the last axes, over which k and v are shared."""
-        owned = list(self._batch)
+        owned = list(self.call.batch)
         for axis in reversed(range(len(owned))):
-            if self.k.shape[axis] != 1 or self.v.shape[axis] != 1:
+            if self.call.k.shape[axis] != 1 or self.call.v.shape[axis] != 1:
                 break
             owned[axis] = 1
         return tuple(owned)
@@ -198,38 +171,38 @@ class _Call:
 
     def _queries(self, rows: torch.Tensor, wanted: bool) -> dict[int, torch.Tensor]:
         """The gradient of q (0), where wanted, and those of reads at queries."""
-        dq = self._buffer(self.q, self._batch, wanted)
-        tiles, q_len = self.launch.queries, self.q.shape[-2]
-        sums = tuple(rows.new_empty(*self._batch, q_len) for _ in range(self.program.num_row_sums))
-        attention_queries_backward_kernel[(math.prod(self._batch) * -(-q_len // tiles.block_q),)](
-            self.q, self.k, self.v, self.grad_out, rows, self.kv_ranges, dq, sums,
-            *self._strides(self.q, self.k, self.v, self.grad_out, self.kv_ranges, dq),
-            *_padded(self._batch), *self._program_arguments,
-            **queries_constants(self.spec, self.program, self.q.shape[-1], self.v.shape[-1], tiles),
+        dq = self._buffer(self.call.q, self.call.batch, wanted)
+        tiles, q_len = self.launch.queries, self.call.q_len
+        sums = tuple(rows.new_empty(*self.call.batch, q_len) for _ in range(self.program.num_row_sums))
+        attention_queries_backward_kernel[(math.prod(self.call.batch) * -(-q_len // tiles.block_q),)](
+            self.call.q, self.call.k, self.call.v, self.grad_out, rows, self.call.kv_ranges, dq, sums,
+            *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, self.call.kv_ranges, dq),
+            *_padded(self.call.batch), *self._program_arguments,
+            **queries_constants(self.call.spec, self.program, self.call.head_dim, self.call.value_dim, tiles),
         )  # fmt: skip
         if sums:
             self.gradients.add_rows(sums, rows[4] if self._needs_sink else None)
-        return {} if dq is None else {0: _finished(dq, self.q)}
+        return {} if dq is None else {0: _finished(dq, self.call.q)}
 
     def _pairs(self, rows: torch.Tensor, number: int, target: torch.Tensor) -> None:
         """Write the gradients of one read at pairs."""
-        (q_len, kv_len), tiles, owned = self.gradients.lengths, self.launch.pairs, tuple(target.shape[:-2])
-        grid = (math.prod(owned) * -(-q_len // tiles.block_q) * -(-kv_len // tiles.block_kv),)
+        tiles, owned = self.launch.pairs, tuple(target.shape[:-2])
+        grid = (math.prod(owned) * -(-self.call.q_len // tiles.block_q) * -(-self.call.kv_len // tiles.block_kv),)
         attention_pairs_backward_kernel[grid](
-            self.q, self.k, self.v, self.grad_out, rows, self.kv_ranges, target,
-            *self._strides(self.q, self.k, self.v, self.grad_out, self.kv_ranges, target),
-            *_padded(owned), *_padded(_loop(self._batch, owned)), *self._program_arguments,
-            **pairs_constants(self.spec, self.program, number, self.q.shape[-1], self.v.shape[-1], tiles),
+            self.call.q, self.call.k, self.call.v, self.grad_out, rows, self.call.kv_ranges, target,
+            *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, self.call.kv_ranges, target),
+            *_padded(owned), *_padded(_loop(self.call.batch, owned)), *self._program_arguments,
+            **pairs_constants(self.call.spec, self.program, number, self.call.head_dim, self.call.value_dim, tiles),
         )  # fmt: skip
 
     @property
     def _program_arguments(self) -> tuple[Any, ...]:
-        captured = self.gradients.captured
-        sizes = tuple(self.gradients.sizes[self.spec.batch_axes :])
-        return (*self.gradients.lengths, sizes, tuple(captured), tuple(c.stride() for c in captured))
+        call = self.call
+        strides = tuple(c.stride() for c in call.captured)
+        return call.q_len, call.kv_len, call.program_sizes, tuple(call.captured), strides
 
     def _strides(self, *tensors: torch.Tensor | None) -> list[tuple[int, ...]]:
-        return [strides_of(self.q if x is None else x, self._batch) for x in tensors]
+        return [strides_of(self.call.q if x is None else x, self.call.batch) for x in tensors]
 
     def _buffer(self, x: torch.Tensor, owned: tuple[int, ...], wanted: bool) -> torch.Tensor | None:
         """Where the gradient of `x` goes: itself, or one for each position that shares `x`, in float32."""

@@ -21,6 +21,7 @@ _IMPORTS = {
     "power(": "from flashfuse.kernels.elementary import power",
     "tanh(": "from flashfuse.kernels.elementary import tanh",
     "through(": "from flashfuse.kernels.elementary import through",
+    "to_bfloat16(": "from flashfuse.kernels.elementary import to_bfloat16",
 }
 # What of a capped score is lost near 0 is far below what operands of 16 bits have lost already.
 _NARROW_IMPORTS = {**_IMPORTS, "tanh(": "from flashfuse.kernels.elementary import bounded_tanh as tanh"}

@@ -72,7 +72,7 @@ OPS: Mapping[str, Op] = {
     "to_int": Op(1, "int", _cast(torch.int64), "{}.to(tl.int32)"),
     "to_bool": Op(1, "bool", _cast(torch.bool), "({} != 0)"),
     "to_float16": Op(1, "float", _rounded(torch.float16), "{}.to(tl.float16).to(tl.float32)"),
-    "to_bfloat16": Op(1, "float", _rounded(torch.bfloat16), "{}.to(tl.bfloat16).to(tl.float32)"),
+    "to_bfloat16": Op(1, "float", _rounded(torch.bfloat16), "to_bfloat16({})"),
     "to_float32": Op(1, "float", _rounded(torch.float32), "{}.to(tl.float32)"),
 }
 

@@ -27,8 +27,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.gradient import gradients, save
-from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.ranges import mask_ranges
 from flashfuse.kernels.spec import AttentionSpec
@@ -53,105 +53,42 @@ _library.define(
 _library.impl("mask_ranges", mask_ranges, "CompositeImplicitAutograd")
 
 
-def _check(
-    spec: AttentionSpec,
+def _attention_tiled(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     captured: Sequence[torch.Tensor],
     sizes: Sequence[int],
-) -> None:
-    """Raise RuntimeError where the operands cannot be the spec's. Size comparisons are symbolic while tracing."""
-    rank = spec.batch_axes + 2
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != rank:
-            raise RuntimeError(f"flashfuse::attention: {name} needs {rank} dimensions, got shape {list(x.shape)}")
-        if x.device != q.device:
-            raise RuntimeError(f"flashfuse::attention: {name} is on {x.device}, q on {q.device}")
-        to = spec.probs_dtype if name == "v" else spec.product_dtype
-        if torch.promote_types(x.dtype, to) != to:
-            raise RuntimeError(f"flashfuse::attention: {name} is {x.dtype}, which {to} cannot hold exactly")
-    if len(sizes) != spec.batch_axes + spec.num_sizes:
-        expected = f"{spec.batch_axes} batch sizes and {spec.num_sizes} others"
-        raise RuntimeError(f"flashfuse::attention: expected {expected}, got {len(sizes)} sizes")
-    if tuple(c.dtype for c in captured) != spec.captured:
-        found = [c.dtype for c in captured]
-        raise RuntimeError(f"flashfuse::attention: captured tensors must be {list(spec.captured)}, got {found}")
-    for slot, c in enumerate(captured):
-        # torch lets a scalar on the CPU stand beside tensors elsewhere.
-        if c.device != q.device and (c.dim() or c.device.type != "cpu"):
-            raise RuntimeError(f"flashfuse::attention: captured tensor {slot} is on {c.device}, q on {q.device}")
-    torch._check(q.shape[-1] == k.shape[-1], lambda: f"flashfuse::attention: q is {q.shape[-1]} wide, k {k.shape[-1]}")
-    torch._check(k.shape[-2] == v.shape[-2], lambda: f"flashfuse::attention: {k.shape[-2]} keys, {v.shape[-2]} values")
+    spec: str,
+    kv_ranges: torch.Tensor | None = None,
+) -> Outputs:
+    """In plain PyTorch, on any device."""
+    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges)
+    call.check()
+    call.check_sizes()
+    return attention_tiled(call.on_one_device())
 
 
-def _check_batch(spec: AttentionSpec, operands: Sequence[torch.Tensor], sizes: Sequence[int]) -> None:
-    """Raise RuntimeError where an operand does not broadcast to the batch sizes."""
-    batch = tuple(sizes[: spec.batch_axes])
-    for name, x in zip("qkv", operands, strict=True):
-        if any(n not in (1, size) for n, size in zip(x.shape, batch, strict=False)):
-            raise RuntimeError(f"flashfuse::attention: {name} of shape {list(x.shape)} does not broadcast to {batch}")
-
-
-def _beside(
-    spec: AttentionSpec, kv_ranges: torch.Tensor | None, q: torch.Tensor, sizes: Sequence[int]
-) -> torch.Tensor | None:
-    """The ranges, on q's device. Raises RuntimeError where they are not what `flashfuse::mask_ranges` gives."""
-    if kv_ranges is None:
+@functools.cache
+def _attention_triton() -> Kernel | None:
+    if importlib.util.find_spec("triton") is None:
         return None
-    wanted = (*sizes[: spec.batch_axes], -(-q.shape[-2] // MASK_BLOCK), 4)
-    found = tuple(kv_ranges.shape)
-    broadcasts = all(n in (1, size) for n, size in zip(found[:-2], wanted, strict=False))
-    fits = broadcasts and len(found) == len(wanted) and found[-2] >= wanted[-2] and found[-1] == 4
-    if kv_ranges.dtype != torch.int32 or not fits:
-        raise RuntimeError(
-            f"flashfuse::attention: kv_ranges must be int32 and broadcast to {wanted}, got {kv_ranges.dtype} {found}"
-        )
-    return kv_ranges.to(q.device)
-
-
-def _on_device(choose: Callable[[], Kernel]) -> Kernel:
-    """The implementation on one device, by the kernel that `choose` finds at the call."""
-
-    def attention(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-        spec: str,
-        kv_ranges: torch.Tensor | None = None,
-    ) -> Outputs:
-        parsed = AttentionSpec.from_text(spec)
-        _check(parsed, q, k, v, captured, sizes)
-        _check_batch(parsed, (q, k, v), sizes)
-        kv_ranges = _beside(parsed, kv_ranges, q, sizes)
-        captured = [c if c.device == q.device else c.to(q.device, non_blocking=True) for c in captured]
-        return choose()(parsed, q, k, v, captured, sizes, kv_ranges)
+    from flashfuse.kernels.plans import attention
 
     return attention
 
 
-@functools.cache
-def _triton_kernel() -> Kernel | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from flashfuse.kernels.launch import attention_forward
-
-    return attention_forward
-
-
-def _cpu_kernel() -> Kernel:
+def _attention_cpu(*arguments: Any) -> Outputs:
     interpret = os.environ.get("TRITON_INTERPRET") == "1"
-    return (_triton_kernel() if interpret else None) or attention_tiled
+    return ((_attention_triton() if interpret else None) or _attention_tiled)(*arguments)
 
 
-def _cuda_kernel() -> Kernel:
-    return _triton_kernel() or attention_tiled
+def _attention_cuda(*arguments: Any) -> Outputs:
+    return (_attention_triton() or _attention_tiled)(*arguments)
 
 
-_library.impl("attention", _on_device(_cpu_kernel), "CPU")
-_library.impl("attention", _on_device(_cuda_kernel), "CUDA")
+_library.impl("attention", _attention_cpu, "CPU")
+_library.impl("attention", _attention_cuda, "CUDA")
 
 
 @torch.library.register_fake("flashfuse::attention", lib=_library)
@@ -164,9 +101,9 @@ def _fake(
     spec: str,
     kv_ranges: torch.Tensor | None = None,
 ) -> Outputs:
-    parsed = AttentionSpec.from_text(spec)
-    _check(parsed, q, k, v, captured, sizes)
-    return empty_output(parsed, q, v, sizes)
+    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges)
+    call.check()
+    return empty_output(call)
 
 
 torch.library.register_autograd("flashfuse::attention", gradients, setup_context=save, lib=_library)

@@ -13,6 +13,7 @@ import sympy
 import torch
 
 from flashfuse.kernels.bounds import Q_START, Q_STOP, KvRange
+from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.mask import MASK_BLOCK, MaskStructure, mask_of
@@ -48,27 +49,18 @@ class Axes:
         where: tuple[slice | int, ...] = (*(slice(None),) * outer, *(0,) * self.shared)
         return self.rows(x)[where]
 
-    def problem(
-        self,
-        spec: AttentionSpec,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-        kv_ranges: torch.Tensor | None,
-    ) -> Problem:
-        """The call with these arguments of the operator."""
-        rank, symbols = len(self.batch), position_symbols(spec)
+    def problem(self, call: AttentionCall) -> Problem:
+        """The call over these axes."""
+        rank, symbols = len(self.batch), position_symbols(call.spec)
         return Problem(
-            spec=spec,
+            spec=call.spec,
             symbols=(*(symbols[axis] for axis in self.order), *symbols[rank:]),
-            sizes=size_values(spec, q.shape[-2], k.shape[-2], sizes),
-            captured=captured,
-            q=self.rows(q),
-            k=self.keys(k),
-            v=self.keys(v),
-            kv_ranges=None if kv_ranges is None else self.rows(kv_ranges),
+            sizes=size_values(call.spec, call.q_len, call.kv_len, call.sizes),
+            captured=call.captured,
+            q=self.rows(call.q),
+            k=self.keys(call.k),
+            v=self.keys(call.v),
+            kv_ranges=None if call.kv_ranges is None else self.rows(call.kv_ranges),
         )
 
 

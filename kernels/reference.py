@@ -6,43 +6,33 @@ measures against.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
+from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
 from flashfuse.kernels.expr import Expr
-from flashfuse.kernels.spec import AttentionSpec
 
 
-def attention_reference(
-    spec: AttentionSpec,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of the operator's arguments.
+def attention_reference(call: AttentionCall, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2].
 
     dtype: compute and return everything in this type, with no rounding in between; by default operands, probabilities
         and output are rounded to the spec's types and the arithmetic is in its `compute_dtype`.
     """
+    spec, batch, q_len, kv_len = call.spec, call.batch, call.q_len, call.kv_len
     compute = dtype or spec.compute_dtype
-    batch, q_len, kv_len = tuple(sizes[: spec.batch_axes]), q.shape[-2], k.shape[-2]
 
     def rounded(x: torch.Tensor, to: torch.dtype) -> torch.Tensor:
         return x.to(compute) if dtype else x.to(to).to(compute)
 
-    product = rounded(q, spec.product_dtype) @ rounded(k, spec.product_dtype).mT
+    product = rounded(call.q, spec.product_dtype) @ rounded(call.k, spec.product_dtype).mT
     tile = Tile(
         axes=tuple(zip(position_symbols(spec), map(range, (*batch, q_len, kv_len)), strict=True)),
-        sizes=size_values(spec, q_len, kv_len, sizes),
+        sizes=size_values(spec, q_len, kv_len, call.sizes),
         products=(product,),
-        captured=captured,
+        captured=call.captured,
         dtype=compute,
-        device=q.device,
+        device=call.device,
     )
 
     def values(expr: Expr, columns: int) -> torch.Tensor:
@@ -66,8 +56,8 @@ def attention_reference(
     if spec.factor is not None:
         factor = values(spec.factor, kv_len)
         probs = probs.masked_fill(factor == 0, 0.0) if spec.factor.dtype == torch.bool else probs * factor
-    out = rounded(probs, spec.probs_dtype) @ rounded(v, spec.probs_dtype)
-    out = out.expand(*batch, q_len, v.shape[-1])
+    out = rounded(probs, spec.probs_dtype) @ rounded(call.v, spec.probs_dtype)
+    out = out.expand(*batch, q_len, call.value_dim)
     return (out, lse) if dtype else (out.to(spec.out_dtype), lse)
 
 

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from flashfuse.kernels import flash_cpu
+from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.problem import Axes, Box, Problem, slices, split
-from flashfuse.kernels.spec import AttentionSpec
 
 # Queries and keys of a tile, and the most elements of one buffer: 1 MiB in float32, so that a few stay in cache.
 BLOCK_Q = 256
@@ -26,42 +26,26 @@ BLOCK_KV = 1024
 WORKSPACE = 1 << 18
 
 
-def attention_tiled(
-    spec: AttentionSpec,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    kv_ranges: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of q [.., Tq, D], k [.., Tkv, D], v [.., Tkv, Dv], on any device."""
+def attention_tiled(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2], on any device."""
     # The spec states every element type, so an autocast region around the call must not change one.
-    with torch.autocast(q.device.type, enabled=False):
-        return _attention(spec, q, k, v, captured, sizes, kv_ranges)
+    with torch.autocast(call.device.type, enabled=False):
+        return _attention(call)
 
 
-def _attention(
-    spec: AttentionSpec,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    kv_ranges: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = empty_output(spec, q, v, sizes)
+def _attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = empty_output(call)
     if lse.numel() == 0:
         return out, lse
-    axes = Axes.of(sizes[: spec.batch_axes], lambda axis: _is_shared(k, axis) and _is_shared(v, axis))
-    problem = axes.problem(spec, q, k, v, captured, sizes, kv_ranges)
+    axes = Axes.of(call.batch, lambda axis: _is_shared(call.k, axis) and _is_shared(call.v, axis))
+    problem = axes.problem(call)
     out_rows, lse_rows = axes.rows(out), axes.rows(lse)
-    if k.shape[-2] == 0:
+    if call.kv_len == 0:
         lse_rows[..., 0] = _lse_without_keys(problem, tuple(map(range, lse_rows.shape[:-1])))
         lse_rows[..., 1] = 0.0
         return out.zero_(), lse
     program = flash_cpu.additive_program(problem)
-    width = max(q.shape[-1], v.shape[-1])
+    width = max(call.head_dim, call.value_dim)
     for box in row_boxes(problem.q.shape[:-1], width) if program is None else flash_cpu.boxes(problem, program):
         where = slices(box)
         done = None if program is None else flash_cpu.attend(problem, program, box)

@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
+from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.reference import attention_reference
 from flashfuse.kernels.spec import AttentionSpec, parse
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """The arguments of one operator call."""
-
-    spec: AttentionSpec
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    captured: list[torch.Tensor]
-    sizes: list[int]
+class Call(AttentionCall):
+    """A call with what tests ask of it."""
 
     @property
     def arguments(self) -> tuple:
         """In the operator's order."""
-        return self.q, self.k, self.v, self.captured, self.sizes, self.spec.to_text()
+        return self.q, self.k, self.v, self.captured, self.sizes, self.spec.to_text(), self.kv_ranges
 
-    @property
-    def tensors(self) -> tuple:
-        """In the order of `attention_reference` and of the launchers."""
-        return self.spec, self.q, self.k, self.v, self.captured, self.sizes
+    def to(self, device: str) -> Call:
+        kv_ranges = None if self.kv_ranges is None else self.kv_ranges.to(device)
+        return self.on([x.to(device) for x in self.operands], kv_ranges)
+
+    def on(self, operands: Sequence[torch.Tensor], kv_ranges: torch.Tensor | None = None) -> Call:
+        """The call of other tensors q, k, v, *captured."""
+        q, k, v, *captured = operands
+        return replace(self, q=q, k=k, v=v, captured=captured, kv_ranges=kv_ranges)
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return attention_reference(*self.tensors, dtype=torch.float64)
+        return attention_reference(self, torch.float64)
 
     def eager(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return attention_reference(*self.tensors)
+        return attention_reference(self)
 
 
 def make_call(

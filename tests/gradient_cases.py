@@ -22,18 +22,17 @@ def grad_out(call: Call, draw: int = 0) -> torch.Tensor:
 
 def differentiable(call: Call) -> list[int]:
     """The places of the floating-point tensors in (q, k, v, *captured)."""
-    return [at for at, x in enumerate((call.q, call.k, call.v, *call.captured)) if x.is_floating_point()]
+    return [at for at, x in enumerate(call.operands) if x.is_floating_point()]
 
 
 def reference_gradients(
     call: Call, grads: Sequence[torch.Tensor], wanted: Sequence[int], dtype: torch.dtype | None = None
 ) -> Gradients:
     """Autograd through the reference, one after the other for all `grads`: exact with dtype float64, eager without."""
-    operands = [x.detach().clone() for x in (call.q, call.k, call.v, *call.captured)]
+    operands = [x.detach().clone() for x in call.operands]
     for at in wanted:
         operands[at] = operands[at].to(dtype or operands[at].dtype).requires_grad_()
-    q, k, v, *captured = operands
-    out, _ = attention_reference(call.spec, q, k, v, captured, call.sizes, dtype=dtype)
+    out, _ = attention_reference(call.on(operands), dtype)
     leaves = [operands[at] for at in wanted]
     return _stacked(
         torch.autograd.grad(out, leaves, grad.to(out.dtype), retain_graph=True, materialize_grads=True)
@@ -57,7 +56,7 @@ def check_gradients(
     exact, eager = (reference_gradients(call, grads, wanted, dtype) for dtype in (torch.float64, None))
     found = [backward(call, grad, wanted) for grad in grads]
     for at, mine, theirs, truth in zip(wanted, _stacked(found), eager, exact, strict=True):
-        operand = (call.q, call.k, call.v, *call.captured)[at]
+        operand = call.operands[at]
         assert (mine.shape[1:], mine.dtype) == (operand.shape, operand.dtype)
         try:
             assert_close_to_exact(mine, theirs, truth, dtype=call.spec.product_dtype)

@@ -101,8 +101,8 @@ def check(call: Call, kv_ranges: torch.Tensor | None = None) -> list[torch.Tenso
     inputs, exact_inputs = leaves(call), leaves(call, torch.float64)
     arguments = (call.sizes, call.spec.to_text(), *(() if kv_ranges is None else (kv_ranges,)))
     found = gradients(attention(*inputs[:3], inputs[3:], *arguments)[0], inputs)
-    eager = gradients(attention_reference(call.spec, *inputs[:3], inputs[3:], call.sizes)[0], inputs)
-    out, _ = attention_reference(call.spec, *exact_inputs[:3], exact_inputs[3:], call.sizes, dtype=torch.float64)
+    eager = gradients(attention_reference(call.on(inputs))[0], inputs)
+    out, _ = attention_reference(call.on(exact_inputs), torch.float64)
     for x, own, grad in zip(found, eager, gradients(out, exact_inputs), strict=True):
         assert x.dtype == own.dtype
         assert_close_to_exact(x, own, grad)
@@ -269,12 +269,9 @@ def test_memory_is_linear_in_the_sequence(score: str, monkeypatch: pytest.Monkey
     for length in (256, 1024):
         captured = [noise(2048), noise(2048)][: ("t0" in score) + ("t1" in score)]
         call = make_call(score, (2, length, 8), captured=captured)
-        inputs = leaves(call)
-        q, k, v, *captured = (x.detach() for x in inputs)
-        out, lse = attention(q, k, v, captured, call.sizes, call.spec.to_text())
-        arguments = (out, q, k, v, out, lse, captured, call.sizes, None, [True] * len(inputs))
+        out, lse = attention(*call.arguments)
         with LargestTensor() as seen:
-            attention_backward_tiled(call.spec, *arguments)
+            attention_backward_tiled(call, out, out, lse, [True] * len(call.operands))
         largest.append(seen.elements)
     assert largest[1] <= 4 * largest[0]
     assert largest[1] < 1024 * 1024 // 8

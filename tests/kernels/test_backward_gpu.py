@@ -32,18 +32,12 @@ def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int]) -> Gradients:
-    out, lse = attention_forward(*call.tensors)
     needs = [at in wanted for at in differentiable(call)]
-    return attention_backward(call.spec, grad, call.q, call.k, call.v, out, lse, call.captured, call.sizes, None, needs)
-
-
-def on_gpu(call: Call) -> Call:
-    q, k, v = (x.cuda() for x in (call.q, call.k, call.v))
-    return replace(call, q=q, k=k, v=v, captured=[c.cuda() for c in call.captured])
+    return attention_backward(call, grad, *attention_forward(call), needs)
 
 
 def check(call: Call) -> Gradients:
-    return check_gradients(on_gpu(call), backward, draws=4)
+    return check_gradients(call.to("cuda"), backward, draws=4)
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -128,7 +122,7 @@ def test_grouped_heads_share_keys(groups: int) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 def test_strided_layouts(dtype: torch.dtype) -> None:
     """Queries of a fused projection, keys stored transposed, values and output with heads innermost."""
-    call = on_gpu(make_call(CAUSAL, (2, 4, 300, 64), dtype=dtype, out_order=(0, 2, 1, 3)))
+    call = make_call(CAUSAL, (2, 4, 300, 64), dtype=dtype, out_order=(0, 2, 1, 3)).to("cuda")
     q = torch.cat([call.q, call.q, call.q], dim=-1)[..., 64:128]
     k, v = call.k.mT.contiguous().mT, call.v.transpose(1, 2).contiguous().transpose(1, 2)
     _, dk, dv = check(replace(call, q=q, k=k, v=v))
@@ -138,13 +132,13 @@ def test_strided_layouts(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_long_sequence_is_deterministic(head_dim: int) -> None:
     score = "where(kv_idx <= q_idx, qk * 0.125 + to_float(kv_idx - q_idx) * t0[n1], -inf)"
-    call = on_gpu(make_call(score, (1, 2, 4096, head_dim), captured=[torch.tensor([0.5, 0.01])], dtype=BF16))
+    call = make_call(score, (1, 2, 4096, head_dim), captured=[torch.tensor([0.5, 0.01])], dtype=BF16).to("cuda")
     first, second = backward(call, grad_out(call), [0, 1, 2, 3]), check(call)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_inside_a_cuda_graph() -> None:
-    call = on_gpu(make_call(CAUSAL, (2, 4, 300, 64), dtype=BF16))
+    call = make_call(CAUSAL, (2, 4, 300, 64), dtype=BF16).to("cuda")
     grad = grad_out(call)
     expected = backward(call, grad, [0, 1, 2])
     graph = torch.cuda.CUDAGraph()
@@ -160,13 +154,12 @@ def test_memory_is_linear_in_the_sequence() -> None:
     """Beside the gradients, numbers of rows only."""
 
     def peak(length: int) -> int:
-        call = on_gpu(make_call(CAUSAL, (1, 2, length, 64), dtype=BF16))
-        grad, (out, lse) = grad_out(call), attention_forward(*call.tensors)
+        call = make_call(CAUSAL, (1, 2, length, 64), dtype=BF16).to("cuda")
+        grad, (out, lse) = grad_out(call), attention_forward(call)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        arguments = (call.q, call.k, call.v, out, lse, [], call.sizes, None, [True] * 3)
-        attention_backward(call.spec, grad, *arguments)
+        attention_backward(call, grad, out, lse, [True] * 3)
         return torch.cuda.max_memory_allocated() - before
 
     peak(2048)

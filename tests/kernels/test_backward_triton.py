@@ -45,13 +45,10 @@ def _nan_filled_outputs() -> Iterator[None]:
 
 
 def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int], kv_ranges: torch.Tensor | None = None) -> Gradients:
-    q, k, v, grad = (x.to(DEVICE) for x in (call.q, call.k, call.v, grad))
-    captured = [c.to(DEVICE) for c in call.captured]
-    kv_ranges = None if kv_ranges is None else kv_ranges.to(DEVICE)
-    small = kv_ranges is None
-    out, lse = attention_forward(call.spec, q, k, v, captured, call.sizes, kv_ranges, launch=SMALL if small else LARGE)
     needs = [at in wanted for at in differentiable(call)]
-    return attention_backward(call.spec, grad, q, k, v, out, lse, captured, call.sizes, kv_ranges, needs, launch=TILES)
+    call = replace(call, kv_ranges=kv_ranges).to(DEVICE)
+    out, lse = attention_forward(call, SMALL if kv_ranges is None else LARGE)
+    return attention_backward(call, grad.to(DEVICE), out, lse, needs, TILES)
 
 
 def check(call: Call, wanted: Sequence[int] | None = None) -> Gradients:

@@ -31,6 +31,7 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "plain": ("qk * 0.125", (), ()),
     "causal": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (), ()),
     "bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[0, n1, q_idx, kv_idx], -inf)", (torch.bfloat16,), (4,)),
+    "rounded": ("qk * 0.125 + to_bfloat16(t0[n1] * to_float(kv_idx - q_idx))", (torch.float32,), (1,)),
     "sink": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (torch.bfloat16,), (1,)),
     "factor": ("where(t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)", (torch.bool,), (2,)),
     "sigmoid": ("sigmoid(where(kv_idx <= q_idx, qk * 0.125, -inf))", (torch.float32,), (1,)),
@@ -51,10 +52,12 @@ CASES = [
     ("sm90", "causal", 128, BF16),
     ("sm90", "bias", 128, BF16),
     ("sm90", "padding", 80, BF16),
+    ("sm90", "rounded", 128, BF16),
     ("sm90", "sink", 128, BF16),
     ("sm90", "factor", 128, BF16),
     ("sm90", "sigmoid", 128, BF16),
     ("gfx942", "sink", 64, BF16),
+    ("gfx942", "rounded", 64, BF16),
     ("sm90", "causal", 256, BF16),
     ("sm100", "causal", 128, BF16),
     ("gfx942", "bias", 128, BF16),
@@ -89,6 +92,10 @@ def test_compiles_within_limits(device: str, program: str, head_dim: int, dtype:
     if dtype == BF16:
         instruction = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[limits.arch]
         assert instruction in ptx
+    if program == "rounded":
+        # Converting one at a time would double the work of the unit that exp2 runs on.
+        assert "cvt.rn.bf16x2.f32" in ptx
+        assert "cvt.rn.bf16.f32" not in ptx
     if limits.arch in (80, 90):
         report = assembler_report(ptx, limits.arch, tmp_path)
         spilled = max((int(n) for n in re.findall(r"(\d+) bytes spill stores", report)), default=0)

@@ -136,7 +136,7 @@ def test_reference_is_eager_attention() -> None:
     )
     q, k, v = (x.double() for x in (call.q, call.k, call.v))
     scores = (q @ k.mT * 0.25 + bias.double()).masked_fill(~mask[:, None, None], -math.inf)
-    out, lse = attention_reference(*call.tensors, dtype=torch.float64)
+    out, lse = attention_reference(call, torch.float64)
     torch.testing.assert_close(out, torch.softmax(scores, -1) @ v, equal_nan=True, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse[0].sum(-1), torch.logsumexp(scores, -1)[0], rtol=1e-12, atol=1e-12)
     assert (lse[1, ..., 0] == -math.inf).all()

@@ -28,15 +28,10 @@ def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
 
 
-def on_gpu(call: Call) -> Call:
-    q, k, v = (x.cuda() for x in (call.q, call.k, call.v))
-    return Call(call.spec, q, k, v, [c.cuda() for c in call.captured], call.sizes)
-
-
 def check(call: Call) -> torch.Tensor:
-    call = on_gpu(call)
+    call = call.to("cuda")
     exact, eager = call.exact(), call.eager()
-    out, lse = attention_forward(*call.tensors)
+    out, lse = attention_forward(call)
     assert_close_to_exact(out, eager[0], exact[0])
     assert_lse_close_to_exact(lse, eager[1], exact[1])
     return out
@@ -100,7 +95,7 @@ def test_grouped_heads_share_keys(groups: int) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 def test_strided_layouts(dtype: torch.dtype) -> None:
     """Queries of a fused projection, keys stored transposed, values and output with heads innermost."""
-    call = on_gpu(make_call(CAUSAL, (2, 4, 300, 64), dtype=dtype, out_order=(0, 2, 1, 3)))
+    call = make_call(CAUSAL, (2, 4, 300, 64), dtype=dtype, out_order=(0, 2, 1, 3)).to("cuda")
     q = torch.cat([call.q, call.q, call.q], dim=-1)[..., 64:128]
     k = call.k.mT.contiguous().mT
     v = call.v.transpose(1, 2).contiguous().transpose(1, 2)
@@ -109,7 +104,7 @@ def test_strided_layouts(dtype: torch.dtype) -> None:
 
 
 def test_expanded_and_unaligned_operands() -> None:
-    call = on_gpu(make_call(CAUSAL, (2, 4, 200, 64), dtype=BF16))
+    call = make_call(CAUSAL, (2, 4, 200, 64), dtype=BF16).to("cuda")
     k = call.k[:1].expand(2, -1, -1, -1)
     storage = torch.zeros(call.v.numel() + 1, dtype=BF16, device="cuda")
     v = storage[1:].view_as(call.v).copy_(call.v)
@@ -120,7 +115,7 @@ def test_offsets_past_32_bits() -> None:
     """One head's keys lie more than 2**31 elements apart in a layout with a long row."""
     rows, width = 40, 1 << 26
     storage = torch.empty(rows, width, dtype=BF16, device="cuda")
-    call = on_gpu(make_call("qk * 0.125", (1, 1, 64, 64), rows, dtype=BF16))
+    call = make_call("qk * 0.125", (1, 1, 64, 64), rows, dtype=BF16).to("cuda")
     k = storage[:, -64:].copy_(call.k[0, 0])[None, None]
     check(Call(call.spec, call.q, k, call.v, [], call.sizes))
 
@@ -132,17 +127,17 @@ def test_many_batches() -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_long_sequence_is_deterministic(head_dim: int) -> None:
-    call = on_gpu(make_call(CAUSAL, (1, 2, 4096, head_dim), dtype=BF16))
-    first, second = attention_forward(*call.tensors)[0], check(call)
+    call = make_call(CAUSAL, (1, 2, 4096, head_dim), dtype=BF16).to("cuda")
+    first, second = attention_forward(call)[0], check(call)
     assert torch.equal(first, second)
 
 
 def test_inside_a_cuda_graph_and_on_a_side_stream() -> None:
-    call = on_gpu(make_call(CAUSAL, (2, 4, 300, 64), dtype=BF16))
-    expected = attention_forward(*call.tensors)[0]
+    call = make_call(CAUSAL, (2, 4, 300, 64), dtype=BF16).to("cuda")
+    expected = attention_forward(call)[0]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attention_forward(*call.tensors)[0]
+        captured = attention_forward(call)[0]
     captured.fill_(torch.nan)
     graph.replay()
     assert torch.equal(captured, expected)
@@ -155,8 +150,8 @@ def test_lengths_do_not_recompile() -> None:
         caches: Any = attention_forward_kernel.device_caches[torch.cuda.current_device()]
         return len(caches[0])
 
-    attention_forward(*on_gpu(make_call("qk * 0.77", (2, 3, 301, 64), 500, dtype=BF16)).tensors)
+    attention_forward(make_call("qk * 0.77", (2, 3, 301, 64), 500, dtype=BF16).to("cuda"))
     before = compiled()
     for q_len, kv_len, batch in ((302, 512, 16), (512, 77, 2), (999, 1, 5)):
-        attention_forward(*on_gpu(make_call("qk * 0.77", (batch, 3, q_len, 64), kv_len, dtype=BF16)).tensors)
+        attention_forward(make_call("qk * 0.77", (batch, 3, q_len, 64), kv_len, dtype=BF16).to("cuda"))
     assert compiled() == before

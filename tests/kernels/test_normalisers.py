@@ -6,7 +6,6 @@ The Triton kernel takes part on a GPU and in Triton's interpreter, in which test
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -38,28 +37,20 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def kernels() -> Iterator[Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
+def kernels() -> Iterator[Callable[[Call], tuple[torch.Tensor, torch.Tensor]]]:
     yield attention_tiled
     if not INTERPRETED and DEVICE == "cpu":
         return
     from flashfuse.kernels.launch import Launch, attention_forward
 
     tiles = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=2)
-    yield lambda *tensors: attention_forward(
-        *(t if i == 0 else to_device(t) for i, t in enumerate(tensors)), launch=tiles
-    )
-
-
-def to_device(x: Any) -> Any:
-    if isinstance(x, list):
-        return [to_device(y) for y in x]
-    return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
+    yield lambda call: attention_forward(call.to(DEVICE), tiles)
 
 
 def check(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     exact, eager = call.exact(), call.eager()
     for kernel in kernels():
-        out, lse = kernel(*call.tensors)
+        out, lse = kernel(call)
         assert (out.dtype, lse.dtype) == (call.spec.out_dtype, call.spec.compute_dtype)
         assert_close_to_exact(out, eager[0], exact[0])
         assert_lse_close_to_exact(lse, eager[1], exact[1], dtype=call.spec.product_dtype)
@@ -201,7 +192,7 @@ def test_no_keys() -> None:
     for kernel in kernels():
         for more, expected in (({"sink": "t0[n0]"}, noise(2)), ({"normaliser": "none", "factor": "t0[n0]"}, 0.0)):
             call = make_call("qk", (2, 5, 16), 0, captured=[noise(2)], **more)
-            out, lse = (x.cpu() for x in kernel(*call.tensors))
+            out, lse = (x.cpu() for x in kernel(call))
             assert (out == 0).all()
             torch.testing.assert_close(lse[..., 0], torch.as_tensor(expected).reshape(-1, 1).expand(2, 5))
             assert (lse[..., 1] == 0).all()

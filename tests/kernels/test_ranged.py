@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,14 +42,13 @@ def ranges_of(call: Call) -> torch.Tensor:
 
 
 def run(kernel: str, call: Call, kv_ranges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    captured = [c.to(DEVICE) for c in call.captured]
-    operands: list[Any] = [x.to(DEVICE) for x in (call.q, call.k, call.v)]
+    call = replace(call, kv_ranges=kv_ranges).to(DEVICE)
     if kernel == "tiled":
-        return attention_tiled(call.spec, *operands, captured, call.sizes, kv_ranges.to(DEVICE))
+        return attention_tiled(call)
     from flashfuse.kernels.launch import Launch, attention_forward
 
     tiles = Launch(block_q=64, block_kv=64, num_warps=4, num_stages=2)
-    return attention_forward(call.spec, *operands, captured, call.sizes, kv_ranges.to(DEVICE), launch=tiles)
+    return attention_forward(call, tiles)
 
 
 def check(kernel: str, call: Call) -> torch.Tensor:

@@ -36,7 +36,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def check(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = attention_tiled(*call.tensors)
+    out, lse = attention_tiled(call)
     eager, exact = call.eager(), call.exact()
     assert (out.dtype, lse.dtype) == (call.spec.out_dtype, call.spec.compute_dtype)
     assert_close_to_exact(out, eager[0], exact[0])
@@ -115,7 +115,7 @@ def test_batch_axes(shape: tuple[int, ...]) -> None:
 def test_shared_by_stride_zero() -> None:
     call = make_call("qk", (2, 3, 20, 8), k_batch=(2, 1))
     expanded = Call(call.spec, call.q, call.k.expand(2, 3, 20, 8), call.v.expand(2, 3, 20, 8), [], call.sizes)
-    torch.testing.assert_close(attention_tiled(*expanded.tensors), attention_tiled(*call.tensors), rtol=0, atol=0)
+    torch.testing.assert_close(attention_tiled(expanded), attention_tiled(call), rtol=0, atol=0)
 
 
 def test_any_strides() -> None:
@@ -168,9 +168,9 @@ def test_rows_masked_by_a_finite_fill_see_every_key(score: str, fill: float, con
 def test_a_masked_key_may_hold_anything(poison: float) -> None:
     """A cache's unused slots: `where` discards them, though adding -inf to them would not."""
     call = make_call("where(t0[kv_idx], qk, -inf)", (2, 20, 8), captured=[keep(20)])
-    expected, expected_lse = attention_tiled(*call.tensors)
+    expected, expected_lse = attention_tiled(call)
     call.k[:, ~call.captured[0]] = poison
-    out, lse = attention_tiled(*call.tensors)
+    out, lse = attention_tiled(call)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse.sum(-1), expected_lse.sum(-1))
 
@@ -181,7 +181,7 @@ def test_a_masked_key_may_hold_anything(poison: float) -> None:
 )
 def test_zero_sizes(score: str, shape: tuple[int, ...], kv_len: int) -> None:
     call = make_call(score, shape, kv_len)
-    out, lse = attention_tiled(*call.tensors)
+    out, lse = attention_tiled(call)
     assert out.shape == shape
     assert (out == 0).all()
     assert (lse.sum(-1) == -math.inf).all()
@@ -195,7 +195,7 @@ def test_one_query(score: str) -> None:
 def test_captured_tensors_are_left_alone() -> None:
     call = make_call("t0[q_idx, kv_idx]", (2, 45, 8), 37, captured=[bias(45, 37)])
     before = call.captured[0].clone()
-    attention_tiled(*call.tensors)
+    attention_tiled(call)
     torch.testing.assert_close(call.captured[0], before, rtol=0, atol=0)
 
 
@@ -245,7 +245,7 @@ def test_memory_is_linear_in_the_sequence(score: str, monkeypatch: pytest.Monkey
         captured = [bias(length), bias(length)][: score.count("t0") * 2]
         call = make_call(score, (2, length, 8), captured=captured)
         with LargestTensor() as seen:
-            attention_tiled(*call.tensors)
+            attention_tiled(call)
         largest.append(seen.elements)
     assert largest[1] <= 4 * largest[0]
     assert largest[1] < 1024 * 1024 // 8

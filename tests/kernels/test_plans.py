@@ -1,0 +1,142 @@
+"""Calls like earlier ones: on a GPU where there is one, otherwise in Triton's interpreter (see test_interpreter.py)."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import Call, make_call
+
+triton = pytest.importorskip("triton")
+
+from flashfuse.kernels import ops, plans  # noqa: E402, F401
+from flashfuse.kernels.forward import attention_forward_kernel  # noqa: E402
+from flashfuse.kernels.launch import attention_forward  # noqa: E402
+from flashfuse.kernels.ranges import mask_ranges, ranges_program  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a GPU or TRITON_INTERPRET=1; test_interpreter.py runs them",
+)
+attention = torch.ops.flashfuse.attention
+
+
+@pytest.fixture(autouse=True)
+def _no_plans_and_nan_filled_outputs() -> Iterator[None]:
+    plans._plans.clear()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def biased(seed: int = 0, **changes: Any) -> Call:
+    bias = torch.randn(3, 40, 50, generator=torch.Generator().manual_seed(seed))
+    return make_call("qk * 0.3 + t0[n1, q_idx, kv_idx]", (2, 3, 40, 16), 50, captured=[bias], **changes).to(DEVICE)
+
+
+def same(call: Call) -> None:
+    """What the operator gives is what the launcher gives, to the bit."""
+    for mine, expected in zip(attention(*call.arguments), attention_forward(call), strict=True):
+        assert torch.equal(mine, expected)
+        assert (mine.stride(), mine.dtype) == (expected.stride(), expected.dtype)
+
+
+def test_a_plan_serves_other_tensors() -> None:
+    call = biased()
+    same(call)
+    other = call.on([torch.randn_like(x) for x in call.operands])
+    same(other)
+    assert len(plans._plans) == 1
+    assert not torch.equal(attention(*call.arguments)[0], attention(*other.arguments)[0])
+
+
+def test_outputs_are_new_each_time() -> None:
+    call = biased()
+    first, second = attention(*call.arguments), attention(*call.arguments)
+    assert not {x.data_ptr() for x in first} & {x.data_ptr() for x in second}
+
+
+def _transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _shifted(x: torch.Tensor) -> torch.Tensor:
+    """At an address that is no multiple of what vector loads want."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("change", [_transposed, _shifted, lambda x: x[:1], lambda x: x.half()])
+def test_a_plan_is_for_layouts(place: int, change: Any) -> None:
+    """A tensor that differs in more than its elements has a plan of its own, or is refused as it always was."""
+    call = biased()
+    same(call)
+    operands = list(call.operands)
+    operands[place] = change(operands[place])
+    other = call.on(operands)
+    try:
+        other.check()
+        other.check_sizes()
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=str(error)[:30].replace("[", ".")):
+            attention(*other.arguments)
+        assert len(plans._plans) == 1
+        return
+    if other.captured[0].shape[0] == 1:
+        # Reads outside of a tensor take its nearest element.
+        return
+    same(other)
+    assert len(plans._plans) == 2
+
+
+def test_sizes_and_specs_are_part_of_the_key() -> None:
+    for scale in (0.3, 0.4):
+        same(make_call(f"qk * {scale} + to_float(size0)", (2, 3, 40, 16), 50, sizes=[7]).to(DEVICE))
+    same(make_call("qk * 0.3 + to_float(size0)", (2, 3, 40, 16), 50, sizes=[8]).to(DEVICE))
+    assert len(plans._plans) == 3
+
+
+def test_ranges_are_no_captured_tensor() -> None:
+    keep = torch.arange(200) < torch.tensor([[70], [200]])
+    call = make_call("where(t0[n0, kv_idx], qk * 0.3, -inf)", (2, 3, 140, 16), 200, captured=[keep])
+    program = ranges_program(call.spec, call.batch, call.kv_len)
+    assert program is not None
+    batch = [size if axis in program.batch else 1 for axis, size in enumerate(call.batch)]
+    ranges = mask_ranges([keep], batch, 2, call.q_len, call.kv_len, program.needed, program.idle).to(DEVICE)
+    q, k, v, captured, sizes, spec, _ = call.to(DEVICE).arguments
+    ranged = attention(q, k, v, captured, sizes, spec, ranges)[0]
+    assert torch.equal(ranged, attention(q, k, v, captured, sizes, spec, ranges)[0])
+    with pytest.raises(RuntimeError, match="captured tensors must be"):
+        attention(q, k, v, [*captured, ranges], sizes, spec)
+    with pytest.raises(RuntimeError, match="kv_ranges must be int32"):
+        attention(q, k, v, captured, sizes, spec, ranges[..., :3])
+
+
+def test_calls_without_a_launch_have_no_plan() -> None:
+    for call in (biased(dtype=torch.float64), make_call("qk", (2, 0, 16), 5), make_call("qk", (2, 4, 16), 0)):
+        attention(*call.to(DEVICE).arguments)
+    assert not plans._plans
+
+
+def test_old_plans_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "MAX_PLANS", 2)
+    for q_len in (20, 21, 22):
+        same(make_call("qk * 0.3", (2, q_len, 16), 30).to(DEVICE))
+    assert len(plans._plans) <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="nothing is compiled when interpreted")
+def test_a_plan_does_not_ask_triton_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = biased(dtype=torch.float16)
+    expected = attention(*call.arguments)[0]
+    monkeypatch.setattr(type(attention_forward_kernel), "run", lambda *_, **__: pytest.fail("worked out again"))
+    assert torch.equal(attention(*call.arguments)[0], expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention(*call.arguments)[0]
+    captured.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(captured, expected)
