@@ -126,7 +126,7 @@ def mistake(layer: Layer, step: Step, found: Tensors) -> str | None:
 
 
 def flex_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> torch.Tensor:
-    return flex_attention(q, k, v, block_mask=mask)  # type: ignore[return-value]
+    return flex_attention(q, k, v, block_mask=mask)
 
 
 def causal_mask(length: int, device: str) -> BlockMask:
