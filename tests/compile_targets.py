@@ -52,6 +52,9 @@ def source_of(
             given = ranged if name == "ranges_ptr" else filled
             signature[name] = "*i32" if given else "constexpr"
             constant |= {} if given else {(i,): None}
+        elif name == "seed_ptr":
+            signature[name] = "*i64" if spec.dropout else "constexpr"
+            constant |= {} if spec.dropout else {(i,): None}
         elif name == "sums_ptrs":
             signature[name] = ("*fp32",) * arguments["NUM_SUMS"]
         elif name.endswith("_ptr"):

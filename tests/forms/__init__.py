@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import additive, data_masks, normalisers, padding, positional, products, relative, shaping, tables
+from . import additive, data_masks, dropping, normalisers, padding, positional, products, relative, shaping, tables
 from .decoys import DECOYS, Decoy
 from .form import Form, Sizes, Spelling, exact, module
 
@@ -16,6 +16,7 @@ FORMS: tuple[Form, ...] = (
     *shaping.FORMS,
     *products.FORMS,
     *normalisers.FORMS,
+    *dropping.FORMS,
 )
 
 
