@@ -63,7 +63,7 @@ def _first(key: Hashable, call: AttentionCall) -> Outputs:
     arguments = prepared.arguments(moved.q, moved.k, moved.v, moved.captured, moved.kv_ranges, moved.seed)
     with torch.cuda.device_of(moved.q):
         again = launched(attention_forward_kernel, prepared.programs, arguments, prepared.variant)
-    if all(x is None or x.device == call.device for x in (*call.captured, call.seed)):
+    if all(x is None or x.device == call.device for x in (*call.captured, call.kv_ranges, call.seed)):
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
         _plans[key] = prepared, again
