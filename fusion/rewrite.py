@@ -16,8 +16,8 @@ from flashfuse.erase import Unused
 from flashfuse.insert import Inserter, copy_module
 from flashfuse.kernels.derivative import differentiable
 from flashfuse.kernels.dropout import SEEDS
-from flashfuse.kernels.expr import Load
 from flashfuse.kernels.ranges import RangesProgram, ranges_program
+from flashfuse.patterns.draw import DrawLoad
 from flashfuse.patterns.graph import raw_value, shape, tensor, to_sympy, value, wants_gradient
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.output_order import memory_order
@@ -106,7 +106,7 @@ class Seeds:
     """
 
     def __init__(self) -> None:
-        self.made: dict[Load, fx.Node] = {}
+        self.made: dict[DrawLoad, fx.Node] = {}
 
     def node(self, site: AttentionSite, build: _Builder) -> fx.Node | None:
         """The seed of a site, the same for all terms with the same draw; None where nothing is dropped."""

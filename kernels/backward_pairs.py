@@ -7,15 +7,9 @@ that nothing is added by more than one program.
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.backward import (
-    MASK_BLOCK,
-    along,
-    batch_position,
-    load_rows,
-    row_factor_of,
-    sees_every_key,
-    tile_gradients,
-)
+from flashfuse.kernels.backward import row_factor_of, tile_gradients
+from flashfuse.kernels.backward_rows import along, batch_position, load_rows, sees_every_key
+from flashfuse.kernels.forward import MASK_BLOCK
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, tile_pointers
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import triton
 
+from flashfuse.kernels import dropout
 from flashfuse.kernels.codegen_backward import BackwardProgram
-from flashfuse.kernels.launch import Device, Launch, Shape, dropping, padded, precision_of, triton_dtype
+from flashfuse.kernels.launch import Device, Launch, Shape, padded, precision_of, triton_dtype
 from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.spec import AttentionSpec
 
@@ -158,7 +159,7 @@ def _shared_constants(
         "FACTOR_MASKED": program.forward.factor_masked,
         # The rows kernel has taken rows that are not kept out of a softmax.
         "ROW_FACTOR": program.forward.row_factor or (None if normalised else program.forward.row_kept),
-        **dropping(spec),
+        **dropout.compile_time(spec.dropout),
         "PRODUCT_DTYPE": triton_dtype(spec.product_dtype),
         "PROBS_DTYPE": triton_dtype(spec.probs_dtype),
         "PRECISION": precision_of(spec),

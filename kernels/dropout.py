@@ -34,6 +34,11 @@ def keep_scale(p: float) -> float:
     return 1.0 / (1.0 - p)
 
 
+def compile_time(p: float) -> dict[str, int | float | None]:
+    """What the Triton kernels are compiled for, None without dropout."""
+    return {"DROP_LEAST": threshold(p) if p else None, "KEEP_SCALE": keep_scale(p) if p else None}
+
+
 def philox(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor], rounds: int = ROUNDS) -> list[torch.Tensor]:
     """Four words of 32 random bits for each counter of four, int64 tensors that broadcast; key: two numbers."""
     a, b, c, d = counter

@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from flashfuse.kernels import dropout
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen import load_program
-from flashfuse.kernels.dropout import keep_scale, threshold
 from flashfuse.kernels.expr import Load, free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
 from flashfuse.kernels.mask import MASK_BLOCK
@@ -173,7 +173,7 @@ def constants(
         "FACTOR_FULL": program.factor_full,
         "ROW_FACTOR": program.row_factor,
         "ROW_KEPT": program.row_kept,
-        **dropping(spec),
+        **dropout.compile_time(spec.dropout),
         "SHARED_BATCH": program.shared_batch,
         "PRODUCT_DTYPE": triton_dtype(spec.product_dtype),
         "PROBS_DTYPE": triton_dtype(spec.probs_dtype),
@@ -187,12 +187,6 @@ def constants(
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
-
-
-def dropping(spec: AttentionSpec) -> dict[str, Any]:
-    """The compile-time arguments of dropout."""
-    p = spec.dropout
-    return {"DROP_LEAST": threshold(p) if p else None, "KEEP_SCALE": keep_scale(p) if p else None}
 
 
 def shape_of(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int) -> Shape:

@@ -10,12 +10,9 @@ from typing import Any
 
 import torch
 
-from flashfuse.kernels.backward import (
-    attention_keys_backward_kernel,
-    attention_queries_backward_kernel,
-    attention_rows_backward_kernel,
-)
+from flashfuse.kernels.backward import attention_keys_backward_kernel, attention_queries_backward_kernel
 from flashfuse.kernels.backward_pairs import attention_pairs_backward_kernel
+from flashfuse.kernels.backward_rows import attention_rows_backward_kernel
 from flashfuse.kernels.backward_tiled import attention_backward_tiled
 from flashfuse.kernels.backward_variants import (
     BackwardLaunch,

@@ -99,7 +99,7 @@ def assemble(
         normaliser=end.normaliser,
         sink=parts.get("sink"),
         factor=parts.get("factor"),
-        dropout=0.0 if end.dropout is None else end.dropout.tensor.p,  # type: ignore[attr-defined]
+        dropout=0.0 if end.dropout is None else end.dropout.tensor.p,
     )
     return AttentionSite(
         node=node,

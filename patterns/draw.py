@@ -13,7 +13,7 @@ from flashfuse.kernels.expr import Expr, Load, walk
 class Draw:
     """The tensor of what dropout multiplies by: 0 with probability `p`, or else 1 / (1 - p), apart for each element.
 
-    A `Load` names it where a node, in its call number `call`, draws it without giving it to anyone.
+    A node draws it in its call number `call`, and gives it to no one.
     """
 
     node: fx.Node
@@ -21,6 +21,13 @@ class Draw:
     call: int = 0
 
 
-def drawn(expr: Expr) -> tuple[Load, ...]:
+@dataclass(frozen=True)
+class DrawLoad(Load):
+    """The random number at a position of such a tensor."""
+
+    tensor: Draw
+
+
+def drawn(expr: Expr) -> tuple[DrawLoad, ...]:
     """The random numbers that an expression reads."""
-    return tuple(dict.fromkeys(e for e in walk(expr) if isinstance(e, Load) and isinstance(e.tensor, Draw)))
+    return tuple(dict.fromkeys(e for e in walk(expr) if isinstance(e, DrawLoad)))

@@ -6,7 +6,7 @@ again wherever they are needed; everywhere else an element drawn at random has n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sympy
@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, free_symbols
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise
 from flashfuse.kernels.normal import pointwise
 from flashfuse.kernels.operators import ROUNDINGS
-from flashfuse.patterns.draw import Draw
+from flashfuse.patterns.draw import Draw, DrawLoad
 from flashfuse.patterns.graph import value
 from flashfuse.patterns.indexing import Indices, Ranges
 from flashfuse.patterns.lift import NODE_ROWS, CannotLift, Lifter, NodeView
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.rows import argument, row
+from flashfuse.patterns.site import AttentionSite
 from flashfuse.patterns.trace import AtenCall
 
 aten = torch.ops.aten
@@ -39,7 +40,7 @@ def dropped(view: NodeView, x: Expr, p: Any, position: Indices, call: int = 0) -
     p = float(p)
     if p == 0:
         return x
-    factor: Expr = Const(x.dtype, 0.0) if p == 1 else Load(x.dtype, Draw(view.node, p, call), position)
+    factor: Expr = Const(x.dtype, 0.0) if p == 1 else DrawLoad(x.dtype, Draw(view.node, p, call), position)
     return pointwise("mul", x, factor, dtype=x.dtype)
 
 
@@ -65,7 +66,7 @@ def _native_dropout(view: NodeView, call: AtenCall, position: Indices, number: i
     return element if training is False else dropped(view, element, p, position, order)
 
 
-def before_dropout(lifter: Lifter, expr: Expr) -> tuple[Expr, Load | None]:
+def before_dropout(lifter: Lifter, expr: Expr) -> tuple[Expr, DrawLoad | None]:
     """What is dropped from, and the random number that it is multiplied by; (expr, None) where dropout is not last."""
     match expr:
         case Load(tensor=fx.Node()):
@@ -74,7 +75,7 @@ def before_dropout(lifter: Lifter, expr: Expr) -> tuple[Expr, Load | None]:
             except CannotLift:
                 return expr, None
             return (expr, None) if draw is None else (inner, draw)
-        case Pointwise(op="mul", args=(inner, Load(tensor=Draw()) as draw)):
+        case Pointwise(op="mul", args=(inner, DrawLoad() as draw)):
             return inner, draw
         case Pointwise(op=op, args=(arg,)) if op in ROUNDINGS:
             inner, draw = before_dropout(lifter, arg)
@@ -82,21 +83,17 @@ def before_dropout(lifter: Lifter, expr: Expr) -> tuple[Expr, Load | None]:
     return expr, None
 
 
-def check_apart(draw: Load, needed: Iterable[sympy.Symbol], ranges: Ranges) -> None:
+def check_apart(draw: DrawLoad, needed: Iterable[sympy.Symbol], ranges: Ranges) -> None:
     """Refuse where one random number serves several positions: those along symbols that the draw does not tell apart.
 
     draw: where a weight's random number is read. needed: the symbols of the attention's batch axes, rows and columns.
     """
-    assert isinstance(draw.tensor, Draw)
-    lacking = {s for s in needed if ranges[s] != 1} - free_symbols(draw)
-    seen: set[sympy.Symbol] = set()
-    for index in draw.indices:
-        mine = index.free_symbols & ranges.keys()
-        if lacking or mine & seen or not _tells_apart(index, ranges):
-            raise Refused(
-                "dropout", "several probabilities share a random number that decides what is dropped", draw.tensor.node
-            )
-        seen |= mine
+    parts = [index.free_symbols & ranges.keys() for index in draw.indices]
+    everything = {s for s in needed if ranges[s] != 1} <= set().union(*parts)
+    once = sum(map(len, parts)) == len(set().union(*parts))
+    if not (everything and once and all(_tells_apart(index, ranges) for index in draw.indices)):
+        reason = "several probabilities share a random number that decides what is dropped"
+        raise Refused("dropout", reason, draw.tensor.node)
 
 
 def _tells_apart(index: sympy.Expr, ranges: Ranges) -> bool:
@@ -111,3 +108,19 @@ def _tells_apart(index: sympy.Expr, ranges: Ranges) -> bool:
         symbols, span = symbols - {found}, span * ranges[found]
         whole = sympy.expand(whole.coeff(found, 0))
     return True
+
+
+def check_draws(sites: Sequence[AttentionSite]) -> None:
+    """Refuse where some random numbers of one dropout serve one term, and some of them another."""
+    draws = {site.draw: (site.batch, site.out_axes) for site in sites if site.draw is not None}
+    for site in sites:
+        draw = site.draw
+        others = (d for d in draws if draw is not None and d != draw and d.tensor == draw.tensor)
+        shared = any(not _differ(d.indices, draw.indices) for d in others if draw is not None)
+        if draw is not None and (shared or draws[draw] != (site.batch, site.out_axes)):
+            raise Refused("dropout", "terms of the attention share some of the random numbers that drop", site.node)
+
+
+def _differ(one: Indices, other: Indices) -> bool:
+    """Whether two positions in a tensor are never the same element."""
+    return any((a - b).is_Integer and a != b for a, b in zip(one, other, strict=True))

@@ -30,6 +30,7 @@ from flashfuse.kernels.expr import (
 )
 from flashfuse.kernels.normal import FALSE, TRUE, cast, conjunction, conjuncts, number, pointwise, rewrite, substitute
 from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.draw import DrawLoad
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import opened_or_none, place
@@ -49,7 +50,7 @@ class Ending:
     empty_row: str = "nan"
     sink: Expr | None = None
     factor: Expr | None = None
-    dropout: Load | None = None
+    dropout: DrawLoad | None = None
 
     @property
     def programs(self) -> dict[str, Expr]:

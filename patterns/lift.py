@@ -87,10 +87,10 @@ class Lifter:
         draws: whether it may be one that is drawn at random.
         """
         expr = self.look_behind(load)
-        if not draws and drawn(expr):
-            raise CannotLift(load.tensor, "drops elements at random")  # type: ignore[arg-type]
         node = load.tensor
         assert isinstance(node, fx.Node)
+        if not draws and drawn(expr):
+            raise CannotLift(node, "drops elements at random")
         if self._ends_gradient(node, expr):
             raise CannotLift(node, "ends a gradient that its input requires")
         return expr

@@ -25,7 +25,7 @@ from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols, loads
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
-from flashfuse.patterns.dropout import before_dropout
+from flashfuse.patterns.dropout import before_dropout, check_draws
 from flashfuse.patterns.ending import Ending, ending, is_linear
 from flashfuse.patterns.gate import Gated, as_gated
 from flashfuse.patterns.graph import Graph, location, raw_value, shape, tensor, value, wants_gradient
@@ -187,25 +187,9 @@ def _added(lifter: Lifter, sites: list[AttentionSite]) -> AttentionSite:
     chain = tuple(sorted({n for site in sites for n in site.chain}, key=lifter.graph.position.__getitem__))
     for site in sites:
         _check_apart(site, chain)
-    _check_draws(sites)
+    check_draws(sites)
     wide = [replace(s, spec=replace(s.spec, out_dtype=s.spec.compute_dtype), chain=chain) for s in sites]
     return replace(wide[0], plus=tuple(wide[1:]))
-
-
-def _check_draws(sites: Sequence[AttentionSite]) -> None:
-    """Refuse where some random numbers of one dropout serve one term, and some of them another."""
-    draws = {site.draw: (site.batch, site.out_axes) for site in sites if site.draw is not None}
-    for site in sites:
-        draw = site.draw
-        others = (d for d in draws if draw is not None and d != draw and d.tensor == draw.tensor)
-        shared = any(not _differ(d.indices, draw.indices) for d in others if draw is not None)
-        if draw is not None and (shared or draws[draw] != (site.batch, site.out_axes)):
-            raise Refused("dropout", "terms of the attention share some of the random numbers that drop", site.node)
-
-
-def _differ(one: Indices, other: Indices) -> bool:
-    """Whether two positions in a tensor are never the same element."""
-    return any((a - b).is_Integer and a != b for a, b in zip(one, other, strict=True))
 
 
 def _with_gate(lifter: Lifter, terms: tuple[Weights, ...], gated: Gated, j: sympy.Symbol) -> tuple[Weights, ...]:

@@ -8,8 +8,8 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Load
 from flashfuse.kernels.spec import AttentionSpec
+from flashfuse.patterns.draw import DrawLoad
 from flashfuse.patterns.table import Table
 from flashfuse.patterns.views import Arrange, Step
 
@@ -80,7 +80,7 @@ class AttentionSite:
     chain: tuple[fx.Node, ...] = field(default=(), compare=False)
     more: tuple[tuple[Operand, Operand], ...] = ()
     plus: tuple[AttentionSite, ...] = ()
-    draw: Load | None = None
+    draw: DrawLoad | None = None
 
     @property
     def nodes_read(self) -> tuple[fx.Node, ...]:

@@ -20,7 +20,7 @@ from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Softmax
 from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.calls import name_of
-from flashfuse.patterns.draw import Draw, drawn
+from flashfuse.patterns.draw import DrawLoad, drawn
 from flashfuse.patterns.graph import is_weighted
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import NORMALISERS, Normalised, as_softmax, opened_or_none
@@ -46,21 +46,20 @@ class Weights:
     by_logarithm: bool = False
     factors: tuple[Expr, ...] = ()
     kept: tuple[Expr, ...] = ()
-    dropout: Load | None = None
+    dropout: DrawLoad | None = None
 
     @property
     def largest(self) -> float:
         """What none of the weights exceeds without their factors."""
-        return 1.0 if self.dropout is None else 1.0 / (1.0 - self.dropout.tensor.p)  # type: ignore[attr-defined]
+        return 1.0 if self.dropout is None else 1.0 / (1.0 - self.dropout.tensor.p)
 
     def times(self, factor: Expr) -> Weights:
-        if not drawn(factor):
+        draws = drawn(factor)
+        if not draws:
             return replace(self, factors=(*self.factors, factor))
-        assert isinstance(factor, Load)
-        assert isinstance(factor.tensor, Draw)
-        if self.dropout is not None:
-            raise Refused("dropout", "the probabilities are dropped at random twice", factor.tensor.node)
-        return replace(self, dropout=factor)
+        if draws != (factor,) or self.dropout is not None:
+            raise Refused("dropout", "the probabilities are dropped at random twice", draws[0].tensor.node)
+        return replace(self, dropout=draws[0])
 
 
 @dataclass(frozen=True)

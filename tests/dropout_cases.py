@@ -22,6 +22,7 @@ PROGRAMS: dict[str, tuple[str, list[torch.Tensor], dict[str, Any]]] = {
     "bias": ("qk * 0.3 + t0[n1, q_idx, kv_idx]", [noise(H, SQ, SK)], {}),
     "window-min": (f"where(kv_idx > q_idx - 5, qk * 0.3, {torch.finfo(torch.float32).min})", [], {}),
     "factor": ("qk", [noise(H, SK)], {"factor": "t0[n1, kv_idx]"}),
+    "row-factor": ("qk", [noise(H, SQ)], {"factor": "t0[n1, q_idx]"}),
     "rows-kept": ("where(t0[kv_idx], qk, -inf)", [noise(SK) < 0.5], {"factor": "q_idx > 2"}),
     "sink": (CAUSAL, [noise(H)], {"sink": "t0[n1]"}),
     "no-normaliser": ("sigmoid(qk + t0[n1])", [noise(H)], {"normaliser": "none"}),

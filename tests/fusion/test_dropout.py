@@ -133,6 +133,8 @@ def test_report_says_so() -> None:
     assert [site.spec.dropout for site in report.sites] == [P]
     assert "dropout 0.3 of softmax" in report.sites[0].math
     assert "dropout 0.3" in str(report)
+    assert "dropout(" in report.before
+    assert report.after.count("dropout(") == report.before.count("dropout(") - 1
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""The numbers of rows that the backward kernels share: what a row subtracts, the logarithm of its sum, its delta."""
+
+import triton
+import triton.language as tl
+
+from flashfuse.kernels.forward import HUGE, LOG2_E, LOWEST_FLOAT32
+from flashfuse.kernels.tiles import batch_pointer, load_columns, tile_pointers
+
+# The planes of `rows_ptr`, [ROW_PLANES, batch positions, q_len].
+SHIFT: tl.constexpr = tl.constexpr(0)
+LOG_SUM: tl.constexpr = tl.constexpr(1)
+DELTA: tl.constexpr = tl.constexpr(2)
+LARGEST: tl.constexpr = tl.constexpr(3)
+SINK_GRAD: tl.constexpr = tl.constexpr(4)
+
+
+@triton.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])
+def attention_rows_backward_kernel(
+    grad_ptr, out_ptr, lse_ptr, rows_ptr, grad_strides, out_strides,
+    batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
+    SINK: tl.constexpr, ROW_KEPT: tl.constexpr, SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """delta_i = sum_d grad_id out_id, and what makes a probability of a score; 0 unless ROW_KEPT.
+
+    See `backward._probabilities`. The gradient of SINK is -exp(sink - lse) delta. lse is a pair, see `ops`.
+    """
+    q_tiles = tl.cdiv(q_len, BLOCK_Q)
+    position = tl.program_id(0) // q_tiles
+    n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
+    offs_q = tl.program_id(0) % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    q_idx = tl.minimum(offs_q, q_len - 1)
+
+    # [block_q, block_dv]
+    grad_ptrs = tile_pointers(batch_pointer(grad_ptr, grad_strides, n0, n1, n2, n3), q_idx, offs_dv, grad_strides)
+    out_ptrs = tile_pointers(batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), q_idx, offs_dv, out_strides)
+    grad = load_columns(grad_ptrs, offs_dv[None, :], VALUE_DIM, BLOCK_DV).to(tl.float32)
+    out = load_columns(out_ptrs, offs_dv[None, :], VALUE_DIM, BLOCK_DV).to(tl.float32)
+    # [block_q]
+    delta = tl.sum(grad * out, 1)
+    lse_ptrs = lse_ptr + 2 * (position.to(tl.int64) * q_len + q_idx)
+    largest = tl.load(lse_ptrs)
+    log_sum = tl.load(lse_ptrs + 1)
+
+    # A logarithm of inf makes the probability 0 of a row without any key; NaN stays.
+    empty = largest == float("-inf")
+    log_sum = tl.where(empty & (log_sum == log_sum), float("inf"), log_sum * LOG2_E)
+    largest = tl.where(empty, 0.0, largest)
+    if ROW_KEPT is not None:
+        kept = ROW_KEPT(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides) != 0
+        log_sum = tl.where(kept, log_sum, float("inf"))
+        delta = tl.where(kept, delta, 0.0)
+        largest = tl.where(kept, largest, 0.0)
+    # Rounded before anything is subtracted, as the forward did.
+    shift = tl.fma(largest, LOG2_E, 0.0)
+    huge = largest <= HUGE * SCALE
+    if HUGE_FACTOR is not None:
+        shift = tl.where(huge, tl.maximum(largest / SCALE, LOWEST_FLOAT32) * HUGE_FACTOR, shift)
+
+    planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * q_len
+    rows_ptrs = rows_ptr + position.to(tl.int64) * q_len + offs_q
+    stored = offs_q < q_len
+    tl.store(rows_ptrs + SHIFT * planes, shift, mask=stored)
+    tl.store(rows_ptrs + LOG_SUM * planes, log_sum, mask=stored)
+    tl.store(rows_ptrs + DELTA * planes, delta, mask=stored)
+    tl.store(rows_ptrs + LARGEST * planes, largest, mask=stored)
+    if SINK is not None:
+        sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
+        exponent = tl.fma(sink, LOG2_E, -shift)
+        exponent = tl.where(huge, tl.where(sink >= largest, 0.0, float("-inf")), exponent) - log_sum
+        tl.store(rows_ptrs + SINK_GRAD * planes, -tl.exp2(exponent) * delta, mask=stored)
+
+
+@triton.jit
+def load_rows(
+    rows_base, planes, q_idx, inside, SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr
+):  # fmt: skip
+    """(shift, log_sum, delta, factor, slack) of rows; delta is 0 behind the last one.
+
+    factor: units of the shift in one of the inner score; from `slack` on a difference from the shift is 0.
+    """
+    delta = tl.zeros(q_idx.shape, tl.float32)
+    shift, log_sum, factor, slack = delta, delta, delta, delta
+    if NORMALISED:
+        shift = tl.load(rows_base + SHIFT * planes + q_idx)
+        log_sum = tl.load(rows_base + LOG_SUM * planes + q_idx)
+        delta = tl.load(rows_base + DELTA * planes + q_idx, mask=inside, other=0.0)
+        if HUGE_FACTOR is not None:
+            huge = tl.load(rows_base + LARGEST * planes + q_idx) <= HUGE * SCALE
+            factor = tl.where(huge, HUGE_FACTOR, SCALE * LOG2_E)
+            slack = tl.where(huge, shift * 2.0**-22, float("inf"))
+    return shift, log_sum, delta, factor, slack
+
+
+@triton.jit
+def along(rows, AXIS: tl.constexpr):
+    """The numbers of rows with an axis of size 1 at AXIS."""
+    shift, log_sum, delta, factor, slack = rows
+    return (
+        tl.expand_dims(shift, AXIS), tl.expand_dims(log_sum, AXIS), tl.expand_dims(delta, AXIS),
+        tl.expand_dims(factor, AXIS), tl.expand_dims(slack, AXIS),
+    )  # fmt: skip
+
+
+@triton.jit
+def sees_every_key(rows_base, planes, q_idx, FILL_THRESHOLD: tl.constexpr):
+    """1 where one of the rows saw nothing above the fill, or is NaN for want of a key; 0 elsewhere."""
+    largest = tl.load(rows_base + LARGEST * planes + q_idx)
+    log_sum = tl.load(rows_base + LOG_SUM * planes + q_idx)
+    return tl.max(((largest <= FILL_THRESHOLD) | (log_sum != log_sum)).to(tl.int32), 0)
+
+
+@triton.jit
+def batch_position(position, batch_0, batch_1, batch_2, batch_3):
+    """A number in [0, batch_0 * .. * batch_3) as a position on each axis."""
+    n3 = position % batch_3
+    n2 = position // batch_3 % batch_2
+    n1 = position // (batch_3 * batch_2) % batch_1
+    return position // (batch_3 * batch_2 * batch_1), n1, n2, n3
