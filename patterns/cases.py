@@ -7,6 +7,7 @@ where x < d and another one elsewhere, both at affine positions. Where a mask dr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import sympy
 import torch
@@ -89,7 +90,7 @@ def _mapped(expr: Expr, change: Callable[[sympy.Expr], sympy.Expr]) -> Expr:
     def rule(e: Expr) -> Expr | None:
         match e:
             case Load():
-                return Load(e.dtype, e.tensor, tuple(change(i) for i in e.indices))
+                return replace(e, indices=tuple(change(i) for i in e.indices))
             case Index():
                 return Index(e.dtype, change(e.value))
         return None
