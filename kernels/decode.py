@@ -1,4 +1,4 @@
-"""The flash-decoding kernels: few queries, many keys, which programs divide among them and a second kernel puts together.
+"""The flash-decoding kernels: few queries and many keys, which programs share out and a second kernel puts together.
 
 The rows of a tile are all queries that meet the same keys: the positions on the batch axes over which keys and values
 are shared (the query heads of a group), times the queries themselves. So each key and value is read once.
@@ -63,8 +63,9 @@ def attention_split_kernel(
     c0, c1, c2, c3 = _columns(n0, n1, n2, n3, PACKED)
 
     # The share of the keys at hand, of those that any query visits.
+    q_start = tl.full((), 0, tl.int32)
     first, full_start, full_end, last = key_tiles(
-        0, q_len, o0, o1, o2, o3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, BLOCK_KV
+        q_start, q_len, o0, o1, o2, o3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, BLOCK_KV
     )
     tiles = (last - first) // BLOCK_KV
     start = first + tiles * split // num_splits * BLOCK_KV
@@ -169,8 +170,9 @@ def attention_combine_kernel(
             PRODUCT_DTYPE, HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_KV,
         )  # fmt: skip
         c0, c1, c2, c3 = _columns(n0, n1, n2, n3, PACKED)
+        q_start = tl.full((), 0, tl.int32)
         first, _, _, last = key_tiles(
-            0, q_len, o0, o1, o2, o3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, BLOCK_KV
+            q_start, q_len, o0, o1, o2, o3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, BLOCK_KV
         )
         acc, row_sum, row_max, row_shift = visit_skipped(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, first, last,

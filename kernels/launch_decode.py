@@ -36,10 +36,11 @@ MAX_Q_LEN = 16
 
 # As `launch.TABLE`; block_q: the most rows. Several programs of a multiprocessor keep reads under way.
 TABLE = (
-    Row(64, 2, "cuda", 80, Launch(64, 128, 4, 3)),
-    Row(64, 2, "cuda", 80, Launch(64, 64, 4, 2)),
-    Row(128, 2, "cuda", 80, Launch(64, 64, 4, 3)),
-    Row(128, 2, "cuda", 80, Launch(64, 64, 4, 2)),
+    Row(64, 2, "cuda", 90, Launch(64, 64, 4, 4)),
+    Row(128, 2, "cuda", 90, Launch(64, 64, 4, 3)),
+    Row(64, 2, "cuda", 80, Launch(32, 64, 4, 3)),
+    Row(128, 2, "cuda", 80, Launch(32, 64, 4, 3)),
+    Row(128, 2, "cuda", 80, Launch(32, 64, 4, 2)),
     Row(256, 2, "cuda", 80, Launch(32, 32, 4, 3)),
     Row(256, 2, "cuda", 80, Launch(32, 32, 4, 2)),
     Row(512, 2, "cuda", 80, Launch(16, 32, 4, 2)),
@@ -47,8 +48,8 @@ TABLE = (
     Row(128, 2, "hip", 0, Launch(32, 64, 4, 1)),
     Row(256, 2, "hip", 0, Launch(16, 32, 4, 1)),
     Row(512, 2, "hip", 0, Launch(16, 16, 4, 1)),
-    Row(64, 4, "", 0, Launch(32, 32, 4, 2)),
-    Row(128, 4, "", 0, Launch(16, 32, 4, 2)),
+    Row(64, 4, "", 0, Launch(16, 32, 4, 2)),
+    Row(128, 4, "", 0, Launch(16, 16, 8, 2)),
     Row(256, 4, "", 0, Launch(16, 16, 4, 1)),
     Row(512, 4, "", 0, Launch(16, 16, 8, 1)),
 )
@@ -59,6 +60,9 @@ INTERPRETED_MULTIPROCESSORS = 8
 # The fewest key tiles of a share, and the most shares: what a share costs beside its keys.
 MIN_TILES = 2
 MAX_SPLITS = 128
+# The part of a device's slots that reads about as much as all of them, and how much longer is as early.
+BUSY = 0.8
+NEARLY = 1.1
 # A program of the combine kernel holds so many numbers of accumulators at a time.
 COMBINED_ELEMENTS = 8192
 
@@ -137,15 +141,14 @@ def _split_axes(batch: tuple[int, ...], is_packed: tuple[bool, ...]) -> tuple[tu
 def num_splits(programs: int, tiles: int, slots: int) -> int:
     """Into how many shares the key tiles of each program go, on a device that runs `slots` programs at a time.
 
-    The fewest that keep it nearly as busy as it can be, after flash-attention's `num_splits_heuristic`; fewer where
-    shares would be too short.
+    The fewest with which it is done nearly as early as can be; 1 where it is busy anyway.
     """
     most = min(tiles // MIN_TILES, MAX_SPLITS)
-    if most <= 1 or programs >= 0.8 * slots:
+    if most <= 1 or programs >= BUSY * slots:
         return 1
-    waves = [programs * splits / slots for splits in range(1, most + 1)]
-    busy = [n / math.ceil(n) for n in waves]
-    return 1 + next(i for i, share in enumerate(busy) if share >= 0.85 * max(busy))
+    # In the time of one tile: how often every slot takes a share, times the tiles of the longest.
+    times = [-(-programs * splits // slots) * -(-tiles // splits) for splits in range(1, most + 1)]
+    return 1 + next(i for i, time in enumerate(times) if time <= NEARLY * min(times))
 
 
 @functools.cache
@@ -178,6 +181,6 @@ def variants(
     # Rows are put together in many small programs, unless they may have to visit keys: that is a matrix product.
     rows = 4 if common["FILL_THRESHOLD"] is None else 16
     splits = max(1, COMBINED_ELEMENTS // (rows * common["BLOCK_DV"]))
-    combine = {**common, "BLOCK_Q": rows, "SPLITS": splits, "num_warps": 4, "num_stages": 1}
+    combine = {**common, "BLOCK_Q": rows, "SPLITS": splits, "num_warps": max(4, launch.num_warps), "num_stages": 1}
     del combine["SCORE_FULL"], combine["FACTOR_FULL"]
     return common, combine

@@ -5,6 +5,7 @@ test_interpreter.py starts; test_forms_gpu.py is their counterpart on a GPU.
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,11 +26,12 @@ LENGTHS = Sizes(batch=2, heads=2, q_len=40, kv_len=40)
 
 
 @pytest.fixture(autouse=True)
-def _small_tiles_and_nan_filled_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_tiles_and_nan_filled_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An element that the kernel does not write stays NaN."""
-    allocate = launcher.empty_output
-    monkeypatch.setattr(launcher, "empty_output", lambda *args: tuple(x.fill_(torch.nan) for x in allocate(*args)))
     monkeypatch.setattr(launcher, "choose_launch", lambda *args: TILES)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)

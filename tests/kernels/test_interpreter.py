@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("forward", "plans", "normalisers", "ranged", "derivative_tiles", "forms", "backward_triton")
+NAMES = ("forward", "decode", "plans", "normalisers", "ranged", "derivative_tiles", "forms", "backward_triton")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")
