@@ -216,6 +216,18 @@ def test_sizes_reach_the_program_and_its_bounds() -> None:
     check(grouped("where(kv_idx < size0, qk, -inf)", 2, 40, sizes=[23]))
 
 
+def test_offsets_past_32_bits() -> None:
+    """The last of these keys and values lie more than 2**31 elements behind the first."""
+    torch.use_deterministic_algorithms(False)
+    bias = noise(4, 18, dtype=torch.float16)
+    call = make_call("qk + t0[3, kv_idx]", (3, 1, 16), 18, k_batch=(1,), captured=[bias], dtype=torch.float16)
+    # Memory that nobody touches is none.
+    storage = torch.empty(20, 1 << 27, dtype=torch.float16, device=DEVICE)
+    k, v = (storage[:18, at : at + 16].copy_(x[0])[None] for at, x in ((0, call.k), (16, call.v)))
+    far = storage.view(-1)[64:].as_strided((4, 18), (3 << 28, 1)).copy_(bias)
+    check(call.on([call.q.to(DEVICE), k, v, far]))
+
+
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(8, 40), (80, 16)])
 def test_head_dims(head_dim: int, value_dim: int) -> None:
     check(make_call("qk * 0.3", (3, 2, head_dim), 35, k_batch=(1,), value_dim=value_dim, dtype=torch.float16))
