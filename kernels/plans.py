@@ -61,7 +61,7 @@ def _first(key: Hashable, call: AttentionCall) -> Outputs:
         return attention_tiled(moved)
     arguments = prepared.arguments(moved.q, moved.k, moved.v, moved.captured, moved.kv_ranges)
     with torch.cuda.device_of(moved.q):
-        launches = tuple(launched(*launch, arguments) for launch in prepared.launches)
+        launches = launched(prepared.launches, arguments)
     if all(x.device == call.device for x in call.captured):
         if len(_plans) >= MAX_PLANS:
             _plans.clear()

@@ -6,11 +6,13 @@ reads: over 100 us where strides are many. Those are functions of a few facts, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from triton.compiler import CompiledKernel
+
+from flashfuse.kernels.prepared import KernelLaunch
 
 Again = Callable[[tuple[Any, ...]], Any]
 
@@ -20,42 +22,50 @@ MAX_INSTANCES = 4096
 _instances: dict[Hashable, CompiledKernel] = {}
 
 
-def launched(kernel: Any, programs: int, constants: Mapping[str, Any], arguments: tuple[Any, ...]) -> Again:
-    """Launch `kernel[(programs,)](*arguments, **constants)` on the current device.
+def launched(launches: Sequence[KernelLaunch], arguments: tuple[Any, ...]) -> tuple[Again, ...]:
+    """Launch one kernel after the other with the same arguments: tensors, numbers, None and tuples of them.
 
-    arguments: tensors, numbers, None and tuples of them; constants: the compile-time arguments and options.
-    Returns what launches the same again, for arguments with the same `facts`, on this device.
+    Returns what launches them again, each for arguments with the same `facts`, on the current device.
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    key = (kernel, device, *constants.values(), *map(facts, arguments))
+    given = (device, *map(facts, arguments))
+    return tuple(_launched(launch, arguments, given) for launch in launches)
+
+
+def _launched(launch: KernelLaunch, arguments: tuple[Any, ...], given: Hashable) -> Again:
+    kernel, programs, variant = launch
+    key = (kernel, given, *variant.values())
     compiled = _instances.get(key)
-    if compiled is None:
-        compiled = kernel[(programs,)](*arguments, **constants)
-        if not isinstance(compiled, CompiledKernel) or torch.version.hip is not None:
-            # The interpreter compiles nothing, and AMD's compiler is told of storages too.
-            return lambda others: kernel[(programs,)](*others, **constants)
-        if len(_instances) >= MAX_INSTANCES:
-            _instances.clear()
-        _instances[key] = compiled
-        return _again(kernel, programs, compiled, constants, len(arguments))
-    again = _again(kernel, programs, compiled, constants, len(arguments))
-    again(arguments)
-    return again
+    if compiled is not None:
+        again = _again(launch, compiled, len(arguments))
+        again(arguments)
+        return again
+    compiled = kernel[(programs,)](*arguments, **variant)
+    if not isinstance(compiled, CompiledKernel) or torch.version.hip is not None:
+        # The interpreter compiles nothing, and AMD's compiler is told of storages too.
+        return lambda others: kernel[(programs,)](*others, **variant)
+    if len(_instances) >= MAX_INSTANCES:
+        _instances.clear()
+    _instances[key] = compiled
+    return _again(launch, compiled, len(arguments))
 
 
-def _again(kernel: Any, programs: int, compiled: CompiledKernel, constants: Mapping[str, Any], behind: int) -> Again:
-    run = compiled[(programs, 1, 1)]
-    compile_time = tuple(constants[name] for name in kernel.arg_names[behind:])
+def _again(launch: KernelLaunch, compiled: CompiledKernel, before: int) -> Again:
+    """before: the number of arguments before the compile-time ones."""
+    run = compiled[(launch.programs, 1, 1)]
+    compile_time = tuple(launch.variant[name] for name in launch.kernel.arg_names[before:])
     return lambda others: run(*others, *compile_time)
 
 
 def facts(x: Any) -> Hashable:
     """All that decides for which compiled instance an argument is."""
+    if isinstance(x, tuple):
+        return tuple([_facts_of_number(n) if type(n) is int else facts(n) for n in x])
     if isinstance(x, torch.Tensor):
         return x.dtype, x.data_ptr() % ALIGNMENT == 0
-    if isinstance(x, tuple):
-        return tuple(map(facts, x))
-    if isinstance(x, int):
-        # Its type, whether it is 1, and whether it is aligned.
-        return -(2**31) <= x < 2**31, x >= 2**63, x == 1, x % ALIGNMENT == 0
-    return x
+    return _facts_of_number(x) if type(x) is int else x
+
+
+def _facts_of_number(x: int) -> int:
+    """Whether it is 1, a multiple of `ALIGNMENT`, and within 32 bits, in one number."""
+    return -1 if x == 1 else (x % ALIGNMENT == 0) + 2 * (not -(2**31) <= x < 2**31)

@@ -1,4 +1,4 @@
-"""The flash-decoding kernels on a GPU: element types, sizes, masks, long caches and CUDA graphs, through their table."""
+"""The flash-decoding kernels on a GPU: types, sizes, masks, long caches and CUDA graphs, through their table."""
 
 from typing import Any
 
