@@ -13,8 +13,9 @@ import torch
 from torch import fx
 
 from flashfuse.insert import Inserter, copy_module
+from flashfuse.patterns.calls import mutated_inputs, name_of
 from flashfuse.patterns.composite import Record, record
-from flashfuse.patterns.graph import Graph, location, mutated_inputs, name_of, to_sympy
+from flashfuse.patterns.graph import Graph, location, to_sympy
 from flashfuse.patterns.site import Refusal
 from flashfuse.patterns.trace import CannotTrace
 

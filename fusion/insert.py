@@ -17,7 +17,7 @@ from flashfuse.patterns.graph import tensor, to_sympy, value
 aten = torch.ops.aten
 
 # How a size is computed from the sizes it is written in.
-_ARITHMETIC: dict[type, Callable[..., Any]] = {
+ARITHMETIC: dict[type, Callable[..., Any]] = {
     sympy.Add: operator.add,
     sympy.Mul: operator.mul,
     FloorDiv: operator.floordiv,
@@ -94,7 +94,7 @@ class Inserter:
             for dim, s in enumerate(t.shape if t is not None and t.layout == torch.strided else ()):
                 if isinstance(s, torch.SymInt) and to_sympy(s) == expr:
                     return self._compute(aten.sym_size.int, node, dim)
-        function = _ARITHMETIC.get(expr.func)
+        function = ARITHMETIC.get(expr.func)
         if function is None:
             raise LookupError(f"no tensor of the graph has the size {expr}")
         result = self.size(expr.args[0])

@@ -12,14 +12,18 @@ import torch
 from torch import fx
 
 import flashfuse.kernels.ops  # noqa: F401
+from flashfuse.erase import Unused
 from flashfuse.insert import Inserter, copy_module
 from flashfuse.kernels.derivative import differentiable
 from flashfuse.kernels.ranges import RangesProgram, ranges_program
-from flashfuse.patterns.graph import mutated_inputs, shape, tensor, to_sympy, value, wants_gradient
+from flashfuse.patterns.graph import raw_value, shape, tensor, to_sympy, value, wants_gradient
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.output_order import memory_order
 from flashfuse.patterns.site import AttentionSite, Operand
+from flashfuse.patterns.table import Table
+from flashfuse.patterns.transforms import is_wrapped
 from flashfuse.patterns.views import Arrange, Narrow, Select, Split, Step
+from flashfuse.tables import Tables
 
 aten = torch.ops.aten
 
@@ -31,22 +35,25 @@ def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
     """A copy of `module` in which each site is one `flashfuse::attention` call; `module` itself is not changed."""
     made, copied = copy_module(module)
     graph = made.graph
-    unused = {copied[n] for n in module.graph.nodes if n.op != "output" and not n.users}
+    unused = Unused(graph)
     ranges = SharedRanges(module.graph)
     position = {node: i for i, node in enumerate(module.graph.nodes)}
+    tables = Tables(copied)
     for site in sorted(sites, key=lambda site: position[site.node]):
-        _replace(graph, site, copied, ranges)
-    _erase_unused(graph, unused)
+        _replace(graph, site, copied, ranges, tables)
+    unused.erase_others()
     graph.lint()
     made.recompile()
     return made
 
 
-def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node], ranges: SharedRanges) -> None:
+def _replace(
+    graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node], ranges: SharedRanges, tables: Tables
+) -> None:
     node = copied[site.node]
     seen = tensor(node)
     assert seen is not None
-    build = _Builder(node, copied)
+    build = _Builder(node, copied, tables)
     out = _output(build, site, ranges, seen)
     for term in site.plus:
         out = build.call(aten.add.Tensor, out, _output(build, term, ranges, seen))
@@ -97,7 +104,12 @@ class SharedRanges:
         self.made: dict[tuple[Any, ...], fx.Node] = {}
 
     def node(self, site: AttentionSite, build: _Builder) -> fx.Node | None:
-        """The key ranges of a site; None where its mask does not depend on data or they would not pay."""
+        """The key ranges of a site; None where its mask does not depend on data or they would not pay.
+
+        None inside a transform of `torch.func` too: what is made in there means nothing to a site outside of it.
+        """
+        if is_wrapped(raw_value(site.node)):
+            return None
         program = ranges_program(site.spec, [*map(self._typical, site.batch)], self._typical(site.kv_len))
         if program is None:
             return None
@@ -135,9 +147,9 @@ class _Builder(Inserter):
     theirs, since lifting never looks behind a place where a gradient ends.
     """
 
-    def __init__(self, site: fx.Node, copied: dict[fx.Node, fx.Node]) -> None:
+    def __init__(self, site: fx.Node, copied: dict[fx.Node, fx.Node], tables: Tables) -> None:
         super().__init__(site)
-        self.copied = copied
+        self.copied, self.tables = copied, tables
         self.history = wants_gradient(site)
         self.fake_mode: Any = getattr(tensor(site), "fake_mode", None)
 
@@ -211,9 +223,9 @@ class _Builder(Inserter):
                 node = self.call(aten.unsqueeze.default, node, at)
         return node
 
-    def captured(self, captured: fx.Node, site: AttentionSite, history: bool) -> fx.Node:
+    def captured(self, captured: fx.Node | Table, site: AttentionSite, history: bool) -> fx.Node:
         """A captured tensor; a symbolic float becomes a 0-d tensor."""
-        node = self.copied[captured]
+        node = self.tables.node(captured) if isinstance(captured, Table) else self.copied[captured]
         if tensor(node) is not None:
             return self.read(node, history)
         device = tensor(self.copied[site.q.node]).device  # type: ignore[union-attr]
@@ -221,15 +233,3 @@ class _Builder(Inserter):
         with torch.no_grad(), self.fake_mode:
             example = torch.full((), value(node), **settings)
         return self.add("call_function", torch.full, ((), node), settings, example)
-
-
-def _erase_unused(graph: fx.Graph, kept: set[fx.Node]) -> None:
-    """Erase what only the attentions used: masks, expanded keys. What the user's graph never used stays."""
-    for node in reversed(list(graph.nodes)):
-        if (
-            not node.users
-            and node not in kept
-            and node.op not in ("placeholder", "output")
-            and not mutated_inputs(node)
-        ):
-            graph.erase_node(node)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch._subclasses.fake_tensor import FakeTensor
 
 from flashfuse.patterns.site import AttentionSite, Location
@@ -63,7 +64,11 @@ def transform(gm: fx.GraphModule, example_inputs: Sequence[Any], strict: bool) -
     Returns the graph to compile, which is `gm` itself when nothing was rewritten and a new module otherwise (`gm` is
     never changed), and the report. With `strict`, exceptions of flashfuse's own are raised.
     """
-    findings = Findings(strict)
+    with _disable_saved_tensors_hooks_during_tracing():
+        return _transform(gm, example_inputs, Findings(strict))
+
+
+def _transform(gm: fx.GraphModule, example_inputs: Sequence[Any], findings: Findings) -> tuple[fx.GraphModule, Report]:
     if subclass := _subclass(example_inputs):
         findings.refusals.append(Refused("tensor-subclass", f"the graph works on {subclass} tensors", Location(), ""))
     else:

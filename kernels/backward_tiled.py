@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flashfuse.kernels import tiled
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.derivative import derivative, leaves
 from flashfuse.kernels.evaluate import Tile, evaluate, scatter_add
@@ -171,8 +172,11 @@ class _Rows:
             whole.sums[Q][slices(self.box)] = self.dq.view(*self.shape, -1)
 
     def _tiles(self) -> list[tuple[range, _Slopes]]:
-        """The key tiles to visit, and the score program of each."""
+        """The key tiles to visit, and the score program of each: one tile of few keys, masked or not."""
         score, keys, kv_len = self.whole.score, self.problem.kv_range(self.box), self.problem.k.shape[-2]
+        every = range(kv_len) if self._see_every_key() else range(keys.start, keys.end)
+        if 0 < len(every) <= tiled.BLOCK_KV // 2:
+            return [(every, score)]
         parts = [
             (range(keys.start, keys.full_start), score),
             (range(keys.full_start, keys.full_end), self.whole.full),
@@ -214,11 +218,10 @@ class _Rows:
             weights, dprobs = probs * factor, dprobs * factor
         if V in sums:
             sums[V][at_keys] += torch.bmm(weights.mT, self.grad_out).view(sums[V][at_keys].shape)
-        if alone:
-            # The same sum, with rounding errors that cancel those of the terms.
-            total = probs.sum(-1, keepdim=True)
-            self.delta = (probs * dprobs).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
-        dscores = probs * (dprobs - self.delta) if normalised else dprobs
+        if not normalised:
+            dscores = dprobs
+        else:
+            dscores = _of_whole_rows(probs, dprobs) if alone else probs * (dprobs - self.delta)
         self._add_reads(score, dscores, tile)
         if score.product is None or not {Q, K} & sums.keys():
             return
@@ -246,3 +249,14 @@ class _Rows:
             return grad if constant == 1 else grad * constant
         values = evaluate(slope, tile).to(grad.dtype)
         return (grad * values).masked_fill_(values == 0, 0.0)
+
+
+def _of_whole_rows(probs: torch.Tensor, dprobs: torch.Tensor) -> torch.Tensor:
+    """The gradient of the scores [.., keys] of rows whose every probability is here.
+
+    It adds up to 0 over a row: what rounding errors leave of that is taken off.
+    """
+    total = probs.sum(-1, keepdim=True)
+    total.masked_fill_(total == 0, 1.0)
+    dscores = probs * (dprobs - (probs * dprobs).sum(-1, keepdim=True) / total)
+    return dscores.addcmul_(probs, dscores.sum(-1, keepdim=True) / total, value=-1.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -148,7 +148,7 @@ _FUNCTIONS: Mapping[tuple[type, ...], Any] = {
 
 
 def _load(load: Load, tile: Tile) -> torch.Tensor:
-    """The loaded elements: a strided view where the indices are affine, gathered otherwise.
+    """The loaded elements: a strided view where the indices are affine, a table's diagonals, or gathered.
 
     An index may leave the tensor at positions whose value a `where` discards (a concatenation is such a `where`), so
     gathered indices are clamped.
@@ -156,6 +156,8 @@ def _load(load: Load, tile: Tile) -> torch.Tensor:
     assert isinstance(load.tensor, int)
     tensor = tile.captured[load.tensor]
     view = strided(tensor, load, tile)
+    if view is None and (row := diagonals(tensor, load, tile)) is not None:
+        return row.squeeze(-2).unfold(-1, len(tile.axes[-1][1]), 1).flip(-2)
     return _gathered(tensor, positions(load, tile)) if view is None else view
 
 
@@ -175,11 +177,51 @@ def scatter_add(total: torch.Tensor, read: Load | Gather, values: torch.Tensor, 
     if view is not None and not overlaps(view):
         view += values.sum_to_size(view.shape)
         return
+    row = diagonals(total, read, tile) if isinstance(read, Load) and view is None else None
+    if row is not None and not overlaps(row):
+        row += _summed_along_diagonals(values.sum_to_size(*row.shape[:-2], *values.shape[-2:]))
+        return
     at = torch.zeros((1,) * len(tile.axes), dtype=torch.int64, device=tile.device)
     for position, extent, stride in zip(positions(read, tile), total.shape, total.stride(), strict=True):
         at = at + position.clamp(0, extent - 1) * stride
     # Unlike index_add_, this is deterministic on every device.
     total.view(-1).index_put_((at.flatten(),), values.sum_to_size(at.shape).flatten(), accumulate=True)
+
+
+def diagonals(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None:
+    """What a table of distances holds for the tile, a view [.., 1, queries + keys - 1] by key minus query position.
+
+    The tile's last two axes are [queries, keys]. None where the load is no function of that difference.
+    """
+    *outer, (query, queries), (key, keys) = tile.axes
+    if not queries or not keys:
+        return None
+    indices = _of_distance(load.indices, query, key)
+    if indices is None:
+        return None
+    distances = range(keys[0] - queries[-1], keys[-1] - queries[0] + 1)
+    over = replace(tile, axes=(*outer, (query, range(1)), (key, distances)))
+    row = strided(tensor, replace(load, indices=indices), over)
+    return row if row is not None and row.shape[-1] == len(distances) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_distance(
+    indices: tuple[sympy.Expr, ...], query: sympy.Symbol, key: sympy.Symbol
+) -> tuple[sympy.Expr, ...] | None:
+    """The indices with `key` for key - query, where they hold nothing else of the two."""
+    found = tuple(sympy.expand(index.xreplace({key: key + query})) for index in indices)
+    return None if any(query in index.free_symbols for index in found) else found
+
+
+def _summed_along_diagonals(values: torch.Tensor) -> torch.Tensor:
+    """[.., queries, keys] to [.., 1, queries + keys - 1], summed by key minus query position.
+
+    Rows from the last query on, one element longer than the result, are in the result's rows shifted by one each.
+    """
+    rows, columns = values.shape[-2:]
+    padded = torch.nn.functional.pad(values.flip(-2), (0, rows)).flatten(-2)
+    return padded[..., :-rows].unflatten(-1, (rows, rows + columns - 1)).sum(-2, keepdim=True)
 
 
 def overlaps(view: torch.Tensor) -> bool:

@@ -115,7 +115,7 @@ class Product(Expr):
 
 @dataclass(frozen=True)
 class Reduce(Expr):
-    """`kind` ("max" or "sum") of `arg` over `axis` in [0, extent)."""
+    """`kind` ("max", "min" or "sum") of `arg` over `axis` in [0, extent)."""
 
     kind: str
     arg: Expr

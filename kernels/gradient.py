@@ -18,7 +18,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from flashfuse.kernels.autograd import register_formula
 from flashfuse.kernels.backward_tiled import attention_backward_tiled
+from flashfuse.kernels.batching import vmap_attention_backward
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.output import empty_gradients
 from flashfuse.kernels.spec import AttentionSpec
@@ -109,9 +111,9 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Te
 def gradients(ctx: Any, grad_out: torch.Tensor, _: torch.Tensor | None) -> tuple[Any, ...]:
     """A gradient for each argument of `flashfuse::attention`."""
     q, k, v, out, lse, kv_ranges, *captured = ctx.saved_tensors
-    flags = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3])
+    flags = (*ctx.needs[:3], *ctx.needs[3])
     floating = [at for at, x in enumerate((q, k, v, *captured)) if x.is_floating_point()]
-    needs = [bool(flags[at]) for at in floating]
+    needs = [flags[at] for at in floating]
     found = iter(
         torch.ops.flashfuse.attention_backward(
             grad_out, q, k, v, out, lse, captured, ctx.sizes, ctx.spec, kv_ranges, needs
@@ -120,9 +122,7 @@ def gradients(ctx: Any, grad_out: torch.Tensor, _: torch.Tensor | None) -> tuple
     result: list[torch.Tensor | None] = [None] * len(flags)
     for at, need in zip(floating, needs, strict=True):
         result[at] = next(found) if need else None
-    # The dispatcher leaves out an argument that has its default, and takes an empty list for one of no tensors.
-    others: list[Any] = [[] if flag == [] else None for flag in ctx.needs_input_grad[4:]]
-    return *result[:3], result[3:], *others
+    return *result[:3], result[3:], [None] * len(ctx.sizes), None, None
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
@@ -132,9 +132,5 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
     )
 
 
-torch.library.register_autograd("flashfuse::attention_backward", _no_second_derivative, lib=_library)
-
-
-@torch.library.register_vmap("flashfuse::attention_backward", lib=_library)
-def _no_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-    raise RuntimeError("flashfuse::attention does not support torch.vmap: give the batch as one of its batch axes")
+register_formula(_library, torch.ops.flashfuse.attention_backward.default, _no_second_derivative)
+torch.library.register_vmap("flashfuse::attention_backward", vmap_attention_backward, lib=_library)

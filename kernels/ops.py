@@ -23,10 +23,12 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from flashfuse.kernels.autograd import register_formula
+from flashfuse.kernels.batching import vmap_attention
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.gradient import gradients, save
 from flashfuse.kernels.output import empty_output
@@ -106,9 +108,5 @@ def _fake(
     return empty_output(call)
 
 
-torch.library.register_autograd("flashfuse::attention", gradients, setup_context=save, lib=_library)
-
-
-@torch.library.register_vmap("flashfuse::attention", lib=_library)
-def _no_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-    raise RuntimeError("flashfuse::attention does not support torch.vmap: give the batch as one of its batch axes")
+register_formula(_library, torch.ops.flashfuse.attention.default, gradients, save)
+torch.library.register_vmap("flashfuse::attention", vmap_attention, lib=_library)

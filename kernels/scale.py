@@ -10,9 +10,12 @@ import math
 
 import torch
 
-from flashfuse.kernels.expr import Const, Expr, Pointwise
+from flashfuse.kernels.expr import Const, Expr, Pointwise, walk
 from flashfuse.kernels.normal import pointwise
 from flashfuse.kernels.spec import AttentionSpec
+
+# In float32 nothing of a score is left beside a number of this size.
+ABSORBS = 2.0**31
 
 
 def inner_score(spec: AttentionSpec) -> tuple[float, Expr]:
@@ -27,7 +30,25 @@ def peel_scale(score: Expr) -> tuple[float, Expr]:
     so a fill of finfo.min stays the smallest number and not minus infinity.
     """
     scale = _factor(score)
-    return (1.0, score) if scale is None else (scale, unscaled(score, scale))
+    if scale is None or (math.frexp(scale)[0] != 0.5 and any(map(_rounds_at_constant, walk(score)))):
+        return 1.0, score
+    return scale, unscaled(score, scale)
+
+
+def _rounds_at_constant(expr: Expr) -> bool:
+    """Whether a sum leaves an addend some of its digits: divided by no power of two, it would leave it others."""
+    if not isinstance(expr, Pointwise) or expr.op not in ("add", "sub"):
+        return False
+    return any(0 < abs(c) < ABSORBS for addend in expr.args for c in _constants(addend))
+
+
+def _constants(addend: Expr) -> list[float]:
+    match addend:
+        case Const(value=value):
+            return [value]
+        case Pointwise(op="where", args=(_, left, right)):
+            return [*_constants(left), *_constants(right)]
+    return []
 
 
 def _factor(expr: Expr) -> float | None:

@@ -11,10 +11,11 @@ from torch import fx
 
 from flashfuse.kernels.expr import Dot, Expr, Pointwise, Product, free_symbols, loads
 from flashfuse.kernels.normal import pointwise, rewrite
-from flashfuse.kernels.spec import AttentionSpec, parse, to_text
+from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec, parse, to_text
 from flashfuse.patterns.axes import Roles
+from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.ending import Ending
-from flashfuse.patterns.graph import location, name_of, tensor, value
+from flashfuse.patterns.graph import location, raw_value, tensor, value
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.layout import Layout, Option
 from flashfuse.patterns.lift import CannotLift, Lifter
@@ -25,6 +26,8 @@ from flashfuse.patterns.output_order import output_order
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score, settled
 from flashfuse.patterns.site import AttentionSite
+from flashfuse.patterns.table import Table
+from flashfuse.patterns.transforms import mapped_axes
 
 _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -59,6 +62,8 @@ def assemble(
         program = _scaled(program, factor)
     program = settled(layout.substitute(program), score.dot.dtype)
     axes = layout.batch
+    if len(axes) + mapped_axes(raw_value(node)) > MAX_BATCH_AXES:
+        raise Refused("transform", f"with the axes of vmap there are more than {MAX_BATCH_AXES} batch axes", node)
     programs = {"score": program, **{name: layout.substitute(e) for name, e in end.programs.items()}}
     captured = _captured(programs.values())
     _check_captured(lifter, captured, node)
@@ -202,18 +207,22 @@ def _product_dtype(operands: AbstractSet[torch.dtype], dtype: torch.dtype) -> to
     return narrow if narrow in (torch.float16, torch.bfloat16) and exactly_promotes(narrow, dtype) else dtype
 
 
-def _captured(programs: Iterable[Expr]) -> tuple[fx.Node, ...]:
-    """The graph tensors that the programs read, in order of first use."""
-    return tuple(dict.fromkeys(x.tensor for e in programs for x in loads(e) if isinstance(x.tensor, fx.Node)))
+def _captured(programs: Iterable[Expr]) -> tuple[fx.Node | Table, ...]:
+    """The tensors that the programs read, in order of first use."""
+    return tuple(dict.fromkeys(x.tensor for e in programs for x in loads(e) if isinstance(x.tensor, (fx.Node, Table))))
 
 
-def _captured_dtype(node: fx.Node) -> torch.dtype:
-    t = tensor(node)
+def _captured_dtype(captured: fx.Node | Table) -> torch.dtype:
+    if isinstance(captured, Table):
+        return captured.dtype
+    t = tensor(captured)
     return torch.float64 if t is None else t.dtype
 
 
-def _check_captured(lifter: Lifter, captured: Sequence[fx.Node], site: fx.Node) -> None:
+def _check_captured(lifter: Lifter, captured: Sequence[fx.Node | Table], site: fx.Node) -> None:
     for node in captured:
+        if isinstance(node, Table):
+            continue
         writer = lifter.writer_before(node, site)
         if writer is not None:
             raise Refused(

@@ -237,7 +237,7 @@ def _added_contraction(view: NodeView, call: AtenCall, position: Indices, _: int
     return pointwise("add", added, result, dtype=dtype)
 
 
-def _reduced(view: NodeView, call: AtenCall, position: Indices, dims: Any, keepdim: bool, kind: str, x: Any) -> Expr:
+def reduced(view: NodeView, call: AtenCall, position: Indices, dims: Any, keepdim: bool, kind: str, x: Any) -> Expr:
     sizes = shape(x)
     dims = list(range(len(sizes))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
     dims = sorted(dim % len(sizes) for dim in dims)
@@ -256,21 +256,21 @@ def _reduced(view: NodeView, call: AtenCall, position: Indices, dims: Any, keepd
 @row(aten.amax.default, aten.sum.dim_IntList)
 def _reduce(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     kind = "max" if call.func is aten.amax.default else "sum"
-    return _reduced(
+    return reduced(
         view, call, position, argument(call, 1, "dim"), argument(call, 2, "keepdim", False), kind, call.args[0]
     )
 
 
 @row(aten.max.default)
 def _largest(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    return _reduced(view, call, position, None, False, "max", call.args[0])
+    return reduced(view, call, position, None, False, "max", call.args[0])
 
 
 @row(aten.max.dim)
 def _max_value(view: NodeView, call: AtenCall, position: Indices, number: int) -> Expr:
     if number != 0:
         raise CannotLift(view.node, "uses the position of a maximum")
-    return _reduced(view, call, position, call.args[1], argument(call, 2, "keepdim", False), "max", call.args[0])
+    return reduced(view, call, position, call.args[1], argument(call, 2, "keepdim", False), "max", call.args[0])
 
 
 @row(aten._softmax.default, aten._safe_softmax.default, aten._log_softmax.default)
@@ -288,7 +288,7 @@ def _softmax(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
 
 @row(aten.logsumexp.default)
 def _logsumexp(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    summed = _reduced(view, call, position, call.args[1], argument(call, 2, "keepdim", False), "sum", call.args[0])
+    summed = reduced(view, call, position, call.args[1], argument(call, 2, "keepdim", False), "sum", call.args[0])
     if not isinstance(summed, Reduce) or isinstance(summed.arg, Reduce):
         raise CannotLift(view.node, "sums exponentials over no dimension or over several")
     return pointwise("log", Reduce(summed.dtype, "sum", pointwise("exp", summed.arg), summed.axis, summed.extent))

@@ -8,6 +8,7 @@ import torch
 
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.normal import const, pointwise
+from flashfuse.patterns.aten import reduced
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, NodeView
 from flashfuse.patterns.rows import argument, row
@@ -27,6 +28,21 @@ def _isnan(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
 def _isinf(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     x = view.element(call.args[0], position)
     return pointwise("eq", pointwise("abs", x), const(math.inf, x.dtype), dtype=torch.bool)
+
+
+@row(aten.isneginf.default)
+def _isneginf(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    x = view.element(call.args[0], position)
+    return pointwise("eq", x, const(-math.inf, x.dtype), dtype=torch.bool)
+
+
+@row(aten.any.dim, aten.all.dim)
+def _any_or_all(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    """The largest or the least of booleans."""
+    x, kind = call.args[0], "max" if call.func is aten.any.dim else "min"
+    if x.dtype != torch.bool:
+        raise CannotLift(view.node, "asks whether numbers are zero")
+    return reduced(view, call, position, argument(call, 1, "dim"), argument(call, 2, "keepdim", False), kind, x)
 
 
 @row(aten.nan_to_num.default)

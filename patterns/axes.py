@@ -6,12 +6,14 @@ makes every operand a plain view, grouped heads and folded batches alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod
 
+from flashfuse.kernels.expr import Expr, Index, Load
+from flashfuse.kernels.normal import rewrite
 from flashfuse.patterns.indexing import Indices, Ranges, quotient, resimplify
 
 
@@ -65,5 +67,19 @@ def fold(symbols: Sequence[sympy.Symbol], ranges: Ranges) -> sympy.Expr:
     return sympy.expand(value)
 
 
-def substituted(indices: Indices, mapping: dict[sympy.Symbol, sympy.Expr], ranges: Ranges) -> Indices:
+def substituted(indices: Indices, mapping: Mapping[sympy.Symbol, sympy.Expr], ranges: Ranges) -> Indices:
     return tuple(resimplify(i.xreplace(mapping), ranges) for i in indices)
+
+
+def moved(expr: Expr, mapping: Mapping[sympy.Symbol, sympy.Expr], ranges: Ranges) -> Expr:
+    """The expression with other positions in the place of its symbols, its indices simplified again."""
+
+    def rule(e: Expr) -> Expr | None:
+        match e:
+            case Load():
+                return replace(e, indices=substituted(e.indices, mapping, ranges))
+            case Index():
+                return replace(e, value=resimplify(e.value.xreplace(mapping), ranges))
+        return None
+
+    return rewrite(expr, rule)

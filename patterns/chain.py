@@ -11,7 +11,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from flashfuse.patterns.graph import Graph, mutated_inputs, name_of, value
+from flashfuse.patterns.calls import mutated_inputs, name_of
+from flashfuse.patterns.graph import Graph, value
 from flashfuse.patterns.normaliser import NORMALISERS
 from flashfuse.patterns.refusal import Refused
 

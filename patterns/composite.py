@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashfuse.patterns.graph import Graph, mutated_inputs, tensor, value
+from flashfuse.patterns.calls import mutated_inputs
+from flashfuse.patterns.graph import Graph, tensor, value
 from flashfuse.patterns.trace import CannotTrace, as_traced, check_same
 
 _WHOLE = frozenset({"scaled_dot_product_attention"})

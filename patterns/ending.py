@@ -7,8 +7,9 @@ there eager code turns NaN into zero.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -27,9 +28,11 @@ from flashfuse.kernels.expr import (
     loads,
     walk,
 )
-from flashfuse.kernels.normal import FALSE, TRUE, cast, conjunction, conjuncts, pointwise, rewrite
-from flashfuse.patterns.graph import name_of
+from flashfuse.kernels.normal import FALSE, TRUE, cast, conjunction, conjuncts, number, pointwise, rewrite, substitute
+from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.normaliser import opened_or_none, place
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score
 from flashfuse.patterns.weights import Weights, combined
@@ -62,8 +65,9 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
     factor: Expr | None = None
     for f in (score.opener.read(f if f.dtype.is_floating_point else cast(f, torch.float32)) for f in weights.factors):
         factor = f if factor is None else pointwise("mul", factor, f)
-    empty_row = weights.empty_row
-    kept = conjunction([score.opener.read(k) for k in weights.kept])
+    clears = [k for k in weights.kept if _clears_empty_rows(lifter, k, weights, score, j)]
+    empty_row = "zero" if clears else weights.empty_row
+    kept = conjunction([score.opener.read(k) for k in weights.kept if k not in clears])
     if kept != TRUE:
         factor, empty_row = _zeroed(lifter, score.program, kept, factor, empty_row, j)
     if factor is not None:
@@ -93,7 +97,8 @@ def _check_small(factor: Expr, i_symbols: AbstractSet[sympy.Symbol], j: sympy.Sy
     """A factor as large as the score matrix must come from outside: one made in the graph would have to be stored."""
     for x in loads(factor):
         node, symbols = x.tensor, free_symbols(x)
-        assert isinstance(node, fx.Node)
+        if not isinstance(node, fx.Node):
+            continue
         if j in symbols and symbols & i_symbols and node.op not in ("placeholder", "get_attr"):
             raise Refused(
                 "probability-factor",
@@ -131,12 +136,57 @@ def _zeroed(
         return multiplied, empty_row
     if j not in free_symbols(kept) and factor is None:
         return kept, empty_row
-    open_ = program
-    for term in terms:
-        open_ = _assumed(open_, term, True)
-    if all(isinstance(m, Const) and m.value == -math.inf for m in masked) and not _may_be_empty(open_):
+    if _decides_what_is_infinite(program, terms):
         return factor, "zero"
     raise Refused("probability-mask", "probabilities are set to zero where it is not known whether they are NaN")
+
+
+def _clears_empty_rows(lifter: Lifter, kept: Expr, weights: Weights, score: Score, j: sympy.Symbol) -> bool:
+    """Whether `kept` says of each row that some score of it is not -inf: only rows without a key are set to zero."""
+    test = _of_some_key(lifter, kept)
+    if test is None or not same(test.extent, lifter.ranges[j]):
+        return False
+    compared = _not_infinite(lifter, test.arg)
+    if compared is not None:
+        return place(lifter, weights.arg, compared, test.axis) == j
+    program = lifter.resolved(score.program)
+    terms = conjuncts(lifter.resolved(score.opener.read(substitute(test.arg, {test.axis: j}))))
+    return _decides_what_is_infinite(program, terms)
+
+
+def _of_some_key(lifter: Lifter, kept: Expr) -> Reduce | None:
+    """The condition of keys of which one has to hold; None where `kept` is no such choice."""
+    opened, negated = _opened_negation(lifter, kept)
+    if not isinstance(opened, Reduce) or opened.dtype != torch.bool or opened.kind != ("min" if negated else "max"):
+        return None
+    return replace(opened, kind="max", arg=pointwise("not", opened.arg)) if negated else opened
+
+
+def _not_infinite(lifter: Lifter, condition: Expr) -> Expr | None:
+    """The x of a condition that says x is not -inf."""
+    opened, negated = _opened_negation(lifter, condition)
+    if not isinstance(opened, Pointwise) or opened.op != ("eq" if negated else "ne"):
+        return None
+    for x, limit in (opened.args, opened.args[::-1]):
+        if number(limit) == -math.inf:
+            return x
+    return None
+
+
+def _opened_negation(lifter: Lifter, condition: Expr) -> tuple[Expr | None, bool]:
+    """What a condition is, or what it is the opposite of."""
+    opened, negated = opened_or_none(lifter, condition), False
+    while isinstance(opened, Pointwise) and opened.op == "not":
+        opened, negated = opened_or_none(lifter, opened.args[0]), not negated
+    return opened, negated
+
+
+def _decides_what_is_infinite(program: Expr, terms: Sequence[Expr]) -> bool:
+    """Whether a score is -inf unless all of the conditions hold, and then is not."""
+    masked, open_ = [_assumed(program, term, False) for term in terms], program
+    for term in terms:
+        open_ = _assumed(open_, term, True)
+    return all(isinstance(m, Const) and m.value == -math.inf for m in masked) and not _may_be_empty(open_)
 
 
 def _may_be_empty(program: Expr) -> bool:

@@ -9,16 +9,14 @@ read at, the furthest back from which a view still leads to those axes is taken:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import sympy
 import torch
 from torch import fx
 
 from flashfuse.kernels.expr import Expr, Index, Load, free_symbols, walk
-from flashfuse.kernels.normal import rewrite
 from flashfuse.kernels.spec import MAX_BATCH_AXES
-from flashfuse.patterns.axes import Roles, fold, folds, radix, substituted
+from flashfuse.patterns.axes import Roles, fold, folds, moved, radix, substituted
 from flashfuse.patterns.indexing import resimplify
 from flashfuse.patterns.lift import Lifter
 from flashfuse.patterns.operand import Reading, exactly_promotes, sizes_of
@@ -65,16 +63,7 @@ class Layout:
 
     def substitute(self, expr: Expr) -> Expr:
         """The expression over the axes after splitting."""
-
-        def rule(e: Expr) -> Expr | None:
-            match e:
-                case Load():
-                    return replace(e, indices=substituted(e.indices, self.mapping, self.ranges))
-                case Index():
-                    return replace(e, value=resimplify(e.value.xreplace(self.mapping), self.ranges))
-            return None
-
-        return rewrite(expr, rule)
+        return moved(expr, self.mapping, self.ranges)
 
     def _choose(self, found: list[Reading], own_axes: tuple[sympy.Symbol | None, ...]) -> Reading:
         # One row cannot stand for all: batch axes broadcast, an operand's own do not.

@@ -18,7 +18,8 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Expr, Index, Load, Pointwise, loads
 from flashfuse.kernels.normal import const, converted, index, rewrite, substitute
-from flashfuse.patterns.graph import Graph, mutated_inputs, shape, storage, tensor, to_sympy, value, wants_gradient
+from flashfuse.patterns.calls import mutated_inputs
+from flashfuse.patterns.graph import Graph, shape, storage, tensor, to_sympy, value, wants_gradient
 from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds, resimplify
 from flashfuse.patterns.trace import CannotTrace, Trace, trace
 
@@ -150,7 +151,7 @@ class Lifter:
             elif node.target is operator.getitem and not isinstance(value(node.args[0]), torch.Tensor):  # type: ignore[arg-type]
                 expr = self._expand_part(node, position)
             else:
-                made = self._trace(node)
+                made = self.traced(node)
                 expr = NodeView(self, node, made).element(made.result, position)
             return position, converted(expr, expr.dtype, t.dtype) if mutated_inputs(node) else expr
         except CannotTrace as error:
@@ -163,10 +164,11 @@ class Lifter:
         producer, number = node.args
         if not isinstance(producer, fx.Node) or not isinstance(number, int):
             raise CannotLift(node, "takes an output by a computed number")
-        made = self._trace(producer)
+        made = self.traced(producer)
         return NodeView(self, producer, made).element(made.result[number], position)
 
-    def _trace(self, node: fx.Node) -> Trace:
+    def traced(self, node: fx.Node) -> Trace:
+        """The ATen calls that the node makes. Raises CannotTrace."""
         if node not in self._traces:
             try:
                 self._traces[node] = trace(self.graph, node)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import sympy
-from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Expr, Gather, Index, Load, free_symbols, gather
@@ -18,7 +17,7 @@ def named(
     programs: Sequence[Expr],
     axes: Sequence[sympy.Symbol],
     roles: Roles,
-    captured: Sequence[fx.Node],
+    captured: Sequence[Hashable],
     q_len: sympy.Expr,
     kv_len: sympy.Expr,
 ) -> tuple[list[Expr], tuple[sympy.Expr, ...]]:

@@ -2,7 +2,7 @@
 
 Loads are expanded while that removes a tensor as large as the score matrix; anything smaller stays a load of the user's
 own tensor. So do look-ups in a table that the whole batch shares: the graph makes the table of biases once, as eager
-code does, and layers and batch share it.
+code does, and layers and batch share it; over distances alone where only those decide (`distances`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from flashfuse.kernels.expr import (
 from flashfuse.kernels.normal import pointwise
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.cases import without_cases
+from flashfuse.patterns.distances import as_table
 from flashfuse.patterns.graph import tensor, to_sympy
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter, may_wrap, small_position
@@ -79,19 +80,27 @@ class Opener:
         except CannotLift:
             return load
         if not _is_program(inner) or not all(self._read_through(e) for e in walk(inner) if isinstance(e, Gather)):
-            return load
+            return self._stored(load)
         try:
             opened = self.program(inner)
         except _Inexact:
-            return load
+            return self._stored(load)
         if may_wrap(opened, load.dtype, self.lifter.ranges):
             return load
         if isinstance(opened, Load) and self._is_better_laid_out(load, opened):
             return load
         return opened if square or not loads(opened) or isinstance(inner, Load) else load
 
+    def _stored(self, load: Load) -> Load:
+        """What stays a tensor of the graph: where that suffices, of distances instead of pairs of positions."""
+        symbols = free_symbols(load)
+        square = self.j in symbols and bool(symbols & self.i_symbols)
+        return (as_table(self.lifter, load, self.i_symbols, self.j) if square else None) or load
+
     def _is_better_laid_out(self, copy: Load, source: Load) -> bool:
         """Whether the user's own copy, no larger than its source, has neighbouring keys side by side in memory."""
+        if not isinstance(source.tensor, fx.Node):
+            return False
         if not same(sympy.prod(sizes_of(copy)), sympy.prod(sizes_of(source))):
             return False
         return self._key_stride(copy) == 1 and self._key_stride(source) not in (-1, 0, 1)

@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from flashfuse.patterns.axes import Roles
-from flashfuse.patterns.graph import name_of, tensor
+from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.graph import tensor
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.layout import Layout
 

@@ -8,6 +8,7 @@ positions (https://arxiv.org/abs/1901.02860), stays a tensor of the graph that t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Const, Dot, Expr, Load, Pointwise, Product, free_symbols, loads, walk
-from flashfuse.kernels.normal import number, rewrite
+from flashfuse.kernels.normal import number, pointwise, rewrite
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.operand import exactly_promotes
 from flashfuse.patterns.refusal import Refused
@@ -138,3 +139,48 @@ def _sum(left: dict[int, float] | None, right: dict[int, float] | None, times: f
     if left is None or right is None:
         return None
     return left | {slot: left.get(slot, 0.0) + times * weight for slot, weight in right.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Weights that are a sum
+
+
+def summands(program: Expr, dots: Sequence[Dot]) -> list[Expr]:
+    """Programs that add up to the program, no two of which share a product."""
+    parts: list[Expr] = []
+    for term in _terms(program, dots):
+        slots = _products(term)
+        # What has no product goes with the first.
+        together = [p for p in parts if _products(p) & slots] or ([] if slots else parts[:1])
+        whole = functools.reduce(_added, (*together, term))
+        parts = [*(p for p in parts if p not in together), whole]
+    return parts
+
+
+def _added(a: Expr, b: Expr) -> Expr:
+    return pointwise("add", a, b, dtype=a.dtype)
+
+
+def _terms(expr: Expr, dots: Sequence[Dot]) -> list[Expr]:
+    """What adds up to the expression; factors and masks are those of every term."""
+    dtype = expr.dtype
+    match expr:
+        case Pointwise(op="add" | "sub", args=(left, right)):
+            behind = _terms(right, dots)
+            return _terms(left, dots) + (behind if expr.op == "add" else [pointwise("neg", t) for t in behind])
+        case Pointwise(op="neg", args=(arg,)):
+            return [pointwise("neg", t, dtype=dtype) for t in _terms(arg, dots)]
+        case Pointwise(op="mul", args=(left, right)) if not _products(right):
+            return [pointwise("mul", t, right, dtype=dtype) for t in _terms(left, dots)]
+        case Pointwise(op="mul", args=(left, right)) if not _products(left):
+            return [pointwise("mul", left, t, dtype=dtype) for t in _terms(right, dots)]
+        case Pointwise(op="div", args=(left, right)) if not _products(right):
+            return [pointwise("div", t, right, dtype=dtype) for t in _terms(left, dots)]
+        case Pointwise(op="where", args=(kept, yes, no)) if number(no) == 0 and not _products(kept):
+            return [pointwise("where", kept, t, no, dtype=dtype) for t in _terms(yes, dots)]
+        case Pointwise(op="where", args=(dropped, yes, no)) if number(yes) == 0 and not _products(dropped):
+            return [pointwise("where", dropped, yes, t, dtype=dtype) for t in _terms(no, dots)]
+        case Pointwise(op=op, args=(arg,)) if op in ROUNDINGS:
+            if all(exactly_promotes(dot.dtype, ROUNDINGS[op]) for dot in dots):
+                return _terms(arg, dots)
+    return [expr]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from flashfuse.patterns.graph import is_weighted, name_of
+from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.graph import is_weighted
 
 
 class Refused(Exception):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
@@ -27,13 +27,13 @@ from flashfuse.kernels.expr import (
     loads,
     walk,
 )
-from flashfuse.kernels.normal import number, pointwise
+from flashfuse.kernels.normal import number, pointwise, rewrite
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.graph import is_weighted
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.opener import STEPS, Opener
 from flashfuse.patterns.operand import exactly_promotes, sizes_of
-from flashfuse.patterns.products import Term, as_one_product, side_products
+from flashfuse.patterns.products import Term, as_one_product, side_products, summands
 from flashfuse.patterns.refusal import Refused, blocked, mixed
 
 
@@ -68,6 +68,39 @@ def find_score(
     Raises Refused where there is no product, where several cannot be one, or where an operator in between has no index
     form.
     """
+    return as_score(find_products(lifter, expr, j, leads, site, rows))
+
+
+@dataclass(frozen=True)
+class Products:
+    """`program` over `Product(n)`, product n being `dots[n]`, which `nodes[n]` makes; what it was found with."""
+
+    program: Expr
+    dots: tuple[Dot, ...]
+    nodes: tuple[fx.Node, ...]
+    lifter: Lifter = field(compare=False)
+    j: sympy.Symbol
+    leads: AbstractSet[fx.Node] = field(compare=False)
+
+    def part(self, program: Expr) -> Products:
+        """A program over some of the products."""
+        slots = sorted({e.slot for e in walk(program) if isinstance(e, Product)})
+        new = {slot: number for number, slot in enumerate(slots)}
+        program = rewrite(program, lambda e: Product(e.dtype, new[e.slot]) if isinstance(e, Product) else None)
+        return replace(
+            self, program=program, dots=tuple(self.dots[s] for s in slots), nodes=tuple(self.nodes[s] for s in slots)
+        )
+
+
+def find_products(
+    lifter: Lifter,
+    expr: Expr,
+    j: sympy.Symbol,
+    leads: AbstractSet[fx.Node],
+    site: fx.Node,
+    rows: Sequence[sympy.Symbol] = (),
+) -> Products:
+    """An expression over the products of queries and keys behind it. Raises Refused where there is none."""
     search = _Search(lifter, j, leads)
     program = search.read(expr, site)
     others = side_products([dot for dot, _ in search.found], rows, j)
@@ -77,10 +110,26 @@ def find_score(
     if not search.found:
         raise search.trouble or Refused("no-product", "the softmax is not over products of queries and keys")
     dots, nodes = zip(*search.found, strict=True)
-    program, terms = as_one_product(program, dots, nodes)
+    return Products(program, dots, nodes, lifter, j, leads)
+
+
+def as_score(found: Products) -> Score:
+    """The program as a score of one product. Raises Refused."""
+    program, terms = as_one_product(found.program, found.dots, found.nodes)
     i_symbols = free_symbols(terms[0].dot.lhs) - free_symbols(terms[0].dot.rhs)
-    opener = Opener(lifter, i_symbols, j, leads)
-    return Score(opener.read(program), terms, nodes, opener)
+    opener = Opener(found.lifter, i_symbols, found.j, found.leads)
+    return Score(opener.read(program), terms, found.nodes, opener)
+
+
+def as_scores(found: Products) -> tuple[Score, ...]:
+    """Scores of one product each that add up to the program. Raises Refused."""
+    try:
+        return (as_score(found),)
+    except Refused:
+        parts = summands(found.program, found.dots)
+        if len(parts) < 2:
+            raise
+    return tuple(as_score(found.part(part)) for part in parts)
 
 
 class _NoIndexForm(Exception):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from flashfuse.patterns.graph import Graph, is_weighted, name_of
+from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.graph import Graph, is_weighted
 from flashfuse.patterns.normaliser import NORMALISERS
 
 Seeds = frozenset[fx.Node]

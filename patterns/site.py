@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from flashfuse.kernels.spec import AttentionSpec
+from flashfuse.patterns.table import Table
 from flashfuse.patterns.views import Arrange, Step
 
 
@@ -55,7 +56,8 @@ class AttentionSite:
     `more` are the queries and keys of further products that are added to the first: the operator's q and k are the
     concatenations of all of them along the head dim, which `head_dim` counts.
     `plus` are further attentions whose outputs are added to this one's, with the same `node`.
-    `captured` are the nodes behind the score program's loads, `chain` the nodes whose work the kernel takes over.
+    `captured` are the tensors behind the score program's loads, of the graph or to be made in it; `chain` the nodes
+    whose work the kernel takes over.
     """
 
     node: fx.Node
@@ -64,7 +66,7 @@ class AttentionSite:
     q: Operand
     k: Operand
     v: Operand
-    captured: tuple[fx.Node, ...]
+    captured: tuple[fx.Node | Table, ...]
     batch: tuple[sympy.Expr, ...]
     sizes: tuple[sympy.Expr, ...]
     q_len: sympy.Expr
@@ -81,7 +83,8 @@ class AttentionSite:
     def nodes_read(self) -> tuple[fx.Node, ...]:
         """Every node of the graph that the operator takes a tensor from."""
         terms = ((self.q, self.k), *self.more)
-        return (*self.captured, *(operand.node for term in terms for operand in term), self.v.node)
+        captured = (n for c in self.captured for n in (c.reads if isinstance(c, Table) else (c,)))
+        return (*captured, *(operand.node for term in terms for operand in term), self.v.node)
 
 
 @dataclass(frozen=True)

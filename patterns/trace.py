@@ -18,7 +18,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashfuse.patterns.graph import Graph, functional_target, mutated_inputs, tensor, value
+from flashfuse.patterns.calls import functional_target, mutated_inputs
+from flashfuse.patterns.graph import Graph, tensor, value
+from flashfuse.patterns.transforms import is_border
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +39,14 @@ class Trace:
 
     inputs: the node behind each input tensor, by identity. scalars: the node behind each symbolic float.
     producers: the call and output number behind each tensor made inside. result: the node's output tensors.
+    calls: the ATen calls in order.
     """
 
     inputs: dict[int, fx.Node]
     scalars: dict[sympy.Expr, fx.Node]
     producers: dict[int, tuple[AtenCall, int]]
     result: Any
+    calls: tuple[AtenCall, ...] = field(repr=False)
     keep: tuple[Any, ...] = field(default=(), repr=False)
 
 
@@ -72,9 +76,9 @@ def as_traced(graph: Graph, node: fx.Node) -> Iterator[None]:
     """The modes under which Dynamo saw the node: fake tensors, its autocast regions; no gradients, no new guards."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        for args in graph.autocast.get(node, ()):
-            device, dtype, enabled, cache = args
-            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        stack.enter_context(_no_autocast_cache())
+        for device, dtype, enabled, _ in graph.autocast.get(node, ()):
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
         if graph.fake_mode is not None:
             stack.enter_context(graph.fake_mode)
             if _has_symbolic_sizes(node):
@@ -82,6 +86,17 @@ def as_traced(graph: Graph, node: fx.Node) -> Iterator[None]:
             if graph.fake_mode.shape_env is not None:
                 stack.enter_context(graph.fake_mode.shape_env.suppress_guards())
         yield
+
+
+@contextlib.contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Every cast of an autocast region around the compiled function is made, and so recorded, where it happens."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _has_symbolic_sizes(node: fx.Node) -> bool:
@@ -93,6 +108,8 @@ def _has_symbolic_sizes(node: fx.Node) -> bool:
 def trace(graph: Graph, node: fx.Node) -> Trace:
     """Run the node once on its inputs' fake tensors and record its ATen calls. Raises CannotTrace."""
     target = node.target
+    if is_border(node):
+        raise CannotTrace("a torch.func transform begins or ends here")
     if mutated_inputs(node):
         target = functional_target(node)
         if target is None:
@@ -111,7 +128,7 @@ def trace(graph: Graph, node: fx.Node) -> Trace:
     except Exception as error:
         raise CannotTrace(f"{type(error).__name__}: {error}") from error
     check_same(result, value(node), node)
-    return Trace(inputs, scalars, recorder.producers, result, (args, kwargs, recorder.calls))
+    return Trace(inputs, scalars, recorder.producers, result, tuple(recorder.calls), (args, kwargs))
 
 
 def check_same(got: Any, seen: Any, node: fx.Node) -> None:

@@ -19,7 +19,8 @@ from torch import fx
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Softmax
 from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
-from flashfuse.patterns.graph import is_weighted, name_of
+from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.graph import is_weighted
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import NORMALISERS, Normalised, as_softmax, opened_or_none
 from flashfuse.patterns.operand import exactly_promotes

@@ -161,6 +161,56 @@ def bucketed_mpnet(c: Any, q: Any, k: Any, v: Any, table: Any) -> Any:
     return torch.matmul(F.softmax(attention_scores, dim=-1), v)
 
 
+def bucket_before(distance: Any, num_buckets: int, max_distance: int = 20) -> Any:
+    """T5's buckets for a decoder, which looks back only; parts are added in place."""
+    found = 0
+    back = -torch.min(distance, torch.zeros_like(distance))
+    exact = num_buckets // 2
+    far = exact + (torch.log(back.float() / exact) / math.log(max_distance / exact) * (num_buckets - exact)).to(
+        torch.long
+    )
+    far = torch.min(far, torch.full_like(far, num_buckets - 1))
+    found += torch.where(back < exact, back, far)
+    return found
+
+
+def decoder_t5(c: Any, q: Any, k: Any, v: Any, table: Any) -> Any:
+    """The biases of all positions, sliced to those of the last queries, with the causal mask added once."""
+    at = torch.arange(k.shape[2], device=q.device)
+    values = F.embedding(bucket_before(at[None, :] - at[:, None], c.buckets), table)
+    position_bias = values.permute([2, 0, 1]).unsqueeze(0)[:, :, -q.shape[2] :, :]
+    i, j = positions(q, k)
+    position_bias = position_bias + minimum(j <= i + (k.shape[2] - q.shape[2]), q)
+    scores = torch.matmul(q * c.scale, k.transpose(3, 2))
+    scores += position_bias
+    return torch.matmul(F.softmax(scores.float(), dim=-1).type_as(scores), v)
+
+
+def decoder_x_transformers(c: Any, q: Any, k: Any, v: Any, table: Any) -> Any:
+    i, j = q.shape[2], k.shape[2]
+    q_pos = torch.arange(j - i, j, dtype=torch.long, device=q.device)
+    k_pos = torch.arange(j, dtype=torch.long, device=q.device)
+    rel_pos = k_pos[None, :] - q_pos[:, None]
+    bias = F.embedding(bucket_before(rel_pos, c.buckets), table).movedim(-1, 0)
+    sim = torch.einsum("bhid,bhjd->bhij", q, k) * c.scale + bias
+    sim = sim.masked_fill(rel_pos > 0, -torch.finfo(sim.dtype).max)
+    return torch.einsum("bhij,bhjd->bhid", sim.softmax(dim=-1), v)
+
+
+def clipped_bias(c: Any, q: Any, k: Any, v: Any, table: Any) -> Any:
+    i, j = positions(q, k)
+    at = torch.clamp(j - i, -(c.buckets // 2), c.buckets // 2 - 1) + c.buckets // 2
+    return functional(c, q, k, v, table[at].permute(2, 0, 1)[None])
+
+
+def clipped_bias_selected(c: Any, q: Any, k: Any, v: Any, table: Any) -> Any:
+    i, j = positions(q, k)
+    span = c.buckets // 2
+    at = (i - j).clamp(min=1 - span, max=span)
+    bias = torch.index_select(table, 0, (span - at).flatten()).view(q.shape[2], k.shape[2], c.heads)
+    return hugging_face(c, q, k, v, bias.permute(2, 0, 1)).transpose(1, 2)
+
+
 def _buckets(make: Make) -> tuple[torch.Tensor, ...]:
     return (*make.qkv(), make.randn(make.sizes.buckets, make.sizes.heads))
 
@@ -226,7 +276,15 @@ def shifted_windows_timm(c: Any, q: Any, k: Any, v: Any, table: Any, index: Any,
 
 
 TABLES = (
-    Form("bucketed-distances", (bucketed_t5, bucketed_mpnet), Expect(squares=None), _buckets),
+    Form("bucketed-distances", (bucketed_t5, bucketed_mpnet), Expect((r"qk", r"t\d\[n1, .*kv_idx")), _buckets),
+    Form(
+        "bucketed-offset",
+        (decoder_t5, decoder_x_transformers),
+        Expect((r"qk", r"t\d\[n1, .*kv_idx"), r"window \.\.6$"),
+        _buckets,
+        more_keys=True,
+    ),
+    Form("clipped-bias", (clipped_bias, clipped_bias_selected), Expect((r"qk", r"t\d\[n1, .*kv_idx")), _buckets),
     Form("bias-table", (table_beit, table_timm), Expect(squares=None), _table),
     Form("shifted-windows", (shifted_windows_swin, shifted_windows_timm), Expect(squares=None), _windows),
 )

@@ -67,6 +67,10 @@ def capped_second(c: Any, q: Any, k: Any, v: Any, q2: Any, k2: Any) -> Any:
     return (scores(c, q, k) + torch.tanh(scores(c, q2, k2))).softmax(-1) @ v
 
 
+def multiplied_gates(c: Any, q: Any, k: Any, v: Any, q2: Any, k2: Any) -> Any:
+    return (scores(c, q, k).sigmoid() * scores(c, q2, k2).sigmoid()) @ v
+
+
 def top_k(c: Any, q: Any, k: Any, v: Any) -> Any:
     dots = scores(c, q, k)
     kth = dots.topk(k=4, dim=-1).values[..., -1:]
@@ -123,6 +127,12 @@ def scores_kept(c: Any, q: Any, k: Any, v: Any) -> Any:
     return dots.softmax(-1) @ v, dots
 
 
+def crosswise(c: Any, q: Any, k: Any, v: Any, q2: Any, k2: Any) -> Any:
+    """LiLT (https://arxiv.org/abs/2202.13669): the scores of text and layout, each added to the other's."""
+    text, layout = scores(c, q, k), scores(c, q2, k2)
+    return (text + layout).softmax(-1) @ v, (layout + text.detach()).softmax(-1) @ (v * 2)
+
+
 def hard(c: Any, q: Any, k: Any, v: Any) -> Any:
     """GroupViT: straight-through assignment."""
     probs = scores(c, q, k).softmax(-1)
@@ -160,6 +170,7 @@ DECOYS = (
     Decoy("gated-scores", gated_scores, "square-intermediate", _second),
     Decoy("multiplied-scores", multiplied_scores, "square-intermediate", _second),
     Decoy("capped-second", capped_second, "square-intermediate", _second),
+    Decoy("multiplied-gates", multiplied_gates, "square-intermediate", _second),
     Decoy("top-k", top_k, "top-k"),
     Decoy("kth-value", kth_value, "top-k"),
     Decoy("sorted", sorted_scores, "sort"),
@@ -171,6 +182,7 @@ DECOYS = (
     Decoy("returned", returned, "probabilities-used"),
     Decoy("averaged", averaged, "probabilities-used"),
     Decoy("scores-kept", scores_kept, "scores-used"),
+    Decoy("crosswise", crosswise, "scores-used", _second),
     Decoy("hard", hard, "unknown-operator"),
     Decoy("random", dropped_at_random, "dropout"),
     Decoy("linear-attention", linear_attention, None),

@@ -198,6 +198,27 @@ def filled_where_nan(c: Any, q: Any, k: Any, v: Any, keep: Any) -> Any:
     return torch.matmul(probs, v)
 
 
+def where_all_infinite(c: Any, q: Any, k: Any, v: Any, keep: Any) -> Any:
+    """torch's own safe softmax, written out."""
+    scores = (q @ k.transpose(-2, -1) * c.scale).masked_fill(~keep[:, None, None, :], float("-inf"))
+    empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
+    return torch.where(empty, 0.0, torch.softmax(scores, dim=-1)) @ v
+
+
+def filled_in_empty_rows(c: Any, q: Any, k: Any, v: Any, keep: Any) -> Any:
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * c.scale
+    scores = scores + torch.zeros_like(keep, dtype=q.dtype).masked_fill(~keep, float("-inf"))[:, None, None]
+    attn = scores.softmax(-1).masked_fill(torch.isneginf(scores).all(-1, keepdim=True), 0.0)
+    return torch.einsum("bhij,bhjd->bhid", attn, v)
+
+
+def kept_where_any_key(c: Any, q: Any, k: Any, v: Any, keep: Any) -> Any:
+    """By the mask instead of the scores."""
+    mask = keep[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+    attn = torch.matmul(q, k.transpose(-2, -1)).mul(c.scale).masked_fill(~mask, float("-inf")).softmax(-1)
+    return torch.matmul(torch.where(mask.any(-1, keepdim=True), attn, torch.zeros_like(attn)), v)
+
+
 def _row_gate(make: Make) -> tuple[torch.Tensor, ...]:
     return (*make.qkv(), make.randn(make.sizes.batch, make.sizes.heads, make.sizes.q_len, 1))
 
@@ -240,6 +261,13 @@ FORMS = (
     Form(
         "nan-to-zero",
         (nan_to_num, filled_where_nan),
+        Expect(mask=PADDING_OR_BIAS, empty_row="zero"),
+        _keep_padded,
+        empty="zero",
+    ),
+    Form(
+        "empty-rows-cleared",
+        (where_all_infinite, filled_in_empty_rows, kept_where_any_key),
         Expect(mask=PADDING_OR_BIAS, empty_row="zero"),
         _keep_padded,
         empty="zero",

@@ -201,6 +201,14 @@ def dilated_strided(c: Any, i: Any, j: Any) -> Any:
     return torch.logical_and(torch.remainder(i - j, 2) == 0, i >= j)
 
 
+def dilated_window(c: Any, i: Any, j: Any) -> Any:
+    return ((i - j) % 2 == 0) & (j <= i) & (i - j < 2 * c.window)
+
+
+def dilated_window_not(c: Any, i: Any, j: Any) -> Any:
+    return ~((torch.remainder(i - j, 2) != 0) | (j > i) | (j + 2 * c.window <= i))
+
+
 def chunked_divided(c: Any, i: Any, j: Any) -> Any:
     return (i // c.chunk == j // c.chunk) & (j <= i)
 
@@ -275,6 +283,7 @@ def _shape(name: str, predicates: tuple[Callable[..., Any], ...], mask: str) -> 
 SHAPES = (
     _shape("window", (window_and, window_not), "causal, window 5$"),
     _shape("window-both-sides", (both_sides_abs, both_sides_and), r"window -5\.\.5$"),
+    _shape("dilated-window", (dilated_window, dilated_window_not), "causal, window 10, dilated by 2"),
     _shape("dilated", (dilated_remainder, dilated_strided), "(causal, )?dilated by 2"),
     _shape("chunked", (chunked_divided, chunked_start), r"chunks of 4, causal$|causal, keys from .*q_idx // 4"),
     _shape("block-diagonal", (block_diagonal_divided, block_diagonal_repeated), "chunks of 4$"),

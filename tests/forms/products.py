@@ -123,6 +123,23 @@ def differential_interleaved(c: Any, q1: Any, q2: Any, k1: Any, k2: Any, v: Any,
     return torch.matmul(attn_weights, v)
 
 
+def difference_of_sigmoids(c: Any, q1: Any, q2: Any, k1: Any, k2: Any, v: Any, lambda_full: Any) -> Any:
+    drop = ~causal(q1, k1)
+    gates = [
+        torch.sigmoid(q @ k.transpose(-1, -2) * c.scale - math.log(c.kv_len)).masked_fill(drop, 0.0)
+        for q, k in ((q1, k1), (q2, k2))
+    ]
+    return torch.matmul(gates[0] - lambda_full * gates[1], v)
+
+
+def sigmoids_interleaved(c: Any, q1: Any, q2: Any, k1: Any, k2: Any, v: Any, lambda_full: Any) -> Any:
+    """Both in one sigmoid over twice the heads."""
+    b, h, n, _ = q1.shape
+    q, k = (torch.stack(pair, dim=2).flatten(1, 2) for pair in ((q1, q2), (k1, k2)))
+    gates = torch.sigmoid(torch.einsum("bhid,bhjd->bhij", q * c.scale, k) - math.log(c.kv_len)).view(b, h, 2, n, -1)
+    return torch.einsum("bhij,bhjd->bhid", (gates[:, :, 0] - gates[:, :, 1] * lambda_full).tril(), v)
+
+
 FORMS = (
     Form("latent-sum", (latent_sum, latent_scaled_apart), Expect((r"qk",), "causal$"), _latent),
     Form("latent-concatenated", (latent_concatenated, latent_filled), Expect((r"qk \* 0\.2886",), "causal$"), _latent),
@@ -137,6 +154,12 @@ FORMS = (
         "differential-probabilities",
         (differential_probabilities, differential_interleaved),
         Expect(mask="causal$"),
+        _differential,
+    ),
+    Form(
+        "difference-of-sigmoids",
+        (difference_of_sigmoids, sigmoids_interleaved),
+        Expect((r"sigmoid\(", r"qk \* 0\.3535"), "causal$", normaliser="none"),
         _differential,
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,14 +11,9 @@ from forms import Form, Sizes, Spelling, exact, module, spelled
 from numerics import assert_close_to_exact
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from training import S, assert_trains, attention, compiled, qkvb
 
 import flashfuse
-from flashfuse.report import Report
-
-S, D = 16, 8
-# A gradient that is few numbers says little with one gradient of the output.
-DRAWS = 32
 
 
 @pytest.fixture(autouse=True)
@@ -27,54 +22,6 @@ def _gradients() -> Any:
     flashfuse.reset()
     with torch.enable_grad():
         yield
-
-
-def compiled(fn: Callable[..., Any], inner: str = "eager", **options: Any) -> Callable[..., Any]:
-    settings = {"flashfuse.inner": inner, "flashfuse.strict": True}
-    return torch.compile(fn, backend="flashfuse", options=settings, **options)
-
-
-def gradients(out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """[DRAWS, ..] of every input for random gradients of the output; None where there is none."""
-    draws = []
-    for seed in range(DRAWS):
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
-        draws.append(torch.autograd.grad(out, inputs, grad, retain_graph=True, allow_unused=True))
-    return [None if grads[0] is None else torch.stack(grads) for grads in zip(*draws, strict=True)]
-
-
-def leaves(inputs: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
-    """Copies of the inputs that require a gradient where those do, the floating-point ones in `dtype`."""
-    typed = (x.detach().to(dtype) if dtype and x.is_floating_point() else x.detach() for x in inputs)
-    return [y.clone().requires_grad_(x.requires_grad) for x, y in zip(inputs, typed, strict=True)]
-
-
-def assert_trains(
-    fn: Callable[..., torch.Tensor],
-    inputs: Sequence[torch.Tensor],
-    inner: str = "eager",
-    precise: Callable[..., torch.Tensor] | None = None,
-) -> Report:
-    """Outputs and gradients of the compiled function by the accuracy rule, and None where eager gives None.
-
-    precise: what computes fn in float64, by default fn itself.
-    """
-    results = []
-    for run, dtype in ((compiled(fn, inner), None), (fn, None), (precise or fn, torch.float64)):
-        xs = leaves(inputs, dtype)
-        out = run(*xs)
-        wanted = [x for x in xs if x.requires_grad]
-        results.append([out, *gradients(out, wanted)])
-    spread = bool(results[2][0].isnan().any())
-    for fused, eager, wide in zip(*results, strict=True):
-        assert (fused is None) == (eager is None), "a gradient where eager has none, or none where it has one"
-        if fused is None or eager is None or wide is None:
-            continue
-        # Autograd multiplies what a `where` discards by zero, and may give NaN where nothing is NaN in the output.
-        known = torch.ones_like(wide, dtype=torch.bool) if spread else wide.isfinite()
-        assert_close_to_exact(fused[known], eager[known], wide[known])
-    (report,) = flashfuse.reports()
-    return report
 
 
 @pytest.mark.parametrize(("form", "spelling"), [(f, s) for f, s, _ in spelled()], ids=[n for *_, n in spelled()])
@@ -87,17 +34,6 @@ def test_every_form_trains(form: Form, spelling: Spelling) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def qkvb() -> tuple[torch.Tensor, ...]:
-    """q, k, v [2, 3, S, D] and a bias [3, S, S], all requiring gradients."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 3, S, D),) * 3 + ((3, S, S),)
-    return tuple(torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
-
-
-def attention(q: Any, k: Any, v: Any, bias: Any) -> Any:
-    return ((q @ k.mT) * 0.3 + bias).softmax(-1) @ v
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
@@ -194,79 +130,6 @@ def test_gradient_that_ends_inside_is_refused(fn: Callable[..., Any]) -> None:
 def test_frozen_tensors(frozen: tuple[int, ...]) -> None:
     inputs = [x.detach() if at in frozen else x for at, x in enumerate(qkvb())]
     assert_trains(attention, inputs, "aot_eager").assert_fused(sites=1)
-
-
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_activation_checkpoints(inner: str) -> None:
-    def fn(*inputs: Any) -> Any:
-        return checkpoint(attention, *inputs, use_reentrant=False) * 2
-
-    assert_trains(fn, qkvb(), inner).assert_fused(sites=1)
-
-
-def test_reentrant_checkpoints() -> None:
-    """Which torch lets `backward` alone go through."""
-    found, expected = leaves(qkvb()), leaves(qkvb())
-    run = compiled(lambda *inputs: checkpoint(attention, *inputs, use_reentrant=True) * 2, "aot_eager")
-    run(*found).square().sum().backward()
-    (attention(*expected) * 2).square().sum().backward()
-    torch.testing.assert_close([x.grad for x in found], [x.grad for x in expected])
-    flashfuse.reports()[0].assert_fused(sites=1)
-
-
-def test_autocast() -> None:
-    def fn(q: Any, k: Any, v: Any, bias: Any) -> Any:
-        with torch.autocast("cpu", torch.bfloat16, enabled=q.dtype != torch.float64):
-            return attention(q, k, v, bias)
-
-    assert_trains(fn, qkvb(), "aot_eager").assert_fused(sites=1)
-
-
-def test_symbolic_sizes() -> None:
-    run = compiled(attention, "aot_eager", dynamic=True)
-    for length in (S, S + 5, 3):
-        inputs = [torch.randn(2, 3, length, D) for _ in range(3)] + [torch.randn(3, length, length)]
-        found, expected = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
-        run(*found).square().sum().backward()
-        attention(*expected).square().sum().backward()
-        torch.testing.assert_close([x.grad for x in found], [x.grad for x in expected])
-    (report,) = flashfuse.reports()
-    report.assert_fused(sites=1)
-
-
-def test_gradients_accumulate() -> None:
-    found, expected = leaves(qkvb()), leaves(qkvb())
-    run = compiled(attention, "aot_eager")
-    for _ in range(3):
-        run(*found).sum().backward()
-        attention(*expected).sum().backward()
-    torch.testing.assert_close([x.grad for x in found], [x.grad for x in expected])
-
-
-def test_compiled_autograd() -> None:
-    found, expected = leaves(qkvb()), leaves(qkvb())
-    run = compiled(attention, "aot_eager")
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
-        run(*found).square().sum().backward()
-    attention(*expected).square().sum().backward()
-    torch.testing.assert_close([x.grad for x in found], [x.grad for x in expected])
-
-
-def func_grad(q: Any, k: Any, v: Any, bias: Any) -> Any:
-    return torch.func.grad(lambda q: attention(q, k, v, bias).square().sum())(q)
-
-
-def vmapped(q: Any, k: Any, v: Any, bias: Any) -> Any:
-    return torch.vmap(lambda q, k, v: attention(q, k, v, bias))(q, k, v)
-
-
-@pytest.mark.parametrize("fn", [func_grad, vmapped], ids=lambda fn: fn.__name__)
-def test_function_transforms_are_refused(fn: Callable[..., Any]) -> None:
-    inputs = [x.detach() for x in qkvb()]
-    torch.testing.assert_close(compiled(fn, "aot_eager")(*inputs), fn(*inputs))
-    (report,) = flashfuse.reports()
-    report.assert_fused(sites=0)
-    assert {refusal.code for refusal in report.refusals} == {"transform"}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from attention_cases import make_call
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.evaluate import Tile, evaluate, evaluate_index
+from flashfuse.kernels.evaluate import Tile, evaluate, evaluate_index, scatter_add
 from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Softmax
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.reference import attention_reference
@@ -66,6 +66,10 @@ def test_every_operator(op: str) -> None:
         ("2 * n0, kv_idx + size0", True),
         ("q_len, kv_len", True),
         ("n0, q_idx - kv_idx + 6", False),
+        ("n0, kv_idx - q_idx + 4", False),
+        ("2 * n0, kv_idx - q_idx + size0 + 2", False),
+        ("kv_idx - q_idx + 4, kv_idx - q_idx + 4", False),
+        ("n0, kv_idx - 2 * q_idx + 8", False),
         ("n0 // size0, kv_idx", False),
         ("q_idx % 2, n0", False),
     ],
@@ -78,6 +82,33 @@ def test_loads(indices: str, is_view: bool) -> None:
     found = evaluate(load, tile)
     assert (found.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()) == is_view
     torch.testing.assert_close(found.expand(2, 3, 6), element_by_element(load, base, tile), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        "n0, q_idx, kv_idx",
+        "0, 0, kv_idx",
+        "n0, 0, kv_idx - q_idx + 4",
+        "0, 1, kv_idx - q_idx + 3",
+        "n0, 0, 2 * (kv_idx - q_idx) + 6",
+        "n0, kv_idx - q_idx + 4, 3",
+        "n0, kv_idx - q_idx + 3, kv_idx - q_idx + 3",
+        "n0, 0, q_idx - kv_idx + 6",
+        "n0, q_idx % 2, kv_idx // 2",
+    ],
+)
+def test_what_a_load_reads_is_where_its_gradient_goes(indices: str) -> None:
+    """Sums of pairs that read one element, as all of one distance do in a table of distances."""
+    read = parse(f"t0[{indices}]", (torch.float64,))
+    assert isinstance(read, Load)
+    base = torch.zeros(3, 11, 17, dtype=torch.float64, requires_grad=True)
+    tile = make_tile((base.detach(),))
+    grad = torch.randn(2, 3, 6, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(element_by_element(read, base, tile), base, grad)
+    total = torch.ones(3, 11, 17, dtype=torch.float64)
+    scatter_add(total, read, grad, tile)
+    torch.testing.assert_close(total, 1 + expected, rtol=1e-14, atol=1e-14)
 
 
 def test_a_load_outside_its_tensor_is_harmless_where_it_is_discarded() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import Call, make_call
+from numerics import assert_close_to_exact
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -126,12 +127,100 @@ def test_second_derivative_says_that_there_is_none() -> None:
         grad.sum().backward()
 
 
+def test_what_every_key_has_in_common_has_no_gradient() -> None:
+    """A vector added to all keys changes no probability: its gradient is the rounding errors of a row's scores.
+
+    A causal mask cut the few keys of a row into two tiles, and each took the row's sum of products from the output,
+    whose own rounding left one and a half times as much as eager code leaves.
+    """
+    call = make_call(CAUSAL, (2, 3, 21, 8))
+    kept = torch.ones(21, 21, dtype=torch.bool).tril()
+    q, k, v = leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+    fused, _ = attention(*leaves, [], call.sizes, call.spec.to_text())
+    eager = (q @ k.mT * 0.3).masked_fill(~kept, -torch.inf).softmax(-1) @ v
+    found: list[list[torch.Tensor]] = [[], []]
+    for seed in range(32):
+        grad = torch.randn(fused.shape, generator=torch.Generator().manual_seed(seed))
+        for sums, out in zip(found, (fused, eager), strict=True):
+            sums.append(torch.autograd.grad(out, k, grad, retain_graph=True)[0].double().sum((0, 2)))
+    mine, theirs = (torch.stack(sums) for sums in found)
+    assert_close_to_exact(mine, theirs, torch.zeros_like(mine), dtype=torch.float32)
+
+
 def test_wrong_number_of_flags_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="expected 5 flags in needs, got 3"):
         attention_backward(*backward_arguments(biased(), [True] * 3))
 
 
-def test_vmap_says_that_it_is_not_supported() -> None:
-    arguments = backward_arguments(make_call(CAUSAL, (4, 16, 8)), [True] * 3)
-    with pytest.raises(RuntimeError, match=r"flashfuse::attention does not support torch\.vmap"):
-        torch.vmap(lambda grad: attention_backward(grad, *arguments[1:]))(arguments[0][None])
+def test_forward_mode_says_that_there_is_none() -> None:
+    """The formula that torch makes by itself lost the tangents: the output's was zero."""
+    call = make_call(CAUSAL, (2, 3, 5, 8))
+    with pytest.raises(NotImplementedError, match="flashfuse::attention has no forward-mode derivative"):
+        torch.func.jvp(lambda q: attention(q, *call.arguments[1:])[0], (call.q,), (call.k,))
+
+
+def test_gradients_stop_in_no_grad_regions_of_every_level() -> None:
+    call = make_call(CAUSAL, (2, 3, 5, 8))
+
+    def detached(q: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            out, _ = attention(q, *call.arguments[1:])
+        return (out * q).sum()
+
+    out, _ = attention(*call.arguments)
+    torch.testing.assert_close(torch.func.grad(detached)(call.q), out, rtol=0, atol=0)
+
+
+# Which of q, k, v, a look-up's positions, a table and a scale a batch is mapped over.
+MAPPED = [(0, 0, 0, 0, 0, 0), (0, None, None, None, None, None), (None, 1, 1, None, None, None),
+          (None, None, None, None, 0, 1), (2, 0, None, 0, None, None)]  # fmt: skip
+
+
+@pytest.mark.parametrize("in_dims", MAPPED, ids=str)
+def test_vmap_is_a_loop(in_dims: tuple[int | None, ...]) -> None:
+    """Forward, and the gradients of each example."""
+    captured = [torch.randint(7, (5, 6)), torch.randn(7, 3), torch.rand(3)]
+    call = make_call(
+        "qk * t2[n1] + t1[t0[q_idx, kv_idx], n1]", (2, 3, 5, 8), 6, captured=captured, out_order=(0, 2, 1, 3)
+    )
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        return attention(*inputs[:3], list(inputs[3:]), call.sizes, call.spec.to_text())[0]
+
+    def derive(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.func.grad(lambda *x: run(*x).square().sum(), argnums=(0, 1, 2, 4, 5))(*inputs)
+
+    plain = (call.q, call.k, call.v, *captured)
+    mapped = [
+        x if at is None else torch.stack([x, x.flip(0), x.roll(1, 0)], at) for x, at in zip(plain, in_dims, strict=True)
+    ]
+    for function in (run, derive):
+        each = [function(*(x if at is None else x.select(at, i) for x, at in zip(mapped, in_dims, strict=True)))
+                for i in range(3)]  # fmt: skip
+        expected = torch.utils._pytree.tree_map(lambda *x: torch.stack(x), *each)
+        torch.testing.assert_close(torch.vmap(function, in_dims=in_dims)(*mapped), expected)
+
+
+def test_vmap_maps_ranges() -> None:
+    """Each example leaves out its own keys: NaN behind them is not read."""
+    keep = torch.arange(300) < torch.tensor([[70], [130]])
+    call = make_call("where(t0[kv_idx], qk, -inf)", (300, 8), captured=[keep[0]])
+
+    def found(kept: torch.Tensor) -> torch.Tensor:
+        return torch.ops.flashfuse.mask_ranges([kept], [], 0, 300, 300, "t0[kv_idx]", "t0[kv_idx]")
+
+    def run(kept: torch.Tensor, k: torch.Tensor, kv_ranges: torch.Tensor) -> torch.Tensor:
+        return attention(call.q, k, call.v, [kept], call.sizes, call.spec.to_text(), kv_ranges)[0]
+
+    k = torch.stack([call.k, call.k])
+    k[0, 128:] = torch.nan
+    inputs = keep, k, torch.stack([*map(found, keep)])
+    out = torch.vmap(run)(*inputs)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out, torch.stack([run(*example) for example in zip(*inputs, strict=True)]))
+
+
+def test_vmap_of_four_axes_is_an_error() -> None:
+    call = make_call(CAUSAL, (1, 1, 2, 2, 5, 8))
+    with pytest.raises(RuntimeError, match=r"has 4 batch axes, and torch\.vmap would add one more"):
+        torch.vmap(lambda q: attention(q, *call.arguments[1:])[0])(call.q[None])

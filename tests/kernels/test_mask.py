@@ -9,12 +9,13 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv
 
+from flashfuse.kernels.bounds import Q_START, Q_STOP
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.mask import analyze
 from flashfuse.kernels.normal import conjunction, conjuncts
 from flashfuse.kernels.predicate import normal
 from flashfuse.kernels.solve import solved
-from flashfuse.kernels.spec import KV_IDX, Q_IDX, parse, to_text
+from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, parse, to_text
 
 MIN = torch.finfo(torch.float32).min
 CAPTURED = (torch.bool, torch.float32, torch.int64)
@@ -174,3 +175,21 @@ def test_normal_form_opens_what_comparisons_hold() -> None:
     assert [to_text(t) for t in conjuncts(normal(predicate))] == [
         "((q_idx + (-1 * kv_idx)) <= 4)", "((kv_idx + (-1 * q_idx)) <= 4)", "(q_idx >= 2)", "(kv_idx >= 2)",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "predicate",
+    [
+        "((q_idx - kv_idx) % 3 == 0) & (kv_idx <= q_idx) & (q_idx - kv_idx < 64)",
+        "~((kv_idx > q_idx) | ((q_idx - kv_idx) % 3 != 0) | (q_idx - kv_idx >= 64))",
+    ],
+)
+def test_what_no_rule_reads_leaves_the_bounds_of_the_rest(predicate: str) -> None:
+    """Of a dilated window the window bounds the keys, and between its edges only the remainder is looked at."""
+    mask = analyze(parse(f"where({predicate}, qk, -inf)", (), torch.float32))
+    tile = {Q_START: 512, Q_STOP: 640, Q_LEN: 1024, KV_LEN: 1024}
+    assert mask.bounds.kv_range(tile) == (512 - 63, 576, 576, 640)
+    tile |= {Q_STOP: 528}
+    assert mask.bounds.kv_range(tile) == (512 - 63, 527 - 63, 513, 528)
+    assert "%" in to_text(mask.full)
+    assert "<" not in to_text(mask.full)

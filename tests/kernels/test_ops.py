@@ -131,12 +131,6 @@ def test_autocast_changes_nothing() -> None:
         torch.testing.assert_close(inside, attention(*call.arguments), rtol=0, atol=0)
 
 
-def test_vmap_says_that_it_is_not_supported() -> None:
-    call = make_call(CAUSAL, (4, 16, 8))
-    with pytest.raises(RuntimeError, match=r"flashfuse::attention does not support torch\.vmap"):
-        torch.vmap(lambda q: attention(q, call.k, call.v, [], call.sizes, call.spec.to_text()))(call.q[None])
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -13,6 +13,7 @@ from flashfuse.describe import describe_site
 from flashfuse.kernels.spec import to_text
 from flashfuse.patterns.graph import tensor
 from flashfuse.patterns.site import AttentionSite
+from flashfuse.patterns.table import Table
 
 SPELLED = spelled()
 
@@ -56,8 +57,12 @@ def check(site: AttentionSite, form: Form) -> None:
 def squares(site: AttentionSite) -> int:
     """How many captured tensors have both query and key positions."""
     length = min(int(site.q_len), int(site.kv_len))
-    shapes = [t.shape for node in site.captured if (t := tensor(node)) is not None]
-    return sum(sum(n >= length for n in shape) >= 2 for shape in shapes)
+    shapes = [
+        captured.extents if isinstance(captured, Table) else t.shape
+        for captured in site.captured
+        if isinstance(captured, Table) or (t := tensor(captured)) is not None
+    ]
+    return sum(sum(int(n) >= length for n in shape) >= 2 for shape in shapes)
 
 
 @pytest.mark.parametrize("decoy", DECOYS, ids=lambda d: d.name)

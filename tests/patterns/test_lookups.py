@@ -145,7 +145,8 @@ def test_logarithmic_buckets_are_computed_by_the_graph() -> None:
     """A logarithm that decides a bucket has to be torch's own, to the last bit."""
     args = (*qkv(), torch.randn(8, H))
     site = only_site(bucketed, *args)
-    assert score_of(site.spec) == "(qk + t0[q_idx, kv_idx, n1])"
+    assert score_of(site.spec) == "(qk + t0[n1, (5 + kv_idx + (-1 * q_idx))])"
+    assert site.spec.captured == (torch.float32,)
     check_fused(bucketed, *args)
 
 

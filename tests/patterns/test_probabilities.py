@@ -98,7 +98,7 @@ def test_rows_zeroed_as_a_whole(fill: float) -> None:
 
     def chosen(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
         p = masked(q, k, keep, fill).softmax(-1)
-        return torch.where(keep.any(-1, keepdim=True), p, 0.0) @ v
+        return torch.where(keep.float().amax(-1, keepdim=True) > 0, p, 0.0) @ v
 
     def filled(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
         return masked(q, k, keep, fill).softmax(-1).masked_fill(keep.sum(-1, keepdim=True) == 0, 0.0) @ v
@@ -107,6 +107,81 @@ def test_rows_zeroed_as_a_whole(fill: float) -> None:
         factor = only_site(fn, *inputs()).spec.factor
         assert (factor.dtype == torch.bool) == (fill == -math.inf)
         check(fn, *inputs())
+
+
+INFINITE: dict[str, Callable[..., Any]] = {
+    "scores": lambda s, p, keep: torch.where((s == -math.inf).all(-1, keepdim=True), 0.0, p),
+    "number-first": lambda s, p, keep: p.masked_fill((-math.inf == s).all(-1, keepdim=True), 0.0),
+    "isneginf": lambda s, p, keep: p.masked_fill(torch.isneginf(s).all(dim=-1)[..., None], 0.0),
+    "some-finite": lambda s, p, keep: torch.where((s != -math.inf).any(-1, True), p, torch.zeros_like(p)),
+    "some-key": lambda s, p, keep: torch.where(keep.any(-1, keepdim=True), p, 0.0),
+    "no-key": lambda s, p, keep: p.masked_fill((~keep).all(-1, keepdim=True), 0.0),
+    "twice": lambda s, p, keep: (p * keep.any(-1, keepdim=True)).masked_fill((s == -math.inf).all(-1, True), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", INFINITE)
+def test_empty_rows_that_are_tested_for(name: str) -> None:
+    """The test used to need the scores as a whole, so the site was refused, or to stay a factor of rows."""
+
+    def fn(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        s = masked(q, k, keep)
+        return INFINITE[name](s, s.softmax(-1), keep) @ v
+
+    spec = only_site(fn, *inputs()).spec
+    assert spec.empty_row == "zero"
+    assert (spec.factor is None) == (name != "twice")
+    check(fn, *inputs())
+
+
+def part_of_the_row(s: Any, p: Any, keep: Any) -> Any:
+    return p.masked_fill((s[..., :-1] == -math.inf).all(-1, keepdim=True), 0.0)
+
+
+def over_the_queries(s: Any, p: Any, keep: Any) -> Any:
+    return p.masked_fill((s == -math.inf).all(-2, keepdim=True), 0.0)
+
+
+def some_masked(s: Any, p: Any, keep: Any) -> Any:
+    return p.masked_fill((s == -math.inf).any(-1, keepdim=True), 0.0)
+
+
+def another_infinity(s: Any, p: Any, keep: Any) -> Any:
+    return p.masked_fill((s == math.inf).all(-1, keepdim=True), 0.0)
+
+
+OTHER = {
+    part_of_the_row: ("row-dependent", "masked_fill"),
+    over_the_queries: ("probability-mask", "softmax"),
+    some_masked: ("row-dependent", "masked_fill"),
+    another_infinity: ("row-dependent", "masked_fill"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER, ids=lambda f: f.__name__)
+def test_other_tests_of_rows(change: Callable[..., Any]) -> None:
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        s = masked(q, k, keep)
+        return change(s, s.softmax(-1), keep) @ v
+
+    refusal = only_refusal(fn, *inputs()[:3], inputs()[4])
+    code, line = OTHER[change]
+    assert refusal.code == code
+    assert line in refusal.location.code
+
+
+def test_a_row_may_be_empty_for_another_reason_than_the_one_tested() -> None:
+    """Then it is NaN."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        causal = torch.ones(S, T, dtype=torch.bool).tril(-1)
+        return torch.where(keep.any(-1, keepdim=True), masked(q, k, causal & keep).softmax(-1), 0.0) @ v
+
+    spec = only_site(fn, *inputs()[:3], inputs()[4]).spec
+    assert spec.empty_row == "nan"
+    assert spec.factor is not None
+    assert spec.factor.dtype == torch.bool
+    check(fn, *inputs()[:3], inputs()[4])
 
 
 def test_zeroed_under_another_mask() -> None:

@@ -42,6 +42,62 @@ def test_scores_are_the_weights(name: str) -> None:
     check(fn, *inputs())
 
 
+def minus(a: Any, b: Any, keep: Any) -> Any:
+    return a.sigmoid() - 0.25 * b.sigmoid()
+
+
+def scaled_sum(a: Any, b: Any, keep: Any) -> Any:
+    return (a.relu() + b.sigmoid()) / 8.0
+
+
+def masked_together(a: Any, b: Any, keep: Any) -> Any:
+    return torch.where(keep, a.sigmoid() - b, 0.0)
+
+
+def shared_product(a: Any, b: Any, keep: Any) -> Any:
+    return a.sigmoid() - (b.relu() - a.tanh()) * keep
+
+
+SUMS: dict[Callable[..., Any], tuple[str, str]] = {
+    minus: ("sigmoid((qk * 0.5))", "neg((sigmoid((qk * 0.5)) * 0.25))"),
+    scaled_sum: ("(max(0.0, (qk * 0.5)) * 0.125)", "(sigmoid((qk * 0.5)) * 0.125)"),
+    masked_together: (
+        "where(t0[n0, 0, 0, kv_idx], sigmoid((qk * 0.5)), 0.0)",
+        "where(t0[n0, 0, 0, kv_idx], neg((qk * 0.5)), 0.0)",
+    ),
+    shared_product: (
+        "neg((max(0.0, (qk * 0.5)) * t0[n0, 0, 0, kv_idx]))",
+        "(sigmoid((qk * 0.5)) + neg((neg(tanh((qk * 0.5))) * t0[n0, 0, 0, kv_idx])))",
+    ),
+}
+
+
+@pytest.mark.parametrize("weights", SUMS, ids=lambda f: f.__name__)
+def test_weights_that_are_a_sum(weights: Callable[..., Any]) -> None:
+    """Functions of two products, added: they used to be left alone without a word. Each is an attention of its own."""
+
+    def fn(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+        (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+        return weights(scores(q1, k1), scores(q2, k2), keep) @ v
+
+    site = only_site(fn, *inputs())
+    assert [term.spec.normaliser for term in (site, *site.plus)] == ["none", "none"]
+    assert tuple(score_of(term.spec) for term in (site, *site.plus)) == SUMS[weights]
+    check(fn, *inputs())
+
+
+def test_weights_of_two_products_multiplied() -> None:
+    """Used to be left alone without a word."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+        return (scores(q1, k1).sigmoid() * scores(q2, k2).sigmoid()) @ v
+
+    refusals = matched(fn, *inputs()[:3]).refusals
+    assert {r.code for r in refusals} == {"square-intermediate"}
+    assert all("transpose" in r.location.code for r in refusals)
+
+
 LINEAR: dict[str, Callable[..., Any]] = {
     "gram": lambda q, k, v, keep: (q @ k.mT) @ v,
     "scaled": lambda q, k, v, keep: scores(q, k) @ v,

@@ -1,0 +1,142 @@
+"""What one node of a Dynamo graph calls, and which memory it writes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+# operator.iadd and its kind; the functional form is the name without its first letter
+_INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    getattr(operator, "i" + name): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift")
+    if hasattr(operator, "i" + name)
+} | {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
+
+# Functions that write some of their arguments when another one says so.
+_STATEFUL: dict[str, tuple[tuple[str, ...], str]] = {
+    "embedding": (("weight",), "max_norm"),
+    "embedding_bag": (("weight",), "max_norm"),
+    "batch_norm": (("running_mean", "running_var"), "training"),
+    "instance_norm": (("running_mean", "running_var"), "use_input_stats"),
+}
+
+
+def name_of(node: fx.Node) -> str:
+    """The bare name of what the node calls: "softmax", "masked_fill_", "scaled_dot_product_attention"."""
+    if node.op == "call_method":
+        return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.overloadpacket.__name__
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def functional_target(node: fx.Node) -> Any:
+    """The out-of-place twin of an in-place operator or method; None where it has none or the node is not in place."""
+    if node.op == "call_function" and node.target in _INPLACE_OPERATORS:
+        return _INPLACE_OPERATORS[node.target]
+    name = name_of(node)
+    if node.op != "call_method" or not name.endswith("_") or name.endswith("__"):
+        return None
+    return name[:-1] if hasattr(torch.Tensor, name[:-1]) else getattr(torch, name[:-1], None)
+
+
+def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The input nodes whose memory this node may write."""
+    if node.op in ("placeholder", "output", "get_attr"):
+        return ()
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return tuple(node.all_input_nodes) if _may_mutate(node) else ()
+    if isinstance(target, torch._ops.OpOverload):
+        return _schema_mutated(node, target)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = (getattr(target, name) for name in target.overloads())
+        return tuple(dict.fromkeys(n for overload in overloads for n in _schema_mutated(node, overload)))
+    if is_foreign(target):
+        return tuple(node.all_input_nodes)
+    written = (*_nodes_in(node.kwargs.get("out")), *_state_written(node))
+    if _writes_first(node):
+        return (*_nodes_in(node.args[:1]), *written)
+    return written
+
+
+def _writes_first(node: fx.Node) -> bool:
+    """Whether a function or method of torch writes its first argument: by its trailing underscore, or inplace=True."""
+    name = name_of(node)
+    if node.target in _INPLACE_OPERATORS or name in ("setitem", "__setitem__"):
+        return True
+    if name.startswith("__i") and name.endswith("__") and hasattr(operator, name.strip("_")):
+        return True
+    if name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_"):
+        return True
+    place = _inplace_argument(node.target) if node.op == "call_function" else None
+    flag = node.kwargs.get("inplace", node.args[place] if place is not None and place < len(node.args) else False)
+    return flag is not False
+
+
+def _state_written(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Running statistics and renormalised weights; all inputs where the arguments cannot be told apart."""
+    names, when = _STATEFUL.get(name_of(node), ((), ""))
+    if not names or node.op != "call_function":
+        return ()
+    try:
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return tuple(node.all_input_nodes)
+    return _nodes_in([given.get(name) for name in names]) if given.get(when) not in (None, False) else ()
+
+
+@functools.cache
+def _inplace_argument(function: Any) -> int | None:
+    """The place of the argument `inplace` of a Python function, None where it takes none."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def is_foreign(target: Any) -> bool:
+    """Whether the function is the user's own (`torch.compiler.allow_in_graph`), of which nothing is known."""
+    module = getattr(target, "__module__", None)
+    known = ("torch", "_operator", "operator", "math", "builtins", "einops")
+    return isinstance(module, str) and callable(target) and module.split(".")[0] not in known
+
+
+def _nodes_in(argument: Any) -> tuple[fx.Node, ...]:
+    return tuple(n for n in pytree.tree_leaves(argument) if isinstance(n, fx.Node))
+
+
+def _schema_mutated(node: fx.Node, target: torch._ops.OpOverload) -> tuple[fx.Node, ...]:
+    if not target._schema.is_mutable:
+        return ()
+    found: list[fx.Node] = []
+    for i, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
+            found += _nodes_in(given)
+    return tuple(found)
+
+
+def _may_mutate(node: fx.Node) -> bool:
+    """A higher-order operator writes its inputs when its sub-graphs do; one without sub-graphs may do anything."""
+    bodies = [m for m in subgraphs(node) if isinstance(m, fx.GraphModule)]
+    return not bodies or any(mutated_inputs(n) for body in bodies for n in body.graph.nodes)
+
+
+def subgraphs(node: fx.Node) -> Iterator[Any]:
+    """The graph modules that a higher-order operator's arguments name."""
+    owner = node.graph.owning_module
+    for a in node.all_input_nodes:
+        if a.op == "get_attr" and owner is not None:
+            found: Any = owner
+            for part in str(a.target).split("."):
+                found = getattr(found, part, None)
+            yield found
