@@ -108,5 +108,5 @@ def test_compiles_within_limits(
         if limits.arch in (80, 90):
             report = assembler_report(ptx, limits.arch, tmp_path)
             spilled = max((int(n) for n in re.findall(r"(\d+) bytes spill stores", report)), default=0)
-            # What waits for the end may be put aside where that lets one more program run.
-            assert spilled <= (0 if name != "whole" else 16), f"the {name} kernel spills"
+            # A number or two that wait for the end may be put aside where that lets one more program run.
+            assert spilled <= 16, f"the {name} kernel spills"
