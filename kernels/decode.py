@@ -48,7 +48,7 @@ def attention_split_kernel(
     rows = packed_0 * packed_1 * packed_2 * packed_3 * q_len
     row_tiles = tl.cdiv(rows, BLOCK_Q)
 
-    # Programs next to each other share keys, then captured tensors.
+    # Programs next to each other share keys.
     tile = tl.program_id(0) % row_tiles
     split = tl.program_id(0) // row_tiles % num_splits
     position = tl.program_id(0) // (row_tiles * num_splits)
