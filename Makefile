@@ -1,4 +1,5 @@
-# make demo, make test: each makes .venv when it is missing, installs what it needs, and runs. make check: what CI runs.
+# make demo, make train, make test: each makes .venv when it is missing, installs what it needs, and runs. make check: what
+# CI runs.
 #
 # torch is installed first and alone, so that nothing else chooses a build of it. On a machine without a GPU whose index
 # serves CUDA builds by default, TORCH_INDEX=https://download.pytorch.org/whl/cpu spares several GB.
@@ -12,11 +13,14 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: demo test check clean
+.PHONY: demo train test check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
+
+train: $(VENV)/.demo
+	$(BIN)/python examples/train_gpt.py
 
 test: $(VENV)/.test
 	$(BIN)/pytest -n $(JOBS)

@@ -73,25 +73,29 @@ class Operands:
     v: torch.Tensor
 
     @staticmethod
-    def make(case: Case) -> Operands:
-        generator = torch.Generator("cuda").manual_seed(0)
+    def make(case: Case, device: str = "cuda") -> Operands:
+        generator = torch.Generator(device).manual_seed(0)
         heads = (case.heads, case.kv_heads, case.kv_heads)
         q, k, v = (
-            torch.randn(case.batch, h, case.length, case.dim, device="cuda", dtype=torch.bfloat16, generator=generator)
+            torch.randn(case.batch, h, case.length, case.dim, device=device, dtype=torch.bfloat16, generator=generator)
             for h in heads
         )
         return Operands(case, q, k, v)
 
     def grouped(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [B, Hkv, G, T, D], k and v [B, Hkv, 1, T, D]."""
+        """q [B, Hkv, G, T, D], k and v [B, Hkv, 1, T, D]; as they are where no heads are shared."""
+        if self.case.heads == self.case.kv_heads:
+            return self.q, self.k, self.v
         return self.q.unflatten(1, (self.case.kv_heads, -1)), self.k.unsqueeze(2), self.v.unsqueeze(2)
 
 
 def spec_of(case: Case) -> AttentionSpec:
-    scaled = f"qk * {1 / math.sqrt(case.dim)!r}"
-    score = parse(f"where(kv_idx <= q_idx, {scaled}, -inf)" if case.causal else scaled)
+    """What the backend recovers from eager code of the case, so that both run the same kernels."""
+    scaled = f"qk * {case.dim**-0.5!r}"
+    score = parse(f"where(kv_idx > q_idx, -inf, {scaled})" if case.causal else scaled)
+    axes = 2 if case.heads == case.kv_heads else 3
     bf16 = torch.bfloat16
-    return AttentionSpec(3, score, (), 0, bf16, bf16, bf16, "nan", (0, 1, 2, 3, 4))
+    return AttentionSpec(axes, score, (), 0, bf16, bf16, bf16, "nan", tuple(range(axes + 2)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -100,8 +104,8 @@ def spec_of(case: Case) -> AttentionSpec:
 
 def flashfuse_operator(x: Operands) -> Run:
     q, k, v = x.grouped()
-    text, sizes = spec_of(x.case).to_text(), list(q.shape[:3])
-    return lambda: torch.ops.flashfuse.attention(q, k, v, [], sizes, text)[0].flatten(1, 2)
+    text, sizes = spec_of(x.case).to_text(), list(q.shape[:-2])
+    return lambda: torch.ops.flashfuse.attention(q, k, v, [], sizes, text)[0].view(x.q.shape)
 
 
 def sdpa(backend: SDPBackend) -> Callable[[Operands], Run]:
@@ -117,13 +121,12 @@ def sdpa(backend: SDPBackend) -> Callable[[Operands], Run]:
     return make
 
 
-def flex(x: Operands) -> Run:
-    torch._dynamo.reset()
-    compiled = torch.compile(flex_attention, dynamic=False)
+def flex(x: Operands, mode: str | None = None) -> Run:
+    compiled = torch.compile(flex_attention, dynamic=False, mode=mode)
     length = x.case.length
     mask = None
     if x.case.causal:
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cuda")
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=x.q.device.type)
     return lambda: compiled(x.q, x.k, x.v, block_mask=mask, enable_gqa=x.case.heads != x.case.kv_heads)
 
 
@@ -197,6 +200,7 @@ def compare(cases: list[Case]) -> Iterator[dict[str, object]]:
     """Measure every peer on every case; print a table and yield its entries."""
     print(f"{'TFLOP/s (spread %)':24}" + "".join(f"{name:>16}" for name in PEERS))
     for case in cases:
+        torch._dynamo.reset()
         x = Operands.make(case)
         runs, failures = checked(x, PEERS)
         cells = dict.fromkeys(PEERS, "-")
@@ -232,13 +236,15 @@ def search(cases: list[Case]) -> Iterator[dict[str, object]]:
     for case in cases:
         x = Operands.make(case)
         (q, k, v), spec = x.grouped(), spec_of(case)
-        sizes = list(q.shape[:3])
+        sizes = list(q.shape[:-2])
 
         def maker(
             launch: Launch, q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v,
             spec: AttentionSpec = spec, sizes: list[int] = sizes,
         ) -> Callable[[Operands], Run]:  # fmt: skip
-            return lambda _: lambda: attention_forward(AttentionCall(spec, q, k, v, [], sizes), launch)[0].flatten(1, 2)
+            return lambda y: (
+                lambda: attention_forward(AttentionCall(spec, q, k, v, [], sizes), launch)[0].view(y.q.shape)
+            )
 
         makers = {str((r.block_q, r.block_kv, r.num_warps, r.num_stages)): maker(r) for r in candidates(case)}
         _compile_all(x, makers)

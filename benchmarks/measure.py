@@ -5,15 +5,20 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 import triton
 from triton.testing import do_bench
 
+from examples import measure as memory
+
 ROUNDS = 4
 PAUSE_SECONDS = 0.15
 
 Run = Callable[[], torch.Tensor]
+Name = TypeVar("Name")
+Result = TypeVar("Result")
 
 
 def require_cuda(program: str) -> None:
@@ -24,12 +29,13 @@ def require_cuda(program: str) -> None:
 
 def versions() -> str:
     """The device and the versions that figures belong to."""
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{device}, torch {torch.__version__}, triton {triton.__version__}"
 
 
-def measure(runs: Mapping[str, Run], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def measure(runs: Mapping[Name, Callable[[], object]], rounds: int = ROUNDS) -> dict[Name, list[float]]:
     """Milliseconds of each run, one median a round; a pause before each, so that clocks and power treat all alike."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[Name, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for _ in range(rounds):
         random.shuffle(order)
@@ -41,15 +47,10 @@ def measure(runs: Mapping[str, Run], rounds: int = ROUNDS) -> dict[str, list[flo
 
 def peak_bytes(run: Run) -> int:
     """The most memory that torch held during a run above what it held before; the run has been compiled."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return memory.peak_bytes(run, torch.device("cuda"))
 
 
-def graphed(run: Run) -> Run:
+def graphed(run: Callable[[], Result]) -> Callable[[], Result]:
     """The run's launches, captured in a CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -59,7 +60,7 @@ def graphed(run: Run) -> Run:
     with torch.cuda.graph(graph):
         out = run()
 
-    def replay() -> torch.Tensor:
+    def replay() -> Result:
         graph.replay()
         return out
 

@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -37,6 +38,9 @@ class Row:
     bytes: dict[str, int] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 def relative_error(out: torch.Tensor, precise: torch.Tensor) -> float:
@@ -76,7 +80,7 @@ def timed(row: Row, runs: Mapping[str, Run], graph: bool, rounds: int) -> Row:
     return dataclasses.replace(row, ms={name: statistics.median(times[name]) for name in times})
 
 
-def recovered(row: Row) -> Row:
+def recovered(row: AnyRow) -> AnyRow:
     """The row with what flashfuse's report says about the graph just compiled."""
     reports = flashfuse.reports()
     if not reports:

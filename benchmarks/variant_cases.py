@@ -80,12 +80,14 @@ class Variant:
         sizes = (shape.batch, shape.heads, shape.length, shape.dim)
         return (*(make.randn(*sizes) for _ in range(3)), *self.extras(make))
 
+    def cuts(self, along: str) -> tuple[tuple[slice, ...], ...]:
+        """Of each of q, k, v and the extras, the part that belongs to the last of the `along` axes, such as "BH"."""
+        axes = ("BHTD",) * 3 + self.axes
+        return tuple(tuple(slice(-1, None) if axis in along else slice(None) for axis in names) for names in axes)
+
     def last_head(self, inputs: Tensors) -> Tensors:
         """The inputs of the last head of the last batch row."""
-        return tuple(
-            x[tuple(slice(-1, None) if axis in "BH" else slice(None) for axis in axes)]
-            for x, axes in zip(inputs, ("BHTD",) * 3 + self.axes, strict=True)
-        )
+        return tuple(x[cut] for x, cut in zip(inputs, self.cuts("BH"), strict=True))
 
     def block_mask(self, shape: Shape, inputs: Tensors) -> BlockMask | None:
         """FlexAttention's block mask."""

@@ -57,10 +57,10 @@ def _weights(spec: AttentionSpec) -> str:
     text = to_text(spec.score)
     if spec.normaliser == "softmax":
         text = f"softmax({text})" if spec.sink is None else f"softmax([{text}, {to_text(spec.sink)}])[:-1]"
-    if spec.factor is None:
-        return text
-    factor = to_text(spec.factor)
-    return f"where({factor}, {text}, 0)" if spec.factor.dtype == torch.bool else f"({text} * {factor})"
+    if spec.factor is not None:
+        factor = to_text(spec.factor)
+        text = f"where({factor}, {text}, 0)" if spec.factor.dtype == torch.bool else f"({text} * {factor})"
+    return f"dropout {spec.dropout:.6g} of {text}" if spec.dropout else text
 
 
 def _heads(site: AttentionSite) -> str:

@@ -15,29 +15,27 @@ class Unused:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.before = {node for node in graph.nodes if node.op != "output" and not _is_used(node)}
+        self.given = {storage(n) for n in graph.nodes if n.op in ("placeholder", "get_attr") or is_foreign(n.target)}
+        self.before = {node for node in graph.nodes if node.op != "output" and not self._is_used(node)}
 
     def erase_others(self) -> None:
         """Erase every node that has become unused since."""
         for node in reversed(list(self.graph.nodes)):
-            if node.op not in ("placeholder", "output") and node not in self.before and not _is_used(node):
+            if node.op not in ("placeholder", "output") and node not in self.before and not self._is_used(node):
                 self.graph.erase_node(node)
 
+    def _is_used(self, node: fx.Node) -> bool:
+        """Whether anything takes the node's value, or reads what it writes."""
+        return bool(node.users) or (bool(mutated_inputs(node)) and not self._writes_unread(node))
 
-def _is_used(node: fx.Node) -> bool:
-    """Whether anything takes the node's value, or reads what it writes."""
-    return bool(node.users) or (bool(mutated_inputs(node)) and not _writes_unread(node))
-
-
-def _writes_unread(node: fx.Node) -> bool:
-    """Whether all that the node does is to write memory of the graph's own that nothing reads after it."""
-    if functional_target(node) is None and name_of(node) not in ("setitem", "__setitem__"):
-        return False
-    written = {storage(n) for n in mutated_inputs(node)}
-    sharing = [n for n in node.graph.nodes if storage(n) in written]
-    if None in written or any(n.op in ("placeholder", "get_attr") or is_foreign(n.target) for n in sharing):
-        return False
-    return not any(storage(n) in written for later in _after(node) for n in later.all_input_nodes)
+    def _writes_unread(self, node: fx.Node) -> bool:
+        """Whether all that the node does is to write memory of the graph's own that nothing reads after it."""
+        if functional_target(node) is None and name_of(node) not in ("setitem", "__setitem__"):
+            return False
+        written = {storage(n) for n in mutated_inputs(node)}
+        if None in written or written & self.given:
+            return False
+        return not any(storage(n) in written for later in _after(node) for n in later.all_input_nodes)
 
 
 def _after(node: fx.Node) -> Iterator[fx.Node]:

@@ -15,6 +15,8 @@ import flashfuse.kernels.ops  # noqa: F401
 from flashfuse.erase import Unused
 from flashfuse.insert import Inserter, copy_module
 from flashfuse.kernels.derivative import differentiable
+from flashfuse.kernels.dropout import SEEDS
+from flashfuse.kernels.expr import Load
 from flashfuse.kernels.ranges import RangesProgram, ranges_program
 from flashfuse.patterns.graph import raw_value, shape, tensor, to_sympy, value, wants_gradient
 from flashfuse.patterns.indexing import same
@@ -36,11 +38,11 @@ def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
     made, copied = copy_module(module)
     graph = made.graph
     unused = Unused(graph)
-    ranges = SharedRanges(module.graph)
+    ranges, seeds = SharedRanges(module.graph), Seeds()
     position = {node: i for i, node in enumerate(module.graph.nodes)}
     tables = Tables(copied)
     for site in sorted(sites, key=lambda site: position[site.node]):
-        _replace(graph, site, copied, ranges, tables)
+        _replace(graph, site, copied, ranges, seeds, tables)
     unused.erase_others()
     graph.lint()
     made.recompile()
@@ -48,15 +50,20 @@ def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
 
 
 def _replace(
-    graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node], ranges: SharedRanges, tables: Tables
+    graph: fx.Graph,
+    site: AttentionSite,
+    copied: dict[fx.Node, fx.Node],
+    ranges: SharedRanges,
+    seeds: Seeds,
+    tables: Tables,
 ) -> None:
     node = copied[site.node]
     seen = tensor(node)
     assert seen is not None
     build = _Builder(node, copied, tables)
-    out = _output(build, site, ranges, seen)
+    out = _output(build, site, ranges, seeds, seen)
     for term in site.plus:
-        out = build.call(aten.add.Tensor, out, _output(build, term, ranges, seen))
+        out = build.call(aten.add.Tensor, out, _output(build, term, ranges, seeds, seen))
     if site.plus and site.spec.out_dtype != seen.dtype:
         out = build.call(torch.Tensor.to, out, seen.dtype)
     if not site.free_layout:
@@ -69,7 +76,7 @@ def _replace(
             graph.erase_node(dead)
 
 
-def _output(build: _Builder, site: AttentionSite, ranges: SharedRanges, seen: torch.Tensor) -> fx.Node:
+def _output(build: _Builder, site: AttentionSite, ranges: SharedRanges, seeds: Seeds, seen: torch.Tensor) -> fx.Node:
     """The operator's output in the shape of the tensor it stands for."""
     sizes = [build.size(s) for s in (*site.batch, *site.sizes)]
     terms = ((site.q, site.k), *site.more)
@@ -78,9 +85,9 @@ def _output(build: _Builder, site: AttentionSite, ranges: SharedRanges, seen: to
     learned = differentiable(site.spec.programs)
     captured = [build.captured(n, site, history=slot in learned) for slot, n in enumerate(site.captured)]
     arguments: list[Any] = [q, k, v, captured, sizes, site.spec.to_text()]
-    kv_ranges = ranges.node(site, build)
-    if kv_ranges is not None:
-        arguments.append(kv_ranges)
+    arguments += [ranges.node(site, build), seeds.node(site, build)]
+    while arguments[-1] is None:
+        arguments.pop()
     pair = build.call(torch.ops.flashfuse.attention.default, *arguments)
     out = build.call(operator.getitem, pair, 0)
     if site.out_axes != tuple(range(len(site.out_axes))):
@@ -90,6 +97,24 @@ def _output(build: _Builder, site: AttentionSite, ranges: SharedRanges, seen: to
     if shape(made) != shape(seen):
         out = build.call(torch.reshape, out, [build.size(s) for s in shape(seen)])
     return out
+
+
+class Seeds:
+    """The seeds of a graph's dropouts: one draw of torch's generator each, where the attention stands.
+
+    Whatever sets, saves or restores the generator's state therefore reproduces what is dropped.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[Load, fx.Node] = {}
+
+    def node(self, site: AttentionSite, build: _Builder) -> fx.Node | None:
+        """The seed of a site, the same for all terms with the same draw; None where nothing is dropped."""
+        if site.draw is None:
+            return None
+        if site.draw not in self.made:
+            self.made[site.draw] = build.seed()
+        return self.made[site.draw]
 
 
 class SharedRanges:
@@ -157,6 +182,14 @@ class _Builder(Inserter):
         with torch.set_grad_enabled(self.history), self.fake_mode:
             example = function(*fx.map_arg(args, value))
         return self.add("call_function", function, args, {}, example)
+
+    def seed(self) -> fx.Node:
+        t = tensor(self.before)
+        assert t is not None
+        settings: dict[str, Any] = {"dtype": torch.int64, "device": t.device}
+        with torch.no_grad(), self.fake_mode:
+            example = torch.randint(0, SEEDS, (), **settings)
+        return self.add("call_function", torch.randint, (0, SEEDS, ()), settings, example)
 
     def read(self, node: fx.Node, history: bool = True) -> fx.Node:
         """The tensor, without its history where a gradient of it is not wanted."""

@@ -9,12 +9,18 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from flashfuse.kernels.dropout import SEEDS
+from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.report import Report
+
+aten = torch.ops.aten
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +37,8 @@ def verify_first_call(
     """`compiled`, whose first call is checked against `original`.
 
     A graph that draws random numbers is checked by running `rewritten` uncompiled, because Inductor's random stream is
-    not eager's. Raises VerificationError, from that first call, when an output is further off than the bound.
+    not eager's; one in which dropout was fused with all dropout left out. Raises VerificationError, from that first
+    call, when an output is further off than the bound.
     """
     checked = False
 
@@ -41,10 +48,11 @@ def verify_first_call(
             return compiled(*args)
         checked = True
         inputs = _clone(args)
-        expected, draws_random = _run(original, _clone(inputs))
-        exact = _run_in_float64(original, _clone(inputs))
-        if draws_random:
-            actual, _ = _run(rewritten, inputs)
+        drops = any(site.spec.dropout for site in report.sites)
+        expected, draws_random = _run(original, _clone(inputs), drops)
+        exact = _run_in_float64(original, _clone(inputs), drops)
+        if draws_random or drops:
+            actual, _ = _run(rewritten, inputs, drops)
             _compare(actual, expected, exact, report)
             return compiled(*args)
         result = compiled(*args)
@@ -90,21 +98,44 @@ def _mismatch(actual: torch.Tensor, expected: torch.Tensor, exact: torch.Tensor 
     return f"differs by {error.item():.3g} from the original, where {allowed.item():.3g} is allowed"
 
 
-def _run(gm: fx.GraphModule, args: Sequence[Any]) -> tuple[list[torch.Tensor], bool]:
-    """The graph's outputs, run uncompiled, and whether it drew random numbers; the generators are put back."""
-    with torch.no_grad(), torch.random.fork_rng():
+class _WithoutDropout(TorchDispatchMode):
+    """Every element that dropout may drop is kept, unscaled, and nothing is drawn for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten.native_dropout.default:
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        if func is aten.bernoulli_.float:
+            # What was drawn is divided by its probability next.
+            return args[0].fill_(args[1])
+        if func is aten.randint.low and args[1] == SEEDS:
+            return torch.zeros(args[2], **kwargs)
+        if func is torch.ops.flashfuse.attention.default:
+            spec = replace(AttentionSpec.from_text(args[5]), dropout=0.0)
+            return func(*args[:5], spec.to_text(), *args[6:7], **kwargs)
+        names = [argument.name for argument in func._schema.arguments[: len(args)]]
+        args = tuple(0.0 if name == "dropout_p" else a for name, a in zip(names, args, strict=True))
+        return func(*args, **kwargs)
+
+
+def _run(gm: fx.GraphModule, args: Sequence[Any], undropped: bool) -> tuple[list[torch.Tensor], bool]:
+    """The graph's outputs, run uncompiled, and whether it drew random numbers; the generators are put back.
+
+    undropped: with all dropout left out.
+    """
+    with torch.no_grad(), torch.random.fork_rng(), _WithoutDropout() if undropped else contextlib.nullcontext():
         before = _generators()
         outputs = _tensors(gm.forward(*args))
         drew = any(not torch.equal(b, a) for b, a in zip(before, _generators(), strict=True))
     return outputs, drew
 
 
-def _run_in_float64(gm: fx.GraphModule, args: Sequence[Any]) -> list[torch.Tensor] | None:
+def _run_in_float64(gm: fx.GraphModule, args: Sequence[Any], undropped: bool) -> list[torch.Tensor] | None:
     """The graph's outputs computed in float64, or None where its code insists on a narrower type."""
     wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
     try:
         with _widened_state(gm):
-            outputs, _ = _run(gm, wide)
+            outputs, _ = _run(gm, wide, undropped)
     except Exception as error:
         log.info("verify: the graph does not run in float64 (%s)", error)
         return None

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from flashfuse.kernels.elementary import through
 from flashfuse.kernels.forward import HUGE, LOG2_E, LOWEST_FLOAT32, MASK_BLOCK
+from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, tile_pointers
 
 # The planes of `rows_ptr`, [ROW_PLANES, batch positions, q_len].
@@ -85,7 +86,7 @@ def attention_rows_backward_kernel(
 
 @triton.jit(do_not_specialize=[*_BATCH, *_LOOP, *_LENGTHS])
 def attention_keys_backward_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, filled_ptr, dk_ptr, dv_ptr, sums_ptrs,
+    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, seed_ptr, filled_ptr, dk_ptr, dv_ptr, sums_ptrs,
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dk_strides, dv_strides,
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
@@ -93,6 +94,7 @@ def attention_keys_backward_kernel(
     SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
+    DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -117,6 +119,7 @@ def attention_keys_backward_kernel(
     v_ptrs = tile_pointers(batch_pointer(v_ptr, v_strides, n0, n1, n2, n3), offs_kv, offs_dv, v_strides)
     k = load_keys(k_ptrs, offs_kv, kv_len, True, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     v = load_keys(v_ptrs, offs_kv, kv_len, True, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+    seed = 0 if seed_ptr is None else tl.load(seed_ptr)
     dk = tl.zeros([BLOCK_KV, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_KV, BLOCK_DV], tl.float32)
 
@@ -128,6 +131,7 @@ def attention_keys_backward_kernel(
         q_base = batch_pointer(q_ptr, q_strides, m0, m1, m2, m3)
         grad_base = batch_pointer(grad_ptr, grad_strides, m0, m1, m2, m3)
         rows_base = rows_ptr + position.to(tl.int64) * q_len
+        draw = (seed, position)
         sums = _zeros(NUM_SUMS, BLOCK_KV)
 
         # Query positions at whole tiles: start <= full_start <= full_end <= end.
@@ -144,10 +148,10 @@ def attention_keys_backward_kernel(
 
         for q_start in tl.range(full_start, full_end, BLOCK_Q):
             dk, dv, sums = _take_queries(
-                dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, offs_kv,
-                m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR,
-                SUMS_FULL, False, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
-                HEAD_DIM, VALUE_DIM, BLOCK_Q,
+                dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
+                kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL,
+                FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE,
+                PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
             )  # fmt: skip
 
         tiles_before = (full_start - start) // BLOCK_Q
@@ -155,10 +159,10 @@ def attention_keys_backward_kernel(
         for i in tl.range(0, tiles_before + tiles_behind):
             q_start = tl.where(i < tiles_before, start, full_end - tiles_before * BLOCK_Q) + i * BLOCK_Q
             dk, dv, sums = _take_queries(
-                dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, offs_kv,
-                m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
-                ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
-                HEAD_DIM, VALUE_DIM, BLOCK_Q,
+                dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
+                kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
+                FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE,
+                PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
             )  # fmt: skip
 
         if filled_ptr is not None:
@@ -171,10 +175,10 @@ def attention_keys_backward_kernel(
             for i in tl.range(0, tiles_before + tiles_behind):
                 q_start = tl.where(i < tiles_before, low, behind - tiles_before * BLOCK_Q) + i * BLOCK_Q
                 dk, dv, sums = _take_queries(
-                    dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, offs_kv,
-                    m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
-                    ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE,
-                    PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
+                    dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
+                    kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
+                    FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST,
+                    KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
                 )  # fmt: skip
 
         for i in tl.static_range(NUM_SUMS):
@@ -192,14 +196,16 @@ def attention_keys_backward_kernel(
 
 @triton.jit
 def _take_queries(
-    dk, dv, sums, k, v, q_base, grad_base, rows_base, planes, q_strides, grad_strides, q_start, kv_idx,
+    dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start, kv_start, kv_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
     SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
-    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, transposed: its rows are keys."""
+    BLOCK_KV: tl.constexpr = k.shape[0]
     BLOCK_D: tl.constexpr = k.shape[1]
     BLOCK_DV: tl.constexpr = v.shape[1]
     offs_q = q_start + tl.arange(0, BLOCK_Q)
@@ -218,8 +224,11 @@ def _take_queries(
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
+    kept = None
+    if DROP_LEAST is not None:
+        kept = tl.trans(kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE))
     w, dqk, ds, of_factor, p = tile_gradients(
-        qk, dw, along(rows, 0), row_factor[None, :], q_idx[None, :], kv_idx[:, None],
+        qk, dw, kept, along(rows, 0), row_factor[None, :], q_idx[None, :], kv_idx[:, None],
         n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
         SCALE, HUGE_FACTOR, NORMALISED,
     )  # fmt: skip
@@ -235,13 +244,14 @@ def _take_queries(
 
 @triton.jit(do_not_specialize=[*_BATCH, *_LENGTHS])
 def attention_queries_backward_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, dq_ptr, sums_ptrs,
+    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, seed_ptr, dq_ptr, sums_ptrs,
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dq_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
     SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
     LONGEST_FIRST: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
+    DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -279,6 +289,7 @@ def attention_queries_backward_kernel(
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
+    draw = (0 if seed_ptr is None else tl.load(seed_ptr), position)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     sums = _zeros(NUM_SUMS, BLOCK_Q)
 
@@ -296,10 +307,10 @@ def attention_queries_backward_kernel(
 
     for kv_start in tl.range(full_start, full_end, BLOCK_KV):
         dq, sums = _take_keys(
-            dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
-            n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR,
-            SUMS_FULL, False, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
-            VALUE_DIM,
+            dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0, n1,
+            n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR, SUMS_FULL,
+            False, SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
+            HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     tiles_before = (full_start - start) // BLOCK_KV
@@ -307,10 +318,10 @@ def attention_queries_backward_kernel(
     for i in tl.range(0, tiles_before + tiles_behind):
         kv_start = tl.where(i < tiles_before, start, full_end - tiles_before * BLOCK_KV) + i * BLOCK_KV
         dq, sums = _take_keys(
-            dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
-            n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
-            SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
-            VALUE_DIM,
+            dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0, n1,
+            n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
+            SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
+            PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     if FILL_THRESHOLD is not None:
@@ -320,10 +331,10 @@ def attention_queries_backward_kernel(
         for i in tl.range(0, tiles_before + tiles_behind):
             kv_start = tl.where(i < tiles_before, 0, end - tiles_before * BLOCK_KV) + i * BLOCK_KV
             dq, sums = _take_keys(
-                dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start,
-                q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
-                ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
-                HEAD_DIM, VALUE_DIM,
+                dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0,
+                n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
+                SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
+                PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
 
     stored = offs_q < q_len
@@ -337,11 +348,12 @@ def attention_queries_backward_kernel(
 
 @triton.jit
 def _take_keys(
-    dq, sums, q, grad, rows, row_factor, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
+    dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
     SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
-    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys."""
@@ -357,8 +369,11 @@ def _take_keys(
     # [block_q, block_kv]
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
     dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
+    kept = None
+    if DROP_LEAST is not None:
+        kept = kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
     _, dqk, ds, of_factor, p = tile_gradients(
-        qk, dw, along(rows, 1), row_factor[:, None], q_idx[:, None], kv_idx[None, :],
+        qk, dw, kept, along(rows, 1), row_factor[:, None], q_idx[:, None], kv_idx[None, :],
         n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
         SCALE, HUGE_FACTOR, NORMALISED,
     )  # fmt: skip
@@ -373,7 +388,7 @@ def _take_keys(
 
 @triton.jit
 def tile_gradients(
-    qk, dw, rows, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
+    qk, dw, kept, rows, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, KEYS_END: tl.constexpr,
     SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
@@ -383,23 +398,26 @@ def tile_gradients(
 
         p = exp(SCALE s - lse),  w = factor p,  ds = p (factor dw - delta),  slope = d s / d product
 
-    Where the score is not NORMALISED, p = s and ds = factor dw. KEYS_END: whether the tile may meet a mask or reach
-    behind the last key.
+    kept: what dropout multiplies w and dw by, None without it. Where the score is not NORMALISED, p = s and ds = factor
+    dw. KEYS_END: whether the tile may meet a mask or reach behind the last key.
     """
     s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
     p = _probabilities(s, rows, SCALE, HUGE_FACTOR) if NORMALISED else s
     if KEYS_END:
         p = tl.where(kv_idx < kv_len, p, 0.0)
     w = p
+    if kept is not None:
+        w = p * kept
+        dw = dw * kept
     dp = dw
     if FACTOR is not None:
         factor = FACTOR(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
         if KEYS_END:
             factor = tl.where(kv_idx < kv_len, factor, 0.0)
-        w = p * factor
+        w = w * factor
         dp = dw * factor
     elif ROW_FACTOR is not None:
-        w = p * row_factor
+        w = w * row_factor
         dp = dw * row_factor
     ds = p * (dp - rows[2]) if NORMALISED else dp
     if KEYS_END:

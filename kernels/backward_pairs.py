@@ -16,6 +16,7 @@ from flashfuse.kernels.backward import (
     sees_every_key,
     tile_gradients,
 )
+from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, tile_pointers
 
 _NOT_SPECIALISED = [*(f"{kind}_{axis}" for kind in ("batch", "loop") for axis in range(4)), "q_len", "kv_len", "sizes"]
@@ -23,13 +24,13 @@ _NOT_SPECIALISED = [*(f"{kind}_{axis}" for kind in ("batch", "loop") for axis in
 
 @triton.jit(do_not_specialize=_NOT_SPECIALISED)
 def attention_pairs_backward_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, dt_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, seed_ptr, dt_ptr,
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dt_strides,
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     PAIR_GRAD: tl.constexpr, PAIR_SCALE: tl.constexpr, GRADS_MASKED: tl.constexpr, KV_BOUNDS: tl.constexpr,
     SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
-    FACTOR_MASKED: tl.constexpr, ROW_FACTOR: tl.constexpr,
+    FACTOR_MASKED: tl.constexpr, ROW_FACTOR: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -50,6 +51,7 @@ def attention_pairs_backward_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     q_idx = tl.minimum(offs_q, q_len - 1)
     q_stop = tl.minimum(q_start + BLOCK_Q, q_len)
+    seed = 0 if seed_ptr is None else tl.load(seed_ptr)
     dt = tl.zeros([BLOCK_Q, BLOCK_KV], tl.float32)
 
     for shared in tl.range(0, loop_0 * loop_1 * loop_2 * loop_3):
@@ -87,8 +89,11 @@ def attention_pairs_backward_kernel(
             row_factor = row_factor_of(
                 q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
             )  # fmt: skip
+            kept = None
+            if DROP_LEAST is not None:
+                kept = kept_scales((seed, position), q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
             _w, _dqk, ds, of_factor, _p = tile_gradients(
-                qk, dw, along(rows, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3,
+                qk, dw, kept, along(rows, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3,
                 q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
                 FACTOR_MASKED, ROW_FACTOR, True, SCALE, HUGE_FACTOR, NORMALISED,
             )  # fmt: skip

@@ -8,6 +8,7 @@ p = exp(s - lse), w = factor * p and out = sum_j w_j v_j, of each query row:
 
 Every read of a captured tensor adds ds * d score / d read, dw * p * d factor / d read or -exp(sink - lse) * delta *
 d sink / d read to the element it reads. Without a normaliser p is s, and ds is factor * dw.
+Dropout multiplies w_j and dw_j by what it multiplied the weight by, drawn again.
 Tri Dao, https://arxiv.org/abs/2307.08691, section 3.1.
 """
 
@@ -23,6 +24,7 @@ import torch
 from flashfuse.kernels import tiled
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.derivative import derivative, leaves
+from flashfuse.kernels.dropout import keep_scale
 from flashfuse.kernels.evaluate import Tile, evaluate, scatter_add
 from flashfuse.kernels.expr import Expr, Gather, Load, Product
 from flashfuse.kernels.normal import number
@@ -143,6 +145,9 @@ class _Rows:
             self.grad_out = self.grad_out.masked_fill(~kept, 0.0)
             log_sum = log_sum.masked_fill(~kept, math.inf)
         self.delta = (self.grad_out * out).sum(-1, keepdim=True)
+        if self.problem.spec.dropout:
+            # What is kept is scaled on its way to the output, so its gradient is on its way back.
+            self.grad_out = self.grad_out * keep_scale(self.problem.spec.dropout)
         # exp(score - shift) * share is the probability: 0 or NaN in rows without a key.
         self.shift = self.max.masked_fill(self.max == -math.inf, 0.0)
         self.share = torch.exp(-log_sum)
@@ -212,10 +217,13 @@ class _Rows:
         scores = self._over(score.program, tile).reshape(product.shape)
         probs = torch.sub(scores, self.shift).exp_().mul_(self.share) if normalised else scores
         weights, dprobs = probs, torch.bmm(self.grad_out, v.mT)
+        if self.problem.spec.dropout:
+            kept = self.problem.kept((*self.box, keys)).reshape(product.shape)
+            weights, dprobs = weights * kept, dprobs.mul_(kept)
         if self.whole.factor is not None:
             self._add_reads(self.whole.factor, dprobs * probs, tile)
             factor = self._over(self.whole.factor.program, tile).reshape(product.shape)
-            weights, dprobs = probs * factor, dprobs * factor
+            weights, dprobs = weights * factor, dprobs * factor
         if V in sums:
             sums[V][at_keys] += torch.bmm(weights.mT, self.grad_out).view(sums[V][at_keys].shape)
         if not normalised:

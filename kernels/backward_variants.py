@@ -9,7 +9,7 @@ from typing import Any
 import triton
 
 from flashfuse.kernels.codegen_backward import BackwardProgram
-from flashfuse.kernels.launch import Device, Launch, Shape, padded, precision_of, triton_dtype
+from flashfuse.kernels.launch import Device, Launch, Shape, dropping, padded, precision_of, triton_dtype
 from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.spec import AttentionSpec
 
@@ -33,7 +33,7 @@ class BackwardLaunch:
         ):
             stages = max(launch.num_stages, 1)
             pair = launch.block_q * launch.block_kv
-            captured = pair * (stages - 1) * shape.captured_bytes
+            captured = pair * ((stages - 1) * shape.captured_bytes + shape.drop_bytes)
             found.append(columns * (resident + stages * passing) + pair * pair_tiles * shape.element_bytes + captured)
         return max(found)
 
@@ -158,6 +158,7 @@ def _shared_constants(
         "FACTOR_MASKED": program.forward.factor_masked,
         # The rows kernel has taken rows that are not kept out of a softmax.
         "ROW_FACTOR": program.forward.row_factor or (None if normalised else program.forward.row_kept),
+        **dropping(spec),
         "PRODUCT_DTYPE": triton_dtype(spec.product_dtype),
         "PROBS_DTYPE": triton_dtype(spec.probs_dtype),
         "PRECISION": precision_of(spec),

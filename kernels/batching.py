@@ -61,8 +61,12 @@ def vmap_attention(
     sizes: Sequence[int],
     spec: str,
     kv_ranges: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> tuple[Any, Any]:
     """The batching rule of `flashfuse::attention`; `in_dims` has the structure of the arguments."""
+    if seed is not None:
+        arguments = (q, k, v, captured, sizes, spec, kv_ranges, seed)
+        return one_by_one(torch.ops.flashfuse.attention, info.batch_size, in_dims, arguments)
     operands = [_shared(x, dim) for x, dim in zip((q, k, v), in_dims, strict=False)]
     differing = tuple(dim is not None for dim in in_dims[3])
     tensors = [_mapped(x, dim) for x, dim in zip(captured, in_dims[3], strict=True)]
@@ -84,9 +88,13 @@ def vmap_attention_backward(
     sizes: Sequence[int],
     spec: str,
     kv_ranges: torch.Tensor | None,
+    seed: torch.Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Any, Any]:
     """The batching rule of `flashfuse::attention_backward`: what a gradient is wanted of has one at each position."""
+    if seed is not None:
+        arguments = (grad_out, q, k, v, out, lse, captured, sizes, spec, kv_ranges, seed, needs)
+        return one_by_one(torch.ops.flashfuse.attention_backward, info.batch_size, in_dims, arguments)
     size = info.batch_size
     operands = (q, k, v, *captured)
     flags = iter(needs)
@@ -105,9 +113,23 @@ def vmap_attention_backward(
         [size, *sizes],
         batched(spec, differing),
         None if kv_ranges is None else _shared(kv_ranges, in_dims[9]),
+        None,
         needs,
     )
     return found, [0] * len(found)
+
+
+def one_by_one(op: Any, size: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> tuple[Any, Any]:
+    """The operator at each position of the mapped axis: what is dropped is decided by the other axes alone."""
+
+    def at(x: Any, dim: Any, position: int) -> Any:
+        if isinstance(dim, (list, tuple)):
+            return [at(part, inner, position) for part, inner in zip(x, dim, strict=True)]
+        return x if dim is None else x.select(dim, position)
+
+    runs = [op(*(at(x, dim, n) for x, dim in zip(arguments, in_dims, strict=False))) for n in range(size)]
+    found = type(runs[0])(map(torch.stack, zip(*runs, strict=True)))
+    return found, type(runs[0])([0] * len(found))
 
 
 def _mapped(x: torch.Tensor, dim: Dim) -> torch.Tensor:

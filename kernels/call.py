@@ -18,6 +18,7 @@ class AttentionCall:
     q: [N.., Tq, D], k: [N.., Tkv, D], v: [N.., Tkv, Dv], broadcast over the batch axes N...
     captured: the tensors that the spec's programs read. sizes: the batch sizes, then the programs' own numbers.
     kv_ranges: int32 [N'.., at least ceil(Tq / MASK_BLOCK), 4], or None.
+    seed: one int64, of the numbers that dropout draws; None without dropout.
     """
 
     spec: AttentionSpec
@@ -27,6 +28,7 @@ class AttentionCall:
     captured: Sequence[torch.Tensor]
     sizes: Sequence[int]
     kv_ranges: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -67,7 +69,8 @@ class AttentionCall:
         """With everything on q's device: torch lets a scalar on the CPU stand beside tensors elsewhere."""
         captured = [c if c.device == self.device else c.to(self.device, non_blocking=True) for c in self.captured]
         kv_ranges = None if self.kv_ranges is None else self.kv_ranges.to(self.device)
-        return replace(self, captured=captured, kv_ranges=kv_ranges)
+        seed = None if self.seed is None else self.seed.to(self.device)
+        return replace(self, captured=captured, kv_ranges=kv_ranges, seed=seed)
 
     def check(self) -> None:
         """Raise RuntimeError where the arguments cannot be the spec's. Size comparisons are symbolic while tracing."""
@@ -82,6 +85,7 @@ class AttentionCall:
         for slot, c in enumerate(self.captured):
             if c.device != q.device and (c.dim() or c.device.type != "cpu"):
                 raise RuntimeError(f"flashfuse::attention: captured tensor {slot} is on {c.device}, q on {q.device}")
+        self._check_seed()
         torch._check(
             q.shape[-1] == k.shape[-1], lambda: f"flashfuse::attention: q is {q.shape[-1]} wide, k {k.shape[-1]}"
         )
@@ -99,6 +103,14 @@ class AttentionCall:
             to = spec.probs_dtype if name == "v" else spec.product_dtype
             if torch.promote_types(x.dtype, to) != to:
                 raise RuntimeError(f"flashfuse::attention: {name} is {x.dtype}, which {to} cannot hold exactly")
+
+    def _check_seed(self) -> None:
+        if (self.seed is None) != (self.spec.dropout == 0):
+            found = "no seed" if self.seed is None else "a seed"
+            raise RuntimeError(f"flashfuse::attention: dropout is {self.spec.dropout}, and there is {found}")
+        if self.seed is not None and (self.seed.dtype != torch.int64 or self.seed.numel() != 1):
+            found = f"{self.seed.dtype} {list(self.seed.shape)}"
+            raise RuntimeError(f"flashfuse::attention: seed must be one int64, got {found}")
 
     def check_sizes(self) -> None:
         """Raise RuntimeError where an operand does not broadcast to the batch sizes, or ranges are not the call's."""

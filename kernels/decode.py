@@ -20,7 +20,7 @@ _LENGTHS = [
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def attention_split_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ranges_ptr, parts_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ranges_ptr, seed_ptr, parts_ptr,
     q_strides, k_strides, v_strides, out_strides, ranges_strides,
     outer_0, outer_1, outer_2, outer_3, packed_0, packed_1, packed_2, packed_3,
     q_len, kv_len, num_splits, sizes, captured, captured_strides,
@@ -28,6 +28,7 @@ def attention_split_kernel(
     LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr,
     FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, PACKED: tl.constexpr,
+    DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -61,6 +62,7 @@ def attention_split_kernel(
         PRODUCT_DTYPE, HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_KV,
     )  # fmt: skip
     c0, c1, c2, c3 = _columns(n0, n1, n2, n3, PACKED)
+    draw = (0 if seed_ptr is None else tl.load(seed_ptr), _number(c0, c1, c2, c3, outer, packed))
 
     # The share of the keys at hand, of those that any query visits.
     q_start = tl.full((), 0, tl.int32)
@@ -79,9 +81,9 @@ def attention_split_kernel(
     acc = tl.zeros([BLOCK_Q, BLOCK_DV], COMPUTE)
     acc, row_sum, row_max, row_shift = visit(
         acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, full_start, full_end, end,
-        c0, c1, c2, c3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, SCORE_FULL,
-        FACTOR_MASKED, FACTOR_FULL, LOG2_SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
-        HEAD_DIM, VALUE_DIM,
+        draw, c0, c1, c2, c3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, SCORE_FULL,
+        FACTOR_MASKED, FACTOR_FULL, LOG2_SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
+        PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
     )  # fmt: skip
 
     if parts_ptr is not None:
@@ -95,9 +97,9 @@ def attention_split_kernel(
         if FILL_THRESHOLD is not None:
             acc, row_sum, row_max, row_shift = visit_skipped(
                 acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, first, last,
-                c0, c1, c2, c3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED,
-                FILL_THRESHOLD, LOG2_SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
-                HEAD_DIM, VALUE_DIM,
+                draw, c0, c1, c2, c3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED,
+                FACTOR_MASKED, FILL_THRESHOLD, LOG2_SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE,
+                PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
         _finish(
             acc, row_sum, row_max, row_shift, out_ptr, lse_ptr, out_strides, offs_row, rows, n0, n1, n2, n3, q_idx,
@@ -108,7 +110,7 @@ def attention_split_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def attention_combine_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ranges_ptr, parts_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ranges_ptr, seed_ptr, parts_ptr,
     q_strides, k_strides, v_strides, out_strides, ranges_strides,
     outer_0, outer_1, outer_2, outer_3, packed_0, packed_1, packed_2, packed_3,
     q_len, kv_len, num_splits, sizes, captured, captured_strides,
@@ -116,6 +118,7 @@ def attention_combine_kernel(
     LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr,
     ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, PACKED: tl.constexpr,
+    DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, SPLITS: tl.constexpr,
@@ -170,15 +173,16 @@ def attention_combine_kernel(
             PRODUCT_DTYPE, HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_KV,
         )  # fmt: skip
         c0, c1, c2, c3 = _columns(n0, n1, n2, n3, PACKED)
+        draw = (0 if seed_ptr is None else tl.load(seed_ptr), _number(c0, c1, c2, c3, outer, packed))
         q_start = tl.full((), 0, tl.int32)
         first, _, _, last = key_tiles(
             q_start, q_len, o0, o1, o2, o3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, BLOCK_KV
         )
         acc, row_sum, row_max, row_shift = visit_skipped(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, first, last,
-            c0, c1, c2, c3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED,
-            FILL_THRESHOLD, LOG2_SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
-            HEAD_DIM, VALUE_DIM,
+            draw, c0, c1, c2, c3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED,
+            FACTOR_MASKED, FILL_THRESHOLD, LOG2_SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE,
+            PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
     _finish(
         acc, row_sum, row_max, row_shift, out_ptr, lse_ptr, out_strides, offs_row, rows, n0, n1, n2, n3, q_idx,
@@ -195,8 +199,7 @@ def _finish(
     ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, PACKED: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """`finish` for rows at places of their own."""
-    n = ((n0 * (outer[1] * packed[1]) + n1) * (outer[2] * packed[2]) + n2) * (outer[3] * packed[3]) + n3
-    lse_ptrs = lse_ptr + 2 * (n.to(tl.int64) * q_len + q_idx)
+    lse_ptrs = lse_ptr + 2 * (_number(n0, n1, n2, n3, outer, packed).to(tl.int64) * q_len + q_idx)
     c0, c1, c2, c3 = _columns(n0, n1, n2, n3, PACKED)
     # [block_q, block_dv]
     out_matrix = batch_pointer(out_ptr, out_strides, c0, c1, c2, c3)
@@ -243,6 +246,12 @@ def _unravelled(number, sizes):
     n2 = number // sizes[3] % sizes[2]
     n1 = number // (sizes[3] * sizes[2]) % sizes[1]
     return number // (sizes[3] * sizes[2] * sizes[1]), n1, n2, n3
+
+
+@triton.jit
+def _number(n0, n1, n2, n3, outer, packed):
+    """The number of a batch position."""
+    return ((n0 * (outer[1] * packed[1]) + n1) * (outer[2] * packed[2]) + n2) * (outer[3] * packed[3]) + n3
 
 
 @triton.jit

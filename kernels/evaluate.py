@@ -68,37 +68,39 @@ def evaluate(expr: Expr, tile: Tile) -> torch.Tensor:
 
     The result may be a view of a captured tensor or of a product. Raises TypeError for a node no score program holds.
     """
-    done: dict[Expr, torch.Tensor] = {}
+    return _value(expr, tile, {})
 
-    def value(e: Expr) -> torch.Tensor:
-        if e not in done:
-            done[e] = compute(e)
-        return done[e]
 
-    def compute(e: Expr) -> torch.Tensor:
-        match e:
-            case Product(slot=slot):
-                return tile.products[slot]
-            case Const(value=number):
-                dtype = torch.bool if isinstance(number, bool) else tile.dtype
-                return torch.full((), number, dtype=dtype, device=tile.device)
-            case Index(value=number):
-                result = evaluate_index(number, tile.symbols)
-                return result if isinstance(result, torch.Tensor) else torch.full((), result, device=tile.device)
-            case Load():
-                return _widen(_load(e, tile), tile.dtype)
-            case Gather(tensor=int() as slot, at=at):
-                return _widen(_gathered(tile.captured[slot], [value(a) for a in at]), tile.dtype)
-            case Pointwise(op="to_float", args=(arg,)):
-                return value(arg).to(tile.dtype)
-            case Pointwise(op=op, args=args):
-                values = [value(a) for a in args]
-                if OPS[op].result == "float":
-                    values = [v.to(tile.dtype) for v in values]
-                return OPS[op].torch(*values)
-        raise TypeError(f"a score program holds no {type(e).__name__}")
+# Not local functions that call each other: those are a cycle, and keep a tile's tensors until a garbage collection.
+def _value(expr: Expr, tile: Tile, done: dict[Expr, torch.Tensor]) -> torch.Tensor:
+    """The value, computed at its first use; `done` keeps it."""
+    if expr not in done:
+        done[expr] = _computed(expr, tile, done)
+    return done[expr]
 
-    return value(expr)
+
+def _computed(expr: Expr, tile: Tile, done: dict[Expr, torch.Tensor]) -> torch.Tensor:
+    match expr:
+        case Product(slot=slot):
+            return tile.products[slot]
+        case Const(value=number):
+            dtype = torch.bool if isinstance(number, bool) else tile.dtype
+            return torch.full((), number, dtype=dtype, device=tile.device)
+        case Index(value=number):
+            result = evaluate_index(number, tile.symbols)
+            return result if isinstance(result, torch.Tensor) else torch.full((), result, device=tile.device)
+        case Load():
+            return _widen(_load(expr, tile), tile.dtype)
+        case Gather(tensor=int() as slot, at=at):
+            return _widen(_gathered(tile.captured[slot], [_value(a, tile, done) for a in at]), tile.dtype)
+        case Pointwise(op="to_float", args=(arg,)):
+            return _value(arg, tile, done).to(tile.dtype)
+        case Pointwise(op=op, args=args):
+            values = [_value(a, tile, done) for a in args]
+            if OPS[op].result == "float":
+                values = [v.to(tile.dtype) for v in values]
+            return OPS[op].torch(*values)
+    raise TypeError(f"a score program holds no {type(expr).__name__}")
 
 
 def _widen(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

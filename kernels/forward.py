@@ -8,6 +8,7 @@ nothing but a finite fill, whose probabilities are then spread over all keys as 
 import triton
 import triton.language as tl
 
+from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, tile_pointers
 
 # Below this a difference of one unit in the last place of a score is enough for a probability of exactly 0 or 1, and
@@ -25,14 +26,14 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # Lengths change from call to call and nothing is gained from knowing that they are 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ranges_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ranges_ptr, seed_ptr,
     q_strides, k_strides, v_strides, out_strides, ranges_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
     LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr, SHARED_BATCH: tl.constexpr,
     NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr,
-    ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr,
+    ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -42,7 +43,8 @@ def attention_forward_kernel(
     lse is stored as the row's largest score and the logarithm of the sum of exp(s_ij - largest), see `ops`.
 
     SINK adds exp(sink(n, i)) to the sum, FACTOR or ROW_FACTOR multiplies exp(s_ij - lse_i), and rows that are not
-    ROW_KEPT become 0; where the score is not NORMALISED, out_i = sum_j s_ij v_j.
+    ROW_KEPT become 0; where the score is not NORMALISED, out_i = sum_j s_ij v_j. With a seed what multiplies v_j is
+    dropped at random, see `dropout`.
     Operands have four batch axes (size 1 where the attention has fewer) and strides (n0, n1, n2, n3, row, column), 0 on
     axes they are shared over; so has ranges_ptr [n.., blocks of queries, 4], where there is one. One program computes
     BLOCK_Q rows of one batch position; LOG2_SCALE turns inner scores into base-2 logarithms.
@@ -86,25 +88,26 @@ def attention_forward_kernel(
         q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, BLOCK_KV
     )
 
+    position = ((n0 * batch_1 + n1) * batch_2 + n2) * batch_3 + n3
+    draw = (0 if seed_ptr is None else tl.load(seed_ptr), position)
     row_max = tl.full([BLOCK_Q], float("-inf"), COMPUTE)
     row_shift = tl.full([BLOCK_Q], float("-inf"), COMPUTE)
     row_sum = tl.zeros([BLOCK_Q], COMPUTE)
     acc = tl.zeros([BLOCK_Q, BLOCK_DV], COMPUTE)
     acc, row_sum, row_max, row_shift = visit(
         acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, full_start, full_end, end,
-        n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, SCORE_FULL,
-        FACTOR_MASKED, FACTOR_FULL, LOG2_SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
-        HEAD_DIM, VALUE_DIM,
+        draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, SCORE_FULL,
+        FACTOR_MASKED, FACTOR_FULL, LOG2_SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
+        PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
     )  # fmt: skip
     if FILL_THRESHOLD is not None:
         acc, row_sum, row_max, row_shift = visit_skipped(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, end,
-            n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED,
-            FILL_THRESHOLD, LOG2_SCALE, HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
-            HEAD_DIM, VALUE_DIM,
+            draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED,
+            FILL_THRESHOLD, LOG2_SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
+            PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
-    position = ((n0 * batch_1 + n1) * batch_2 + n2) * batch_3 + n3
     lse_ptrs = lse_ptr + 2 * (position.to(tl.int64) * q_len + offs_q)
     out_ptrs = tile_pointers(batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), offs_q, offs_dv, out_strides)
     finish(
@@ -135,18 +138,19 @@ def key_tiles(
 @triton.jit
 def visit(
     acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, full_start, full_end, end,
-    n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
+    draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr,
-    LOG2_SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
-    PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    LOG2_SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr,
+    KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """The rows after the key tiles [start, end), of which those in [full_start, full_end) need no mask."""
     BLOCK_KV: tl.constexpr = k_ptrs.shape[0]
     for kv_start in tl.range(full_start, full_end, BLOCK_KV):
         acc, row_sum, row_max, row_shift = _attend(
-            acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, n0, n1, n2, n3, q_idx,
-            q_len, kv_len, sizes, captured, captured_strides, SCORE_FULL, FACTOR_FULL, False, LOG2_SCALE, HUGE_FACTOR,
-            NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw, n0, n1, n2, n3,
+            q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_FULL, FACTOR_FULL, False, LOG2_SCALE,
+            HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     tiles_before = (full_start - start) // BLOCK_KV
@@ -154,9 +158,9 @@ def visit(
     for i in tl.range(0, tiles_before + tiles_behind):
         kv_start = tl.where(i < tiles_before, start, full_end - tiles_before * BLOCK_KV) + i * BLOCK_KV
         acc, row_sum, row_max, row_shift = _attend(
-            acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, n0, n1, n2, n3, q_idx,
-            q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED, True, LOG2_SCALE,
-            HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw, n0, n1, n2, n3,
+            q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED, True, LOG2_SCALE,
+            HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
     return acc, row_sum, row_max, row_shift
 
@@ -164,10 +168,11 @@ def visit(
 @triton.jit
 def visit_skipped(
     acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, end,
-    n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
+    draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, FACTOR_MASKED: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LOG2_SCALE: tl.constexpr,
-    HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
-    PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """The rows after the keys outside [start, end) too, where a row has seen nothing above the fill: these count as
     much as those it saw. Rare.
@@ -179,9 +184,9 @@ def visit_skipped(
     for i in tl.range(0, tiles_before + tiles_behind):
         kv_start = tl.where(i < tiles_before, 0, end - tiles_before * BLOCK_KV) + i * BLOCK_KV
         acc, row_sum, row_max, row_shift = _attend(
-            acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, n0, n1, n2, n3,
+            acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw, n0, n1, n2, n3,
             q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED, True, LOG2_SCALE,
-            HUGE_FACTOR, NORMALISED, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
     return acc, row_sum, row_max, row_shift
 
@@ -247,11 +252,12 @@ def finish(
 
 @triton.jit
 def _attend(
-    acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, n0, n1, n2, n3, q_idx,
-    q_len, kv_len, sizes, captured, captured_strides,
+    acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw,
+    n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, KEYS_END: tl.constexpr, LOG2_SCALE: tl.constexpr,
-    HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
-    PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """One key tile: acc and row_sum take in exp2(LOG2_SCALE * score - row_shift), row_shift = LOG2_SCALE * row_max.
 
@@ -299,6 +305,8 @@ def _attend(
         if KEYS_END:
             weight = tl.where(kv_idx[None, :] < kv_len, weight, 0.0)
         p *= weight
+    if DROP_LEAST is not None:
+        p *= kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
 
     # [block_kv, block_dv]
     v = load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)

@@ -1,7 +1,7 @@
 """The operator `flashfuse::attention_backward`, and the attention operator's autograd formula that calls it.
 
     attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] captured,
-        SymInt[] sizes, str spec, Tensor? kv_ranges, bool[] needs) -> Tensor[]
+        SymInt[] sizes, str spec, Tensor? kv_ranges, Tensor? seed, bool[] needs) -> Tensor[]
 
 The gradients of q, k, v and then of every floating-point captured tensor, those that `needs` flags, in this order. A
 gradient has the shape and element type of its operand, summed over the batch axes along which that is shared, and its
@@ -30,7 +30,7 @@ Kernel = Callable[..., list[torch.Tensor]]
 _library = torch.library.Library("flashfuse", "FRAGMENT")
 _library.define(
     "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] captured,"
-    " SymInt[] sizes, str spec, Tensor? kv_ranges, bool[] needs) -> Tensor[]",
+    " SymInt[] sizes, str spec, Tensor? kv_ranges, Tensor? seed, bool[] needs) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
@@ -49,9 +49,10 @@ def _on_device(choose: Callable[[], Kernel]) -> Kernel:
         sizes: Sequence[int],
         spec: str,
         kv_ranges: torch.Tensor | None,
+        seed: torch.Tensor | None,
         needs: Sequence[bool],
     ) -> list[torch.Tensor]:
-        call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges)
+        call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
         found = choose()(call.on_one_device(), grad_out, out, lse, needs)
         expected = empty_gradients(call, needs).values()
         return [x if x.device == like.device else x.to(like.device) for x, like in zip(found, expected, strict=True)]
@@ -93,36 +94,37 @@ def _fake(
     sizes: Sequence[int],
     spec: str,
     kv_ranges: torch.Tensor | None,
+    seed: torch.Tensor | None,
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
-    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges)
+    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
     return list(empty_gradients(call, needs).values())
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Keep what the gradients are computed from; log-sum-exps themselves have none."""
-    q, k, v, captured, sizes, spec, kv_ranges = inputs
+    q, k, v, captured, sizes, spec, kv_ranges, seed = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, kv_ranges, *captured)
+    ctx.save_for_backward(q, k, v, out, lse, kv_ranges, seed, *captured)
     ctx.sizes, ctx.spec = sizes, spec
 
 
 def gradients(ctx: Any, grad_out: torch.Tensor, _: torch.Tensor | None) -> tuple[Any, ...]:
     """A gradient for each argument of `flashfuse::attention`."""
-    q, k, v, out, lse, kv_ranges, *captured = ctx.saved_tensors
+    q, k, v, out, lse, kv_ranges, seed, *captured = ctx.saved_tensors
     flags = (*ctx.needs[:3], *ctx.needs[3])
     floating = [at for at, x in enumerate((q, k, v, *captured)) if x.is_floating_point()]
     needs = [flags[at] for at in floating]
     found = iter(
         torch.ops.flashfuse.attention_backward(
-            grad_out, q, k, v, out, lse, captured, ctx.sizes, ctx.spec, kv_ranges, needs
+            grad_out, q, k, v, out, lse, captured, ctx.sizes, ctx.spec, kv_ranges, seed, needs
         )
     )
     result: list[torch.Tensor | None] = [None] * len(flags)
     for at, need in zip(floating, needs, strict=True):
         result[at] = next(found) if need else None
-    return *result[:3], result[3:], [None] * len(ctx.sizes), None, None
+    return *result[:3], result[3:], [None] * len(ctx.sizes), None, None, None
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:

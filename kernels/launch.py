@@ -14,6 +14,7 @@ import triton.language as tl
 
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen import load_program
+from flashfuse.kernels.dropout import keep_scale, threshold
 from flashfuse.kernels.expr import Load, free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
 from flashfuse.kernels.mask import MASK_BLOCK
@@ -29,7 +30,8 @@ class Shape:
     """What the choice of tiles depends on in an attention.
 
     block_d, block_dv: padded head dims; element_bytes: of the wider product's operands; captured_bytes: of the captured
-    elements loaded for each (query, key) pair, which the pipeline keeps in shared memory.
+    elements loaded for each (query, key) pair, which the pipeline keeps in shared memory; drop_bytes: of
+    the mark that dropout makes for each pair, which passes through it from the threads that draw to those that use it.
     """
 
     q_len: int
@@ -37,6 +39,7 @@ class Shape:
     block_dv: int
     element_bytes: int
     captured_bytes: int
+    drop_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Launch:
         columns = shape.block_d + shape.block_dv
         operands = self.block_q * shape.block_d + max(self.num_stages, 1) * self.block_kv * columns
         captured = self.block_q * self.block_kv * (self.num_stages - 1) * shape.captured_bytes
-        return shape.element_bytes * operands + captured
+        return shape.element_bytes * operands + captured + shape.drop_bytes * self.block_q * self.block_kv
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,7 @@ def constants(
         "FACTOR_FULL": program.factor_full,
         "ROW_FACTOR": program.row_factor,
         "ROW_KEPT": program.row_kept,
+        **dropping(spec),
         "SHARED_BATCH": program.shared_batch,
         "PRODUCT_DTYPE": triton_dtype(spec.product_dtype),
         "PROBS_DTYPE": triton_dtype(spec.probs_dtype),
@@ -185,6 +189,12 @@ def constants(
     }
 
 
+def dropping(spec: AttentionSpec) -> dict[str, Any]:
+    """The compile-time arguments of dropout."""
+    p = spec.dropout
+    return {"DROP_LEAST": threshold(p) if p else None, "KEEP_SCALE": keep_scale(p) if p else None}
+
+
 def shape_of(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int) -> Shape:
     """The properties of an attention that its launch depends on."""
     return Shape(
@@ -193,6 +203,7 @@ def shape_of(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int) -> 
         block_dv=padded(value_dim),
         element_bytes=max(spec.product_dtype.itemsize, spec.probs_dtype.itemsize),
         captured_bytes=sum(tile.dtype.itemsize for tile in _pipelined(spec)),
+        drop_bytes=4 if spec.dropout else 0,
     )
 
 

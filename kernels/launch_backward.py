@@ -140,8 +140,8 @@ class _Backward:
         )
         sums = tuple(rows.new_empty(*self.call.batch, kv_len) for _ in self.program.key_terms)
         attention_keys_backward_kernel[(math.prod(owned) * -(-kv_len // tiles.block_kv),)](
-            self.call.q, self.call.k, self.call.v, self.grad_out, rows, ranges, self._filled(), dk, dv, sums,
-            *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, ranges, dk, dv),
+            self.call.q, self.call.k, self.call.v, self.grad_out, rows, ranges, self.call.seed, self._filled(),
+            dk, dv, sums, *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, ranges, dk, dv),
             *_padded(owned), *_padded(_loop(self.call.batch, owned)), *self._program_arguments,
             **keys_constants(self.call.spec, self.program, self.call.head_dim, self.call.value_dim, tiles),
         )  # fmt: skip
@@ -176,7 +176,7 @@ class _Backward:
         tiles, q_len = self.launch.queries, self.call.q_len
         sums = tuple(rows.new_empty(*self.call.batch, q_len) for _ in range(self.program.num_row_sums))
         attention_queries_backward_kernel[(math.prod(self.call.batch) * -(-q_len // tiles.block_q),)](
-            self.call.q, self.call.k, self.call.v, self.grad_out, rows, self.call.kv_ranges, dq, sums,
+            self.call.q, self.call.k, self.call.v, self.grad_out, rows, self.call.kv_ranges, self.call.seed, dq, sums,
             *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, self.call.kv_ranges, dq),
             *_padded(self.call.batch), *self._program_arguments,
             **queries_constants(self.call.spec, self.program, self.call.head_dim, self.call.value_dim, tiles),
@@ -190,7 +190,7 @@ class _Backward:
         tiles, owned = self.launch.pairs, tuple(target.shape[:-2])
         grid = (math.prod(owned) * -(-self.call.q_len // tiles.block_q) * -(-self.call.kv_len // tiles.block_kv),)
         attention_pairs_backward_kernel[grid](
-            self.call.q, self.call.k, self.call.v, self.grad_out, rows, self.call.kv_ranges, target,
+            self.call.q, self.call.k, self.call.v, self.grad_out, rows, self.call.kv_ranges, self.call.seed, target,
             *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, self.call.kv_ranges, target),
             *_padded(owned), *_padded(_loop(self.call.batch, owned)), *self._program_arguments,
             **pairs_constants(self.call.spec, self.program, number, self.call.head_dim, self.call.value_dim, tiles),

@@ -1,7 +1,7 @@
 """The operator `flashfuse::attention`: what a compiled graph calls, and where each device's kernel is chosen.
 
-    attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] sizes, str spec, Tensor? kv_ranges=None)
-        -> (Tensor out, Tensor lse)
+    attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] sizes, str spec, Tensor? kv_ranges=None,
+        Tensor? seed=None) -> (Tensor out, Tensor lse)
 
 q: [N.., Tq, D], k: [N.., Tkv, D], v: [N.., Tkv, Dv], broadcast over the batch axes N..; `sizes` are the batch sizes
 followed by size0, size1, .. of the score program; `spec` is `AttentionSpec.to_text()`. out: [N.., Tq, Dv].
@@ -15,6 +15,8 @@ its output is NaN for that reason, NaN as the second. Without a normaliser it is
 kv_ranges: int32 [N'.., at least ceil(Tq / MASK_BLOCK), 4], N' broadcasting to N: the `bounds.KvRange` of each
 MASK_BLOCK queries under a mask that depends on data. Without it every key that positions alone do not rule out is
 visited. It comes from `flashfuse::mask_ranges`, which compilers see as the torch operators it is made of.
+
+seed: one int64 for the numbers that decide what is dropped, where the spec has dropout: see `dropout`.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ Kernel = Callable[..., Outputs]
 
 _library = torch.library.Library("flashfuse", "DEF")
 _library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] sizes, str spec, Tensor? kv_ranges=None)"
-    " -> (Tensor out, Tensor lse)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] sizes, str spec, Tensor? kv_ranges=None,"
+    " Tensor? seed=None) -> (Tensor out, Tensor lse)",
     # Output strides depend on the spec alone, so inputs may come in whatever layout their producer prefers: no copies.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
@@ -63,9 +65,10 @@ def _attention_tiled(
     sizes: Sequence[int],
     spec: str,
     kv_ranges: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> Outputs:
     """In plain PyTorch, on any device."""
-    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges)
+    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
     call.check()
     call.check_sizes()
     return attention_tiled(call.on_one_device())
@@ -102,8 +105,9 @@ def _fake(
     sizes: Sequence[int],
     spec: str,
     kv_ranges: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> Outputs:
-    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges)
+    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
     call.check()
     return empty_output(call)
 

@@ -31,16 +31,18 @@ def attention(
     sizes: Sequence[int],
     spec: str,
     kv_ranges: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> Outputs:
     """The operator `flashfuse::attention`, see `ops`."""
     # The setting decides how float32 products are formed.
-    settings = spec, torch.backends.cuda.matmul.allow_tf32, kv_ranges if kv_ranges is None else _layout(kv_ranges)
-    key = (*settings, *sizes, *map(_layout, (q, k, v, *captured)))
+    settings = spec, torch.backends.cuda.matmul.allow_tf32
+    further = (x if x is None else _layout(x) for x in (kv_ranges, seed))
+    key = (*settings, *further, *sizes, *map(_layout, (q, k, v, *captured)))
     plan = _plans.get(key)
     if plan is None:
-        return _first(key, AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges))
+        return _first(key, AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed))
     prepared, launches = plan
-    arguments = prepared.arguments(q, k, v, captured, kv_ranges)
+    arguments = prepared.arguments(q, k, v, captured, kv_ranges, seed)
     with torch.cuda.device_of(q):
         for again in launches:
             again(arguments)
@@ -59,10 +61,10 @@ def _first(key: Hashable, call: AttentionCall) -> Outputs:
     prepared = prepare_any(moved)
     if prepared is None:
         return attention_tiled(moved)
-    arguments = prepared.arguments(moved.q, moved.k, moved.v, moved.captured, moved.kv_ranges)
+    arguments = prepared.arguments(moved.q, moved.k, moved.v, moved.captured, moved.kv_ranges, moved.seed)
     with torch.cuda.device_of(moved.q):
         launches = launched(prepared.launches, arguments)
-    if all(x.device == call.device for x in call.captured):
+    if all(x is None or x.device == call.device for x in (*call.captured, call.kv_ranges, call.seed)):
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
         _plans[key] = prepared, launches

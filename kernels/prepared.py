@@ -64,6 +64,7 @@ class Prepared:
         v: torch.Tensor,
         captured: Sequence[torch.Tensor],
         kv_ranges: torch.Tensor | None,
+        seed: torch.Tensor | None,
     ) -> tuple[Any, ...]:
         """The kernels' arguments, with new outputs at places OUT and LSE."""
         (size, strides, dtype), (rows, row_strides, compute_dtype) = self.out, self.lse
@@ -72,11 +73,11 @@ class Prepared:
         parts: tuple[torch.Tensor | None, ...] = ()
         if self.workspace is not None:
             parts = (torch.empty(self.workspace, dtype=compute_dtype, device=q.device) if self.workspace else None,)
-        return q, k, v, out, lse, kv_ranges, *parts, *self.numbers, tuple(captured), self.captured_strides
+        return q, k, v, out, lse, kv_ranges, seed, *parts, *self.numbers, tuple(captured), self.captured_strides
 
     def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of a call."""
-        arguments = self.arguments(call.q, call.k, call.v, call.captured, call.kv_ranges)
+        arguments = self.arguments(call.q, call.k, call.v, call.captured, call.kv_ranges, call.seed)
         with torch.cuda.device_of(call.q):
             for kernel, programs, variant in self.launches:
                 kernel[(programs,)](*arguments, **variant)

@@ -6,6 +6,7 @@ A box is a range of positions on every axis of a result; it names the part of th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 
 from flashfuse.kernels.bounds import Q_START, Q_STOP, KvRange
 from flashfuse.kernels.call import AttentionCall
+from flashfuse.kernels.dropout import kept
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.mask import MASK_BLOCK, MaskStructure, mask_of
@@ -61,6 +63,8 @@ class Axes:
             k=self.keys(call.k),
             v=self.keys(call.v),
             kv_ranges=None if call.kv_ranges is None else self.rows(call.kv_ranges),
+            seed=call.seed,
+            batch_strides=tuple(math.prod(self.batch[axis + 1 :]) for axis in self.order),
         )
 
 
@@ -81,6 +85,7 @@ class Problem:
     q: [outer.., shared.., Tq, D], k: [outer.., Tkv, D], v: [outer.., Tkv, Dv].
     symbols: of the scores' axes, in that order. sizes: the value of every size symbol.
     kv_ranges: [outer.., shared.., ceil(Tq / MASK_BLOCK), 4], or None.
+    seed: one int64, or None without dropout. batch_strides: of the axes outer.., shared.. among batch positions.
     """
 
     spec: AttentionSpec
@@ -91,6 +96,8 @@ class Problem:
     k: torch.Tensor
     v: torch.Tensor
     kv_ranges: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+    batch_strides: tuple[int, ...] = ()
 
     @functools.cached_property
     def mask(self) -> MaskStructure:
@@ -153,6 +160,17 @@ class Problem:
         """Where programs are evaluated over a box of scores."""
         axes = tuple(zip(self.symbols, box, strict=True))
         return Tile(axes, self.sizes, products, self.captured, self.spec.compute_dtype, self.q.device)
+
+    def kept(self, box: Box) -> torch.Tensor:
+        """1 where dropout keeps a weight and 0 where it drops it, over a box of scores, in its shape."""
+        assert self.seed is not None
+        *batch, queries, keys = box
+        rank = len(batch)
+        positions = torch.zeros((1,) * rank, dtype=torch.int64, device=self.q.device)
+        for axis, (along, stride) in enumerate(zip(batch, self.batch_strides, strict=True)):
+            numbers = torch.arange(along.start, along.stop, device=self.q.device) * stride
+            positions = positions + numbers.view(*(-1 if a == axis else 1 for a in range(rank)))
+        return kept(self.seed, self.spec.dropout, positions, queries, keys, self.spec.compute_dtype)
 
     def evaluate_rows(self, expr: Expr, box: Box) -> torch.Tensor:
         """`expr`, which has no key position, over a box of rows, with size 1 on the axes it does not depend on."""

@@ -13,11 +13,14 @@ from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_va
 from flashfuse.kernels.expr import Expr
 
 
-def attention_reference(call: AttentionCall, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_reference(
+    call: AttentionCall, dtype: torch.dtype | None = None, kept: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2].
 
     dtype: compute and return everything in this type, with no rounding in between; by default operands, probabilities
         and output are rounded to the spec's types and the arithmetic is in its `compute_dtype`.
+    kept: which weights [N.., Tq, Tkv] dropout leaves, where the spec has dropout.
     """
     spec, batch, q_len, kv_len = call.spec, call.batch, call.q_len, call.kv_len
     compute = dtype or spec.compute_dtype
@@ -56,6 +59,9 @@ def attention_reference(call: AttentionCall, dtype: torch.dtype | None = None) -
     if spec.factor is not None:
         factor = values(spec.factor, kv_len)
         probs = probs.masked_fill(factor == 0, 0.0) if spec.factor.dtype == torch.bool else probs * factor
+    if spec.dropout:
+        assert kept is not None, "dropout is a function of the mask that it draws"
+        probs = rounded(probs, spec.probs_dtype) * rounded(kept.to(compute) / (1 - spec.dropout), spec.probs_dtype)
     out = rounded(probs, spec.probs_dtype) @ rounded(call.v, spec.probs_dtype)
     out = out.expand(*batch, q_len, call.value_dim)
     return (out, lse) if dtype else (out.to(spec.out_dtype), lse)

@@ -7,7 +7,7 @@ An attention is, over batch axes n0, n1, .. (batch, key/value head, query group,
     S[n.., i, j]   = score(sum_r q[n.., i, r] * k[n.., j, r], n.., i, j)
 
 without `factor` and `sink` an ordinary softmax attention. With the normaliser "none" P is S itself, as in sigmoid
-attention.
+attention. With dropout p a weight of a value becomes 0 with probability p, or else is divided by 1 - p: see `dropout`.
 
 Operands are tensors [N0, .., Nm, T, D] that broadcast against each other over the batch axes: an axis of size 1 (or of
 stride 0) is shared. Grouped-query attention is therefore q [B, Hkv, G, Tq, D] with k and v [B, Hkv, 1, Tkv, D]; no
@@ -73,6 +73,7 @@ class AttentionSpec:
         Softmax-plus-one is the sink 0.
     factor: what the probability at (n.., q_idx, kv_idx) is multiplied by after the softmax; None for 1. A boolean one
         is the same for a whole row, and a row where it is false gives 0, even one without a key.
+    dropout: the probability with which a weight is dropped, 0 <= dropout < 1.
     """
 
     batch_axes: int
@@ -87,6 +88,7 @@ class AttentionSpec:
     normaliser: str = "softmax"
     sink: Expr | None = None
     factor: Expr | None = None
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.batch_axes <= MAX_BATCH_AXES:
@@ -99,6 +101,8 @@ class AttentionSpec:
             raise ValueError("a sink takes part in a softmax, and the normaliser is 'none'")
         if self.factor is not None and self.factor.dtype == torch.bool and KV_IDX in free_symbols(self.factor):
             raise ValueError("a boolean factor decides over whole rows, and this one differs along the keys")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is a probability below 1, got {self.dropout}")
         rank = self.batch_axes + 2
         if sorted(self.out_order) != list(range(rank)) or self.out_order[-1] != rank - 1:
             raise ValueError(
@@ -140,6 +144,7 @@ class AttentionSpec:
                 "normaliser": self.normaliser,
                 "sink": None if self.sink is None else to_text(self.sink),
                 "factor": None if self.factor is None else to_text(self.factor),
+                "dropout": self.dropout,
             }
         )
 
@@ -172,6 +177,7 @@ def _parse_spec(text: str) -> AttentionSpec:
         normaliser=fields["normaliser"],
         sink=optional("sink"),
         factor=optional("factor"),
+        dropout=fields["dropout"],
     )
 
 

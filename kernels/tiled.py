@@ -16,6 +16,7 @@ import torch
 
 from flashfuse.kernels import flash_cpu
 from flashfuse.kernels.call import AttentionCall
+from flashfuse.kernels.dropout import keep_scale
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.problem import Axes, Box, Problem, slices, split
@@ -141,13 +142,14 @@ class _Rows:
         self.max = row_max
 
     def _weights(self, probs: torch.Tensor, keys: range) -> torch.Tensor:
-        """What multiplies the values [pairs, rows, keys]: the probabilities times the spec's factor."""
-        factor = self.problem.spec.factor
-        if factor is None or factor.dtype == torch.bool:
-            return probs
-        box = (*self.box, keys)
+        """What multiplies the values [pairs, rows, keys]: probabilities times the spec's factor, those dropped 0."""
+        spec, box = self.problem.spec, (*self.box, keys)
         shape = tuple(len(positions) for positions in box)
-        return (probs.view(shape) * self.problem.evaluate_broadcast(factor, box)).view(probs.shape)
+        if spec.factor is not None and spec.factor.dtype != torch.bool:
+            probs = (probs.view(shape) * self.problem.evaluate_broadcast(spec.factor, box)).view(probs.shape)
+        if spec.dropout:
+            probs = probs.view(shape).mul(self.problem.kept(box)).view(probs.shape)
+        return probs
 
     def _of_rows(self, expr: Expr) -> torch.Tensor:
         """`expr`, which has no key position, of every row [pairs, rows, 1]."""
@@ -159,6 +161,8 @@ class _Rows:
         spec = self.problem.spec
         zeros = self.sum.expand(*self.sum.shape[:-1], 2)
         out, lse = self._normalised() if spec.normaliser == "softmax" else (self.acc, zeros)
+        if spec.dropout:
+            out = out * keep_scale(spec.dropout)
         if spec.factor is not None and spec.factor.dtype == torch.bool:
             out = out.masked_fill(~self._of_rows(spec.factor), 0.0)
         return out, lse

@@ -14,6 +14,7 @@ from flashfuse.kernels.normal import pointwise, rewrite
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec, parse, to_text
 from flashfuse.patterns.axes import Roles
 from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.dropout import check_apart
 from flashfuse.patterns.ending import Ending
 from flashfuse.patterns.graph import location, raw_value, tensor, value
 from flashfuse.patterns.indexing import Indices
@@ -49,6 +50,9 @@ def assemble(
         raise Refused("training", "gradients are wanted, and the backward kernels for GPUs are not ready yet", node)
     _check_types(node, values, score)
     roles = _roles(node, position, values, value_side, score, end)
+    if end.dropout is not None:
+        needed = (*roles.batch, roles.j, *(() if roles.i is None else (roles.i,)))
+        check_apart(end.dropout, needed, lifter.ranges)
     for term in score.terms:
         _check_plain(lifter, term.dot.lhs, term.dot.rhs, roles, node)
         _check_plain(lifter, term.dot.rhs, term.dot.lhs, roles, node)
@@ -95,6 +99,7 @@ def assemble(
         normaliser=end.normaliser,
         sink=parts.get("sink"),
         factor=parts.get("factor"),
+        dropout=0.0 if end.dropout is None else end.dropout.tensor.p,  # type: ignore[attr-defined]
     )
     return AttentionSite(
         node=node,
@@ -114,6 +119,7 @@ def assemble(
         free_layout=free_layout,
         chain=chain,
         more=tuple(terms[1:]),
+        draw=end.dropout,
     )
 
 
@@ -153,6 +159,7 @@ def _roles(node: fx.Node, position: Indices, values: Dot, value_side: Expr, scor
     outs = [o for o in position if isinstance(o, sympy.Symbol)]
     in_values = free_symbols(value_side)
     parts = [score.program, *end.programs.values(), *(side for t in score.terms for side in (t.dot.lhs, t.dot.rhs))]
+    parts += [] if end.dropout is None else [end.dropout]
     in_program = frozenset().union(*map(free_symbols, parts))
     ds = [o for o in outs if o in in_values and o not in in_program]
     rows = [

@@ -40,12 +40,16 @@ from flashfuse.patterns.weights import Weights, combined
 
 @dataclass(frozen=True)
 class Ending:
-    """The part of a spec that is not its score, as programs over the graph's tensors."""
+    """The part of a spec that is not its score, as programs over the graph's tensors.
+
+    dropout: the random number that each weight is multiplied by.
+    """
 
     normaliser: str
     empty_row: str = "nan"
     sink: Expr | None = None
     factor: Expr | None = None
+    dropout: Load | None = None
 
     @property
     def programs(self) -> dict[str, Expr]:
@@ -72,7 +76,7 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
         factor, empty_row = _zeroed(lifter, score.program, kept, factor, empty_row, j)
     if factor is not None:
         _check_small(factor, i_symbols, j)
-    return Ending("softmax", empty_row, sink, factor)
+    return Ending("softmax", empty_row, sink, factor, weights.dropout)
 
 
 def _sink(lifter: Lifter, expr: Expr, score: Score, leads: AbstractSet[fx.Node]) -> Expr:

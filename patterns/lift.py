@@ -19,6 +19,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 from flashfuse.kernels.expr import Expr, Index, Load, Pointwise, loads
 from flashfuse.kernels.normal import const, converted, index, rewrite, substitute
 from flashfuse.patterns.calls import mutated_inputs
+from flashfuse.patterns.draw import drawn
 from flashfuse.patterns.graph import Graph, shape, storage, tensor, to_sympy, value, wants_gradient
 from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds, resimplify
 from flashfuse.patterns.trace import CannotTrace, Trace, trace
@@ -79,12 +80,15 @@ class Lifter:
             return reader
         return self.graph.writer_between(node, reader or node, site)
 
-    def expand(self, load: Load) -> Expr:
+    def expand(self, load: Load, draws: bool = False) -> Expr:
         """One step back: the element in terms of the inputs of the load's node. Raises CannotLift.
 
         With `history` never past a place where a gradient ends (`detach`, `torch.no_grad`): behind it, one would start.
+        draws: whether it may be one that is drawn at random.
         """
         expr = self.look_behind(load)
+        if not draws and drawn(expr):
+            raise CannotLift(load.tensor, "drops elements at random")  # type: ignore[arg-type]
         node = load.tensor
         assert isinstance(node, fx.Node)
         if self._ends_gradient(node, expr):
@@ -100,7 +104,8 @@ class Lifter:
     def look_behind(self, load: Load) -> Expr:
         """`expand` for the value alone: what is found must not become part of a program. Raises CannotLift."""
         node = load.tensor
-        assert isinstance(node, fx.Node)
+        if not isinstance(node, fx.Node):
+            raise CannotLift(None, "is drawn at random")
         if node in self._overwritten:
             raise CannotLift(node, "is written through another view before it is read")
         if node not in self._expansions:

@@ -25,6 +25,7 @@ from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols, loads
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
+from flashfuse.patterns.dropout import before_dropout
 from flashfuse.patterns.ending import Ending, ending, is_linear
 from flashfuse.patterns.gate import Gated, as_gated
 from flashfuse.patterns.graph import Graph, location, raw_value, shape, tensor, value, wants_gradient
@@ -112,7 +113,7 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
         raise Refused("empty", "a dimension has size 0, so there is nothing to compute", node)
     position = lifter.position(shape(out), "o")
     try:
-        expr = lifter.expand(lifter.load(node, position))
+        expr = lifter.expand(lifter.load(node, position), draws=True)
     except CannotLift as error:
         raise Refused("unknown-operator", f"`{name_of(node)}` {error.reason}", node) from error
     whole = name_of(node) in WHOLE
@@ -186,8 +187,25 @@ def _added(lifter: Lifter, sites: list[AttentionSite]) -> AttentionSite:
     chain = tuple(sorted({n for site in sites for n in site.chain}, key=lifter.graph.position.__getitem__))
     for site in sites:
         _check_apart(site, chain)
+    _check_draws(sites)
     wide = [replace(s, spec=replace(s.spec, out_dtype=s.spec.compute_dtype), chain=chain) for s in sites]
     return replace(wide[0], plus=tuple(wide[1:]))
+
+
+def _check_draws(sites: Sequence[AttentionSite]) -> None:
+    """Refuse where some random numbers of one dropout serve one term, and some of them another."""
+    draws = {site.draw: (site.batch, site.out_axes) for site in sites if site.draw is not None}
+    for site in sites:
+        draw = site.draw
+        others = (d for d in draws if draw is not None and d != draw and d.tensor == draw.tensor)
+        shared = any(not _differ(d.indices, draw.indices) for d in others if draw is not None)
+        if draw is not None and (shared or draws[draw] != (site.batch, site.out_axes)):
+            raise Refused("dropout", "terms of the attention share some of the random numbers that drop", site.node)
+
+
+def _differ(one: Indices, other: Indices) -> bool:
+    """Whether two positions in a tensor are never the same element."""
+    return any((a - b).is_Integer and a != b for a, b in zip(one, other, strict=True))
 
 
 def _with_gate(lifter: Lifter, terms: tuple[Weights, ...], gated: Gated, j: sympy.Symbol) -> tuple[Weights, ...]:
@@ -246,8 +264,9 @@ def _unnormalised(
 
     None for products of activations that are no such function, or a linear one, and for layers with weights.
     """
+    weights, draw = before_dropout(lifter, weights_side)
     try:
-        found = find_products(lifter, weights_side, product.axis, leads, node, _rows(position, value_side))
+        found = find_products(lifter, weights, product.axis, leads, node, _rows(position, value_side))
     except Refused:
         return None
     reads = [read for expr in (*found.dots, value_side) for read in loads(expr)]
@@ -262,7 +281,7 @@ def _unnormalised(
         return None
     if any(node in score.nodes for score in scores) or all(is_linear(score.program) for score in scores):
         return None
-    end = Ending("none")
+    end = Ending("none", dropout=draw)
     sites = [_assembled(lifter, node, position, product, value_side, score, end) for score in scores]
     value_dim = sites[0].value_dim
     return None if value_dim.is_Integer and value_dim > _WIDEST else _added(lifter, sites)

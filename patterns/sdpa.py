@@ -12,10 +12,10 @@ from torch import fx
 
 from flashfuse.kernels.expr import Const, Dot, Expr, Softmax
 from flashfuse.kernels.normal import index, pointwise
+from flashfuse.patterns.dropout import dropped
 from flashfuse.patterns.graph import shape, tensor, to_sympy, value
 from flashfuse.patterns.indexing import Indices, divide, quotient
 from flashfuse.patterns.lift import NODE_ROWS, CannotLift, NodeView
-from flashfuse.patterns.refusal import Refused
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS: dict[str, Any] = {
@@ -26,9 +26,6 @@ _DEFAULTS: dict[str, Any] = {
 def lift_sdpa(view: NodeView, position: Indices) -> Expr:
     """softmax(q k^T * scale + mask) v; a row with nothing unmasked gives zeros."""
     given = _DEFAULTS | dict(zip(_NAMES, view.node.args, strict=False)) | view.node.kwargs
-    dropout = given["dropout_p"]
-    if not isinstance(dropout, (int, float)) or dropout != 0:
-        raise Refused("dropout", "probabilities are dropped at random, which needs the training kernels", view.node)
     q, k, v = (_operand(view, given[name]) for name in ("query", "key", "value"))
     *batch, i, d = position
     kv_len, head_dim = shape(k)[-2], shape(q)[-1]
@@ -51,7 +48,7 @@ def lift_sdpa(view: NodeView, position: Indices) -> Expr:
         _check_mask(view, given["attn_mask"], q, k)
         mask = view.input(given["attn_mask"], (*batch, i, j))
         score = _masked(mask, score) if mask.dtype == torch.bool else pointwise("add", score, mask, dtype=q.dtype)
-    probs = Softmax(q.dtype, score, j, j, kv_len, empty_row="zero")
+    probs = dropped(view, Softmax(q.dtype, score, j, j, kv_len, empty_row="zero"), given["dropout_p"], (*batch, i, j))
     return Dot(q.dtype, probs, at("value", heads, j, d), j, kv_len)
 
 

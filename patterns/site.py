@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch import fx
 
+from flashfuse.kernels.expr import Load
 from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.patterns.table import Table
 from flashfuse.patterns.views import Arrange, Step
@@ -56,6 +57,7 @@ class AttentionSite:
     `more` are the queries and keys of further products that are added to the first: the operator's q and k are the
     concatenations of all of them along the head dim, which `head_dim` counts.
     `plus` are further attentions whose outputs are added to this one's, with the same `node`.
+    `draw` is what its dropout multiplies by; attentions with equal ones drop the same positions.
     `captured` are the tensors behind the score program's loads, of the graph or to be made in it; `chain` the nodes
     whose work the kernel takes over.
     """
@@ -78,6 +80,7 @@ class AttentionSite:
     chain: tuple[fx.Node, ...] = field(default=(), compare=False)
     more: tuple[tuple[Operand, Operand], ...] = ()
     plus: tuple[AttentionSite, ...] = ()
+    draw: Load | None = None
 
     @property
     def nodes_read(self) -> tuple[fx.Node, ...]:

@@ -1,8 +1,8 @@
 """What multiplies the values of a product: probabilities, seen through everything between normaliser and product.
 
-Probabilities may be rounded, multiplied by what does not depend on them, set to zero where something is masked, and
-cleared of NaN. A sum of several probabilities is several attentions of one output, since the product is linear
-(https://arxiv.org/abs/2410.05258, equation 1). An extra column of the softmax that meets no value is a sink
+Probabilities may be rounded, multiplied by what does not depend on them, set to zero where something is masked, cleared
+of NaN, and dropped at random. A sum of several probabilities is several attentions of one output, since the product is
+linear (https://arxiv.org/abs/2410.05258, equation 1). An extra column of the softmax that meets no value is a sink
 (https://arxiv.org/abs/2309.17453, section 3.3).
 """
 
@@ -20,6 +20,7 @@ from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Softmax
 from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.draw import Draw, drawn
 from flashfuse.patterns.graph import is_weighted
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import NORMALISERS, Normalised, as_softmax, opened_or_none
@@ -35,6 +36,7 @@ class Weights:
 
     arg: the softmax's argument at column j; sinks: its arguments in columns that have no value.
     factors: what the probabilities are multiplied by. kept: conditions outside which they are replaced by 0.
+    dropout: the random number that each is multiplied by.
     empty_row: what a row of only -inf gives. by_logarithm: see `Normalised`.
     """
 
@@ -44,9 +46,21 @@ class Weights:
     by_logarithm: bool = False
     factors: tuple[Expr, ...] = ()
     kept: tuple[Expr, ...] = ()
+    dropout: Load | None = None
+
+    @property
+    def largest(self) -> float:
+        """What none of the weights exceeds without their factors."""
+        return 1.0 if self.dropout is None else 1.0 / (1.0 - self.dropout.tensor.p)  # type: ignore[attr-defined]
 
     def times(self, factor: Expr) -> Weights:
-        return replace(self, factors=(*self.factors, factor))
+        if not drawn(factor):
+            return replace(self, factors=(*self.factors, factor))
+        assert isinstance(factor, Load)
+        assert isinstance(factor.tensor, Draw)
+        if self.dropout is not None:
+            raise Refused("dropout", "the probabilities are dropped at random twice", factor.tensor.node)
+        return replace(self, dropout=factor)
 
 
 @dataclass(frozen=True)
@@ -88,9 +102,10 @@ def find_weights(columns: Columns, expr: Expr, passed: fx.Node | None = None) ->
 
 def _search(columns: Columns, expr: Expr, passed: fx.Node | None) -> tuple[Weights, ...]:
     if isinstance(expr, Load):
-        assert isinstance(expr.tensor, fx.Node)
+        if not isinstance(expr.tensor, fx.Node):
+            return ()
         try:
-            return find_weights(columns, columns.lifter.expand(expr), expr.tensor)
+            return find_weights(columns, columns.lifter.expand(expr, draws=True), expr.tensor)
         except CannotLift as error:
             _refuse_opaque(error, expr.tensor)
             return ()
@@ -180,10 +195,13 @@ def _without_nan(terms: tuple[Weights, ...], passed: fx.Node | None) -> tuple[We
 def _limit(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
     """A limit that no probability reaches."""
     limited = limited_by_number(expr, "min", "max")
-    if limited is None or not (limited[1] >= 1 if expr.op == "min" else limited[1] <= 0):
+    if limited is None:
         return _other(columns, expr, passed)
     terms = find_weights(columns, limited[0], passed)
-    return terms if len(terms) == 1 and not terms[0].factors else _other(columns, expr, passed)
+    if len(terms) != 1 or terms[0].factors:
+        return _other(columns, expr, passed)
+    inside = limited[1] >= terms[0].largest if expr.op == "min" else limited[1] <= 0
+    return terms if inside else _other(columns, expr, passed)
 
 
 def _other(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
@@ -210,7 +228,8 @@ def _refuse_opaque(error: CannotLift, passed: fx.Node) -> None:
         return
     name = name_of(node)
     if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
-        raise Refused("dropout", "probabilities are dropped at random, which needs the training kernels", node)
+        reason = f"probabilities are dropped at random in a way that has no kernel: `{name}` {error.reason}"
+        raise Refused("dropout", reason, node)
     if is_contraction(node) or is_weighted(node):
         raise Refused(
             "head-mixing", f"the probabilities are mixed across heads by `{name}` before they meet the values", node

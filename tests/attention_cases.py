@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from flashfuse.kernels.call import AttentionCall
+from flashfuse.kernels.dropout import kept
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.reference import attention_reference
 from flashfuse.kernels.spec import AttentionSpec, parse
@@ -19,7 +21,7 @@ class Call(AttentionCall):
     @property
     def arguments(self) -> tuple:
         """In the operator's order."""
-        return self.q, self.k, self.v, self.captured, self.sizes, self.spec.to_text(), self.kv_ranges
+        return self.q, self.k, self.v, self.captured, self.sizes, self.spec.to_text(), self.kv_ranges, self.seed
 
     def to(self, device: str) -> Call:
         kv_ranges = None if self.kv_ranges is None else self.kv_ranges.to(device)
@@ -28,13 +30,22 @@ class Call(AttentionCall):
     def on(self, operands: Sequence[torch.Tensor], kv_ranges: torch.Tensor | None = None) -> Call:
         """The call of other tensors q, k, v, *captured."""
         q, k, v, *captured = operands
-        return replace(self, q=q, k=k, v=v, captured=captured, kv_ranges=kv_ranges)
+        seed = None if self.seed is None else self.seed.to(q.device)
+        return replace(self, q=q, k=k, v=v, captured=captured, kv_ranges=kv_ranges, seed=seed)
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return attention_reference(self, torch.float64)
+        return attention_reference(self, torch.float64, self.kept())
 
     def eager(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return attention_reference(self)
+        return attention_reference(self, kept=self.kept())
+
+    def kept(self) -> torch.Tensor | None:
+        """Which weights [N.., Tq, Tkv] dropout leaves, on the device of q; None without dropout."""
+        if self.seed is None:
+            return None
+        batch = torch.arange(math.prod(self.batch)).view(self.batch)
+        box = batch, range(self.q_len), range(self.kv_len)
+        return kept(self.seed.cpu(), self.spec.dropout, *box, torch.bool).to(self.device)
 
 
 def make_call(
@@ -53,6 +64,8 @@ def make_call(
     normaliser: str = "softmax",
     sink: str | None = None,
     factor: str | None = None,
+    dropout: float = 0.0,
+    seed: int = 0x123456789ABCDEF,
 ) -> Call:
     """A call with random operands: q of `q_shape`, k and v of the same batch axes unless `k_batch`, `v_batch` say."""
     *batch, q_len, head_dim = q_shape
@@ -77,6 +90,7 @@ def make_call(
         normaliser=normaliser,
         sink=program(sink),
         factor=program(factor),
+        dropout=dropout,
     )
     generator = torch.Generator().manual_seed(0)
 
@@ -91,4 +105,5 @@ def make_call(
         random(*(k_batch if v_batch is None else v_batch), kv_len, head_dim if value_dim is None else value_dim),
         list(captured),
         [*batch, *sizes],
+        seed=torch.tensor(seed) if dropout else None,
     )

@@ -55,6 +55,9 @@ def source_of(
             constant |= {} if given else {(i,): None}
         elif name == "parts_ptr" and not parts:
             signature[name], constant[i,] = "constexpr", None
+        elif name == "seed_ptr":
+            signature[name] = "*i64" if spec.dropout else "constexpr"
+            constant |= {} if spec.dropout else {(i,): None}
         elif name == "sums_ptrs":
             signature[name] = ("*fp32",) * arguments["NUM_SUMS"]
         elif name.endswith("_ptr"):

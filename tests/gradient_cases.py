@@ -32,7 +32,7 @@ def reference_gradients(
     operands = [x.detach().clone() for x in call.operands]
     for at in wanted:
         operands[at] = operands[at].to(dtype or operands[at].dtype).requires_grad_()
-    out, _ = attention_reference(call.on(operands), dtype)
+    out, _ = attention_reference(call.on(operands), dtype, call.kept())
     leaves = [operands[at] for at in wanted]
     return _stacked(
         torch.autograd.grad(out, leaves, grad.to(out.dtype), retain_graph=True, materialize_grads=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from forms.same_dropout import SEED, same_dropout
 from numerics import assert_close_to_exact
 
 import flashfuse
@@ -61,8 +62,13 @@ def assert_trains(
     precise: what computes fn in float64, by default fn itself.
     """
     results = []
-    for run, dtype in ((compiled(fn, inner), None), (fn, None), (precise or fn, torch.float64)):
+    for run, dtype in (
+        (compiled(fn, inner), None),
+        (same_dropout(fn), None),
+        (same_dropout(precise or fn), torch.float64),
+    ):
         xs = leaves(inputs, dtype)
+        torch.manual_seed(SEED)
         out = run(*xs)
         wanted = [x for x in xs if x.requires_grad]
         results.append([out, *gradients(out, wanted)])

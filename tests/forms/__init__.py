@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import additive, data_masks, normalisers, padding, positional, products, relative, shaping
+from . import additive, data_masks, dropping, normalisers, padding, positional, products, relative, shaping, tables
 from .decoys import DECOYS, Decoy
 from .form import Form, Sizes, Spelling, exact, module
 
@@ -11,10 +11,12 @@ FORMS: tuple[Form, ...] = (
     *padding.FORMS,
     *data_masks.FORMS,
     *additive.FORMS,
+    *tables.FORMS,
     *relative.FORMS,
     *shaping.FORMS,
     *products.FORMS,
     *normalisers.FORMS,
+    *dropping.FORMS,
 )
 
 

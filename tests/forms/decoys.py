@@ -140,8 +140,43 @@ def hard(c: Any, q: Any, k: Any, v: Any) -> Any:
     return (one_hot - probs.detach() + probs) @ v
 
 
-def dropped_at_random(c: Any, q: Any, k: Any, v: Any) -> Any:
-    return F.dropout(scores(c, q, k).softmax(-1), 0.5, training=True) @ v
+def dropped_heads(c: Any, q: Any, k: Any, v: Any) -> Any:
+    """One random number for all probabilities of a head."""
+    return F.dropout2d(scores(c, q, k).softmax(-1), 0.5, training=True) @ v
+
+
+def dropped_together(c: Any, q: Any, k: Any, v: Any) -> Any:
+    """One random number for the probabilities of two heads."""
+    probs = F.dropout(scores(c, q[:, ::2], k[:, ::2]).softmax(-1), 0.5, training=True)
+    return probs.repeat_interleave(2, 1) @ v
+
+
+def dropped_by_hand(c: Any, q: Any, k: Any, v: Any) -> Any:
+    keep = torch.empty_like(q @ k.transpose(-1, -2)).bernoulli_(0.5)
+    return (scores(c, q, k).softmax(-1) * keep / 0.5) @ v
+
+
+def dropped_to_saturation(c: Any, q: Any, k: Any, v: Any) -> Any:
+    return F.alpha_dropout(scores(c, q, k).softmax(-1), 0.5, training=True) @ v
+
+
+def dropped_scores(c: Any, q: Any, k: Any, v: Any) -> Any:
+    return F.dropout(scores(c, q, k), 0.5, training=True).softmax(-1) @ v
+
+
+def dropped_twice(c: Any, q: Any, k: Any, v: Any) -> Any:
+    return F.dropout(F.dropout(scores(c, q, k).softmax(-1), 0.5), 0.5) @ v
+
+
+def kept_before_dropout(c: Any, q: Any, k: Any, v: Any) -> Any:
+    """output_attentions in training."""
+    probs = scores(c, q, k).softmax(-1)
+    return F.dropout(probs, 0.5) @ v, probs
+
+
+def clamped_after_dropout(c: Any, q: Any, k: Any, v: Any) -> Any:
+    """Probabilities that are kept may be larger than 1."""
+    return F.dropout(scores(c, q, k).softmax(-1), 0.5).clamp(max=1.0) @ v
 
 
 def linear_attention(c: Any, q: Any, k: Any, v: Any) -> Any:
@@ -184,7 +219,14 @@ DECOYS = (
     Decoy("scores-kept", scores_kept, "scores-used"),
     Decoy("crosswise", crosswise, "scores-used", _second),
     Decoy("hard", hard, "unknown-operator"),
-    Decoy("random", dropped_at_random, "dropout"),
+    Decoy("dropout-heads", dropped_heads, "dropout"),
+    Decoy("dropout-together", dropped_together, "dropout"),
+    Decoy("dropout-alpha", dropped_to_saturation, "dropout"),
+    Decoy("dropout-twice", dropped_twice, "dropout"),
+    Decoy("dropout-by-hand", dropped_by_hand, "probability-factor"),
+    Decoy("dropout-scores", dropped_scores, "unknown-operator"),
+    Decoy("dropout-and-probabilities", kept_before_dropout, "probabilities-used"),
+    Decoy("dropout-clamped", clamped_after_dropout, "probability-factor"),
     Decoy("linear-attention", linear_attention, None),
     Decoy("masked-linear-attention", masked_linear_attention, None),
     Decoy("gram", gram, None),

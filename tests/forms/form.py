@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .same_dropout import SEED, SameDropout
+
 # What a spelling is: a function of its module and of tensors, or a module class that is built from `Sizes`.
 Spelling = Callable[..., Any]
 
@@ -101,6 +103,7 @@ class Expect:
     squares: how many captured tensors have an element for each score; None where the source leaves a choice.
     sites: how many attentions the code holds.
     normaliser, empty_row: the spec's; None where it does not matter.
+    dropout: the probability.
     sink, factor: occurs in the text of that program, which is "none" where the spec has none.
     """
 
@@ -112,6 +115,7 @@ class Expect:
     empty_row: str | None = None
     sink: str = "none"
     factor: str = "none"
+    dropout: float = 0.0
 
 
 def plain_inputs(make: Make) -> tuple[torch.Tensor, ...]:
@@ -184,7 +188,14 @@ def exact(built: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) 
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
     constants = patch.object(torch, "finfo", lambda dtype: of_type(own if dtype == torch.float64 else dtype))
     with Wide(), constants:
-        return built(*wide)
+        return eager(built, tuple(wide))
+
+
+def eager(built: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """What the module computes, where it drops at random from the seed that a graph draws."""
+    torch.manual_seed(SEED)
+    with SameDropout():
+        return built(*inputs)
 
 
 class Wide(TorchFunctionMode):

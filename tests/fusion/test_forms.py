@@ -13,6 +13,7 @@ GROWING = {
     "causal", "causal-offset", "window", "chunked", "prefix", "padding-int", "left-padding", "documents", "lengths",
     "dense", "bias-1HST", "bias-B11T", "alibi", "softcap", "temperature-heads", "latent-sum", "sink-last",
     "sigmoid-causal", "head-mask", "disentangled", "relative-shift", "bucketed-distances", "bucketed-offset",
+    "dropout-causal",
 }  # fmt: skip
 LONGER = Sizes(q_len=20, kv_len=20)
 

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "causal": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (), ()),
     "alibi": ("where(kv_idx <= q_idx, qk * 0.125 + to_float(kv_idx - q_idx) * t0[n1], -inf)", (FP32,), (1,)),
     "bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[0, n1, q_idx, kv_idx], -inf)", (BF16,), (4,)),
+    "dropout": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (), ()),
     "padding": ("where((kv_idx <= q_idx) & t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)", (torch.bool,), (2,)),
 }
 KERNELS = {
@@ -53,6 +55,7 @@ CASES = [
     ("sm100", "causal", 64, BF16),
     ("gfx942", "causal", 64, BF16),
     ("sm90", "causal", 64, FP32),
+    *((device, "dropout", dim, BF16) for device in ("sm80", "sm90", "sm100", "gfx942") for dim in (64, 128)),
 ]
 if os.environ.get("FLASHFUSE_FULL_TABLE") == "1":
     CASES = list(itertools.product(DEVICES, PROGRAMS, (16, 64, 80, 128, 256, 512), (BF16, FP32)))
@@ -80,6 +83,7 @@ def test_compiles_within_limits(
     limits, target = DEVICES[device]
     text, captured, ranks = PROGRAMS[program]
     spec = AttentionSpec(2, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3))
+    spec = replace(spec, dropout=0.1 if program == "dropout" else 0.0)
     ranged = mask_of(spec).depends_on_data and bool(captured) and captured[0] == torch.bool
     found = arguments_of(name, spec, head_dim, device, ranged)
     if found is None:

@@ -28,13 +28,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Score text, captured element types, the rank of each captured tensor, and what the spec has besides.
-PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...], dict[str, str]]] = {
+PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...], dict[str, Any]]] = {
     "plain": ("qk * 0.125", (), (), {}),
     "causal": ("where(kv_idx <= q_idx + (kv_len - q_len), qk * 0.125, -inf)", (), (), {}),
     "padding": ("where(t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)", (torch.bool,), (2,), {}),
     "bias": ("qk * 0.125 + t0[n0, 0, 0, q_idx, kv_idx]", (torch.bfloat16,), (5,), {}),
     "alibi": ("qk * 0.125 + t0[n1, n2] * to_float(kv_idx - q_idx)", (torch.float32,), (2,), {}),
     "sink": ("tanh(qk * 0.125) * 30.0", (torch.bfloat16,), (2,), {"sink": "t0[n1, n2]"}),
+    "dropout": ("qk * 0.125", (), (), {"dropout": 0.1}),
     "sigmoid": ("sigmoid(qk * 0.125)", (torch.float32,), (2,), {"normaliser": "none", "factor": "t0[n1, n2]"}),
 }
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -52,6 +53,7 @@ CASES = [
     ("sm90", "alibi", 128, FEW, BF16),
     ("sm90", "sink", 80, FEW, BF16),
     ("sm90", "sigmoid", 128, FEW, BF16),
+    ("sm90", "dropout", 128, FEW, BF16),
     ("sm90", "causal", 256, MANY, BF16),
     ("sm90", "padding", 128, FEW, FP32),
     ("sm100", "causal", 128, FEW, BF16),
@@ -67,7 +69,7 @@ def instances(device: str, program: str, head_dim: int, rows: int, dtype: torch.
     limits, target = DEVICES[device]
     text, captured, ranks, more = PROGRAMS[program]
     further: dict[str, Any] = {
-        name: value if name == "normaliser" else parse(value, captured) for name, value in more.items()
+        name: parse(value, captured) if name in ("sink", "factor") else value for name, value in more.items()
     }
     spec = AttentionSpec(3, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3, 4), **further)
     launch = choose_launch(limits, shape_of(spec, rows, head_dim, head_dim), TABLE)

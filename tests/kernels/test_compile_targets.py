@@ -35,12 +35,14 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "sink": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (torch.bfloat16,), (1,)),
     "factor": ("where(t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)", (torch.bool,), (2,)),
     "sigmoid": ("sigmoid(where(kv_idx <= q_idx, qk * 0.125, -inf))", (torch.float32,), (1,)),
+    "dropout": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (), ()),
     "padding": ("where((kv_idx <= q_idx) & t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)", (torch.bool,), (2,)),
 }
 # What a spec has besides its score.
-FURTHER: dict[str, dict[str, str]] = {
+FURTHER: dict[str, dict[str, Any]] = {
     "sink": {"sink": "t0[n1]"},
     "factor": {"factor": "where(t0[n0, kv_idx], 1.0, 0.0)"},
+    "dropout": {"dropout": 0.1},
     "sigmoid": {"normaliser": "none", "factor": "t0[n1]"},
 }
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -62,6 +64,7 @@ CASES = [
     ("sm100", "causal", 128, BF16),
     ("gfx942", "bias", 128, BF16),
     ("sm90", "causal", 64, FP32),
+    *((device, "dropout", dim, BF16) for device in ("sm80", "sm90", "sm100", "gfx942") for dim in (64, 128)),
 ]
 if os.environ.get("FLASHFUSE_FULL_TABLE") == "1":
     CASES = list(itertools.product(DEVICES, PROGRAMS, (16, 64, 80, 128, 256, 512), (BF16, FP32)))
@@ -72,7 +75,7 @@ def test_compiles_within_limits(device: str, program: str, head_dim: int, dtype:
     limits, target = DEVICES[device]
     text, captured, ranks = PROGRAMS[program]
     further: dict[str, Any] = {
-        name: value if name == "normaliser" else parse(value, captured)
+        name: parse(value, captured) if name in ("sink", "factor") else value
         for name, value in FURTHER.get(program, {}).items()
     }
     spec = AttentionSpec(2, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3), **further)

@@ -113,13 +113,15 @@ FURTHER: dict[str, tuple[str, dict[str, Any], list[torch.Tensor]]] = {
     "row-factor": (BOTTOM_RIGHT, {"factor": "t0[n1]"}, [noise(3)]),
     "kept": ("qk * 0.3", {"factor": "t0[n1, q_idx]"}, [noise(3, 2) < 0]),
     "sigmoid": (f"sigmoid({BOTTOM_RIGHT})", {"normaliser": "none"}, []),
+    "dropout": (BOTTOM_RIGHT, {"dropout": 0.3}, []),
+    "dropout-fill": (f"where(kv_idx < q_idx * 20, qk, {FP32_MIN!r})", {"dropout": 0.3}, []),
     "sigmoid-factor": ("sigmoid(qk)", {"normaliser": "none", "factor": "t0[n1]"}, [noise(3)]),
 }
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("name", FURTHER)
-def test_sinks_factors_and_weights(name: str, splits: int) -> None:
+def test_sinks_factors_weights_and_dropout(name: str, splits: int) -> None:
     score, more, captured = FURTHER[name]
     check(grouped(score, 2, 37, captured=captured, **more), splits)
 

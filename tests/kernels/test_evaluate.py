@@ -1,6 +1,8 @@
 """Score programs on tiles: every operator, how tensors are read, and the reference that is built on it."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import sympy
@@ -149,6 +151,19 @@ def test_index_expressions_agree_with_sympy(index: sympy.Expr) -> None:
     found = torch.as_tensor(evaluate_index(index, symbols)).broadcast_to(3, 5, 7)
     for n, i, j in ((0, 0, 0), (1, 4, 2), (2, 1, 6), (0, 3, 3)):
         assert found[n, i, j] == int(index.subs({N0: n, Q_IDX: i, KV_IDX: j, size_symbol(0): 2}))
+
+
+def test_a_tile_is_released_at_once() -> None:
+    """Its evaluation was a reference cycle, so a pass over many tiles held the tensors of all until a collection."""
+    tile = make_tile()
+    held = weakref.ref(tile.products[0])
+    gc.disable()
+    try:
+        evaluate(parse("where(kv_idx <= q_idx, tanh(qk) * 2, -inf)"), tile)
+        del tile
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_what_no_score_program_holds_is_named() -> None:

@@ -49,7 +49,7 @@ def test_opcheck_without_batch_axes_and_with_ranges() -> None:
     kv_ranges = torch.ops.flashfuse.mask_ranges(call.captured, [], 0, 200, 200, "t0[kv_idx]", "t0[kv_idx]")
     call.q.requires_grad_()
     torch.library.opcheck(attention.default, call.arguments)
-    torch.library.opcheck(attention.default, (*call.arguments[:-1], kv_ranges))
+    torch.library.opcheck(attention.default, (*call.arguments[:6], kv_ranges))
 
 
 @pytest.mark.parametrize("needs", [[True] * 5, [False, True, False, True, False], [False] * 5], ids=str)

@@ -43,7 +43,7 @@ def test_fake_strides_are_the_real_ones(order: tuple[int, ...]) -> None:
     call = biased(out_order=order)
     real = attention(*call.arguments)
     with FakeTensorMode() as mode:
-        q, k, v, captured, sizes, spec, _ = call.arguments
+        q, k, v, captured, sizes, spec, *_ = call.arguments
         fake = attention(
             *(mode.from_tensor(x) for x in (q, k, v)), [mode.from_tensor(c) for c in captured], sizes, spec
         )
@@ -174,7 +174,7 @@ def test_opcheck_with_ranges() -> None:
     call, kv_ranges = padded()
     assert tuple(kv_ranges.shape) == (2, 1, 2, 4)
     tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
-    torch.library.opcheck(attention.default, (*call.arguments[:-1], kv_ranges), test_utils=tests)
+    torch.library.opcheck(attention.default, (*call.arguments[:6], kv_ranges), test_utils=tests)
 
 
 def test_ranges_are_the_torch_operators_they_are_made_of() -> None:
@@ -201,4 +201,4 @@ WRONG = [lambda r: r.long(), lambda r: r[0], lambda r: r[..., :1, :], lambda r: 
 def test_ranges_of_another_mask_are_an_error(wrong: Callable[[torch.Tensor], torch.Tensor]) -> None:
     call, kv_ranges = padded()
     with pytest.raises(RuntimeError, match="kv_ranges must be int32 and broadcast to"):
-        attention(*call.arguments[:-1], wrong(kv_ranges))
+        attention(*call.arguments[:6], wrong(kv_ranges))

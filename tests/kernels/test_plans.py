@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,6 +101,14 @@ def test_sizes_and_specs_are_part_of_the_key() -> None:
     assert len(plans._plans) == 3
 
 
+def test_a_plan_serves_other_seeds() -> None:
+    first, second = (replace(biased(dropout=0.5), seed=torch.tensor(seed, device=DEVICE)) for seed in (1, 2))
+    same(first)
+    same(second)
+    assert len(plans._plans) == 1
+    assert not torch.equal(attention(*first.arguments)[0], attention(*second.arguments)[0])
+
+
 def test_ranges_are_no_captured_tensor() -> None:
     keep = torch.arange(200) < torch.tensor([[70], [200]])
     call = make_call("where(t0[n0, kv_idx], qk * 0.3, -inf)", (2, 3, 140, 16), 200, captured=[keep])
@@ -107,7 +116,7 @@ def test_ranges_are_no_captured_tensor() -> None:
     assert program is not None
     batch = [size if axis in program.batch else 1 for axis, size in enumerate(call.batch)]
     ranges = mask_ranges([keep], batch, 2, call.q_len, call.kv_len, program.needed, program.idle).to(DEVICE)
-    q, k, v, captured, sizes, spec, _ = call.to(DEVICE).arguments
+    q, k, v, captured, sizes, spec, *_ = call.to(DEVICE).arguments
     ranged = attention(q, k, v, captured, sizes, spec, ranges)[0]
     assert torch.equal(ranged, attention(q, k, v, captured, sizes, spec, ranges)[0])
     with pytest.raises(RuntimeError, match="captured tensors must be"):

@@ -49,7 +49,7 @@ def check(site: AttentionSite, form: Form) -> None:
     for program, pattern in ((spec.sink, expect.sink), (spec.factor, expect.factor)):
         text = "none" if program is None else to_text(program)
         assert re.search(pattern, text), f"{text!r}, expected {pattern!r}"
-    assert spec.normaliser == expect.normaliser
+    assert (spec.normaliser, spec.dropout) == (expect.normaliser, expect.dropout)
     assert expect.empty_row in (None, spec.empty_row)
     assert expect.squares in (None, squares(site)), f"{squares(site)} captured tensors of the scores' size"
 

@@ -119,11 +119,7 @@ def twice_normalised(q: Any, k: Any, v: Any) -> Any:
 
 
 def drops_at_random(q: Any, k: Any, v: Any) -> Any:
-    return F.dropout(scores(q, k).softmax(-1), 0.5, training=True) @ v
-
-
-def functional_dropout(q: Any, k: Any, v: Any) -> Any:
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+    return F.dropout1d(scores(q, k).softmax(-1)[0], 0.5, training=True) @ v
 
 
 def maximum_over_rows(q: Any, k: Any, v: Any) -> Any:
@@ -155,8 +151,7 @@ REFUSED = [
     (convolved_heads_before, "head-mixing", "F.conv2d"),
     (convolved_heads_after, "head-mixing", "F.conv2d"),
     (twice_normalised, "row-dependent", "softmax(-1).softmax(-1)"),
-    (drops_at_random, "dropout", "F.dropout"),
-    (functional_dropout, "dropout", "scaled_dot_product_attention"),
+    (drops_at_random, "dropout", "F.dropout1d"),
     (mask_written_in_place, "mutation", "bias.fill_(7.0)"),
     (values_averaged_by_head, "no-value-product", "softmax(-1)"),
 ]
