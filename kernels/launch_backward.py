@@ -25,7 +25,8 @@ from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.captured_grad import CapturedGradients
 from flashfuse.kernels.captured_reads import unsupported
 from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
-from flashfuse.kernels.launch import choose_launch, device_of, padded, shape_of, strides_of
+from flashfuse.kernels.launch import choose_launch, device_of, padded, shape_of
+from flashfuse.kernels.prepared import strides_of
 from flashfuse.kernels.query_ranges import query_ranges
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec
 
