@@ -98,6 +98,19 @@ def choose_backward(device: Device, shape: Shape) -> BackwardLaunch | None:
 # Compile-time arguments and options of each kernel
 
 
+def rows_constants(program: BackwardProgram, value_dim: int, block_q: int, with_sink: bool) -> Mapping[str, Any]:
+    """Of the kernel that makes the numbers of rows; with_sink: the gradients of sinks among them."""
+    return {
+        "SINK": program.forward.sink if with_sink else None,
+        "ROW_KEPT": program.forward.row_kept,
+        "SCALE": program.derivatives.scale,
+        "HUGE_FACTOR": program.forward.huge_factor,
+        "VALUE_DIM": value_dim,
+        "BLOCK_DV": padded(value_dim),
+        "BLOCK_Q": block_q,
+    }
+
+
 def keys_constants(
     spec: AttentionSpec, program: BackwardProgram, head_dim: int, value_dim: int, launch: Launch
 ) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ product plus that constant. Only a block of queries' bias exists at a time, and 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -17,11 +18,14 @@ from flashfuse.kernels.expr import Const, Expr, Pointwise, Product, free_symbols
 from flashfuse.kernels.mask import HUGE_FILL
 from flashfuse.kernels.normal import pointwise
 from flashfuse.kernels.problem import Box, Problem, slices, split
+from flashfuse.kernels.spec import AttentionSpec
 
 # The most elements of one block's bias, 4 MiB in float32, and the fewest queries of a block.
 BIAS_ELEMENTS = 1 << 20
 MIN_BLOCK_Q = 32
 MAX_BLOCK_Q = 256
+# The most rows that lie together because they share keys; the kernel takes so many queries at a time.
+FOLDED_ROWS = 64
 # From this size on a log-sum-exp in one number has lost too much of its logarithm.
 LARGE = 1e3
 
@@ -49,6 +53,11 @@ def additive_program(problem: Problem) -> AdditiveProgram | None:
     # The sink rescales the kernel's output, which is a rounding more than a narrow type has to spare.
     if spec.sink is not None and spec.out_dtype != spec.compute_dtype:
         return None
+    return _additive_program(spec)
+
+
+@functools.lru_cache(maxsize=4096)
+def _additive_program(spec: AttentionSpec) -> AdditiveProgram | None:
     return split_additive(spec.score)
 
 
@@ -83,10 +92,14 @@ def _has_product(expr: Expr) -> bool:
 
 
 def boxes(problem: Problem, program: AdditiveProgram) -> Iterator[Box]:
-    """Boxes of query rows of at most two batch axes (torch's kernel has two), whose bias fits `BIAS_ELEMENTS`."""
+    """Boxes of query rows of at most two batch axes (torch's kernel has two), whose bias fits `BIAS_ELEMENTS`.
+
+    Axes whose rows lie with the queries are none of the two.
+    """
     *batch, q_len = problem.q.shape[:-1]
-    longest = sorted(range(len(batch)), key=lambda axis: batch[axis])[-2:]
-    blocks = [n if axis in longest else 1 for axis, n in enumerate(batch)]
+    folded = _folded_axes(problem)
+    longest = sorted(range(len(batch) - folded), key=lambda axis: batch[axis])[-2:]
+    blocks = [n if axis in longest or axis >= len(batch) - folded else 1 for axis, n in enumerate(batch)]
     block_q = q_len
     if not isinstance(program.bias, Const):
         used = free_symbols(program.bias)
@@ -96,6 +109,18 @@ def boxes(problem: Problem, program: AdditiveProgram) -> Iterator[Box]:
         block_q = min(block_q, MAX_BLOCK_Q)
     cuts = (split(range(n), block) for n, block in zip((*batch, q_len), (*blocks, block_q), strict=True))
     return itertools.product(*cuts)
+
+
+def _folded_axes(problem: Problem) -> int:
+    """How many batch axes, the last ones, lie with the queries as rows that meet the same keys.
+
+    All over which keys are shared, so that each key is read once; none where those are many rows, or where the others
+    are too few for every thread to have one.
+    """
+    outer = problem.k.dim() - 2
+    rows, pairs = (math.prod(sizes) for sizes in (problem.q.shape[outer:-1], problem.q.shape[:outer]))
+    few = rows <= FOLDED_ROWS and pairs >= torch.get_num_threads()
+    return problem.q.dim() - problem.k.dim() if few else 0
 
 
 def attend(problem: Problem, program: AdditiveProgram, box: Box) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -109,16 +134,20 @@ def attend(problem: Problem, program: AdditiveProgram, box: Box) -> tuple[torch.
     keys = range(limits.start, limits.end)
     if not keys:
         return None
+    folded = _folded_axes(problem)
     batch = tuple(len(positions) for positions in box[:-1])
+    alone = batch[: len(batch) - folded]
     outer = slices(box[: problem.k.dim() - 2])
-    shared = (None,) * (len(batch) - len(outer))
+    shared = (None,) * (len(alone) - len(outer))
     k, v = (x[*outer, *shared, keys.start : keys.stop] for x in (problem.k, problem.v))
     bias = None
     if program.bias != Const(program.bias.dtype, 0.0):
         bias = problem.evaluate_broadcast(program.bias, (*box, keys)).to(problem.spec.compute_dtype)
-        bias = _four_dims(bias.expand(*batch, len(box[-1]), len(keys)), batch)
+        bias = bias.expand(*batch, len(box[-1]), len(keys)).flatten(len(alone), -2)
+        bias = _four_dims(bias, alone)
+    q = problem.q[slices(box)].flatten(len(alone), -2)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *(_four_dims(x, batch) for x in (problem.q[slices(box)], k, v)), attn_mask=bias, scale=program.scale
+        *(_four_dims(x, alone) for x in (q, k, v)), attn_mask=bias, scale=program.scale
     )
     # A row without a key comes back as log-sum-exp 0.
     if not bool(((lse.abs() <= LARGE) & (lse != 0)).all()):
@@ -126,7 +155,7 @@ def attend(problem: Problem, program: AdditiveProgram, box: Box) -> tuple[torch.
     threshold = problem.fill_threshold
     if threshold is not None and bool((lse - math.log(len(keys)) <= threshold).any()):
         return None
-    out, lse = out.reshape(*batch, *out.shape[-2:]), lse.reshape(*batch, lse.shape[-1])
+    out, lse = out.reshape(*batch, len(box[-1]), out.shape[-1]), lse.reshape(*batch, len(box[-1]))
     if problem.spec.sink is not None:
         sink = problem.evaluate_rows(problem.spec.sink, box)
         # A large log-sum-exp has no room for the digits that a sink of its size is compared by.

@@ -84,6 +84,45 @@ def attention_forward_kernel(
 
     # Key positions at whole tiles: start <= full_start <= full_end <= end.
     q_stop = tl.minimum(q_start + BLOCK_Q, q_len)
+    start, full_start, full_end, end = key_tiles(
+        q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, BLOCK_KV
+    )
+
+    position = ((n0 * batch_1 + n1) * batch_2 + n2) * batch_3 + n3
+    draw = (0 if seed_ptr is None else tl.load(seed_ptr), position)
+    row_max = tl.full([BLOCK_Q], float("-inf"), COMPUTE)
+    row_shift = tl.full([BLOCK_Q], float("-inf"), COMPUTE)
+    row_sum = tl.zeros([BLOCK_Q], COMPUTE)
+    acc = tl.zeros([BLOCK_Q, BLOCK_DV], COMPUTE)
+    acc, row_sum, row_max, row_shift = visit(
+        acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, full_start, full_end, end,
+        draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, SCORE_FULL,
+        FACTOR_MASKED, FACTOR_FULL, LOG2_SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
+        PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+    )  # fmt: skip
+    if FILL_THRESHOLD is not None:
+        acc, row_sum, row_max, row_shift = visit_skipped(
+            acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, end,
+            draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED,
+            FILL_THRESHOLD, LOG2_SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
+            PRECISION, HEAD_DIM, VALUE_DIM,
+        )  # fmt: skip
+
+    lse_ptrs = lse_ptr + 2 * (position.to(tl.int64) * q_len + offs_q)
+    out_ptrs = tile_pointers(batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), offs_q, offs_dv, out_strides)
+    finish(
+        acc, row_sum, row_max, row_shift, out_ptrs, lse_ptrs, offs_q < q_len, n0, n1, n2, n3, q_idx, q_len, kv_len,
+        sizes, captured, captured_strides, LOG2_SCALE, HUGE_FACTOR, LOWEST, ZERO_EMPTY_ROWS, NORMALISED, SINK,
+        ROW_FACTOR, ROW_KEPT, VALUE_DIM,
+    )  # fmt: skip
+
+
+@triton.jit
+def key_tiles(
+    q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes, ranges_ptr, ranges_strides,
+    KV_BOUNDS: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """The keys that queries [q_start, q_stop) visit, at whole tiles: start <= full_start <= full_end <= end."""
     start, full_start, full_end, end = KV_BOUNDS(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes)
     if ranges_ptr is not None:
         block_ptr = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
@@ -93,14 +132,20 @@ def attention_forward_kernel(
     end = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
     full_start = tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end)
     full_end = tl.maximum(full_end // BLOCK_KV * BLOCK_KV, full_start)
+    return start, full_start, full_end, end
 
-    position = ((n0 * batch_1 + n1) * batch_2 + n2) * batch_3 + n3
-    draw = (0 if seed_ptr is None else tl.load(seed_ptr), position)
-    row_max = tl.full([BLOCK_Q], float("-inf"), COMPUTE)
-    row_shift = tl.full([BLOCK_Q], float("-inf"), COMPUTE)
-    row_sum = tl.zeros([BLOCK_Q], COMPUTE)
-    acc = tl.zeros([BLOCK_Q, BLOCK_DV], COMPUTE)
 
+@triton.jit
+def visit(
+    acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, full_start, full_end, end,
+    draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
+    SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr,
+    LOG2_SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr,
+    KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """The rows after the key tiles [start, end), of which those in [full_start, full_end) need no mask."""
+    BLOCK_KV: tl.constexpr = k_ptrs.shape[0]
     for kv_start in tl.range(full_start, full_end, BLOCK_KV):
         acc, row_sum, row_max, row_shift = _attend(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw, n0, n1, n2, n3,
@@ -117,21 +162,46 @@ def attention_forward_kernel(
             q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED, True, LOG2_SCALE,
             HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
+    return acc, row_sum, row_max, row_shift
 
-    if FILL_THRESHOLD is not None:
-        # Rare: a row saw nothing above the fill, so the skipped keys count as much as those it saw.
-        filled = tl.max((row_max <= FILL_THRESHOLD).to(tl.int32), 0)
-        tiles_before = filled * (start // BLOCK_KV)
-        tiles_behind = filled * tl.cdiv(tl.maximum(kv_len - end, 0), BLOCK_KV)
-        for i in tl.range(0, tiles_before + tiles_behind):
-            kv_start = tl.where(i < tiles_before, 0, end - tiles_before * BLOCK_KV) + i * BLOCK_KV
-            acc, row_sum, row_max, row_shift = _attend(
-                acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw, n0, n1, n2,
-                n3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED, True,
-                LOG2_SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
-                HEAD_DIM, VALUE_DIM,
-            )  # fmt: skip
 
+@triton.jit
+def visit_skipped(
+    acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, end,
+    draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
+    SCORE_MASKED: tl.constexpr, FACTOR_MASKED: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LOG2_SCALE: tl.constexpr,
+    HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """The rows after the keys outside [start, end) too, where a row has seen nothing above the fill: these count as
+    much as those it saw. Rare.
+    """
+    BLOCK_KV: tl.constexpr = k_ptrs.shape[0]
+    filled = tl.max((row_max <= FILL_THRESHOLD).to(tl.int32), 0)
+    tiles_before = filled * (start // BLOCK_KV)
+    tiles_behind = filled * tl.cdiv(tl.maximum(kv_len - end, 0), BLOCK_KV)
+    for i in tl.range(0, tiles_before + tiles_behind):
+        kv_start = tl.where(i < tiles_before, 0, end - tiles_before * BLOCK_KV) + i * BLOCK_KV
+        acc, row_sum, row_max, row_shift = _attend(
+            acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw, n0, n1, n2, n3,
+            q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED, True, LOG2_SCALE,
+            HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+        )  # fmt: skip
+    return acc, row_sum, row_max, row_shift
+
+
+@triton.jit
+def finish(
+    acc, row_sum, row_max, row_shift, out_ptrs, lse_ptrs, stored, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured,
+    captured_strides, LOG2_SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
+    ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr, ROW_FACTOR: tl.constexpr,
+    ROW_KEPT: tl.constexpr, VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """Store what rows that have seen all their keys give, those that are `stored` [rows].
+
+    n0, .., q_idx: scalars or [rows]. out_ptrs: [rows, block_dv]; lse_ptrs: [rows], of the first number of the pair.
+    """
     # Rows without any key.
     empty = row_sum == 0
     if SINK is not None:
@@ -158,9 +228,8 @@ def attention_forward_kernel(
         log_sum += tl.where(largest > LARGE, lost, 0.0)
         if not ZERO_EMPTY_ROWS:
             log_sum = tl.where(empty, float("nan"), log_sum)
-    lse_ptrs = lse_ptr + 2 * (position.to(tl.int64) * q_len + offs_q)
-    tl.store(lse_ptrs, largest, mask=offs_q < q_len)
-    tl.store(lse_ptrs + 1, log_sum, mask=offs_q < q_len)
+    tl.store(lse_ptrs, largest, mask=stored)
+    tl.store(lse_ptrs + 1, log_sum, mask=stored)
 
     out = acc
     if NORMALISED:
@@ -174,11 +243,11 @@ def attention_forward_kernel(
     if ROW_KEPT is not None:
         row_kept = ROW_KEPT(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
         out = tl.where(row_kept[:, None] != 0, out, 0.0)
-    out_ptrs = tile_pointers(batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), offs_q, offs_dv, out_strides)
-    stored = offs_q[:, None] < q_len
+    elements = stored[:, None]
+    BLOCK_DV: tl.constexpr = acc.shape[1]
     if VALUE_DIM != BLOCK_DV:
-        stored &= offs_dv[None, :] < VALUE_DIM
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=stored)
+        elements &= tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM
+    tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=elements)
 
 
 @triton.jit
@@ -187,8 +256,8 @@ def _attend(
     n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, KEYS_END: tl.constexpr, LOG2_SCALE: tl.constexpr,
     HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
-    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM:
-    tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """One key tile: acc and row_sum take in exp2(LOG2_SCALE * score - row_shift), row_shift = LOG2_SCALE * row_max.
 

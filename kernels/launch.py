@@ -18,7 +18,7 @@ from flashfuse.kernels.codegen import load_program
 from flashfuse.kernels.expr import Load, free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
 from flashfuse.kernels.mask import MASK_BLOCK
-from flashfuse.kernels.output import empty_output
+from flashfuse.kernels.prepared import KernelLaunch, Prepared
 from flashfuse.kernels.spec import KV_IDX, MAX_BATCH_AXES, Q_IDX, AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
 
@@ -115,10 +115,10 @@ TABLE = (
 )
 
 
-def choose_launch(device: Device, shape: Shape) -> Launch | None:
+def choose_launch(device: Device, shape: Shape, table: Sequence[Row] = TABLE) -> Launch | None:
     """The launch for a shape on a device, None where no tile fits. Short queries take fewer rows."""
     rows = max(16, triton.next_power_of_2(shape.q_len))
-    for row in TABLE:
+    for row in table:
         launch = replace(row.launch, block_q=min(row.launch.block_q, rows))
         if (
             max(shape.block_d, shape.block_dv) <= row.head_dim
@@ -228,78 +228,33 @@ def precision_of(spec: AttentionSpec) -> str:
     return "tf32" if widest == 4 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A launch of the forward kernel but for its tensors: all that follows from their element types, sizes and strides.
-
-    out, lse: (size, strides, element type). numbers: the arguments between the tensors and the captured tensors.
-    """
-
-    programs: int
-    out: tuple[Any, ...]
-    lse: tuple[Any, ...]
-    numbers: tuple[Any, ...]
-    captured_strides: tuple[tuple[int, ...], ...]
-    variant: Mapping[str, Any]
-
-    def arguments(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        kv_ranges: torch.Tensor | None,
-        seed: torch.Tensor | None,
-    ) -> tuple[Any, ...]:
-        """The kernel's arguments, with new outputs at places OUT and LSE."""
-        (size, strides, dtype), (rows, row_strides, compute_dtype) = self.out, self.lse
-        out = torch.empty_strided(size, strides, dtype=dtype, device=q.device)
-        lse = torch.empty_strided(rows, row_strides, dtype=compute_dtype, device=q.device)
-        return q, k, v, out, lse, kv_ranges, seed, *self.numbers, tuple(captured), self.captured_strides
-
-
-OUT, LSE = 3, 4
-
-
 def prepare(call: AttentionCall, launch: Launch | None = None) -> Prepared | None:
     """What launches a validated call; None where torch computes it. `launch` overrides the table, for searching."""
-    spec, q_len, batch, kv_ranges = call.spec, call.q_len, call.batch, call.kv_ranges
-    if spec.compute_dtype == torch.float64 or math.prod(batch) * q_len == 0 or call.kv_len == 0:
-        # Triton 3.6 aborts the process on some float64 products.
+    spec, q_len, batch, ranged = call.spec, call.q_len, call.batch, call.kv_ranges is not None
+    if in_torch(call):
         return None
     if launch is None:
-        launch = _launch(spec, q_len, call.head_dim, call.value_dim, call.device.index if call.q.is_cuda else None)
+        launch = _launch(spec, q_len, call.head_dim, call.value_dim, device_index(call))
     if launch is None:
         return None
-    out, lse = empty_output(call)
-    return Prepared(
-        programs=math.prod(batch) * -(-q_len // launch.block_q),
-        out=(out.shape, out.stride(), out.dtype),
-        lse=(lse.shape, lse.stride(), lse.dtype),
-        numbers=(
-            *(strides_of(x, batch) for x in (call.q, call.k, call.v, out, out if kv_ranges is None else kv_ranges)),
-            *batch, *(1,) * (MAX_BATCH_AXES - len(batch)), q_len, call.kv_len, call.program_sizes,
-        ),
-        captured_strides=tuple(c.stride() for c in call.captured),
-        variant=constants(
-            spec, call.head_dim, call.value_dim, precision_of(spec), launch, kv_ranges is not None, q_len <= call.kv_len
-        ),
-    )  # fmt: skip
+    variant = constants(spec, call.head_dim, call.value_dim, precision_of(spec), launch, ranged, q_len <= call.kv_len)
+    lengths = (*batch, *(1,) * (MAX_BATCH_AXES - len(batch)), q_len, call.kv_len)
+    programs = math.prod(batch) * -(-q_len // launch.block_q)
+    return Prepared.of(call, (KernelLaunch(attention_forward_kernel, programs, variant),), lengths)
+
+
+def in_torch(call: AttentionCall) -> bool:
+    """Whether no kernel takes the call, whatever its tiles."""
+    # Triton 3.6 aborts the process on some float64 products.
+    return call.spec.compute_dtype == torch.float64 or math.prod(call.batch) * call.q_len * call.kv_len == 0
+
+
+def device_index(call: AttentionCall) -> int | None:
+    """The number of the GPU, None for the interpreter."""
+    return call.device.index if call.q.is_cuda else None
 
 
 def attention_forward(call: AttentionCall, launch: Launch | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of a validated call."""
+    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of a validated call, by the forward kernel."""
     prepared = prepare(call, launch)
-    if prepared is None:
-        return attention_tiled(call)
-    arguments = prepared.arguments(call.q, call.k, call.v, call.captured, call.kv_ranges, call.seed)
-    with torch.cuda.device_of(call.q):
-        attention_forward_kernel[(prepared.programs,)](*arguments, **prepared.variant)
-    return arguments[OUT], arguments[LSE]
-
-
-def strides_of(x: torch.Tensor, batch: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides over four batch axes, row and column; 0 on the axes that x is shared over."""
-    *outer, row, column = x.stride()
-    shared = (0 if size == 1 else stride for size, stride in zip(x.shape, outer, strict=False))
-    return (*shared, *(0,) * (MAX_BATCH_AXES - len(batch)), row, column)
+    return attention_tiled(call) if prepared is None else prepared.run(call)

@@ -20,13 +20,16 @@ from flashfuse.kernels.backward_variants import (
     keys_constants,
     pairs_constants,
     queries_constants,
+    rows_constants,
 )
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.captured_grad import CapturedGradients
 from flashfuse.kernels.captured_reads import unsupported
 from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
-from flashfuse.kernels.launch import choose_launch, device_of, padded, shape_of, strides_of
+from flashfuse.kernels.launch import choose_launch, device_of, padded, shape_of
+from flashfuse.kernels.prepared import KernelLaunch, strides_of
 from flashfuse.kernels.query_ranges import query_ranges
+from flashfuse.kernels.relaunch import launched
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec
 
 # Numbers kept for each row beside the log-sum-exp: see `backward`.
@@ -113,14 +116,13 @@ class _Backward:
         q_len, value_dim = self.out.shape[-2:]
         rows = self.lse.new_empty(ROW_PLANES, *self.call.batch, q_len)
         block = max(16, min(128, ROW_ELEMENTS // padded(value_dim)))
-        attention_rows_backward_kernel[(math.prod(self.call.batch) * -(-q_len // block),)](
+        variant = rows_constants(self.program, value_dim, block, self._needs_sink)
+        arguments = (
             self.grad_out, self.out, self.lse, rows, *self._strides(self.grad_out, self.out),
             *_padded(self.call.batch), *self._program_arguments,
-            SINK=self.program.forward.sink if self._needs_sink else None,
-            ROW_KEPT=self.program.forward.row_kept,
-            SCALE=self.program.derivatives.scale, HUGE_FACTOR=self.program.forward.huge_factor,
-            VALUE_DIM=value_dim, BLOCK_DV=padded(value_dim), BLOCK_Q=block,
         )  # fmt: skip
+        programs = math.prod(self.call.batch) * -(-q_len // block)
+        launched((KernelLaunch(attention_rows_backward_kernel, programs, variant),), arguments)
         if self.gradients.of_sink:
             self.gradients.add_sink(rows[4])
         return rows
@@ -135,12 +137,14 @@ class _Backward:
             None if self.call.kv_ranges is None else query_ranges(self.call.kv_ranges, q_len, kv_len, tiles.block_kv)
         )
         sums = tuple(rows.new_empty(*self.call.batch, kv_len) for _ in self.program.key_terms)
-        attention_keys_backward_kernel[(math.prod(owned) * -(-kv_len // tiles.block_kv),)](
+        variant = keys_constants(self.call.spec, self.program, self.call.head_dim, self.call.value_dim, tiles)
+        arguments = (
             self.call.q, self.call.k, self.call.v, self.grad_out, rows, ranges, self.call.seed, self._filled(),
             dk, dv, sums, *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, ranges, dk, dv),
             *_padded(owned), *_padded(_loop(self.call.batch, owned)), *self._program_arguments,
-            **keys_constants(self.call.spec, self.program, self.call.head_dim, self.call.value_dim, tiles),
         )  # fmt: skip
+        programs = math.prod(owned) * -(-kv_len // tiles.block_kv)
+        launched((KernelLaunch(attention_keys_backward_kernel, programs, variant),), arguments)
         for term, found in zip(self.program.key_terms, sums, strict=True):
             self.gradients.add_keys(term, found)
         return {
@@ -171,12 +175,14 @@ class _Backward:
         dq = self._buffer(self.call.q, self.call.batch, wanted)
         tiles, q_len = self.launch.queries, self.call.q_len
         sums = tuple(rows.new_empty(*self.call.batch, q_len) for _ in range(self.program.num_row_sums))
-        attention_queries_backward_kernel[(math.prod(self.call.batch) * -(-q_len // tiles.block_q),)](
+        variant = queries_constants(self.call.spec, self.program, self.call.head_dim, self.call.value_dim, tiles)
+        arguments = (
             self.call.q, self.call.k, self.call.v, self.grad_out, rows, self.call.kv_ranges, self.call.seed, dq, sums,
             *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, self.call.kv_ranges, dq),
             *_padded(self.call.batch), *self._program_arguments,
-            **queries_constants(self.call.spec, self.program, self.call.head_dim, self.call.value_dim, tiles),
         )  # fmt: skip
+        programs = math.prod(self.call.batch) * -(-q_len // tiles.block_q)
+        launched((KernelLaunch(attention_queries_backward_kernel, programs, variant),), arguments)
         if sums:
             self.gradients.add_rows(sums, rows[4] if self._needs_sink else None)
         return {} if dq is None else {0: _finished(dq, self.call.q)}
@@ -184,13 +190,16 @@ class _Backward:
     def _pairs(self, rows: torch.Tensor, number: int, target: torch.Tensor) -> None:
         """Write the gradients of one read at pairs."""
         tiles, owned = self.launch.pairs, tuple(target.shape[:-2])
-        grid = (math.prod(owned) * -(-self.call.q_len // tiles.block_q) * -(-self.call.kv_len // tiles.block_kv),)
-        attention_pairs_backward_kernel[grid](
+        spec, head_dim, value_dim = self.call.spec, self.call.head_dim, self.call.value_dim
+        variant = pairs_constants(spec, self.program, number, head_dim, value_dim, tiles)
+        arguments = (
             self.call.q, self.call.k, self.call.v, self.grad_out, rows, self.call.kv_ranges, self.call.seed, target,
             *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, self.call.kv_ranges, target),
             *_padded(owned), *_padded(_loop(self.call.batch, owned)), *self._program_arguments,
-            **pairs_constants(self.call.spec, self.program, number, self.call.head_dim, self.call.value_dim, tiles),
         )  # fmt: skip
+        tiles_of_pairs = -(-self.call.q_len // tiles.block_q) * -(-self.call.kv_len // tiles.block_kv)
+        programs = math.prod(owned) * tiles_of_pairs
+        launched((KernelLaunch(attention_pairs_backward_kernel, programs, variant),), arguments)
 
     @property
     def _program_arguments(self) -> tuple[Any, ...]:

@@ -11,8 +11,8 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from flashfuse.kernels.call import AttentionCall
-from flashfuse.kernels.forward import attention_forward_kernel
-from flashfuse.kernels.launch import LSE, OUT, Prepared, prepare
+from flashfuse.kernels.launch_decode import prepare_any
+from flashfuse.kernels.prepared import LSE, OUT, Prepared
 from flashfuse.kernels.relaunch import Again, facts, launched
 from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
@@ -20,7 +20,7 @@ from flashfuse.kernels.tiled import attention_tiled
 Outputs = tuple[torch.Tensor, torch.Tensor]
 
 MAX_PLANS = 4096
-_plans: dict[Hashable, tuple[Prepared, Again]] = {}
+_plans: dict[Hashable, tuple[Prepared, tuple[Again, ...]]] = {}
 
 
 def attention(
@@ -41,10 +41,11 @@ def attention(
     plan = _plans.get(key)
     if plan is None:
         return _first(key, AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed))
-    prepared, again = plan
+    prepared, launches = plan
     arguments = prepared.arguments(q, k, v, captured, kv_ranges, seed)
     with torch.cuda.device_of(q):
-        again(arguments)
+        for again in launches:
+            again(arguments)
     return arguments[OUT], arguments[LSE]
 
 
@@ -57,14 +58,14 @@ def _first(key: Hashable, call: AttentionCall) -> Outputs:
     call.check()
     call.check_sizes()
     moved = call.on_one_device()
-    prepared = prepare(moved)
+    prepared = prepare_any(moved)
     if prepared is None:
         return attention_tiled(moved)
     arguments = prepared.arguments(moved.q, moved.k, moved.v, moved.captured, moved.kv_ranges, moved.seed)
     with torch.cuda.device_of(moved.q):
-        again = launched(attention_forward_kernel, prepared.programs, arguments, prepared.variant)
+        launches = launched(prepared.launches, arguments)
     if all(x is None or x.device == call.device for x in (*call.captured, call.kv_ranges, call.seed)):
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
-        _plans[key] = prepared, again
+        _plans[key] = prepared, launches
     return arguments[OUT], arguments[LSE]

@@ -6,49 +6,66 @@ reads: over 100 us where strides are many. Those are functions of a few facts, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from triton.compiler import CompiledKernel
 
+from flashfuse.kernels.prepared import KernelLaunch
+
 Again = Callable[[tuple[Any, ...]], Any]
 
-# Bytes to which a pointer may be aligned for the compiler to know.
+# Bytes to which a pointer may be aligned for the compiler to know, and what a number may be a multiple of.
 ALIGNMENT = 16
 MAX_INSTANCES = 4096
-_instances: dict[Hashable, Again] = {}
+_instances: dict[Hashable, CompiledKernel] = {}
 
 
-def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
-    """`kernel[(programs,)](*arguments, **constants)` on the current device.
+def launched(launches: Sequence[KernelLaunch], arguments: tuple[Any, ...]) -> tuple[Again, ...]:
+    """Launch one kernel after the other with the same arguments: tensors, numbers, None and tuples of them.
 
-    arguments: tensors, numbers, None and tuples of them; constants: the compile-time arguments and options.
+    Returns what launches them again, each for arguments with the same `facts`, on the current device.
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    key = (kernel, device, programs, *constants.values(), *map(facts, arguments))
-    again = _instances.get(key)
-    if again is not None:
+    given = (device, *map(facts, arguments))
+    return tuple(_launched(launch, arguments, given) for launch in launches)
+
+
+def _launched(launch: KernelLaunch, arguments: tuple[Any, ...], given: Hashable) -> Again:
+    kernel, programs, variant = launch
+    key = (kernel, given, *variant.values())
+    compiled = _instances.get(key)
+    if compiled is not None:
+        again = _again(launch, compiled, len(arguments))
         again(arguments)
-        return
-    if len(_instances) >= MAX_INSTANCES:
-        _instances.clear()
-    _instances[key] = launched(kernel, programs, arguments, constants)
-
-
-def launched(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> Again:
-    """Launch, and return what launches the same instance again: for arguments with the same `facts`, on this device."""
-    compiled = kernel[(programs,)](*arguments, **constants)
+        return again
+    compiled = kernel[(programs,)](*arguments, **variant)
     if not isinstance(compiled, CompiledKernel) or torch.version.hip is not None:
         # The interpreter compiles nothing, and AMD's compiler is told of storages too.
-        return lambda others: kernel[(programs,)](*others, **constants)
-    run = compiled[(programs, 1, 1)]
-    compile_time = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        return lambda others: kernel[(programs,)](*others, **variant)
+    if len(_instances) >= MAX_INSTANCES:
+        _instances.clear()
+    _instances[key] = compiled
+    return _again(launch, compiled, len(arguments))
+
+
+def _again(launch: KernelLaunch, compiled: CompiledKernel, before: int) -> Again:
+    """before: the number of arguments before the compile-time ones."""
+    run = compiled[(launch.programs, 1, 1)]
+    compile_time = tuple(launch.variant[name] for name in launch.kernel.arg_names[before:])
     return lambda others: run(*others, *compile_time)
 
 
 def facts(x: Any) -> Hashable:
     """All that decides for which compiled instance an argument is."""
+    if isinstance(x, tuple):
+        return tuple([_facts_of_number(n) if type(n) is int else facts(n) for n in x])
     if isinstance(x, torch.Tensor):
         return x.dtype, x.data_ptr() % ALIGNMENT == 0
-    return tuple(map(facts, x)) if isinstance(x, tuple) else x
+    return _facts_of_number(x) if type(x) is int else x
+
+
+def _facts_of_number(x: int) -> int:
+    """Whether it is 1, a multiple of `ALIGNMENT`, and within 32 bits, in one number."""
+    return -1 if x == 1 else (x % ALIGNMENT == 0) + 2 * (not -(2**31) <= x < 2**31)

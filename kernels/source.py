@@ -17,7 +17,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product, free_symbols, loads, walk
 from flashfuse.kernels.normal import index, number, pointwise
 from flashfuse.kernels.operators import OPS
-from flashfuse.kernels.spec import KV_IDX, Q_IDX
+from flashfuse.kernels.spec import KV_IDX, MAX_BATCH_AXES, Q_IDX, batch_symbol
 
 Guards = tuple[Expr, ...]
 
@@ -158,9 +158,15 @@ class Writer:
         Indices may leave the tensor where a `where` discards the value. Rows behind the last query repeat it and need
         no mask.
         """
-        address = " + ".join([f"captured[{load.tensor}]", *self._offsets(load, guards)])
         positions = _positions(load)
-        masks = [self.emit(g) for g in guards if _positions(g) <= positions]
+        used = [g for g in guards if _positions(g) <= positions]
+        terms = [f"captured[{load.tensor}]", *self._offsets(load, guards)]
+        if not positions:
+            # Where batch positions lie along rows, a single address takes no mask that differs from row to row.
+            apart = set().union(*map(free_symbols, used)) - free_symbols(load)
+            terms += [f"{s.name} * 0" for s in sorted(apart & _BATCH, key=str)]
+        address = " + ".join(terms)
+        masks = [self.emit(g) for g in used]
         if self._keys_end and KV_IDX in positions:
             masks.append("(kv_idx < kv_len)")
         masked = f", mask={' & '.join(masks)}, other=0" if masks else ""
@@ -181,6 +187,7 @@ class Writer:
 
 
 _WHOLE_POWERS = range(2, 9)
+_BATCH = {batch_symbol(axis) for axis in range(MAX_BATCH_AXES)}
 
 
 def _open(op: str, side: Expr) -> Expr:
@@ -224,7 +231,7 @@ def _offset(term: sympy.Expr, stride: str) -> str:
     if term == 0:
         return ""
     if term.is_Integer:
-        return f"({index_source(term)} * {stride})"
+        return f"(tl.full((), {index_source(term)}, tl.int64) * {stride})"
     return f"{index_source(term)}.to(tl.int64) * {stride}"
 
 

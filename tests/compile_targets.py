@@ -31,10 +31,11 @@ def source_of(
     arguments: dict[str, Any],
     ranged: bool,
     filled: bool = False,
+    parts: bool = True,
 ) -> ASTSource:
     """The kernel as the launcher would specialise it for aligned operands with contiguous rows.
 
-    ranged: for a call with `kv_ranges`. filled: with rows that may see every key.
+    ranged: for a call with `kv_ranges`. filled: with rows that may see every key. parts: with several splits of keys.
     """
     signature: dict[str, Any] = {}
     constant: dict[tuple[int, ...], Any] = {}
@@ -52,13 +53,16 @@ def source_of(
             given = ranged if name == "ranges_ptr" else filled
             signature[name] = "*i32" if given else "constexpr"
             constant |= {} if given else {(i,): None}
+        elif name == "parts_ptr" and not parts:
+            signature[name], constant[i,] = "constexpr", None
         elif name == "seed_ptr":
             signature[name] = "*i64" if spec.dropout else "constexpr"
             constant |= {} if spec.dropout else {(i,): None}
         elif name == "sums_ptrs":
             signature[name] = ("*fp32",) * arguments["NUM_SUMS"]
         elif name.endswith("_ptr"):
-            signature[name] = POINTERS[spec.compute_dtype if name in ("lse_ptr", "rows_ptr") else spec.out_dtype]
+            wide = name in ("lse_ptr", "rows_ptr", "parts_ptr")
+            signature[name] = POINTERS[spec.compute_dtype if wide else spec.out_dtype]
             aligned.append((i,))
         elif name == "captured":
             signature[name] = tuple(POINTERS[c] for c in spec.captured)

@@ -1,10 +1,11 @@
-"""Every form through the Triton kernel in its interpreter, in tiles so small that masks leave some of them out.
+"""Every form through the Triton kernels in their interpreter, in tiles so small that masks leave some of them out.
 
 The interpreter is chosen when triton is imported, so these tests run in a process of their own, which
 test_interpreter.py starts; test_forms_gpu.py is their counterpart on a GPU.
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from forms.check import check
 pytest.importorskip("triton")
 
 from flashfuse.kernels import launch as launcher
+from flashfuse.kernels import launch_decode, plans
 from flashfuse.kernels.launch import Launch
 
 pytestmark = pytest.mark.skipif(
@@ -22,17 +24,30 @@ pytestmark = pytest.mark.skipif(
 
 TILES = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=2)
 LENGTHS = Sizes(batch=2, heads=2, q_len=40, kv_len=40)
+SHORT = Sizes(batch=2, heads=2, q_len=20, kv_len=20)
 
 
 @pytest.fixture(autouse=True)
-def _small_tiles_and_nan_filled_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_tiles_and_nan_filled_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An element that the kernel does not write stays NaN."""
-    allocate = launcher.empty_output
-    monkeypatch.setattr(launcher, "empty_output", lambda *args: tuple(x.fill_(torch.nan) for x in allocate(*args)))
     monkeypatch.setattr(launcher, "choose_launch", lambda *args: TILES)
+    plans._plans.clear()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
 def test_right(form: Form) -> None:
     with torch.no_grad():
         check(form, form.spellings[0], LENGTHS)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
+def test_right_by_flash_decoding(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries may be few in any form, so the kernels for that case take these lengths, in two shares of the keys."""
+    monkeypatch.setattr(launch_decode, "choose_launch", lambda *args: TILES)
+    monkeypatch.setattr(launch_decode, "num_splits", lambda *args: 2)
+    monkeypatch.setattr(launch_decode, "MAX_Q_LEN", 64)
+    with torch.no_grad():
+        check(form, form.spellings[0], SHORT)

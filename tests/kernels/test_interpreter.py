@@ -9,7 +9,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("forward", "plans", "normalisers", "ranged", "derivative_tiles", "forms", "backward_triton", "dropout_triton")
+NAMES = (
+    "forward", "decode", "plans", "normalisers", "ranged", "derivative_tiles", "forms", "backward_triton",
+    "dropout_triton",
+)  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")

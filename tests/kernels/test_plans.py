@@ -1,5 +1,6 @@
 """Calls like earlier ones: on a GPU where there is one, otherwise in Triton's interpreter (see test_interpreter.py)."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from flashfuse.kernels import ops, plans  # noqa: E402, F401
 from flashfuse.kernels.forward import attention_forward_kernel  # noqa: E402
 from flashfuse.kernels.launch import attention_forward  # noqa: E402
 from flashfuse.kernels.ranges import mask_ranges, ranges_program  # noqa: E402
+from flashfuse.kernels.relaunch import facts  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -149,3 +151,21 @@ def test_a_plan_does_not_ask_triton_again(monkeypatch: pytest.MonkeyPatch) -> No
     captured.fill_(torch.nan)
     graph.replay()
     assert torch.equal(captured, expected)
+
+
+def test_facts_of_numbers_are_what_triton_specialises_on() -> None:
+    """A growing cache had an instance looked up by each of its lengths: only what these have in common may decide."""
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import native_specialize_impl
+
+    numbers = (-16, -1, 0, 1, 2, 15, 16, 32, 1001, 1003, 2**31 - 1, 2**31, 2**31 + 15, 2**40 + 16, -(2**31) - 1)
+    for one, other in itertools.product(numbers, numbers):
+        known = [native_specialize_impl(CUDABackend, (n, 7), False, True, True) for n in (one, other)]
+        assert (facts((one, 7)) == facts((other, 7))) == (known[0] == known[1])
+
+
+def test_a_growing_cache_has_plans_of_its_own() -> None:
+    """Each length is another call to the operator, right whatever the last one was."""
+    for kv_len in (30, 31, 48, 49):
+        same(make_call("qk * 0.3", (2, 20, 16), kv_len).to(DEVICE))
+    assert len(plans._plans) == 4

@@ -1,0 +1,186 @@
+"""Launch the flash-decoding kernels: when they are taken, which rows share keys, and into how many shares keys go."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flashfuse.kernels.call import AttentionCall
+from flashfuse.kernels.decode import attention_combine_kernel, attention_split_kernel
+from flashfuse.kernels.launch import (
+    Launch,
+    Row,
+    choose_launch,
+    constants,
+    device_index,
+    device_of,
+    in_torch,
+    padded,
+    precision_of,
+    prepare,
+    shape_of,
+)
+from flashfuse.kernels.mask import mask_of
+from flashfuse.kernels.prepared import KernelLaunch, Prepared
+from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec, batch_symbol
+from flashfuse.kernels.tiled import attention_tiled
+
+# Where calls of few queries come here: only in the interpreter, until the kernels have passed their tests on a GPU.
+TAKEN_ON = frozenset({"cpu"})
+# More queries fill the rows of a tile by themselves.
+MAX_Q_LEN = 16
+
+# As `launch.TABLE`; block_q: the most rows. Several programs of a multiprocessor keep reads under way.
+TABLE = (
+    Row(64, 2, "cuda", 90, Launch(64, 64, 4, 4)),
+    Row(128, 2, "cuda", 90, Launch(64, 64, 4, 3)),
+    Row(64, 2, "cuda", 80, Launch(32, 64, 4, 3)),
+    Row(128, 2, "cuda", 80, Launch(32, 64, 4, 3)),
+    Row(128, 2, "cuda", 80, Launch(32, 64, 4, 2)),
+    Row(256, 2, "cuda", 80, Launch(32, 32, 4, 3)),
+    Row(256, 2, "cuda", 80, Launch(32, 32, 4, 2)),
+    Row(512, 2, "cuda", 80, Launch(16, 32, 4, 2)),
+    Row(512, 2, "cuda", 80, Launch(16, 16, 4, 2)),
+    Row(128, 2, "hip", 0, Launch(32, 64, 4, 1)),
+    Row(256, 2, "hip", 0, Launch(16, 32, 4, 1)),
+    Row(512, 2, "hip", 0, Launch(16, 16, 4, 1)),
+    Row(64, 4, "", 0, Launch(16, 32, 4, 2)),
+    Row(128, 4, "", 0, Launch(16, 16, 8, 2)),
+    Row(256, 4, "", 0, Launch(16, 16, 4, 1)),
+    Row(512, 4, "", 0, Launch(16, 16, 8, 1)),
+)
+
+# Programs of the split kernel that a multiprocessor runs at a time, and multiprocessors of the interpreter.
+PROGRAMS_PER_MULTIPROCESSOR = 2
+INTERPRETED_MULTIPROCESSORS = 8
+# The fewest key tiles of a share, and the most shares: what a share costs beside its keys.
+MIN_TILES = 2
+MAX_SPLITS = 128
+# The part of a device's slots that reads about as much as all of them, and how much longer is as early.
+BUSY = 0.8
+NEARLY = 1.1
+# A program of the combine kernel holds so many numbers of accumulators at a time.
+COMBINED_ELEMENTS = 8192
+
+
+def takes(call: AttentionCall) -> bool:
+    """Whether the flash-decoding kernels are the ones for a call."""
+    return call.q_len <= MAX_Q_LEN and call.device.type in TAKEN_ON
+
+
+def prepare_any(call: AttentionCall) -> Prepared | None:
+    """What launches a validated call, by the kernels for its lengths; None where torch computes it."""
+    return (prepare_decode(call) if takes(call) else None) or prepare(call)
+
+
+def prepare_decode(call: AttentionCall, launch: Launch | None = None, splits: int | None = None) -> Prepared | None:
+    """What launches a validated call here; None where it cannot be. `launch` and `splits` override the tables."""
+    spec, kv_len = call.spec, call.kv_len
+    if in_torch(call):
+        return None
+    is_packed = packed_axes(call)
+    outer, packed = _split_axes(call.batch, is_packed)
+    rows, device = math.prod(packed) * call.q_len, device_index(call)
+    if launch is None:
+        launch = _launch(spec, rows, call.head_dim, call.value_dim, device)
+    if launch is None:
+        return None
+    programs = math.prod(outer) * -(-rows // launch.block_q)
+    if splits is None:
+        splits = num_splits(programs, -(-kv_len // launch.block_kv), _slots(device))
+    split, combine = variants(
+        spec, call.head_dim, call.value_dim, precision_of(spec), launch, call.kv_ranges is not None,
+        call.q_len <= kv_len, is_packed,
+    )  # fmt: skip
+    launches = [KernelLaunch(attention_split_kernel, programs * splits, split)]
+    workspace = 0
+    if splits > 1:
+        workspace = math.prod(outer) * splits * rows * (padded(call.value_dim) + 2)
+        combined = math.prod(outer) * -(-rows // combine["BLOCK_Q"])
+        launches.append(KernelLaunch(attention_combine_kernel, combined, combine))
+    lengths = (*outer, *packed, call.q_len, kv_len, splits)
+    return Prepared.of(call, tuple(launches), lengths, workspace)
+
+
+def attention_decode(
+    call: AttentionCall, launch: Launch | None = None, splits: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of a validated call, by the flash-decoding kernels."""
+    prepared = prepare_decode(call, launch, splits)
+    return attention_tiled(call) if prepared is None else prepared.run(call)
+
+
+def packed_axes(call: AttentionCall) -> tuple[bool, ...]:
+    """Which of four batch axes lie along the rows of a tile: those along which a tile's keys are the same.
+
+    That is keys, values, and which of them are visited. An axis of size 1 is none.
+    """
+    shared = [x for x in (call.k, call.v, call.kv_ranges) if x is not None]
+    bounds = mask_of(call.spec).bounds
+    packed = (
+        size > 1
+        and all(x.shape[axis] == 1 or x.stride(axis) == 0 for x in shared)
+        and not bounds.depends_on({batch_symbol(axis)})
+        for axis, size in enumerate(call.batch)
+    )
+    return (*packed, *(False,) * (MAX_BATCH_AXES - len(call.batch)))
+
+
+def _split_axes(batch: tuple[int, ...], is_packed: tuple[bool, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes of four axes: those of the programs and those of the rows, each 1 where the axis is the other's."""
+    sizes = (*batch, *(1,) * (MAX_BATCH_AXES - len(batch)))
+    axes = list(zip(sizes, is_packed, strict=True))
+    return tuple(1 if along else size for size, along in axes), tuple(size if along else 1 for size, along in axes)
+
+
+@functools.lru_cache(maxsize=4096)
+def num_splits(programs: int, tiles: int, slots: int) -> int:
+    """Into how many shares the key tiles of each program go, on a device that runs `slots` programs at a time.
+
+    The fewest with which it is done nearly as early as can be; 1 where it is busy anyway.
+    """
+    most = min(tiles // MIN_TILES, MAX_SPLITS)
+    if most <= 1 or programs >= BUSY * slots:
+        return 1
+    # In the time of one tile: how often every slot takes a share, times the tiles of the longest.
+    times = [-(-programs * splits // slots) * -(-tiles // splits) for splits in range(1, most + 1)]
+    return 1 + next(i for i, time in enumerate(times) if time <= NEARLY * min(times))
+
+
+@functools.cache
+def _slots(device: int | None) -> int:
+    if device is None:
+        return INTERPRETED_MULTIPROCESSORS * PROGRAMS_PER_MULTIPROCESSOR
+    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(spec: AttentionSpec, rows: int, head_dim: int, value_dim: int, device: int | None) -> Launch | None:
+    return choose_launch(device_of(device), shape_of(spec, rows, head_dim, value_dim), TABLE)
+
+
+@functools.lru_cache(maxsize=4096)
+def variants(
+    spec: AttentionSpec,
+    head_dim: int,
+    value_dim: int,
+    precision: str,
+    launch: Launch,
+    ranged: bool,
+    fewer_queries: bool,
+    is_packed: tuple[bool, ...],
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The compile-time arguments and options of the split kernel and of the combine kernel."""
+    common = dict(constants(spec, head_dim, value_dim, precision, launch, ranged, fewer_queries))
+    del common["LONGEST_FIRST"], common["SHARED_BATCH"]
+    common["PACKED"] = is_packed
+    # Rows are put together in many small programs, unless they may have to visit keys: that is a matrix product.
+    rows = 4 if common["FILL_THRESHOLD"] is None else 16
+    splits = max(1, COMBINED_ELEMENTS // (rows * common["BLOCK_DV"]))
+    combine = {**common, "BLOCK_Q": rows, "SPLITS": splits, "num_warps": max(4, launch.num_warps), "num_stages": 1}
+    del combine["SCORE_FULL"], combine["FACTOR_FULL"]
+    return common, combine

@@ -1,0 +1,114 @@
+"""The flash-decoding kernels compile for GPUs this machine does not have: shared memory, spills, wide loads.
+
+FLASHFUSE_FULL_TABLE=1 compiles every head dim and element type of the launch table (minutes).
+"""
+
+import itertools
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashfuse.kernels.spec import AttentionSpec, parse
+
+triton = pytest.importorskip("triton")
+
+from compile_targets import DEVICES, assembler_report, source_of  # noqa: E402
+
+from flashfuse.kernels.decode import attention_combine_kernel, attention_split_kernel  # noqa: E402
+from flashfuse.kernels.launch import choose_launch, shape_of  # noqa: E402
+from flashfuse.kernels.launch_decode import TABLE, variants  # noqa: E402
+from flashfuse.kernels.mask import mask_of  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled when interpreted"
+)
+
+# Score text, captured element types, the rank of each captured tensor, and what the spec has besides.
+PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...], dict[str, Any]]] = {
+    "plain": ("qk * 0.125", (), (), {}),
+    "causal": ("where(kv_idx <= q_idx + (kv_len - q_len), qk * 0.125, -inf)", (), (), {}),
+    "padding": ("where(t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)", (torch.bool,), (2,), {}),
+    "bias": ("qk * 0.125 + t0[n0, 0, 0, q_idx, kv_idx]", (torch.bfloat16,), (5,), {}),
+    "alibi": ("qk * 0.125 + t0[n1, n2] * to_float(kv_idx - q_idx)", (torch.float32,), (2,), {}),
+    "sink": ("tanh(qk * 0.125) * 30.0", (torch.bfloat16,), (2,), {"sink": "t0[n1, n2]"}),
+    "dropout": ("qk * 0.125", (), (), {"dropout": 0.1}),
+    "sigmoid": ("sigmoid(qk * 0.125)", (torch.float32,), (2,), {"normaliser": "none", "factor": "t0[n1, n2]"}),
+}
+BF16, FP32 = torch.bfloat16, torch.float32
+# A group of four query heads, of eight with eight queries.
+FEW, MANY = 4, 64
+
+CASES = [
+    ("sm80", "padding", 128, FEW, BF16),
+    ("sm80", "bias", 64, MANY, BF16),
+    ("sm86", "causal", 128, MANY, BF16),
+    ("sm90", "plain", 128, FEW, BF16),
+    ("sm90", "plain", 64, MANY, BF16),
+    ("sm90", "padding", 128, MANY, BF16),
+    ("sm90", "bias", 128, FEW, BF16),
+    ("sm90", "alibi", 128, FEW, BF16),
+    ("sm90", "sink", 80, FEW, BF16),
+    ("sm90", "sigmoid", 128, FEW, BF16),
+    ("sm90", "dropout", 128, FEW, BF16),
+    ("sm90", "causal", 256, MANY, BF16),
+    ("sm90", "padding", 128, FEW, FP32),
+    ("sm100", "causal", 128, FEW, BF16),
+    ("gfx942", "padding", 128, FEW, BF16),
+    ("gfx942", "sink", 256, MANY, BF16),
+]
+if os.environ.get("FLASHFUSE_FULL_TABLE") == "1":
+    CASES = list(itertools.product(DEVICES, PROGRAMS, (16, 64, 80, 128, 256, 512), (FEW, MANY), (BF16, FP32)))
+
+
+def instances(device: str, program: str, head_dim: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The kernels by name: the split kernel for several splits and for one, which finishes, and the combine kernel."""
+    limits, target = DEVICES[device]
+    text, captured, ranks, more = PROGRAMS[program]
+    further: dict[str, Any] = {
+        name: parse(value, captured) if name in ("sink", "factor") else value for name, value in more.items()
+    }
+    spec = AttentionSpec(3, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3, 4), **further)
+    launch = choose_launch(limits, shape_of(spec, rows, head_dim, head_dim), TABLE)
+    if launch is None:
+        assert (limits.backend, dtype) == ("hip", FP32)
+        return {}
+    ranged = mask_of(spec).depends_on_data
+    split, combine = variants(spec, head_dim, head_dim, "ieee", launch, ranged, True, (False, False, True, False))
+
+    def compiled(kernel: Any, constants: Any, parts: bool) -> Any:
+        arguments = dict(constants)
+        options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
+        source = source_of(kernel, spec, ranks, arguments, ranged, parts=parts)
+        return triton.compile(source, target=target, options=options)
+
+    return {
+        "split": compiled(attention_split_kernel, split, True),
+        "whole": compiled(attention_split_kernel, split, False),
+        "combine": compiled(attention_combine_kernel, combine, True),
+    }
+
+
+@pytest.mark.parametrize(("device", "program", "head_dim", "rows", "dtype"), CASES)
+def test_compiles_within_limits(
+    device: str, program: str, head_dim: int, rows: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    limits, _ = DEVICES[device]
+    for name, kernel in instances(device, program, head_dim, rows, dtype).items():
+        assert kernel.metadata.shared <= limits.shared_bytes
+        if limits.backend == "hip":
+            continue
+        ptx = kernel.asm["ptx"]
+        if name != "combine":
+            # Keys and values go to shared memory ahead of their use, 16 bytes at a time.
+            assert re.search(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", ptx)
+        if dtype == BF16 and name != "combine":
+            assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", ptx)
+        if limits.arch in (80, 90):
+            report = assembler_report(ptx, limits.arch, tmp_path)
+            spilled = max((int(n) for n in re.findall(r"(\d+) bytes spill stores", report)), default=0)
+            # A number or two that wait for the end may be put aside where that lets one more program run.
+            assert spilled <= 16, f"the {name} kernel spills"
