@@ -56,8 +56,8 @@ def test_gradcheck(form: Form) -> None:
 
 # Masks by data, with as many keys as it takes for ranges to pay.
 RANGED = dict.fromkeys(("padding", "documents"), Sizes(batch=2, heads=1, q_len=288, kv_len=288, dim=4))
-# And one of each other kind of program: tables, several products, a sink, a factor, no normaliser.
-CHECKED = RANGED | dict.fromkeys(("shifted-windows", "latent-sum", "sink-last", "head-mask", "sigmoid-causal"), TINY)
+# And one of each other kind of program: tables, several products, a sink, a factor, no normaliser and dropout.
+CHECKED = RANGED | dict.fromkeys(("shifted-windows", "latent-sum", "sink-last", "head-mask", "dropout-sigmoid"), TINY)
 
 
 def checked(name: str) -> dict[Any, list[tuple[Any, ...]]]:
@@ -85,11 +85,11 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("name", CHECKED)
 def test_opcheck_of_the_backward(name: str) -> None:
     """It has no derivative to compile, so what is left is its schema, its fake and its dispatch."""
-    *tensors, captured, sizes, text, kv_ranges = (*checked(name)[attention][0], None)[:7]
+    *tensors, captured, sizes, text, kv_ranges, seed = (*checked(name)[attention][0], None, None)[:8]
     for operands in (tensors, [*map(permuted, tensors)]):
-        out, lse = attention(*operands, captured, sizes, text, kv_ranges)
+        out, lse = attention(*operands, captured, sizes, text, kv_ranges, seed)
         needs = [True] * (3 + sum(c.is_floating_point() for c in captured))
-        arguments = (torch.ones_like(out), *operands, out, lse, captured, sizes, text, kv_ranges, needs)
+        arguments = (torch.ones_like(out), *operands, out, lse, captured, sizes, text, kv_ranges, seed, needs)
         tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         torch.library.opcheck(attention_backward, arguments, test_utils=tests)
 
