@@ -84,15 +84,19 @@ def storage(node: fx.Node) -> int | None:
         return None
 
 
-_LAYERS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "embedding"})
+_LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "embedding"})
+# Products that are layers when one argument, at this place and of this name, is a parameter.
+_LINEAR = {"linear": (1, "weight"), "addmm": (2, "mat2")}
 
 
 def is_weighted(node: fx.Node) -> bool:
     """Whether the node applies a layer's weights; `F.linear` of two activations is a product like any other."""
-    if name_of(node) not in _LAYERS:
-        return False
-    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-    return name_of(node) != "linear" or not isinstance(weight, fx.Node) or isinstance(value(weight), torch.nn.Parameter)
+    name = name_of(node)
+    if name not in _LINEAR:
+        return name in _LAYERS
+    place, keyword = _LINEAR[name]
+    weight = node.args[place] if len(node.args) > place else node.kwargs.get(keyword)
+    return not isinstance(weight, fx.Node) or isinstance(value(weight), torch.nn.Parameter)
 
 
 def _place(t: torch.Tensor) -> tuple[Any, ...]:

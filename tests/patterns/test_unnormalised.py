@@ -130,6 +130,25 @@ def test_layers_with_weights_are_no_attention() -> None:
     assert not result.refusals
 
 
+def test_layers_that_add_their_bias_are_no_attention() -> None:
+    """A layer written as addmm behind another and a curve was refused as an attention whose output has a bias."""
+
+    class Mlp(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            shapes = ((D, 16), (16,), (16, D), (D,))
+            self.up, self.first, self.down, self.second = (torch.nn.Parameter(torch.randn(*s)) for s in shapes)
+
+        def forward(self, x: Any) -> Any:
+            x = torch.addmm(self.first, x.view(-1, x.size(-1)), self.up)
+            return torch.addmm(self.second, F.gelu(x), self.down)
+
+    with torch.no_grad():
+        result = matched(Mlp(), torch.randn(B, S, D))
+    assert not result.sites
+    assert not result.refusals
+
+
 def test_weights_without_a_normaliser_that_are_returned() -> None:
     def fn(q: Any, k: Any, v: Any) -> Any:
         weights = torch.sigmoid(scores(q, k))
