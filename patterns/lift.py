@@ -96,7 +96,9 @@ class Lifter:
         return expr
 
     def _ends_gradient(self, node: fx.Node, expr: Expr) -> bool:
-        if not self.history or not expr.dtype.is_floating_point or wants_gradient(node):
+        if not self.history or not expr.dtype.is_floating_point:
+            return False
+        if wants_gradient(node) and node not in self.graph.no_grad:
             return False
         sources = (read.tensor for read in loads(expr) if read.dtype.is_floating_point)
         return any(wants_gradient(source) for source in sources if isinstance(source, fx.Node))
