@@ -246,7 +246,9 @@ def test_gradient_of_an_embedding_that_is_no_lookups(changed: dict[str, Any]) ->
     assert isinstance(only_site(fn, *args).captured[0], Table)
     with torch.enable_grad():
         weights = [args[3].clone().requires_grad_() for _ in range(2)]
-        compiled = torch.compile(fn, backend="flashfuse", options={"flashfuse.inner": "eager", "flashfuse.strict": True})
+        compiled = torch.compile(
+            fn, backend="flashfuse", options={"flashfuse.inner": "eager", "flashfuse.strict": True}
+        )
         flashfuse.reset()
         for run, weight in zip((fn, compiled), weights, strict=True):
             run(*args[:3], weight).square().sum().backward()
