@@ -36,10 +36,14 @@ def _arange(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     return cast(index(start + step * position[0]), call.output.dtype)
 
 
+def _number(view: NodeView, x: Any, dtype: torch.dtype) -> Expr:
+    """A number as an element of `dtype`, in which alone it may overflow."""
+    return const(x, dtype) if isinstance(x, float) else cast(view.number(x), dtype)
+
+
 def _filled(fill: Callable[[AtenCall], Any]) -> Row:
     def rule(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-        number = view.number(fill(call))
-        return const(number.value, call.output.dtype) if isinstance(number, Const) else cast(number, call.output.dtype)
+        return _number(view, fill(call), call.output.dtype)
 
     return rule
 
@@ -152,9 +156,10 @@ def _sum(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
 
 @row(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def _masked_fill(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    kept, mask, fill = (view.element(a, position) for a in call.args)
-    dtype = call.output.dtype
-    return pointwise("where", mask, cast(fill, dtype), kept, dtype=dtype)
+    kept, mask = (view.element(a, position) for a in call.args[:2])
+    fill, dtype = call.args[2], call.output.dtype
+    filled = cast(view.element(fill, position), dtype) if isinstance(fill, torch.Tensor) else _number(view, fill, dtype)
+    return pointwise("where", mask, filled, kept, dtype=dtype)
 
 
 @row(aten.clamp.default, aten.clamp.Tensor)

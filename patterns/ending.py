@@ -131,6 +131,9 @@ def _zeroed(
     lifter: Lifter, program: Expr, kept: Expr, factor: Expr | None, empty_row: str, j: sympy.Symbol
 ) -> tuple[Expr | None, str]:
     """Factor and empty-row rule of probabilities that are 0 unless `kept`."""
+    # Over whole rows it is a choice, which leaves no NaN behind.
+    if j not in free_symbols(kept) and factor is None:
+        return kept, empty_row
     one_or_factor = Const(torch.float32, 1.0) if factor is None else factor
     multiplied = pointwise("where", kept, one_or_factor, Const(one_or_factor.dtype, 0.0))
     # The same condition may be computed twice, so both sides are seen through to what their masks are made of.
@@ -139,8 +142,6 @@ def _zeroed(
     # NaN times 0 is not 0, so a product says the same only where no row can be without a key.
     if empty_row == "zero" or not _may_be_empty(program) or not any(map(_may_be_empty, masked)):
         return multiplied, empty_row
-    if j not in free_symbols(kept) and factor is None:
-        return kept, empty_row
     if _decides_what_is_infinite(program, terms):
         return factor, "zero"
     raise Refused("probability-mask", "probabilities are set to zero where it is not known whether they are NaN")

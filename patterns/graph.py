@@ -113,6 +113,7 @@ class Graph:
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.fake_mode = self._find_fake_mode()
         self.autocast = self._autocast_regions()
+        self.no_grad = self._no_grad_regions()
         self.writes = self._writes()
         self.live = self._live()
         self.forward_mode = any(map(is_forward_mode, self.nodes))
@@ -137,6 +138,17 @@ class Graph:
             elif stack:
                 regions[node] = tuple(stack)
         return regions
+
+    def _no_grad_regions(self) -> frozenset[fx.Node]:
+        """The nodes whose results have no history, though Dynamo's values of views and in-place edits say otherwise."""
+        nodes: list[fx.Node] = []
+        enabled = True
+        for node in self.nodes:
+            if node.target is torch._C._set_grad_enabled:
+                enabled = node.args[0] is not False
+            elif not enabled:
+                nodes.append(node)
+        return frozenset(nodes)
 
     def _writes(self) -> dict[int, list[fx.Node]]:
         """For every storage that the graph writes, the writing nodes in order."""

@@ -96,7 +96,8 @@ class Lifter:
         return expr
 
     def _ends_gradient(self, node: fx.Node, expr: Expr) -> bool:
-        if not self.history or not expr.dtype.is_floating_point or wants_gradient(node):
+        has_history = wants_gradient(node) and node not in self.graph.no_grad
+        if not self.history or not expr.dtype.is_floating_point or has_history:
             return False
         sources = (read.tensor for read in loads(expr) if read.dtype.is_floating_point)
         return any(wants_gradient(source) for source in sources if isinstance(source, fx.Node))
@@ -226,6 +227,8 @@ class NodeView:
         """The element of a traced tensor (or number) at a position, broadcast as ATen does."""
         if not isinstance(x, torch.Tensor):
             return self.number(x)
+        if x.is_complex():
+            raise CannotLift(self.node, "computes with complex numbers")
         assert self.trace is not None
         position = aligned(position, shape(x))
         if id(x) in self.trace.inputs:

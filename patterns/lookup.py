@@ -15,7 +15,7 @@ import torch
 
 from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, free_symbols, gather, loads, walk
 from flashfuse.kernels.normal import cast, index, pointwise, rewrite
-from flashfuse.patterns.graph import shape
+from flashfuse.patterns.graph import shape, wants_gradient
 from flashfuse.patterns.indexing import ZERO, Indices, divide, within
 from flashfuse.patterns.lift import CannotLift, NodeView
 from flashfuse.patterns.limits import at_least, without_clamps
@@ -63,9 +63,15 @@ def _index_select(view: NodeView, call: AtenCall, position: Indices, _: int) -> 
     return _along(view, source, dim, position, view.element(positions, (position[dim],)))
 
 
+# padding_idx, scale_grad_by_freq, sparse: a padding row gets no gradient, frequent rows get less of it.
+_PLAIN_GRADIENT = ((), (-1,), (-1, False), (-1, False, False))
+
+
 @row(aten.embedding.default)
 def _embedding(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    weight, positions = call.args[:2]
+    weight, positions, *gradient = call.args
+    if wants_gradient(view.node) and tuple(gradient) not in _PLAIN_GRADIENT:
+        raise CannotLift(view.node, "looks up elements whose gradient is another one than a look-up's")
     place = _position(view, view.element(positions, position[:-1]), shape(weight)[0], wraps=False)
     return _element(view, weight, [place, position[-1]])
 

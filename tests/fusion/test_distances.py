@@ -13,6 +13,7 @@ from agreement import check_fused
 from graphs import graph_of, matched, only_site, score_of
 from torch import fx
 
+import flashfuse
 from flashfuse.describe import describe_site
 from flashfuse.patterns.graph import shape, tensor
 from flashfuse.patterns.match import find_attention
@@ -232,3 +233,24 @@ def test_memory_that_is_read_keeps_its_writer() -> None:
     options = {"flashfuse.inner": "eager", "flashfuse.strict": True}
     _, view = torch.compile(fn, backend="flashfuse", options=options)(*args)
     assert torch.equal(view, fn(*args)[1])
+
+
+@pytest.mark.parametrize("changed", [{"padding_idx": 3}, {"scale_grad_by_freq": True}], ids=str)
+def test_gradient_of_an_embedding_that_is_no_lookups(changed: dict[str, Any]) -> None:
+    """A padding row got a gradient, and a frequent one all of it: the table of distances was a plain look-up."""
+
+    def fn(q: Any, k: Any, v: Any, weight: Any) -> Any:
+        return attend(q, k, v, F.embedding(apart(q, k).clamp(-4, 4) + 4, weight, **changed).movedim(-1, 0))
+
+    args = (*qkv(), torch.randn(9, H))
+    assert isinstance(only_site(fn, *args).captured[0], Table)
+    with torch.enable_grad():
+        weights = [args[3].clone().requires_grad_() for _ in range(2)]
+        compiled = torch.compile(
+            fn, backend="flashfuse", options={"flashfuse.inner": "eager", "flashfuse.strict": True}
+        )
+        flashfuse.reset()
+        for run, weight in zip((fn, compiled), weights, strict=True):
+            run(*args[:3], weight).square().sum().backward()
+    flashfuse.reports()[-1].assert_fused(sites=1)
+    torch.testing.assert_close(weights[1].grad, weights[0].grad)

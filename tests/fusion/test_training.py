@@ -55,6 +55,29 @@ def bias_without_grad(q: Any, k: Any, v: Any, bias: Any) -> Any:
     return attention(q, k, v, doubled)
 
 
+def views_without_grad(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    """Dynamo's values of such views say that they want gradients, and operands were read behind them."""
+    with torch.no_grad():
+        keys, values = k.transpose(-1, -2), v.view(v.shape)
+    return ((q @ keys) * 0.3 + bias).softmax(-1) @ values
+
+
+def written_without_grad(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    """Such a write changes values only, and its factor was given to the gradient too."""
+    keys = k * 1.0
+    with torch.no_grad():
+        keys.mul_(2.0)
+    return attention(q, keys, v, bias)
+
+
+def view_with_grad_inside(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    with torch.no_grad():
+        values = v.view(v.shape)
+        with torch.enable_grad():
+            keys = k.view(k.shape)
+    return attention(q, keys, values, bias)
+
+
 def attention_without_grad(q: Any, k: Any, v: Any, bias: Any) -> Any:
     with torch.no_grad():
         out = attention(q, k, v, bias)
@@ -95,6 +118,9 @@ def written_before(q: Any, k: Any, v: Any, bias: Any) -> Any:
         detached_bias_beside_itself,
         keys_of_detached_queries,
         bias_without_grad,
+        views_without_grad,
+        written_without_grad,
+        view_with_grad_inside,
         attention_without_grad,
         detached_maximum,
         maximum_without_grad,
@@ -118,7 +144,18 @@ def detached_probabilities(q: Any, k: Any, v: Any, bias: Any) -> Any:
     return ((q @ k.mT) * 0.3 + bias).softmax(-1).detach() @ v
 
 
-@pytest.mark.parametrize("fn", [probabilities_without_grad, detached_probabilities], ids=lambda fn: fn.__name__)
+def scores_written_without_grad(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    scores = q @ k.mT + bias
+    with torch.no_grad():
+        scores.mul_(0.3)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [probabilities_without_grad, detached_probabilities, scores_written_without_grad],
+    ids=lambda fn: fn.__name__,
+)
 def test_gradient_that_ends_inside_is_refused(fn: Callable[..., Any]) -> None:
     report = assert_trains(fn, qkvb())
     report.assert_fused(sites=0)

@@ -105,8 +105,37 @@ def test_rows_zeroed_as_a_whole(fill: float) -> None:
 
     for fn in (chosen, filled):
         factor = only_site(fn, *inputs()).spec.factor
-        assert (factor.dtype == torch.bool) == (fill == -math.inf)
+        assert factor.dtype == torch.bool
         check(fn, *inputs())
+
+
+def test_rows_zeroed_that_a_bias_leaves_no_key() -> None:
+    """Multiplied by 0 they stayed NaN, where the bias and no constant held the -inf."""
+
+    def fn(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        empty = (bias == -math.inf).all(-1, keepdim=True)
+        return (q @ k.mT + bias).softmax(-1).masked_fill(empty, 0.0) @ v
+
+    q, k, v, *_ = inputs()
+    bias = torch.randn(B, 1, q.shape[2], k.shape[2])
+    bias[:, :, 2] = -math.inf
+    args = (q, k, v, bias)
+    assert only_site(fn, *args).spec.factor.dtype == torch.bool
+    assert not fn(*args).isnan().any()
+    check(fn, *args)
+
+
+def test_a_fill_of_float64_does_not_overflow_in_float32() -> None:
+    """It became -inf, and rows without a key NaN instead of the average of all values."""
+
+    def fn(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        return (q @ k.mT).masked_fill(~keep, torch.finfo(torch.float64).min).softmax(-1) @ v
+
+    args = [x.double() if x.is_floating_point() else x for x in inputs()]
+    assert "-1.7976931348623157e+308" in to_text(only_site(fn, *args).spec.score)
+    torch._dynamo.reset()
+    fused = torch.compile(fn, backend="flashfuse", options={"flashfuse.inner": "eager", "flashfuse.strict": True})
+    torch.testing.assert_close(fused(*args), fn(*args))
 
 
 INFINITE: dict[str, Callable[..., Any]] = {
