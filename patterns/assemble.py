@@ -16,7 +16,7 @@ from flashfuse.patterns.axes import Roles
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.dropout import check_apart
 from flashfuse.patterns.ending import Ending
-from flashfuse.patterns.graph import location, raw_value, tensor, value
+from flashfuse.patterns.graph import location, raw_value, tensor, value, wants_gradient
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.layout import Layout, Option
 from flashfuse.patterns.lift import CannotLift, Lifter
@@ -237,5 +237,11 @@ def _check_captured(lifter: Lifter, captured: Sequence[fx.Node | Table], site: f
                 f"`{node.name}` is written by `{name_of(writer)}` before the attention's output is computed",
                 writer,
             )
+        end = lifter.graph.nodes[-1]
+        later = lifter.graph.writer_between(node, site, end) if wants_gradient(site) else None
+        if later is not None:
+            # A sum saves neither addend for its gradient; the kernels read both again.
+            told = f"`{node.name}` is written by `{name_of(later)}` after the attention, whose gradients read it again"
+            raise Refused("mutation", told, later)
         if not isinstance(value(node), (torch.Tensor, torch.SymFloat)):
             raise Refused("unknown-operator", f"`{node.name}` in the score is not a tensor", node)

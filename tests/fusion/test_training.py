@@ -241,3 +241,20 @@ def test_a_loss_falls_as_it_does_in_eager_code() -> None:
     mine = losses(torch.float32, True)
     assert_close_to_exact(mine, losses(torch.float32, False), losses(torch.float64, False))
     assert mine[-1] < 0.5 * mine[0]
+
+
+def test_what_is_written_after_the_attention_stays_as_it_is() -> None:
+    """A sum saves no addend for its gradient, the operator does: autograd raised where eager code worked."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        bias = torch.zeros(S, S)
+        bias.fill_diagonal_(-5.0)
+        turned = bias.t()
+        out = (q @ k.mT + bias).softmax(-1) @ v
+        turned.mul_(2.0)
+        return out + turned.sum()
+
+    report = assert_trains(fn, qkvb()[:3])
+    assert [(refusal.code, refusal.location.code) for refusal in report.refusals] == [("mutation", "turned.mul_(2.0)")]
+    with torch.no_grad():
+        assert len(flashfuse.explain(fn)(*qkvb()[:3]).sites) == 1
