@@ -23,7 +23,7 @@ train: $(VENV)/.demo
 	$(BIN)/python examples/train_gpt.py
 
 test: $(VENV)/.test
-	$(BIN)/pytest -n $(JOBS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from stdlib_text import Text, stdlib_text
-from training import Run, Setup, train
+from trainer import Run, Setup, train
 
 import flashfuse
 

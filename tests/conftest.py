@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 # A test that compiles must compile: a cache hit would test another day's code.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
@@ -15,3 +17,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
     InterpreterBuilder.create_fma = _fma
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: each is a process of its own, and the workers would wait for one that started last."""
+    items.sort(key=lambda item: item.path.name != "test_interpreter.py")

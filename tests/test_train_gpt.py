@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 try:
     import train_gpt
-    import training
+    import trainer
     from curves import gaps, smoothed, within_noise
     from stdlib_text import Text, batch, stdlib_text
 finally:
@@ -90,7 +90,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         "flashfuse": {"backend": "flashfuse", "options": {"flashfuse.inner": "eager", "flashfuse.strict": True}},
     }
     monkeypatch.setattr(
-        training.torch, "compile", lambda model, backend, dynamic: real(model, dynamic=dynamic, **stands_for[backend])
+        trainer.torch, "compile", lambda model, backend, dynamic: real(model, dynamic=dynamic, **stands_for[backend])
     )
     text = Text(torch.arange(4000, dtype=torch.uint8) % 7, torch.arange(400, dtype=torch.uint8) % 7)
     monkeypatch.setattr(train_gpt, "stdlib_text", lambda: text)
@@ -118,8 +118,8 @@ def test_the_verdict_is_of_the_right_curves(
     """Gaps are from the eager run of the same seed, and each compiled run is judged."""
     noise = {("eager", 0): 0.0, ("eager", 1): 0.2, ("inductor", 0): 0.1, ("flashfuse", 0): -0.3}
 
-    def canned(setup: Any, text: Any, backend: str, seed: int, told: Any) -> training.Run:
-        return training.Run(tuple(shifted(noise[backend, seed])), 1.0, 1.0, 1.0, 1, ())
+    def canned(setup: Any, text: Any, backend: str, seed: int, told: Any) -> trainer.Run:
+        return trainer.Run(tuple(shifted(noise[backend, seed])), 1.0, 1.0, 1.0, 1, ())
 
     monkeypatch.setattr(train_gpt, "train", canned)
     assert train_gpt.main(tiny(tmp_path / "loss.png")) == 1
