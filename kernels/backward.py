@@ -14,7 +14,7 @@ from flashfuse.kernels.backward_rows import along, batch_position, load_rows, se
 from flashfuse.kernels.elementary import through
 from flashfuse.kernels.forward import LOG2_E, MASK_BLOCK
 from flashfuse.kernels.philox import kept_scales
-from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, tile_pointers
+from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, product, tile_pointers
 
 _LENGTHS = ["q_len", "kv_len", "sizes"]
 _BATCH = ["batch_0", "batch_1", "batch_2", "batch_3"]
@@ -28,7 +28,7 @@ def attention_keys_backward_kernel(
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, QUERY_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, NORMALISED: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -87,7 +87,7 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                 kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL,
-                FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE,
+                FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, SLACK, NORMALISED, DROP_LEAST, KEEP_SCALE,
                 PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
             )  # fmt: skip
 
@@ -98,7 +98,7 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                 kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE,
+                FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, NORMALISED, DROP_LEAST, KEEP_SCALE,
                 PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
             )  # fmt: skip
 
@@ -114,7 +114,7 @@ def attention_keys_backward_kernel(
                 dk, dv, sums = _take_queries(
                     dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                     kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                    FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST,
+                    FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, NORMALISED, DROP_LEAST,
                     KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
                 )  # fmt: skip
 
@@ -136,7 +136,7 @@ def _take_queries(
     dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start, kv_start, kv_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
-    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, NORMALISED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -155,9 +155,9 @@ def _take_queries(
     grad_ptrs = tile_pointers(grad_base, q_idx, tl.arange(0, BLOCK_DV), grad_strides)
     grad = load_keys(grad_ptrs, offs_q, q_len, True, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
     # [block_kv, block_q]
-    qk = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
-    dw = tl.dot(v, tl.trans(grad), input_precision=PRECISION, out_dtype=tl.float32)
-    rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SCALE, HUGE_FACTOR, NORMALISED)
+    qk = product(k, tl.trans(q), PRECISION)
+    dw = product(v, tl.trans(grad), PRECISION)
+    rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SLACK, NORMALISED)
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
@@ -167,7 +167,7 @@ def _take_queries(
     w, dqk, ds, of_factor, p = tile_gradients(
         qk, dw, kept, along(rows, 0), row_factor[None, :], q_idx[None, :], kv_idx[:, None],
         n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
-        SCALE, HUGE_FACTOR, NORMALISED,
+        SCALE, SLACK, NORMALISED,
     )  # fmt: skip
     dv = _added_product(dv, w.to(PROBS_DTYPE), grad, PRECISION)
     dk = _added_product(dk, dqk.to(PRODUCT_DTYPE), q, PRECISION)
@@ -185,7 +185,7 @@ def attention_queries_backward_kernel(
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dq_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
     LONGEST_FIRST: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -222,7 +222,7 @@ def attention_queries_backward_kernel(
     # [block_q]
     planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * q_len
     rows_base = rows_ptr + position.to(tl.int64) * q_len
-    rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SCALE, HUGE_FACTOR, NORMALISED)
+    rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SLACK, NORMALISED)
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
@@ -246,7 +246,7 @@ def attention_queries_backward_kernel(
         dq, sums = _take_keys(
             dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0, n1,
             n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR, SUMS_FULL,
-            False, SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
+            False, SCALE, SLACK, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
             HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
@@ -257,7 +257,7 @@ def attention_queries_backward_kernel(
         dq, sums = _take_keys(
             dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0, n1,
             n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
-            SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
+            SUMS_MASKED, True, SCALE, SLACK, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
             PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
@@ -270,7 +270,7 @@ def attention_queries_backward_kernel(
             dq, sums = _take_keys(
                 dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0,
                 n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
-                SUMS_MASKED, True, SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
+                SUMS_MASKED, True, SCALE, SLACK, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
                 PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
 
@@ -288,7 +288,7 @@ def _take_keys(
     dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
-    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, NORMALISED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -304,15 +304,15 @@ def _take_keys(
     k = load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     v = load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
     # [block_q, block_kv]
-    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
-    dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
+    qk = product(q, tl.trans(k), PRECISION)
+    dw = product(grad, tl.trans(v), PRECISION)
     kept = None
     if DROP_LEAST is not None:
         kept = kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
     _, dqk, ds, of_factor, p = tile_gradients(
         qk, dw, kept, along(rows, 1), row_factor[:, None], q_idx[:, None], kv_idx[None, :],
         n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
-        SCALE, HUGE_FACTOR, NORMALISED,
+        SCALE, SLACK, NORMALISED,
     )  # fmt: skip
     dq = _added_product(dq, dqk.to(PRODUCT_DTYPE), k, PRECISION)
     if SUMS is not None:
@@ -327,7 +327,7 @@ def _take_keys(
 def tile_gradients(
     qk, dw, kept, rows, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, KEYS_END: tl.constexpr,
-    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
     """(w, ds * slope, ds, p * dw, p) of a tile of products.
 
@@ -339,7 +339,7 @@ def tile_gradients(
     dw. KEYS_END: whether the tile may meet a mask or reach behind the last key.
     """
     s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
-    p = _probabilities(s, rows, SCALE, HUGE_FACTOR) if NORMALISED else s
+    p = _probabilities(s, rows, SCALE, SLACK) if NORMALISED else s
     if KEYS_END:
         p = tl.where(kv_idx < kv_len, p, 0.0)
     w = p
@@ -366,17 +366,19 @@ def tile_gradients(
 
 
 @triton.jit
-def _probabilities(s, rows, SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr):
+def _probabilities(s, rows, SCALE: tl.constexpr, SLACK: tl.constexpr):
     """exp(SCALE s - lse), from what `load_rows` gives.
 
-    The difference from the shift is rounded once, so that scores far from 0 keep theirs. Huge scores are compared in
-    units in which they are finite: those that are the largest to a few units in the last place differ from it by 0.
+    The difference from the shift is rounded once, so that scores far from 0 keep theirs. Large ones are subtracted as
+    they are, and those within the slack of the largest count as equal to it.
     """
-    if HUGE_FACTOR is None:
+    if SLACK is None:
         below = tl.fma(s, SCALE * LOG2_E, -rows[0])
     else:
-        below = tl.fma(s, rows[3], -rows[0])
-        below = tl.where(below >= rows[4], 0.0, below)
+        below = s - rows[0]
+        if SLACK > 0:
+            below = tl.where(below >= rows[3], 0.0, below)
+        below *= SCALE * LOG2_E
     return tl.exp2(below - rows[1])
 
 
@@ -395,7 +397,7 @@ def row_factor_of(
 def _added_product(acc, a, b, PRECISION: tl.constexpr):
     """acc + a b, as in the forward: float32 is summed a tile at a time."""
     if PRECISION == "ieee" and b.dtype == tl.float32:
-        return acc + tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+        return acc + product(a, b, PRECISION)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
 

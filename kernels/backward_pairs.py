@@ -11,7 +11,7 @@ from flashfuse.kernels.backward import row_factor_of, tile_gradients
 from flashfuse.kernels.backward_rows import along, batch_position, load_rows, sees_every_key
 from flashfuse.kernels.forward import MASK_BLOCK
 from flashfuse.kernels.philox import kept_scales
-from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, tile_pointers
+from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, product, tile_pointers
 
 _NOT_SPECIALISED = [*(f"{kind}_{axis}" for kind in ("batch", "loop") for axis in range(4)), "q_len", "kv_len", "sizes"]
 
@@ -23,7 +23,7 @@ def attention_pairs_backward_kernel(
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     PAIR_GRAD: tl.constexpr, PAIR_SCALE: tl.constexpr, GRADS_MASKED: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, ROW_FACTOR: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -77,9 +77,9 @@ def attention_pairs_backward_kernel(
             v_ptrs = tile_pointers(batch_pointer(v_ptr, v_strides, m0, m1, m2, m3), offs_kv, offs_dv, v_strides)
             v = load_keys(v_ptrs, offs_kv, kv_len, True, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
             # [block_q, block_kv]
-            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
-            dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
-            rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SCALE, HUGE_FACTOR, NORMALISED)
+            qk = product(q, tl.trans(k), PRECISION)
+            dw = product(grad, tl.trans(v), PRECISION)
+            rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SLACK, NORMALISED)
             row_factor = row_factor_of(
                 q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
             )  # fmt: skip
@@ -89,7 +89,7 @@ def attention_pairs_backward_kernel(
             _w, _dqk, ds, of_factor, _p = tile_gradients(
                 qk, dw, kept, along(rows, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3,
                 q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                FACTOR_MASKED, ROW_FACTOR, True, SCALE, HUGE_FACTOR, NORMALISED,
+                FACTOR_MASKED, ROW_FACTOR, True, SCALE, SLACK, NORMALISED,
             )  # fmt: skip
             dt += PAIR_GRAD(
                 ds, of_factor, qk, m0, m1, m2, m3, q_idx[:, None], offs_kv[None, :], q_len, kv_len, sizes, captured,

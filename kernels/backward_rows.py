@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.forward import HUGE, LOG2_E, LOWEST_FLOAT32
+from flashfuse.kernels.forward import LARGE, LOG2_E, LOWEST_FLOAT32
 from flashfuse.kernels.tiles import batch_pointer, load_columns, tile_pointers
 
 # The planes of `rows_ptr`, [ROW_PLANES, batch positions, q_len].
@@ -18,7 +18,7 @@ SINK_GRAD: tl.constexpr = tl.constexpr(4)
 def attention_rows_backward_kernel(
     grad_ptr, out_ptr, lse_ptr, rows_ptr, grad_strides, out_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
-    SINK: tl.constexpr, ROW_KEPT: tl.constexpr, SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr,
+    SINK: tl.constexpr, ROW_KEPT: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """delta_i = sum_d grad_id out_id, and what makes a probability of a score; 0 unless ROW_KEPT.
@@ -45,61 +45,63 @@ def attention_rows_backward_kernel(
 
     # A logarithm of inf makes the probability 0 of a row without any key; NaN stays.
     empty = largest == float("-inf")
-    log_sum = tl.where(empty & (log_sum == log_sum), float("inf"), log_sum * LOG2_E)
+    log_sum = tl.where(empty & (log_sum == log_sum), float("inf"), log_sum)
     largest = tl.where(empty, 0.0, largest)
     if ROW_KEPT is not None:
         kept = ROW_KEPT(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides) != 0
         log_sum = tl.where(kept, log_sum, float("inf"))
         delta = tl.where(kept, delta, 0.0)
         largest = tl.where(kept, largest, 0.0)
-    # Rounded before anything is subtracted, as the forward did.
-    shift = tl.fma(largest, LOG2_E, 0.0)
-    huge = largest <= HUGE * SCALE
-    if HUGE_FACTOR is not None:
-        shift = tl.where(huge, tl.maximum(largest / SCALE, LOWEST_FLOAT32) * HUGE_FACTOR, shift)
+    # What the shift loses by its rounding is in the logarithm, see `forward._largest_score`.
+    if SLACK is None:
+        shift = largest * LOG2_E
+        lost = tl.fma(largest, tl.full(largest.shape, LOG2_E, tl.float32), -shift)
+    else:
+        shift = tl.maximum(largest * (1 / SCALE), LOWEST_FLOAT32)
+        lost = tl.fma(shift, tl.full(shift.shape, -SCALE, tl.float32), largest) * LOG2_E
+    lost = tl.where(largest > LARGE, lost, 0.0)
 
     planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * q_len
     rows_ptrs = rows_ptr + position.to(tl.int64) * q_len + offs_q
     stored = offs_q < q_len
     tl.store(rows_ptrs + SHIFT * planes, shift, mask=stored)
-    tl.store(rows_ptrs + LOG_SUM * planes, log_sum, mask=stored)
+    tl.store(rows_ptrs + LOG_SUM * planes, log_sum * LOG2_E + lost, mask=stored)
     tl.store(rows_ptrs + DELTA * planes, delta, mask=stored)
     tl.store(rows_ptrs + LARGEST * planes, largest, mask=stored)
     if SINK is not None:
         sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
-        exponent = tl.fma(sink, LOG2_E, -shift)
-        exponent = tl.where(huge, tl.where(sink >= largest, 0.0, float("-inf")), exponent) - log_sum
+        exponent = (sink - largest - log_sum) * LOG2_E
         tl.store(rows_ptrs + SINK_GRAD * planes, -tl.exp2(exponent) * delta, mask=stored)
 
 
 @triton.jit
 def load_rows(
-    rows_base, planes, q_idx, inside, SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr
+    rows_base, planes, q_idx, inside, SLACK: tl.constexpr, NORMALISED: tl.constexpr
 ):  # fmt: skip
-    """(shift, log_sum, delta, factor, slack) of rows; delta is 0 behind the last one.
+    """(shift, log_sum, delta, slack) of rows; delta is 0 behind the last one.
 
-    factor: units of the shift in one of the inner score; from `slack` on a difference from the shift is 0.
+    shift: the largest inner score where some are large (SLACK), else the largest score in base 2; so is log_sum. From
+    `slack` on a difference from the shift is 0.
     """
     delta = tl.zeros(q_idx.shape, tl.float32)
-    shift, log_sum, factor, slack = delta, delta, delta, delta
+    shift, log_sum, slack = delta, delta, delta
     if NORMALISED:
         shift = tl.load(rows_base + SHIFT * planes + q_idx)
         log_sum = tl.load(rows_base + LOG_SUM * planes + q_idx)
         delta = tl.load(rows_base + DELTA * planes + q_idx, mask=inside, other=0.0)
-        if HUGE_FACTOR is not None:
-            huge = tl.load(rows_base + LARGEST * planes + q_idx) <= HUGE * SCALE
-            factor = tl.where(huge, HUGE_FACTOR, SCALE * LOG2_E)
-            slack = tl.where(huge, shift * 2.0**-22, float("inf"))
-    return shift, log_sum, delta, factor, slack
+        if SLACK is not None:
+            large = tl.load(rows_base + LARGEST * planes + q_idx) <= LARGE
+            slack = tl.where(large, shift * SLACK, float("inf"))
+    return shift, log_sum, delta, slack
 
 
 @triton.jit
 def along(rows, AXIS: tl.constexpr):
     """The numbers of rows with an axis of size 1 at AXIS."""
-    shift, log_sum, delta, factor, slack = rows
+    shift, log_sum, delta, slack = rows
     return (
         tl.expand_dims(shift, AXIS), tl.expand_dims(log_sum, AXIS), tl.expand_dims(delta, AXIS),
-        tl.expand_dims(factor, AXIS), tl.expand_dims(slack, AXIS),
+        tl.expand_dims(slack, AXIS),
     )  # fmt: skip
 
 

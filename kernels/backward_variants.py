@@ -70,7 +70,7 @@ TABLE = (
     _row(128, 2, "hip", 0, (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
     _row(256, 2, "hip", 0, (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     _row(512, 2, "hip", 0, (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    _row(64, 4, "", 0, (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    _row(64, 4, "", 0, (32, 32, 8, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
     _row(128, 4, "", 0, (16, 32, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
     _row(256, 4, "", 0, (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     _row(512, 4, "", 0, (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
@@ -104,7 +104,7 @@ def rows_constants(program: BackwardProgram, value_dim: int, block_q: int, with_
         "SINK": program.forward.sink if with_sink else None,
         "ROW_KEPT": program.forward.row_kept,
         "SCALE": program.derivatives.scale,
-        "HUGE_FACTOR": program.forward.huge_factor,
+        "SLACK": program.forward.slack,
         "VALUE_DIM": value_dim,
         "BLOCK_DV": padded(value_dim),
         "BLOCK_Q": block_q,
@@ -167,7 +167,7 @@ def _shared_constants(
     return {
         "GRADS_MASKED": program.derivatives.score_and_grad_masked,
         "SCALE": program.derivatives.scale,
-        "HUGE_FACTOR": program.forward.huge_factor,
+        "SLACK": program.forward.slack,
         "NORMALISED": normalised,
         "FACTOR_MASKED": program.forward.factor_masked,
         # The rows kernel has taken rows that are not kept out of a softmax.

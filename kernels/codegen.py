@@ -34,8 +34,7 @@ class ScoreProgram:
     kv_bounds: query tile -> (start, full_start, full_end, end), see `mask.KvRange`.
     scale: score = scale * inner score.
     fill_threshold: rows whose largest inner score is not above it must see the skipped keys; None when none ever must.
-    huge_factor: a power of two for rows whose scores are so large that multiplying them by log2(e) overflows; None when
-        no row can be.
+    large_scores: whether scores may be so large that the rounding of a product with log2(e) shows in probabilities.
     lowest: the score that the smallest finite inner score stands for.
     longest_first: whether later query tiles have more keys to visit.
     shared_batch: whether captured elements are loaded for each score, and are the same along the first batch axis.
@@ -52,7 +51,7 @@ class ScoreProgram:
     kv_bounds: Any
     scale: float
     fill_threshold: float | None
-    huge_factor: float | None
+    large_scores: bool
     lowest: float
     longest_first: bool
     shared_batch: bool
@@ -62,6 +61,15 @@ class ScoreProgram:
     row_factor: Any
     row_kept: Any
     path: Path
+
+    @property
+    def slack(self) -> float | None:
+        """How far below a row's largest score another may be, as a part of it, and count as equal to it when a score is
+        found again from scale * score; None where none is large. Powers of two lose nothing.
+        """
+        if not self.large_scores:
+            return None
+        return 0.0 if math.frexp(self.scale)[0] == 0.5 else 2.0**-22
 
 
 # From about here the rounding of a score times log2(e) is more than one: float16 probabilities could overflow by it.
@@ -94,7 +102,7 @@ def load_program(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool 
         row_kept=function("row_kept"),
         scale=scale,
         fill_threshold=mask.fill_threshold(scale, ranged=ranged),
-        huge_factor=_huge_factor(scale) if any(may_be_huge(e, LARGE / scale) for e in walk(inner)) else None,
+        large_scores=any(may_be_huge(e, LARGE / scale) for e in walk(inner)),
         lowest=_lowest(spec.score, scale),
         longest_first=mask.bounds.depends_on({Q_START, Q_STOP}, ("end",)),
         shared_batch=_shares_first_batch_axis(spec),
@@ -105,11 +113,6 @@ def load_program(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool 
 def _shares_first_batch_axis(spec: AttentionSpec) -> bool:
     tiles = [free_symbols(e) for program in spec.programs for e in loads(program) if {Q_IDX, KV_IDX} <= free_symbols(e)]
     return bool(tiles) and not any(batch_symbol(0) in symbols for symbols in tiles)
-
-
-def _huge_factor(scale: float) -> float:
-    """The largest power of two that is at most one half and at most scale * log2(e)."""
-    return 2.0 ** min(-1, math.floor(math.log2(scale * math.log2(math.e))))
 
 
 def _lowest(score: Expr, scale: float) -> float:

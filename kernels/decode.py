@@ -25,7 +25,7 @@ def attention_split_kernel(
     outer_0, outer_1, outer_2, outer_3, packed_0, packed_1, packed_2, packed_3,
     q_len, kv_len, num_splits, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
+    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LARGE_SCORES: tl.constexpr, LOWEST: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr,
     FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, PACKED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -82,7 +82,7 @@ def attention_split_kernel(
     acc, row_sum, row_max, row_shift = visit(
         acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, full_start, full_end, end,
         draw, c0, c1, c2, c3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, SCORE_FULL,
-        FACTOR_MASKED, FACTOR_FULL, LOG2_SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
+        FACTOR_MASKED, FACTOR_FULL, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
         PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
     )  # fmt: skip
 
@@ -98,12 +98,12 @@ def attention_split_kernel(
             acc, row_sum, row_max, row_shift = visit_skipped(
                 acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, first, last,
                 draw, c0, c1, c2, c3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED,
-                FACTOR_MASKED, FILL_THRESHOLD, LOG2_SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE,
+                FACTOR_MASKED, FILL_THRESHOLD, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE,
                 PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
         _finish(
             acc, row_sum, row_max, row_shift, out_ptr, lse_ptr, out_strides, offs_row, rows, n0, n1, n2, n3, q_idx,
-            outer, packed, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, HUGE_FACTOR, LOWEST,
+            outer, packed, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, LOWEST,
             ZERO_EMPTY_ROWS, NORMALISED, SINK, ROW_FACTOR, ROW_KEPT, PACKED, VALUE_DIM,
         )  # fmt: skip
 
@@ -115,7 +115,7 @@ def attention_combine_kernel(
     outer_0, outer_1, outer_2, outer_3, packed_0, packed_1, packed_2, packed_3,
     q_len, kv_len, num_splits, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
+    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LARGE_SCORES: tl.constexpr, LOWEST: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr,
     ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, PACKED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -158,8 +158,8 @@ def attention_combine_kernel(
         split_acc = tl.load(acc_ptrs, mask=there[:, :, None], other=0.0)
         if NORMALISED:
             new_max = tl.maximum(row_max, tl.max(split_max, 0))
-            weight = _decay(split_max, new_max[None, :], LOG2_SCALE, HUGE_FACTOR)
-            correction = _decay(row_max, new_max, LOG2_SCALE, HUGE_FACTOR)
+            weight = _decay(split_max, new_max[None, :], LOG2_SCALE, LARGE_SCORES)
+            correction = _decay(row_max, new_max, LOG2_SCALE, LARGE_SCORES)
             row_sum = row_sum * correction + tl.sum(split_sum * weight, 0)
             acc = acc * correction[:, None] + tl.sum(split_acc * weight[:, :, None], 0)
             row_max = new_max
@@ -181,12 +181,12 @@ def attention_combine_kernel(
         acc, row_sum, row_max, row_shift = visit_skipped(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, first, last,
             draw, c0, c1, c2, c3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED,
-            FACTOR_MASKED, FILL_THRESHOLD, LOG2_SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE,
+            FACTOR_MASKED, FILL_THRESHOLD, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE,
             PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
     _finish(
         acc, row_sum, row_max, row_shift, out_ptr, lse_ptr, out_strides, offs_row, rows, n0, n1, n2, n3, q_idx,
-        outer, packed, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, HUGE_FACTOR, LOWEST,
+        outer, packed, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, LOWEST,
         ZERO_EMPTY_ROWS, NORMALISED, SINK, ROW_FACTOR, ROW_KEPT, PACKED, VALUE_DIM,
     )  # fmt: skip
 
@@ -194,7 +194,7 @@ def attention_combine_kernel(
 @triton.jit
 def _finish(
     acc, row_sum, row_max, row_shift, out_ptr, lse_ptr, out_strides, offs_row, rows, n0, n1, n2, n3, q_idx, outer,
-    packed, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr,
+    packed, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr,
     LOWEST: tl.constexpr, ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr,
     ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, PACKED: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -206,7 +206,7 @@ def _finish(
     out_ptrs = tile_pointers(out_matrix, q_idx, tl.arange(0, acc.shape[1]), out_strides)
     finish(
         acc, row_sum, row_max, row_shift, out_ptrs, lse_ptrs, offs_row < rows, n0, n1, n2, n3, q_idx, q_len, kv_len,
-        sizes, captured, captured_strides, LOG2_SCALE, HUGE_FACTOR, LOWEST, ZERO_EMPTY_ROWS, NORMALISED, SINK,
+        sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, LOWEST, ZERO_EMPTY_ROWS, NORMALISED, SINK,
         ROW_FACTOR, ROW_KEPT, VALUE_DIM,
     )  # fmt: skip
 
@@ -291,9 +291,9 @@ def _shift(score, LOG2_SCALE: tl.constexpr):
 
 
 @triton.jit
-def _decay(row_max, new_max, LOG2_SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr):
+def _decay(row_max, new_max, LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr):
     """What sums relative to `row_max` are multiplied by to be relative to `new_max`, as from tile to tile."""
-    if HUGE_FACTOR is not None:
+    if LARGE_SCORES:
         return tl.exp2((row_max - tl.where(new_max == float("-inf"), 0.0, new_max)) * LOG2_SCALE)
     else:
         subtracted = tl.where(new_max == float("-inf"), 0.0, _shift(new_max, LOG2_SCALE))

@@ -9,12 +9,9 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.philox import kept_scales
-from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, tile_pointers
+from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, product, tile_pointers
 
-# Below this a difference of one unit in the last place of a score is enough for a probability of exactly 0 or 1, and
-# multiplying by log2(e) could overflow.
-HUGE: tl.constexpr = tl.constexpr(-1e30)
-# Below this the roundings of a shift are no correction of a logarithm any more.
+# Below this a unit in the last place of a score is one or more, no correction of a logarithm.
 LARGE: tl.constexpr = tl.constexpr(-1e7)
 LOWEST_FLOAT32: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 # Queries that share a row of `ranges_ptr`; see `mask.MASK_BLOCK`.
@@ -30,7 +27,7 @@ def attention_forward_kernel(
     q_strides, k_strides, v_strides, out_strides, ranges_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
+    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LARGE_SCORES: tl.constexpr, LOWEST: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr, SHARED_BATCH: tl.constexpr,
     NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr,
     ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -97,14 +94,14 @@ def attention_forward_kernel(
     acc, row_sum, row_max, row_shift = visit(
         acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, full_start, full_end, end,
         draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, SCORE_FULL,
-        FACTOR_MASKED, FACTOR_FULL, LOG2_SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
+        FACTOR_MASKED, FACTOR_FULL, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
         PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
     )  # fmt: skip
     if FILL_THRESHOLD is not None:
         acc, row_sum, row_max, row_shift = visit_skipped(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, end,
             draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED,
-            FILL_THRESHOLD, LOG2_SCALE, HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
+            FILL_THRESHOLD, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
             PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
@@ -112,7 +109,7 @@ def attention_forward_kernel(
     out_ptrs = tile_pointers(batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), offs_q, offs_dv, out_strides)
     finish(
         acc, row_sum, row_max, row_shift, out_ptrs, lse_ptrs, offs_q < q_len, n0, n1, n2, n3, q_idx, q_len, kv_len,
-        sizes, captured, captured_strides, LOG2_SCALE, HUGE_FACTOR, LOWEST, ZERO_EMPTY_ROWS, NORMALISED, SINK,
+        sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, LOWEST, ZERO_EMPTY_ROWS, NORMALISED, SINK,
         ROW_FACTOR, ROW_KEPT, VALUE_DIM,
     )  # fmt: skip
 
@@ -140,7 +137,7 @@ def visit(
     acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, full_start, full_end, end,
     draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr,
-    LOG2_SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr,
+    LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr,
     KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +147,8 @@ def visit(
         acc, row_sum, row_max, row_shift = _attend(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw, n0, n1, n2, n3,
             q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_FULL, FACTOR_FULL, False, LOG2_SCALE,
-            HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
+            VALUE_DIM,
         )  # fmt: skip
 
     tiles_before = (full_start - start) // BLOCK_KV
@@ -160,7 +158,8 @@ def visit(
         acc, row_sum, row_max, row_shift = _attend(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw, n0, n1, n2, n3,
             q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED, True, LOG2_SCALE,
-            HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
+            VALUE_DIM,
         )  # fmt: skip
     return acc, row_sum, row_max, row_shift
 
@@ -170,7 +169,7 @@ def visit_skipped(
     acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, end,
     draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, FACTOR_MASKED: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LOG2_SCALE: tl.constexpr,
-    HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    LARGE_SCORES: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +185,8 @@ def visit_skipped(
         acc, row_sum, row_max, row_shift = _attend(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw, n0, n1, n2, n3,
             q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED, True, LOG2_SCALE,
-            HUGE_FACTOR, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
+            VALUE_DIM,
         )  # fmt: skip
     return acc, row_sum, row_max, row_shift
 
@@ -194,7 +194,7 @@ def visit_skipped(
 @triton.jit
 def finish(
     acc, row_sum, row_max, row_shift, out_ptrs, lse_ptrs, stored, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured,
-    captured_strides, LOG2_SCALE: tl.constexpr, HUGE_FACTOR: tl.constexpr, LOWEST: tl.constexpr,
+    captured_strides, LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr, LOWEST: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr, ROW_FACTOR: tl.constexpr,
     ROW_KEPT: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -204,28 +204,16 @@ def finish(
     """
     # Rows without any key.
     empty = row_sum == 0
-    if SINK is not None:
-        sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
-        if not ZERO_EMPTY_ROWS:
-            # What eager code multiplies by a weight of 0 is NaN already.
-            acc = tl.where(empty[:, None], float("nan"), acc)
-        acc, row_sum, row_shift, largest = _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE, LOWEST)
-    elif NORMALISED:
-        largest = row_shift * LN2
-        if HUGE_FACTOR is not None:
-            huge = _huge_row_max(row_max, LOG2_SCALE, LOWEST)
-            largest = tl.where(row_max > HUGE, largest, tl.where(empty, float("-inf"), huge))
-    else:
-        largest = row_sum
-    log_sum = row_sum
+    largest, log_sum = row_sum, row_sum
     if NORMALISED:
-        log_sum = tl.log(tl.where(row_sum == 0, 1.0, row_sum))
-        # What `largest` has lost of the shift by two roundings, which the backward pass makes again.
-        lost = row_shift - tl.fma(largest, LOG2_E, 0.0)
-        if HUGE_FACTOR is not None and SINK is None:
-            lost = tl.fma(row_max, tl.full(row_max.shape, LOG2_SCALE, acc.dtype), -tl.fma(largest, LOG2_E, 0.0))
-        lost *= LN2
-        log_sum += tl.where(largest > LARGE, lost, 0.0)
+        largest, lost = _largest_score(row_max, row_shift, LOG2_SCALE, LARGE_SCORES, LOWEST)
+        if SINK is not None:
+            sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
+            if not ZERO_EMPTY_ROWS:
+                # What eager code multiplies by a weight of 0 is NaN already.
+                acc = tl.where(empty[:, None], float("nan"), acc)
+            acc, row_sum, largest, lost = _with_sink(acc, row_sum, largest, lost, sink)
+        log_sum = tl.log(tl.where(row_sum == 0, 1.0, row_sum)) + lost * LN2
         if not ZERO_EMPTY_ROWS:
             log_sum = tl.where(empty, float("nan"), log_sum)
     tl.store(lse_ptrs, largest, mask=stored)
@@ -255,7 +243,7 @@ def _attend(
     acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw,
     n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, KEYS_END: tl.constexpr, LOG2_SCALE: tl.constexpr,
-    HUGE_FACTOR: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    LARGE_SCORES: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -272,7 +260,7 @@ def _attend(
     # [block_kv, block_d]
     k = load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     # [block_q, block_kv]
-    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
+    qk = product(q, tl.trans(k), PRECISION)
     score = SCORE(qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides)
     if KEYS_END:
         score = tl.where(kv_idx[None, :] < kv_len, score, float("-inf") if NORMALISED else 0.0)
@@ -282,7 +270,7 @@ def _attend(
         new_max = tl.maximum(row_max, tl.max(score, 1))
         new_shift = new_max * LOG2_SCALE
         # -inf minus -inf is NaN: a row without any key so far subtracts nothing.
-        if HUGE_FACTOR is not None:
+        if LARGE_SCORES:
             # The difference first: it is exact, where the rounding of a large product would be in the exponent.
             subtracted = tl.where(new_max == float("-inf"), 0.0, new_max)
             # [block_q, block_kv]
@@ -313,34 +301,39 @@ def _attend(
     # [block_q, block_dv]
     if PRECISION == "ieee" and v.dtype == tl.float32:
         # A sum a tile, then a sum over tiles: one chain through all keys rounds several times worse.
-        tile = tl.dot(p, v, input_precision=PRECISION, out_dtype=acc.dtype)
-        acc = tl.fma(acc, tl.broadcast_to(correction[:, None], acc.shape), tile)
+        acc = acc * correction[:, None] + product(p, v, PRECISION)
     else:
         acc = tl.dot(p.to(PROBS_DTYPE), v, acc * correction[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
     return acc, row_sum, new_max, new_shift
 
 
 @triton.jit
-def _huge_row_max(row_max, LOG2_SCALE: tl.constexpr, LOWEST: tl.constexpr):
-    """The largest score of rows whose base-2 logarithm would overflow."""
-    return tl.where(row_max <= LOWEST_FLOAT32, LOWEST, row_max * (LOG2_SCALE * LN2))
+def _largest_score(row_max, row_shift, LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr, LOWEST: tl.constexpr):
+    """(largest, lost): the largest score of rows, and what its rounding has lost of what exponents subtracted.
+
+    log2(e) largest + lost is the number subtracted, in base 2; where a unit in the last place of `largest` is no
+    correction, `lost` is 0, and the backward pass finds the score again as it is.
+    """
+    if LARGE_SCORES:
+        SCALE: tl.constexpr = LOG2_SCALE * LN2
+        lowest = tl.where(row_max == float("-inf"), row_max, LOWEST)
+        largest = tl.where(row_max <= LOWEST_FLOAT32, lowest, row_max * SCALE)
+        lost = tl.fma(row_max, tl.full(row_max.shape, SCALE, row_max.dtype), -largest) * LOG2_E
+    else:
+        largest = row_shift * LN2
+        lost = tl.fma(largest, tl.full(largest.shape, -LOG2_E, largest.dtype), row_shift)
+    return largest, tl.where(largest > LARGE, lost, 0.0)
 
 
 @triton.jit
-def _with_sink(acc, row_sum, row_max, row_shift, sink, LOG2_SCALE: tl.constexpr, LOWEST: tl.constexpr):
-    """acc, row_sum and row_shift after one more score without a value, and the largest score with it.
+def _with_sink(acc, row_sum, largest, lost, sink):
+    """What `_largest_score` and the sums of rows are after one more score without a value.
 
-    Scores of huge rows compare in units so large that they stay finite: their differences are 0 or decide alone.
+    Differences of scores first, so that equal ones differ by 0 however large they are.
     """
-    huge = tl.where(row_sum == 0, float("-inf"), _huge_row_max(row_max, LOG2_SCALE, LOWEST))
-    is_huge = row_max <= HUGE
-    row = tl.where(is_huge, huge * 0.5, row_shift)
-    unit = tl.where(is_huge, 0.5, 1 / LN2)
-    shift = tl.maximum(row, sink * unit)
-    subtracted = tl.where(shift == float("-inf"), 0.0, shift)
-    decay = tl.exp2(row - subtracted)
-    row_sum = row_sum * decay + tl.exp2(tl.fma(sink, unit, -subtracted))
-    largest = tl.where(is_huge, tl.maximum(huge, sink), shift * LN2)
-    # Where an ordinary sink decides over a huge row, its shift is the sink in the other unit.
-    shift = tl.where(is_huge, sink * (1 / LN2), shift)
-    return acc * decay[:, None], row_sum, shift, largest
+    decides = sink > largest
+    with_sink = tl.maximum(largest, sink)
+    subtracted = tl.where(with_sink == float("-inf"), 0.0, with_sink)
+    decay = tl.exp2((largest - subtracted) * LOG2_E + tl.where(decides, lost, 0.0))
+    row_sum = row_sum * decay + tl.exp2((sink - subtracted) * LOG2_E - tl.where(decides, 0.0, lost))
+    return acc * decay[:, None], row_sum, with_sink, tl.where(decides, 0.0, lost)

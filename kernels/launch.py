@@ -163,7 +163,7 @@ def constants(
         "KV_BOUNDS": program.kv_bounds,
         "LOG2_SCALE": program.scale * LOG2_E,
         "FILL_THRESHOLD": program.fill_threshold,
-        "HUGE_FACTOR": program.huge_factor,
+        "LARGE_SCORES": program.large_scores,
         "LOWEST": program.lowest,
         "ZERO_EMPTY_ROWS": spec.empty_row == "zero",
         "LONGEST_FIRST": program.longest_first,

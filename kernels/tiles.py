@@ -28,6 +28,16 @@ def tile_pointers(ptr, rows, columns, strides):
 
 
 @triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a b of [m, k] and [k, n], in float32, as a sum of its own.
+
+    A number added to a product would become the start of its sum, and one of -1e4 take the digits of every step; the
+    last option, which else concerns fp8 alone, forbids that.
+    """
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32, max_num_imprecise_acc=a.shape[1])
+
+
+@triton.jit
 def load_columns(ptrs, columns, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """Load a tile whose rows all exist, with zeros behind the last column."""
     if COLUMNS == BLOCK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ def source_of(
         else:
             signature[name] = ("i32",) * spec.num_sizes if name == "sizes" else "i32"
     return ASTSource(kernel, signature, constant, {path: [["tt.divisibility", 16]] for path in aligned})
+
+
+def accumulators(kernel: Any) -> list[str]:
+    """What each matrix product of a compiled kernel is added to."""
+    return re.findall(r"= tt\.dot %\w+, %\w+, (%\w+)", kernel.asm["ttir"])
 
 
 def assembler_report(ptx: str, arch: int, folder: Path) -> str:

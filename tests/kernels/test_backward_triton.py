@@ -129,6 +129,17 @@ def test_rows_without_a_key(fill: str, empty_row: str) -> None:
     assert dv.isnan().all() == (fill == "-inf" and empty_row == "nan")
 
 
+@pytest.mark.parametrize("scale", [0.125, 0.1])
+@pytest.mark.parametrize("fill", [-1e4, -1e6, -1e8, -1e9, -3e10, -1e20])
+def test_fills_of_any_size(fill: float, scale: float) -> None:
+    """A row's largest score comes back to the digit: a unit in its last place may be hundreds."""
+    keep = noise(40, 50) < 0.5
+    keep[3] = False
+    keep[5, :40] = False
+    for score in ("where(t0[q_idx, kv_idx], qk * {1}, {0})", "qk * {1} + where(t0[q_idx, kv_idx], 0.0, {0})"):
+        check(make_call(score.format(fill, scale), (1, 2, 40, 16), 50, captured=[keep]))
+
+
 @pytest.mark.parametrize("scale", [0.01, 1.0, 7.0])
 def test_additive_minimum(scale: float) -> None:
     check(make_call(f"qk * {scale} + where(kv_idx <= q_idx - 20, 0.0, {FP32_MIN!r})", (1, 1, 40, 16), 33))

@@ -135,22 +135,22 @@ def test_each_spec_has_its_own_file_and_names(monkeypatch: pytest.MonkeyPatch, t
 
 def test_properties_the_kernel_is_compiled_for() -> None:
     causal = load_program(make_spec("where(kv_idx <= q_idx, qk * 0.5, -inf)"))
-    assert (causal.scale, causal.fill_threshold, causal.huge_factor, causal.longest_first) == (0.5, None, None, True)
+    assert (causal.scale, causal.fill_threshold, causal.large_scores, causal.longest_first) == (0.5, None, False, True)
     filled = load_program(make_spec(f"where(kv_idx < q_idx, qk * 0.5, {MIN!r})"))
-    assert (filled.fill_threshold, filled.huge_factor, filled.lowest) == (MIN / 2, 0.5, MIN)
+    assert (filled.fill_threshold, filled.slack, filled.lowest) == (MIN / 2, 0.0, MIN)
     moderate = load_program(make_spec("where(kv_idx <= q_idx, qk * 0.5, -10000.0)"))
-    assert (moderate.fill_threshold, moderate.huge_factor) == (-20000.0 + 256.0, None)
+    assert (moderate.fill_threshold, moderate.slack) == (-20000.0 + 256.0, None)
 
 
 def test_a_huge_fill_is_minus_infinity_where_every_row_keeps_a_key() -> None:
     """Such a row gives a masked key probability 0 either way; a window needs to know that keys reach the last query."""
     causal = load_program(make_spec(f"qk * 0.5 + where(kv_idx <= q_idx, 0.0, {MIN!r})"))
-    assert (causal.fill_threshold, causal.huge_factor) == (None, None)
+    assert (causal.fill_threshold, causal.large_scores) == (None, False)
     assert 'tl.where((kv_idx <= q_idx), qk, float("-inf"))' in causal.path.read_text()
     window = make_spec(f"where((kv_idx <= q_idx) & (kv_idx > q_idx - 8), qk * 0.5, {MIN!r})")
     assert load_program(window).fill_threshold == MIN / 2
     known = load_program(window, fewer_queries=True)
-    assert (known.fill_threshold, known.huge_factor) == (None, None)
+    assert (known.fill_threshold, known.large_scores) == (None, False)
 
 
 def test_programs_for_ranges_leave_out_what_those_vouch_for() -> None:

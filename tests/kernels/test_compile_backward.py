@@ -18,7 +18,7 @@ from flashfuse.kernels.spec import AttentionSpec, parse
 
 triton = pytest.importorskip("triton")
 
-from compile_targets import DEVICES, assembler_report, source_of  # noqa: E402
+from compile_targets import DEVICES, accumulators, assembler_report, source_of  # noqa: E402
 
 from flashfuse.kernels import backward, backward_pairs  # noqa: E402
 from flashfuse.kernels import backward_variants as variants  # noqa: E402
@@ -34,6 +34,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 # Score text, captured element types, and the rank of each captured tensor.
 PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "plain": ("qk * 0.125", (), ()),
+    "added": ("qk * 0.125 + where(kv_idx <= q_idx, 0.0, -10000.0)", (), ()),
     "causal": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (), ()),
     "alibi": ("where(kv_idx <= q_idx, qk * 0.125 + to_float(kv_idx - q_idx) * t0[n1], -inf)", (FP32,), (1,)),
     "bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[0, n1, q_idx, kv_idx], -inf)", (BF16,), (4,)),
@@ -55,6 +56,7 @@ CASES = [
     ("sm100", "causal", 64, BF16),
     ("gfx942", "causal", 64, BF16),
     ("sm90", "causal", 64, FP32),
+    ("sm90", "added", 64, FP32),
     *((device, "dropout", dim, BF16) for device in ("sm80", "sm90", "sm100", "gfx942") for dim in (64, 128)),
 ]
 if os.environ.get("FLASHFUSE_FULL_TABLE") == "1":
@@ -93,6 +95,8 @@ def test_compiles_within_limits(
     source = source_of(KERNELS[name], spec, ranks, arguments, ranged, filled=True)
     kernel = triton.compile(source, target=target, options=options)
 
+    if dtype == FP32:
+        assert all(accumulator.startswith("%cst") for accumulator in accumulators(kernel)), "sums start at 0"
     assert kernel.metadata.shared <= limits.shared_bytes
     if limits.backend == "hip":
         return

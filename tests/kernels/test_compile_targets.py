@@ -16,7 +16,7 @@ from flashfuse.kernels.spec import AttentionSpec, parse
 
 triton = pytest.importorskip("triton")
 
-from compile_targets import DEVICES, assembler_report, source_of  # noqa: E402
+from compile_targets import DEVICES, accumulators, assembler_report, source_of  # noqa: E402
 
 from flashfuse.kernels.forward import attention_forward_kernel  # noqa: E402
 from flashfuse.kernels.launch import choose_launch, constants, shape_of  # noqa: E402
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(
 # Score text, captured element types, and the rank of each captured tensor.
 PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "plain": ("qk * 0.125", (), ()),
+    "added": ("qk * 0.125 + where(kv_idx <= q_idx, 0.0, -10000.0)", (), ()),
     "causal": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (), ()),
     "bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[0, n1, q_idx, kv_idx], -inf)", (torch.bfloat16,), (4,)),
     "rounded": ("qk * 0.125 + to_bfloat16(t0[n1] * to_float(kv_idx - q_idx))", (torch.float32,), (1,)),
@@ -64,6 +65,7 @@ CASES = [
     ("sm100", "causal", 128, BF16),
     ("gfx942", "bias", 128, BF16),
     ("sm90", "causal", 64, FP32),
+    ("sm90", "added", 64, FP32),
     *((device, "dropout", dim, BF16) for device in ("sm80", "sm90", "sm100", "gfx942") for dim in (64, 128)),
 ]
 if os.environ.get("FLASHFUSE_FULL_TABLE") == "1":
@@ -88,6 +90,8 @@ def test_compiles_within_limits(device: str, program: str, head_dim: int, dtype:
         source_of(attention_forward_kernel, spec, ranks, arguments, ranged), target=target, options=options
     )
 
+    if dtype == FP32:
+        assert all(accumulator.startswith("%cst") for accumulator in accumulators(kernel)), "sums start at 0"
     assert kernel.metadata.shared <= limits.shared_bytes
     if limits.backend == "hip":
         return
