@@ -153,6 +153,7 @@ def pairs_constants(
     assert MASK_BLOCK % launch.block_q == 0, "the rows of a tile share a row of kv_ranges"
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
+        "BY_DISTANCE": program.pair_terms[number].by_distance is not None,
         "PAIR_GRAD": program.pair_grads[number],
         "PAIR_SCALE": program.pair_terms[number].scale,
         "KV_BOUNDS": program.forward.kv_bounds,

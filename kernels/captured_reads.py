@@ -3,7 +3,7 @@
 The gradient of a read at (n.., i) or (n.., j) alone is a sum over keys, or over queries, which the kernel that passes
 over those forms; what is left is linear in the sequence and added to the tensor by torch. A read over queries and keys
 has an element of its own for each pair, or pairs share elements: tables of distances, look-ups. Only an element of the
-first kind has an owner that can write it without atomics.
+first kind has an owner that can write it without atomics; a read of distances is summed by distance first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 
 from flashfuse.kernels.derivative import Leaf, leaves
+from flashfuse.kernels.distances import by_distance
 from flashfuse.kernels.evaluate import Tile, affine, overlaps, position_symbols, strided
 from flashfuse.kernels.expr import Expr, Gather, Load, Product, free_symbols
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec
@@ -30,7 +31,7 @@ def unsupported(spec: AttentionSpec, needs: tuple[bool, ...]) -> tuple[int, ...]
     found = [
         read.tensor
         for read in _reads(spec.programs)
-        if isinstance(read.tensor, int) and needs[read.tensor] and is_of_pairs(read) and not _has_owner(spec, read)
+        if isinstance(read.tensor, int) and needs[read.tensor] and _is_shared(spec, read)
     ]
     return tuple(dict.fromkeys(found))
 
@@ -42,6 +43,11 @@ def _reads(programs: Iterable[Expr]) -> Iterable[Load | Gather]:
 def is_of_pairs(read: Leaf) -> bool:
     """Whether a read has elements of its own for pairs of a query and a key."""
     return free_symbols(read) >= PAIR
+
+
+def _is_shared(spec: AttentionSpec, read: Load | Gather) -> bool:
+    """Whether pairs share elements of a tensor, and not all pairs that are equally far apart."""
+    return is_of_pairs(read) and by_distance(read) is None and not _has_owner(spec, read)
 
 
 def _has_owner(spec: AttentionSpec, read: Load | Gather) -> bool:

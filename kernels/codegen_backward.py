@@ -19,6 +19,7 @@ from flashfuse.kernels.captured_reads import is_of_pairs
 from flashfuse.kernels.codegen import ScoreProgram, bounds_body, load_program
 from flashfuse.kernels.codegen_derivative import DerivativeProgram, load_derivatives
 from flashfuse.kernels.derivative import Leaf, derivative, leaves
+from flashfuse.kernels.distances import by_distance
 from flashfuse.kernels.expr import Expr, Gather, Load, free_symbols
 from flashfuse.kernels.mask import kernel_spec, mask_of
 from flashfuse.kernels.modules import finished, load_module
@@ -46,6 +47,11 @@ class Term:
     @property
     def is_of_pairs(self) -> bool:
         return self.read is not None and is_of_pairs(self.read)
+
+    @property
+    def by_distance(self) -> Load | Gather | None:
+        """The read over `DISTANCE`, where pairs that are equally far apart share an element."""
+        return by_distance(self.read) if self.read is not None and self.is_of_pairs else None
 
     @property
     def is_of_keys(self) -> bool:

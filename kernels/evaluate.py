@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
+from flashfuse.kernels.distances import DISTANCE, by_distance
 from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, batch_symbol, size_symbol
@@ -195,25 +196,17 @@ def diagonals(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | No
 
     The tile's last two axes are [queries, keys]. None where the load is no function of that difference.
     """
-    *outer, (query, queries), (key, keys) = tile.axes
+    *outer, (query, queries), (_, keys) = tile.axes
     if not queries or not keys:
         return None
-    indices = _of_distance(load.indices, query, key)
-    if indices is None:
+    read = by_distance(load)
+    if read is None:
         return None
+    assert isinstance(read, Load)
     distances = range(keys[0] - queries[-1], keys[-1] - queries[0] + 1)
-    over = replace(tile, axes=(*outer, (query, range(1)), (key, distances)))
-    row = strided(tensor, replace(load, indices=indices), over)
+    over = replace(tile, axes=(*outer, (query, range(1)), (DISTANCE, distances)))
+    row = strided(tensor, read, over)
     return row if row is not None and row.shape[-1] == len(distances) else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _of_distance(
-    indices: tuple[sympy.Expr, ...], query: sympy.Symbol, key: sympy.Symbol
-) -> tuple[sympy.Expr, ...] | None:
-    """The indices with `key` for key - query, where they hold nothing else of the two."""
-    found = tuple(sympy.expand(index.xreplace({key: key + query})) for index in indices)
-    return None if any(query in index.free_symbols for index in found) else found
 
 
 def _summed_along_diagonals(values: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.captured_grad import CapturedGradients
 from flashfuse.kernels.captured_reads import unsupported
 from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
+from flashfuse.kernels.distances import DistanceSums
 from flashfuse.kernels.launch import choose_launch, device_of, padded, shape_of
 from flashfuse.kernels.prepared import KernelLaunch, strides_of
 from flashfuse.kernels.query_ranges import query_ranges
@@ -73,7 +74,7 @@ def attention_backward(
         return attention_backward_tiled(call, grad_out, out, lse, needs)
     program = load_backward(spec, by_slot, call.kv_ranges is not None, call.q_len <= call.kv_len)
     gradients = CapturedGradients(call, program, by_slot)
-    targets = gradients.pair_targets()
+    targets = gradients.pair_targets(launch.pairs)
     if targets is None:
         return attention_backward_tiled(call, grad_out, out, lse, needs)
     with torch.cuda.device_of(call.q):
@@ -92,7 +93,7 @@ class _Backward:
     gradients: CapturedGradients
     launch: BackwardLaunch
 
-    def run(self, wanted: Sequence[int], targets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def run(self, wanted: Sequence[int], targets: Sequence[torch.Tensor | DistanceSums]) -> list[torch.Tensor]:
         rows = self._rows()
         found: dict[int, torch.Tensor] = {}
         if 0 in wanted or self.program.row_terms:
@@ -100,7 +101,7 @@ class _Backward:
         if 1 in wanted or 2 in wanted or self.program.key_terms:
             found |= self._keys(rows, 1 in wanted, 2 in wanted)
         for i, (term, target) in enumerate(zip(self.program.pair_terms, targets, strict=True)):
-            self._pairs(rows, i, target)
+            self._pairs(rows, i, target.tiles if isinstance(target, DistanceSums) else target)
             self.gradients.add_pair(term, target)
         return [found[at] if at < 3 else self.gradients.result(at - 3) for at in wanted]
 
@@ -197,8 +198,8 @@ class _Backward:
             *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, self.call.kv_ranges, target),
             *_padded(owned), *_padded(_loop(self.call.batch, owned)), *self._program_arguments,
         )  # fmt: skip
-        tiles_of_pairs = -(-self.call.q_len // tiles.block_q) * -(-self.call.kv_len // tiles.block_kv)
-        programs = math.prod(owned) * tiles_of_pairs
+        row_tiles, column_tiles = -(-target.shape[-2] // tiles.block_q), -(-target.shape[-1] // tiles.block_kv)
+        programs = math.prod(owned) * row_tiles * column_tiles
         launched((KernelLaunch(attention_pairs_backward_kernel, programs, variant),), arguments)
 
     @property
