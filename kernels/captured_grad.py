@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,9 @@ from flashfuse.kernels.evaluate import Tile, evaluate, scatter_add, size_values
 from flashfuse.kernels.expr import Expr, Gather, Load, free_symbols
 from flashfuse.kernels.launch import Launch
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, batch_symbol
+
+# From so many programs on, one for each distance of tiles, batch positions that share distances are passed over.
+ENOUGH_PROGRAMS = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +63,11 @@ class CapturedGradients:
         """Sums by distance for a read over `DISTANCE`."""
         call, symbols = self.call, free_symbols(read)
         owned = [size if batch_symbol(axis) in symbols else 1 for axis, size in enumerate(call.batch)]
+        apart = -(-call.q_len // tiles.block_kv) + -(-call.kv_len // tiles.block_kv)
+        for axis in reversed(range(len(owned))):
+            if math.prod(owned) * apart >= ENOUGH_PROGRAMS:
+                break
+            owned[axis] = call.batch[axis]
         return DistanceSums.zeros(owned, call.q_len, call.kv_len, tiles.block_q, tiles.block_kv, call.device)
 
     def add_pair(self, term: Term, target: torch.Tensor | DistanceSums) -> None:

@@ -9,8 +9,10 @@ first kind has an owner that can write it without atomics; a read of distances i
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
 
+import sympy
 import torch
 
 from flashfuse.kernels.derivative import Leaf, leaves
@@ -51,15 +53,14 @@ def _is_shared(spec: AttentionSpec, read: Load | Gather) -> bool:
 
 
 def _has_owner(spec: AttentionSpec, read: Load | Gather) -> bool:
-    """Whether every position of the tensor is read at one position at most, as far as the indices alone say."""
+    """Whether every position of the tensor is read by one pair at most, as far as the indices alone say."""
     if isinstance(read, Gather):
         return False
-    symbols = position_symbols(spec)
-    for index in read.indices:
-        form = affine(index, symbols)
-        if form is None or len(index.free_symbols & PAIR) == 2 or any(c.is_negative for c in form[1:]):
-            return False
-    return all(sum(s in index.free_symbols for index in read.indices) == 1 for s in PAIR)
+    forms = [affine(index, position_symbols(spec)) for index in read.indices]
+    known = [form[-2:] for form in forms if form is not None]
+    # Two indices that tell both positions.
+    told = (sympy.expand(a * d - b * c) != 0 for (a, b), (c, d) in itertools.combinations(known, 2))
+    return len(known) == len(forms) and any(told)
 
 
 def owned_view(tensor: torch.Tensor, read: Load, tile: Tile) -> torch.Tensor | None:

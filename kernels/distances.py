@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from flashfuse.kernels.expr import Expr, Gather, Index, Load, free_symbols, sympify
-from flashfuse.kernels.normal import index, rewrite
+from flashfuse.kernels.expr import Expr, Gather, Index, Load, Pointwise, free_symbols, sympify
+from flashfuse.kernels.normal import index, pointwise, rewrite
+from flashfuse.kernels.predicate import NEGATED
 from flashfuse.kernels.spec import KV_IDX, Q_IDX
 
 # kv_idx - q_idx, of either sign.
@@ -35,7 +36,9 @@ def _moved(e: Expr) -> Expr | None:
         case Load():
             return replace(e, indices=tuple(_apart(sympify(i)) for i in e.indices))
         case Index():
-            return index(_apart(e.value))
+            return replace(e, value=_apart(e.value))
+        case Pointwise(op=op, args=(Index() as left, Index() as right)) if op in NEGATED:
+            return pointwise(op, index(sympy.expand(left.value - right.value)), index(0))
     return None
 
 

@@ -245,16 +245,18 @@ def strided(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None
         if form is None:
             return None
         constant, *coefficients = (int(evaluate_index(part, tile.sizes)) for part in form)
-        first = last = constant
+        first = last = start = constant
         for axis, (coefficient, (_, positions)) in enumerate(zip(coefficients, tile.axes, strict=True)):
-            if not positions or (coefficient < 0 and stride != 0):
+            if not positions:
                 return None
-            first += coefficient * positions[0 if coefficient >= 0 else -1]
-            last += coefficient * positions[-1 if coefficient >= 0 else 0]
+            ends = coefficient * positions[0], coefficient * positions[-1]
+            first, last, start = first + min(ends), last + max(ends), start + ends[0]
             strides[axis] += coefficient * stride
         if first < 0 or last >= extent:
             return None
-        offset += first * stride
+        offset += start * stride
+    if any(stride < 0 for stride in strides):
+        return None
     shape = [len(positions) if stride else 1 for stride, (_, positions) in zip(strides, tile.axes, strict=True)]
     return tensor.as_strided(shape, strides, offset)
 

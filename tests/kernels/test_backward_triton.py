@@ -1,41 +1,21 @@
-"""The Triton backward kernels at small odd sizes: on a GPU where there is one, otherwise in Triton's interpreter.
+"""The Triton backward kernels at small odd sizes, see `triton_backward`."""
 
-The interpreter is chosen when triton is imported, so without a GPU these tests run in a process of their own, which
-test_interpreter.py starts.
-"""
-
-import functools
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Call, make_call
-from gradient_cases import Gradients, check_gradients, differentiable, grad_out
+from attention_cases import make_call
+from gradient_cases import grad_out
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from flashfuse.kernels.backward_variants import BackwardLaunch  # noqa: E402
-from flashfuse.kernels.captured_reads import unsupported  # noqa: E402
-from flashfuse.kernels.launch import Launch, attention_forward  # noqa: E402
-from flashfuse.kernels.launch_backward import attention_backward  # noqa: E402
-from flashfuse.kernels.ranges import mask_ranges, ranges_program  # noqa: E402
+from triton_backward import RUNS, backward, check, check_ranged, noise
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs a GPU or TRITON_INTERPRET=1; test_interpreter.py runs them",
-)
+pytestmark = RUNS
 
 FP32_MIN = torch.finfo(torch.float32).min
 CAUSAL = "where(kv_idx <= q_idx, qk * 0.3, -inf)"
-# Tiles so small that small tensors have many, and of different sizes.
-SMALL = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=2)
-WIDE, TALL = replace(SMALL, block_kv=32), replace(SMALL, block_q=32)
-TILES = BackwardLaunch(keys=WIDE, queries=TALL, pairs=SMALL)
-LARGE = Launch(block_q=64, block_kv=64, num_warps=4, num_stages=1)
-LARGE_TILES = BackwardLaunch(keys=replace(LARGE, block_kv=32), queries=LARGE, pairs=LARGE)
 
 
 @pytest.fixture(autouse=True)
@@ -44,41 +24,6 @@ def _nan_filled_outputs() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def backward(
-    call: Call,
-    grad: torch.Tensor,
-    wanted: Sequence[int],
-    kv_ranges: torch.Tensor | None = None,
-    tiles: BackwardLaunch = TILES,
-) -> Gradients:
-    needs = [at in wanted for at in differentiable(call)]
-    call = replace(call, kv_ranges=kv_ranges).to(DEVICE)
-    out, lse = attention_forward(call, SMALL if kv_ranges is None else LARGE)
-    return attention_backward(call, grad.to(DEVICE), out, lse, needs, tiles)
-
-
-def check(call: Call, wanted: Sequence[int] | None = None) -> Gradients:
-    """The gradient of a few numbers is held to the rule over several gradients of the output."""
-    draws = 12 if any(c.numel() <= H for c in call.captured) else 1
-    return check_gradients(call, backward, wanted, draws)
-
-
-def check_ranged(call: Call) -> torch.Tensor:
-    """With the ranges that a compiled graph would compute; returns them."""
-    q_len, kv_len, rank = call.q.shape[-2], call.k.shape[-2], call.spec.batch_axes
-    program = ranges_program(call.spec, call.sizes[:rank], kv_len)
-    assert program is not None
-    captured = [call.captured[slot] for slot in program.captured]
-    batch = [size if axis in program.batch else 1 for axis, size in enumerate(call.sizes[:rank])]
-    ranges = mask_ranges(captured, batch, rank, q_len, kv_len, program.needed, program.idle)
-    check_gradients(call, lambda *arguments: backward(*arguments, kv_ranges=ranges))
-    return ranges
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 B, H, S, KV_LEN = 2, 2, 41, 35
@@ -101,6 +46,8 @@ PROGRAMS = {
     "shared-bias": ("where(kv_idx <= q_idx, (qk + t0[q_idx, kv_idx]) * 0.3, -inf)", [noise(S, KV_LEN)]),
     "wide-bias": ("qk + t0[n0, q_idx + 3, kv_idx + 2]", [noise(B, 50, 60)]),
     "transposed-bias": ("qk + t0[kv_idx, q_idx]", [noise(KV_LEN, S)]),
+    "shifted": ("qk + t0[n1, q_idx, kv_idx - q_idx + 40]", [noise(H, S, S + KV_LEN - 1)]),
+    "sheared": ("qk + t0[q_idx + kv_idx, kv_idx]", [noise(S + KV_LEN - 1, KV_LEN)]),
     "head-innermost": ("qk + t0[q_idx, kv_idx, n1]", [noise(S, KV_LEN, H)]),
     "two-biases": ("qk + t0[n1, q_idx, kv_idx] + t1[n0, q_idx, kv_idx]", [noise(H, S, KV_LEN), noise(B, S, KV_LEN)]),
     "bias-twice": ("qk + t0[n1, q_idx, kv_idx] * t0[n1, 0, 0]", [noise(H, S, KV_LEN)]),
@@ -311,99 +258,6 @@ def test_ranges(name: str) -> None:
     score, captured = RANGED[name]
     ranges = check_ranged(make_call(score, (B, 4 if name == "added" else 1, TQ, 16), TKV, captured=captured))
     assert (ranges[..., 3] < TKV).any() or (ranges[..., 0] > 0).any(), "nothing is skipped"
-
-
-BUCKET = "where(abs(kv_idx - q_idx) < 4, abs(kv_idx - q_idx), where(abs(kv_idx - q_idx) < 12, 4, 5))"
-BUCKETED = f"t0[{BUCKET} + where(kv_idx < q_idx, 6, 0), n1]"
-SPAN = S + KV_LEN - 1
-TABLE = noise(H, SPAN)
-BUCKETS = noise(12, H)
-APART = f"kv_idx - q_idx + {S - 1}"
-BACK = f"q_idx - kv_idx + {KV_LEN - 1}"
-DISTANCES = {
-    "heads": (f"qk * 0.3 + t0[n1, {APART}]", [TABLE]),
-    "one": (f"qk * 0.3 + t0[{APART}]", [TABLE[0]]),
-    "batch": (f"qk * 0.3 + t0[n0, n1, {APART}]", [noise(B, H, SPAN)]),
-    "outer-batch": (f"qk * 0.3 + t0[n0, {APART}]", [noise(B, SPAN)]),
-    "backwards": (f"qk * 0.3 + t0[{BACK}, n1]", [TABLE.T.contiguous()]),
-    "lengths": ("qk * 0.3 + t0[n1, kv_idx - q_idx + (q_len - 1)]", [TABLE]),
-    "scaled": (f"(qk + t0[n1, {APART}]) * 0.3", [TABLE]),
-    "factors": (f"qk * exp(t0[n1, {APART}] * 0.5)", [TABLE]),
-    "halved": ("qk + t0[(kv_idx - q_idx + 50) // 2, n1]", [noise(60, H)]),
-    "clipped": ("qk + t0[n1, min(max(kv_idx - q_idx, -6), 9) + 6]", [noise(H, 16)]),
-    "bucketed": (f"qk * 0.3 + {BUCKETED}", [BUCKETS]),
-    "look-up": (f"qk * 0.3 + t0[t1[{APART}], n1]", [noise(5, H), torch.arange(SPAN) % 4]),
-    "two-reads": (f"qk + t0[n1, {APART}] * t0[n1, {BACK}]", [TABLE]),
-    "table-and-bias": (f"qk + t0[n1, {APART}] + t1[q_idx, kv_idx]", [TABLE, noise(S, KV_LEN)]),
-    "causal": (f"where(kv_idx <= q_idx, qk * 0.3 + t0[n1, {APART}], -inf)", [TABLE]),
-    "causal-bucketed": (f"where(kv_idx <= q_idx, qk * 0.3 + {BUCKETED}, -inf)", [BUCKETS]),
-    "window": (f"where((kv_idx <= q_idx) & (kv_idx > q_idx - 9), qk * 0.3 + t0[n1, {APART}], -inf)", [TABLE]),
-    "ahead": (f"where(kv_idx >= q_idx + 3, qk * 0.3 + t0[n1, {APART}], {FP32_MIN!r})", [TABLE]),
-    "one-sided": ("where(kv_idx <= q_idx, qk * 0.3 + t0[n1, q_idx - kv_idx], -inf)", [noise(H, S)]),
-    "filled": (f"where(kv_idx <= q_idx - 20, qk * 0.3, -10000.0) + t0[n1, {APART}]", [TABLE]),
-    "softcap": (f"tanh((qk + t0[n1, {APART}]) * 0.1) * 5.0", [TABLE]),
-}
-
-
-def needs_no_torch(call: Call) -> bool:
-    return not unsupported(call.spec, tuple(c.is_floating_point() for c in call.captured))
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_distances(name: str) -> None:
-    """Pairs that are equally far apart share an element: such gradients used to be computed in torch."""
-    score, captured = DISTANCES[name]
-    call = make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured)
-    assert needs_no_torch(call)
-    check(call)
-
-
-@pytest.mark.parametrize("name", ["heads", "causal", "bucketed", "causal-bucketed", "clipped"])
-def test_distances_in_half_precision(name: str) -> None:
-    score, captured = DISTANCES[name]
-    check(make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured, dtype=torch.float16))
-
-
-@pytest.mark.parametrize(
-    ("q_len", "kv_len"), [(1, 1), (1, 40), (40, 1), (16, 16), (33, 7), (7, 50), (100, 31), (31, 100)]
-)
-@pytest.mark.parametrize("tiles", [SMALL, TALL], ids=["square", "tall"])
-@pytest.mark.parametrize("mask", ["True", "kv_idx <= q_idx + (kv_len - q_len)"])
-def test_distances_of_any_lengths(mask: str, tiles: Launch, q_len: int, kv_len: int) -> None:
-    score = f"where({mask}, qk * 0.3 + t0[n1, kv_idx - q_idx + (q_len - 1)], -inf)"
-    call = make_call(score, (B, H, q_len, 16), kv_len, captured=[noise(H, q_len + kv_len - 1)], sink="0.5")
-    check_gradients(call, functools.partial(backward, tiles=replace(TILES, pairs=tiles)))
-
-
-def test_distances_and_grouped_heads() -> None:
-    score = f"qk * 0.3 + t0[n1 * 2 + n2, {APART}]"
-    check(make_call(score, (B, H, 2, S, 16), KV_LEN, k_batch=(B, H, 1), captured=[noise(2 * H, SPAN)]))
-
-
-@pytest.mark.parametrize("name", ["heads", "causal", "bucketed"])
-def test_distances_and_dropout(name: str) -> None:
-    score, captured = DISTANCES[name]
-    check(make_call(score, (B, H, S, 20), KV_LEN, captured=captured, dropout=0.2))
-
-
-@pytest.mark.parametrize("normaliser", ["softmax", "none"])
-def test_distances_in_a_factor(normaliser: str) -> None:
-    score = CAUSAL if normaliser == "softmax" else "sigmoid(qk * 0.3)"
-    call = make_call(score, (B, H, S, 20), KV_LEN, factor=f"t0[n1, {APART}]", captured=[TABLE], normaliser=normaliser)
-    assert needs_no_torch(call)
-    check(call)
-
-
-def test_distances_beside_a_sink() -> None:
-    score = f"where(kv_idx <= q_idx, qk * 0.3 + t0[n1, {APART}], -inf)"
-    check(make_call(score, (B, H, S, 20), KV_LEN, sink="t1[n1]", captured=[TABLE, noise(H)], empty_row="zero"))
-
-
-def test_distances_and_ranges() -> None:
-    """A mask that depends on data leaves out pairs of tiles at any distance."""
-    score = f"where(t0[n0, kv_idx], qk * 0.3 + t1[kv_idx - q_idx + {TQ - 1}], {FP32_MIN!r})"
-    ranges = check_ranged(make_call(score, (B, 1, TQ, 16), TKV, captured=[KEEP, noise(TQ + TKV - 1)]))
-    assert (ranges[..., 3] < TKV).any()
 
 
 def test_what_is_wanted_alone() -> None:
