@@ -64,8 +64,8 @@ class DistanceSums:
         owned: Sequence[int], q_len: int, kv_len: int, block_q: int, block_kv: int, device: torch.device
     ) -> DistanceSums:
         """Of tiles [block_q, block_kv], whose starts are multiples of block_kv apart."""
-        assert block_q % block_kv == 0, "key tiles have the starts of query tiles"
         q_tiles, kv_tiles = -(-q_len // block_q), -(-kv_len // block_kv)
+        assert q_tiles == 1 or block_q % block_kv == 0, "where a query tile starts, a key tile does"
         columns = (q_tiles - 1) * block_q + kv_tiles * block_kv
         shape = (*owned, block_q, columns + block_q - 1)
         return DistanceSums(torch.zeros(shape, dtype=torch.float32, device=device), q_len, kv_len)

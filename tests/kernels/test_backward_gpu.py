@@ -37,7 +37,7 @@ def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int]) -> Gradients
     return attention_backward(call, grad, *attention_forward(call), needs)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients that are left to torch would pass without one."""
     monkeypatch.setattr(launch_backward, "attention_backward_tiled", None)
@@ -102,6 +102,7 @@ PROGRAMS: dict[str, tuple[str, list[torch.Tensor]]] = {
 
 
 @TYPES
+@pytest.mark.usefixtures("_by_the_kernels")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str, dtype: torch.dtype) -> None:
     score, captured = PROGRAMS[name]
@@ -149,6 +150,7 @@ def test_strided_layouts(dtype: torch.dtype) -> None:
 
 
 @TYPES
+@pytest.mark.usefixtures("_by_the_kernels")
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256, 512])
 def test_distances_at_head_dims(head_dim: int, dtype: torch.dtype) -> None:
     """A table shared over the batch, in the tiles of each row of the launch table, with dropout."""
@@ -156,6 +158,7 @@ def test_distances_at_head_dims(head_dim: int, dtype: torch.dtype) -> None:
     check(make_call(score, (3, 2, 203, head_dim), 331, captured=[noise(2, 533)], dropout=0.1, dtype=dtype))
 
 
+@pytest.mark.usefixtures("_by_the_kernels")
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1000), (17, 3), (129, 127), (1025, 2049)])
 def test_distances_of_any_lengths(q_len: int, kv_len: int) -> None:
     score = "qk * 0.125 + t0[n1, kv_idx - q_idx + (q_len - 1)]"
@@ -170,6 +173,7 @@ LONG = {
 }
 
 
+@pytest.mark.usefixtures("_by_the_kernels")
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", LONG)
 def test_long_sequence_is_deterministic(name: str, head_dim: int) -> None:
@@ -193,6 +197,7 @@ def test_inside_a_cuda_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
+@pytest.mark.usefixtures("_by_the_kernels")
 @pytest.mark.parametrize("table", [False, True])
 def test_memory_is_linear_in_the_sequence(table: bool) -> None:
     """Beside the gradients, numbers of rows only, and a tile for each distance of tiles where a table has them."""

@@ -14,7 +14,7 @@ from recorded import operator_calls
 
 pytest.importorskip("triton")
 
-from triton_backward import RUNS, SMALL, TALL, TILES, backward, check, check_ranged, noise
+from triton_backward import RUNS, SMALL, TALL, TILES, WIDE, backward, check, check_ranged, noise
 
 from flashfuse.kernels import captured_grad, launch_backward
 from flashfuse.kernels.launch import Launch
@@ -87,14 +87,16 @@ def test_half_precision(name: str) -> None:
 
 
 LENGTHS = [(1, 40), (40, 1), (16, 16), (33, 7), (31, 70)]
+BOTTOM_RIGHT = "kv_idx <= q_idx + (kv_len - q_len)"
 
 
-@pytest.mark.parametrize(("q_len", "kv_len"), LENGTHS)
 @pytest.mark.parametrize(
-    ("mask", "tiles"), [("True", SMALL), ("kv_idx <= q_idx + (kv_len - q_len)", TALL)], ids=["full", "causal"]
+    ("mask", "tiles", "q_len", "kv_len"),
+    [(*run, *lengths) for run in (("True", SMALL), (BOTTOM_RIGHT, TALL)) for lengths in LENGTHS]
+    + [("True", WIDE, 1, 40), (BOTTOM_RIGHT, WIDE, 16, 50)],
 )
 def test_lengths(mask: str, tiles: Launch, q_len: int, kv_len: int) -> None:
-    """Also tiles with fewer keys than queries, whose starts are apart by other numbers than whole query tiles."""
+    """Also tiles with fewer keys than queries, as many programs for a query tile, and with more keys than queries."""
     score = f"where({mask}, qk * 0.3 + t0[n1, kv_idx - q_idx + (q_len - 1)], -inf)"
     call = make_call(score, (B, H, q_len, 16), kv_len, captured=[noise(H, q_len + kv_len - 1)], sink="0.5")
     check_gradients(call, functools.partial(backward, tiles=replace(TILES, pairs=tiles)))
