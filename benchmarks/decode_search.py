@@ -178,7 +178,8 @@ def shown(point: Point, own: Choice, times: Mapping[Choice, float], rate: Callab
     best = ranked(times)[:SHOWN]
     table = f"{times[own]:.1f} us, {times[own] / times[best[0]]:.2f} x best" if own in times else "failed"
     further = ", ".join(f"{choice} {times[choice]:.1f}" for choice in best[1:])
-    return f"{point!s:24}table {own} {table}; best {best[0]} {times[best[0]]:.1f} us ({rate(times[best[0]])}); then {further}"
+    first = f"{best[0]} {times[best[0]]:.1f} us ({rate(times[best[0]])})"
+    return f"{point!s:24}table {own} {table}; best {first}; then {further}"
 
 
 def losses(results: Mapping[Point, Mapping[Choice, float]]) -> dict[Launch, float]:

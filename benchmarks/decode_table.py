@@ -14,8 +14,8 @@ from benchmarks.table import Row, number
 class DecodeRow(Row):
     """ms, launched_ms: of a call in a CUDA graph and launched one by one.
 
-    read: the share of the keys that a peer has to read. kv_bytes: of all keys and values. sets: how many take turns. splits: of the keys, in flash-decoding kernels.
-    best_read: bytes a second that the device reads at best.
+    read: the share of the keys that a peer has to read. kv_bytes: of all keys and values. sets: how many take
+    turns. splits: of the keys, in flash-decoding kernels. best_read: bytes a second that the device reads at best.
     """
 
     launched_ms: dict[str, float] = field(default_factory=dict)
