@@ -28,7 +28,8 @@ import torch
 import flashfuse
 from benchmarks import decode_search
 from benchmarks.bandwidth import best_read
-from benchmarks.decode_cases import FULL, PEERS, QUICK, QUICK_PEERS, TINY, Code, Operands, Peer, Plan, Point, call_at
+from benchmarks.decode_cases import FULL, QUICK, TINY, Operands, Plan, Point
+from benchmarks.decode_peers import PEERS, QUICK_PEERS, Code, Peer, call_at
 from benchmarks.decode_search import chosen
 from benchmarks.decode_table import DecodeRow, markdown, show
 from benchmarks.measure import graphed, measure_cold, require_cuda, versions, why
@@ -53,14 +54,14 @@ Sweep = Callable[[], list[torch.Tensor]]
 class Truth:
     """What a point's peers are to compute of the sampled heads."""
 
-    def __init__(self, x: Operands, device: str) -> None:
-        self.x, self.device = x, device
+    def __init__(self, x: Operands) -> None:
+        self.x = x
         self._of_code: dict[Code, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def of(self, peer: Peer) -> tuple[torch.Tensor, torch.Tensor]:
         """The result of the peer's code, in its own type and in float64."""
         if peer.code not in self._of_code:
-            inputs = (*self.x.sample(), *peer.extras(self.x.point, self.device))
+            inputs = (*self.x.sample(), *peer.extras(self.x))
             self._of_code[peer.code] = peer.code(*inputs), exact(peer.code, inputs)
         return self._of_code[peer.code]
 
@@ -80,19 +81,19 @@ class Truth:
         return None
 
 
-def sweep_of(peer: Peer, x: Operands, device: str) -> Sweep:
+def sweep_of(peer: Peer, x: Operands) -> Sweep:
     """One call for each set."""
-    function = peer.make(x.point, device)
+    function = peer.make(x)
     return lambda: [function(*tensors) for tensors in x.sets]
 
 
-def checked(row: DecodeRow, x: Operands, peers: Mapping[str, Peer], truth: Truth) -> dict[str, Sweep]:
+def checked(row: DecodeRow, peers: Mapping[str, Peer], truth: Truth) -> dict[str, Sweep]:
     """The sweeps whose results are right; errors and what went wrong are noted in the row."""
     right: dict[str, Sweep] = {}
     for name, peer in peers.items():
         before = len(flashfuse.reports())
         try:
-            sweep = sweep_of(peer, x, truth.device)
+            sweep = sweep_of(peer, truth.x)
             problem = truth.mistake(row, name, peer, sweep())
             for report in flashfuse.reports()[before:]:
                 report.assert_fused(sites=1)
@@ -101,7 +102,7 @@ def checked(row: DecodeRow, x: Operands, peers: Mapping[str, Peer], truth: Truth
         row.read[name] = peer.read
         if problem:
             row.notes[name] = problem
-            free(truth.device)
+            free(truth.x.device.type)
         else:
             right[name] = sweep
     return right
@@ -109,7 +110,7 @@ def checked(row: DecodeRow, x: Operands, peers: Mapping[str, Peer], truth: Truth
 
 def captured(row: DecodeRow, sweeps: Mapping[str, Sweep], peers: Mapping[str, Peer], truth: Truth) -> dict[str, Sweep]:
     """The sweeps as CUDA graphs that are right when replayed; on a CPU as they are."""
-    if truth.device == "cpu":
+    if truth.x.device.type == "cpu":
         return dict(sweeps)
     pool = torch.cuda.graph_pool_handle()
     graphs: dict[str, Sweep] = {}
@@ -140,8 +141,8 @@ def compare(
         row.notes["all"] = "its keys and values do not fit the device"
         return row
     x = Operands.make(point, plan, device)
-    truth = Truth(x, device)
-    right = checked(row, x, peers, truth)
+    truth = Truth(x)
+    right = checked(row, peers, truth)
     ms = medians(captured(row, right, peers, truth), sets, device)
     free(device)
     launched_ms = medians(right, sets, device) if launched else {}

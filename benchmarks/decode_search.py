@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.decode_cases import FULL, TINY, Operands, Plan, Point, call_at, plain
+from benchmarks.decode_cases import FULL, TINY, Operands, Plan, Point
+from benchmarks.decode_peers import call_at, plain
 from benchmarks.measure import graphed, measure_cold, why
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.launch import Launch, device_index, device_of, shape_of
@@ -48,6 +50,7 @@ TILES_TRIED = tuple(
     for block_kv, depths in ((32, (3, 4, 5)), (64, (2, 3, 4, 5)), (128, (2, 3)))
     for warps, stages in itertools.product((2, 4, 8), depths)
 )
+TINY_POINTS = (Point(1, 2, 1, 40, 16),)
 TINY_TILES = (Launch(16, 16, 4, 2), Launch(16, 32, 4, 2))
 
 
@@ -198,8 +201,12 @@ def losses(results: Mapping[Point, Mapping[Choice, float]]) -> dict[Launch, floa
 def run(arguments: argparse.Namespace, best_read: float) -> None:
     """Search at every chosen point, and print what is best at each and over all of a head dim."""
     started = time.perf_counter()
-    plan = TINY if arguments.tiny else dataclasses.replace(FULL, rotated_bytes=2**28, max_sets=32)
-    points = TINY.points[-1:] if arguments.tiny else POINTS
+    if arguments.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("--search on a CPU needs TRITON_INTERPRET=1")
+    if arguments.tiny:
+        plan, points, tiles = dataclasses.replace(TINY, max_sets=1), TINY_POINTS, TINY_TILES
+    else:
+        plan, points, tiles = dataclasses.replace(FULL, rotated_bytes=2**28, max_sets=32), POINTS, TILES_TRIED
     results: dict[Point, dict[Choice, float]] = {}
     entries = []
     for point in (p for p in points if any(text in str(p) for text in arguments.only)):
@@ -208,7 +215,7 @@ def run(arguments: argparse.Namespace, best_read: float) -> None:
         def rate(us: float, kv_bytes: int = kv_bytes) -> str:
             return f"{1e-3 * kv_bytes / us:.0f} GB/s, {100e6 * kv_bytes / us / best_read:.0f} %"
 
-        own, times, notes = search(point, plan, arguments.device, TINY_TILES if arguments.tiny else TILES_TRIED)
+        own, times, notes = search(point, plan, arguments.device, tiles)
         if not times:
             print(f"{point!s:24}nothing could be timed")
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from benchmarks.decode_cases import BASELINE, PEERS
+from benchmarks.decode_peers import BASELINE, PEERS
 from benchmarks.measure import versions
 from benchmarks.table import Row, number
 
