@@ -388,7 +388,7 @@ def _probabilities(s, rows, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.
         if SLACK > 0:
             below = tl.where(below >= rows[3], 0.0, below)
         below *= SCALE * LOG2_E
-    return tl.exp2(below - rows[1] if APART else below)
+    return tl.exp2(below) * rows[1] if APART else tl.exp2(below)
 
 
 @triton.jit
