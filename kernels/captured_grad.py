@@ -82,14 +82,13 @@ class CapturedGradients:
         if self._terms_of(_slot(term.read)) > 1:
             scatter_add(self._total(_slot(term.read)), term.read, target, self._tile(self.call.q_len, self.call.kv_len))
 
-    def add_rows(self, sums: Sequence[torch.Tensor], sink_grad: torch.Tensor | None) -> None:
-        """sums: [N.., q_len] each, what the kernel has summed over keys; sink_grad: the sinks' gradients, so shaped."""
-        terms, corrected = self.program.row_terms, self.program.corrected
-        weights = dict(zip(corrected, sums[len(terms) : -1], strict=True)) if corrected else {}
-        # The gradients of a row's scores add up to 0 but for what rounding the output has left in delta.
-        left = sums[-1] if sink_grad is None else sums[-1] + sink_grad
+    def add_rows(self, sums: Sequence[torch.Tensor], left: torch.Tensor | None) -> None:
+        """sums: [N.., q_len] each, what the kernel has summed over keys; left: what rounding has left in delta."""
+        terms = self.program.row_terms
+        corrected = [term for term in terms if term in self.program.corrected]
+        weights = dict(zip(corrected, sums[len(terms) :], strict=False))
         for term, found in zip(terms, sums, strict=False):
-            if term in weights:
+            if left is not None and term in weights:
                 found = found - torch.where(weights[term] == 0, 0.0, left * weights[term])
             self._add_rows(term, found)
 

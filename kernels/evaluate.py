@@ -236,7 +236,7 @@ def _gathered(tensor: torch.Tensor, positions: Sequence[torch.Tensor]) -> torch.
 
 
 def strided(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None:
-    """The load as a view of `tensor`: None when an index is not affine, leaves the tensor, or runs backwards."""
+    """The load as a view of `tensor`: None when an index is not affine or leaves the tensor, or it runs backwards."""
     symbols = tuple(symbol for symbol, _ in tile.axes)
     offset = tensor.storage_offset()
     strides = [0] * len(symbols)

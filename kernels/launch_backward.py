@@ -12,7 +12,7 @@ import torch
 
 from flashfuse.kernels.backward import attention_keys_backward_kernel, attention_queries_backward_kernel
 from flashfuse.kernels.backward_pairs import attention_pairs_backward_kernel
-from flashfuse.kernels.backward_rows import ROWS_BLOCK, SINK_GRAD, attention_rows_backward_kernel
+from flashfuse.kernels.backward_rows import DELTA, ROWS_BLOCK, SINK_GRAD, attention_rows_backward_kernel
 from flashfuse.kernels.backward_tiled import attention_backward_tiled
 from flashfuse.kernels.backward_variants import (
     BackwardLaunch,
@@ -96,10 +96,14 @@ class _Backward:
     def run(self, wanted: Sequence[int], targets: Sequence[torch.Tensor | DistanceSums]) -> list[torch.Tensor]:
         rows = self._rows()
         found: dict[int, torch.Tensor] = {}
-        if 0 in wanted or self.program.row_terms:
-            found |= self._queries(rows, 0 in wanted)
+        left = None
+        if 0 in wanted or self.program.num_row_sums:
+            dq, left = self._queries(rows, 0 in wanted)
+            found |= dq
         if 1 in wanted or 2 in wanted or self.program.key_terms:
             found |= self._keys(rows, 1 in wanted, 2 in wanted)
+        if left is not None and targets:
+            rows[DELTA.value][..., : self.call.q_len] += left
         for i, (term, target) in enumerate(zip(self.program.pair_terms, targets, strict=True)):
             self._pairs(rows, i, target.tiles if isinstance(target, DistanceSums) else target)
             self.gradients.add_pair(term, target)
@@ -172,8 +176,8 @@ class _Backward:
         first = torch.where(found, number, found.shape[-1]).amin(-1)
         return torch.stack([first, torch.where(found, number + 1, 0).amax(-1)], -1).to(torch.int32)
 
-    def _queries(self, rows: torch.Tensor, wanted: bool) -> dict[int, torch.Tensor]:
-        """The gradient of q (0), where wanted, and those of reads at queries."""
+    def _queries(self, rows: torch.Tensor, wanted: bool) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
+        """The gradient of q (0), where wanted, and those of reads at queries; what is wrong with delta, [N.., Tq]."""
         dq = self._buffer(self.call.q, self.call.batch, wanted)
         tiles, q_len = self.launch.queries, self.call.q_len
         sums = tuple(rows.new_empty(*self.call.batch, q_len) for _ in range(self.program.num_row_sums))
@@ -185,9 +189,13 @@ class _Backward:
         )  # fmt: skip
         programs = math.prod(self.call.batch) * -(-q_len // tiles.block_q)
         launched((KernelLaunch(attention_queries_backward_kernel, programs, variant),), arguments)
-        if sums:
-            self.gradients.add_rows(sums, rows[SINK_GRAD.value][..., :q_len] if self._needs_sink else None)
-        return {} if dq is None else {0: _finished(dq, self.call.q)}
+        left = self._left(rows, sums[-1]) if self.program.corrected else None
+        self.gradients.add_rows(sums, left)
+        return {} if dq is None else {0: _finished(dq, self.call.q)}, left
+
+    def _left(self, rows: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """What rounding the output has left in delta: but for it the gradients of a row's scores add up to 0."""
+        return total + rows[SINK_GRAD.value][..., : self.call.q_len] if self._needs_sink else total
 
     def _pairs(self, rows: torch.Tensor, number: int, target: torch.Tensor) -> None:
         """Write the gradients of one read at pairs."""

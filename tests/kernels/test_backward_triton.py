@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import make_call
-from gradient_cases import grad_out
+from gradient_cases import Gradients, grad_out, reference_gradients
+from numerics import assert_close_to_exact
 
 pytest.importorskip("triton")
 
@@ -73,6 +74,21 @@ def test_half_precision(name: str) -> None:
     """Rounding the output leaves more in delta than the sums of a slope or a temperature may lose."""
     score, captured = PROGRAMS[name]
     check(make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured, dtype=torch.float16))
+
+
+def test_rows_of_a_bias_in_half_precision() -> None:
+    """A bias is looked up in fewer buckets before the attention, so its gradient is summed up over many keys.
+
+    It held what rounding the output leaves in delta, the same for all keys of a row.
+    """
+    call = make_call("qk * 0.3 + t0[q_idx, kv_idx]", (2, S, 32), 2 * S, captured=[noise(S, 2 * S)], dtype=torch.float16)
+
+    def rows(gradients: Gradients) -> torch.Tensor:
+        return gradients[0].sum(-1)
+
+    grad = grad_out(call)
+    exact, eager = (rows(reference_gradients(call, [grad], [3], dtype)) for dtype in (torch.float64, None))
+    assert_close_to_exact(rows(backward(call, grad, [3]))[None], eager, exact)
 
 
 @pytest.mark.parametrize("fill", ["-inf", repr(FP32_MIN), "-1e31", "-10000.0"])

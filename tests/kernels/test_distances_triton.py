@@ -52,12 +52,9 @@ PROGRAMS = {
     "heads": (f"qk * 0.3 + t0[n1, {APART}]", [TABLE]),
     "one": (f"qk * 0.3 + t0[{APART}]", [TABLE[0]]),
     "batch": (f"qk * 0.3 + t0[n0, n1, {APART}]", [noise(B, H, SPAN)]),
-    "outer-batch": (f"qk * 0.3 + t0[n0, {APART}]", [noise(B, SPAN)]),
     "backwards": (f"qk * 0.3 + t0[{BACK}, n1]", [TABLE.T.contiguous()]),
-    "lengths": ("qk * 0.3 + t0[n1, kv_idx - q_idx + (q_len - 1)]", [TABLE]),
     "scaled": (f"(qk + t0[n1, {APART}]) * 0.3", [TABLE]),
     "factors": (f"qk * exp(t0[n1, {APART}] * 0.5)", [TABLE]),
-    "halved": ("qk + t0[(kv_idx - q_idx + 50) // 2, n1]", [noise(60, H)]),
     "clipped": ("qk + t0[n1, min(max(kv_idx - q_idx, -6), 9) + 6]", [noise(H, 16)]),
     "bucketed": (f"qk * 0.3 + {BUCKETED}", [BUCKETS]),
     "look-up": (f"qk * 0.3 + t0[t1[{APART}], n1]", [noise(5, H), torch.arange(SPAN) % 4]),
@@ -68,7 +65,6 @@ PROGRAMS = {
     "window": (f"where((kv_idx <= q_idx) & (kv_idx > q_idx - 9), qk * 0.3 + t0[n1, {APART}], -inf)", [TABLE]),
     "ahead": (f"where(kv_idx >= q_idx + 3, qk * 0.3 + t0[n1, {APART}], {FP32_MIN!r})", [TABLE]),
     "one-sided": ("where(kv_idx <= q_idx, qk * 0.3 + t0[n1, q_idx - kv_idx], -inf)", [noise(H, S)]),
-    "filled": (f"where(kv_idx <= q_idx - 20, qk * 0.3, -10000.0) + t0[n1, {APART}]", [TABLE]),
     "softcap": (f"tanh((qk + t0[n1, {APART}]) * 0.1) * 5.0", [TABLE]),
 }
 
@@ -80,10 +76,21 @@ def test_programs(name: str) -> None:
     check(make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured))
 
 
-@pytest.mark.parametrize("name", ["heads", "causal", "bucketed", "causal-bucketed", "clipped"])
+@pytest.mark.parametrize("name", ["causal", "bucketed"])
 def test_half_precision(name: str) -> None:
     score, captured = PROGRAMS[name]
     check(make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("read", ["t0[min(q_idx - kv_idx, 2), n0]", "t0[where(kv_idx < q_idx - 9, 1, 0), n0]"])
+def test_few_buckets_in_half_precision(read: str) -> None:
+    """What rounding the output leaves in delta is the same for all keys of a row: a bucket of most keys got all of it.
+
+    The error was three times eager's.
+    """
+    score = f"where(kv_idx <= q_idx, qk * 0.2 + {read}, -inf)"
+    call = make_call(score, (1, 2 * S, 32), captured=[noise(3, 1)], dtype=torch.float16)
+    check_gradients(call, backward, draws=4)
 
 
 LENGTHS = [(1, 40), (40, 1), (16, 16), (33, 7), (31, 70)]
@@ -128,7 +135,7 @@ def test_rows_without_a_key(fill: str, empty_row: str) -> None:
     check(make_call(score, (1, 1, 60, 16), 40, captured=[noise(99)], empty_row=empty_row))
 
 
-@pytest.mark.parametrize("name", ["heads", "causal", "bucketed"])
+@pytest.mark.parametrize("name", ["heads", "causal-bucketed"])
 def test_dropout(name: str) -> None:
     score, captured = PROGRAMS[name]
     check(make_call(score, (B, H, S, 20), KV_LEN, captured=captured, dropout=0.2))
