@@ -69,7 +69,7 @@ BY_DISTANCE = {
 
 @pytest.mark.parametrize("read", BY_DISTANCE)
 def test_by_distance(read: str) -> None:
-    """A position is never negative and a distance may be: max(distance, 0) used to be taken for the distance."""
+    """A position is never negative and a distance may be, so that max(distance, 0) stays what it is."""
     (leaf,) = (e for e in leaves(parse(f"qk + {read}", (F32, I64))) if isinstance(e, (Load, Gather)))
     found = by_distance(leaf)
     assert (None if found is None else to_text(found)) == BY_DISTANCE[read]
