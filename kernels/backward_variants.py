@@ -12,7 +12,6 @@ import triton
 from flashfuse.kernels import dropout
 from flashfuse.kernels.codegen_backward import BackwardProgram
 from flashfuse.kernels.launch import Device, Launch, Shape, padded, precision_of, triton_dtype
-from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.spec import AttentionSpec
 
 
@@ -135,7 +134,6 @@ def queries_constants(
     spec: AttentionSpec, program: BackwardProgram, head_dim: int, value_dim: int, launch: Launch
 ) -> Mapping[str, Any]:
     """Of the kernel that passes by query tile."""
-    assert MASK_BLOCK % launch.block_q == 0, "the rows of a tile share a row of kv_ranges"
     masked, full = program.row_sums
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
@@ -154,7 +152,6 @@ def pairs_constants(
     spec: AttentionSpec, program: BackwardProgram, number: int, head_dim: int, value_dim: int, launch: Launch
 ) -> Mapping[str, Any]:
     """Of the kernel that writes the gradient of pair term `number`."""
-    assert MASK_BLOCK % launch.block_q == 0, "the rows of a tile share a row of kv_ranges"
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
         "PAIR_GRAD": program.pair_grads[number],
