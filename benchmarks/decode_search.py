@@ -206,7 +206,7 @@ def run(arguments: argparse.Namespace, best_read: float) -> None:
     if arguments.tiny:
         plan, points, tiles = dataclasses.replace(TINY, max_sets=1), TINY_POINTS, TINY_TILES
     else:
-        plan, points, tiles = dataclasses.replace(FULL, rotated_bytes=2**28, max_sets=32), POINTS, TILES_TRIED
+        plan, points, tiles = dataclasses.replace(FULL, rotated_bytes=2**29, max_sets=32), POINTS, TILES_TRIED
     results: dict[Point, dict[Choice, float]] = {}
     entries = []
     for point in (p for p in points if any(text in str(p) for text in arguments.only)):
