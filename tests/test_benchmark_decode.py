@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from forms import exact
 from numerics import assert_close_to_exact
 
 import flashfuse
+from flashfuse.kernels.tiled import attention_tiled
 
 pytest.importorskip("triton")
 
@@ -167,6 +169,18 @@ def test_a_wrong_last_set_has_no_figures() -> None:
     assert not row.ms
 
 
+def test_a_wrong_replay_has_no_figures() -> None:
+    """Right where it is launched, wrong once captured."""
+
+    def make(x: Operands) -> Code:
+        factors = iter([1.0] * len(x.sets) + [1.1] * 1000)
+        return lambda q, k, v: next(factors) * plain(q, k, v)
+
+    row = compare({"changing": Peer(make)}, launched=False)
+    assert row.notes["changing, in a graph"].startswith("wrong: ")
+    assert not row.ms
+
+
 def test_what_is_not_fused_has_no_figures() -> None:
     def sorted_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         s, order = decode_peers.scores(q, k).float().sort(-1)
@@ -291,6 +305,18 @@ def test_tiles_larger_than_shared_memory_are_left_out(monkeypatch: pytest.Monkey
     small = dataclasses.replace(decode_search.device_of(None), shared_bytes=6000)
     monkeypatch.setattr(decode_search, "device_of", lambda index: small)
     assert decode_search.candidates(call, tiles) == [ONE]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_a_wrong_choice_is_not_timed(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = decode_search.Searched.make(GROUPED, TINY, "cpu")
+    wrong = SimpleNamespace(run=lambda call: (factor * attention_tiled(call)[0], None))
+    monkeypatch.setattr(decode_search.Searched, "prepared", lambda self, choice: wrong)
+    if factor == 1.0:
+        at.sweep(Choice(ONE, 1), None)
+        return
+    with pytest.raises(AssertionError, match="error"):
+        at.sweep(Choice(ONE, 1), None)
 
 
 def test_a_cpu_search_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
