@@ -183,7 +183,10 @@ def rows(chosen: argparse.Namespace, best: float) -> Iterator[DecodeRow]:
             flashfuse.reset()
             family = point.family
         names = [n for n in (QUICK_PEERS if chosen.quick else PEERS) if point in plan.everything or PEERS[n].everywhere]
-        yield compare(point, plan, {n: PEERS[n] for n in names}, chosen.device, best, launched=not chosen.quick)
+        row = compare(point, plan, {n: PEERS[n] for n in names}, chosen.device, best, launched=not chosen.quick)
+        if any(PEERS[name].own for name in names if name in row.notes):
+            family = None  # what was not fused is compiled and told again, and not found compiled
+        yield row
         free(chosen.device)
 
 

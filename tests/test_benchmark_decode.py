@@ -181,17 +181,30 @@ def test_a_wrong_replay_has_no_figures() -> None:
     assert not row.ms
 
 
-def test_what_is_not_fused_has_no_figures() -> None:
-    def sorted_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        s, order = decode_peers.scores(q, k).float().sort(-1)
-        v = decode_peers.repeat_kv(v, q.shape[1] // v.shape[1])
-        return s.softmax(-1).to(v.dtype) @ v.gather(2, order.mT.expand(v.shape))
+def sorted_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The same by a way that is not fused."""
+    s, order = decode_peers.scores(q, k).float().sort(-1)
+    v = decode_peers.repeat_kv(v, q.shape[1] // v.shape[1])
+    return s.softmax(-1).to(v.dtype) @ v.gather(2, order.mT.expand(v.shape))
 
+
+def test_what_is_not_fused_has_no_figures() -> None:
     row = compare({"sorted": Peer(lambda x: by_flashfuse(sorted_keys), own=True)})
     assert "expected 1 fused" in row.notes["sorted"]
     assert not row.ms
     # The same code counts where it is no claim of flashfuse's.
     assert compare({"sorted": Peer(lambda x: sorted_keys, own=True)}).ms
+
+
+def test_what_is_not_fused_has_none_at_the_next_point_either(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The third length finds compiled code, of which no new report tells that it is not fused."""
+    peers = {"flashfuse": Peer(lambda x: by_flashfuse(sorted_keys), own=True), BASELINE: PEERS[BASELINE]}
+    monkeypatch.setattr(decode, "PEERS", peers)
+    points = tuple(dataclasses.replace(GROUPED, kv_len=n) for n in (48, 64, 80))
+    monkeypatch.setattr(decode, "TINY", dataclasses.replace(TINY, everything=points, some=()))
+    decode.main(["--device", "cpu", "--tiny", "--json", str(tmp_path / "rows.json")])
+    entries = json.loads((tmp_path / "rows.json").read_text())
+    assert [list(entry["ms"]) for entry in entries] == [[BASELINE]] * 3
 
 
 def test_a_peer_that_raises_is_noted() -> None:
