@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import triton
 
 from flashfuse.kernels import dropout
@@ -98,13 +99,16 @@ def choose_backward(device: Device, shape: Shape) -> BackwardLaunch | None:
 # Compile-time arguments and options of each kernel
 
 
-def rows_constants(program: BackwardProgram, value_dim: int, block_q: int, with_sink: bool) -> Mapping[str, Any]:
+def rows_constants(
+    spec: AttentionSpec, program: BackwardProgram, value_dim: int, block_q: int, with_sink: bool
+) -> Mapping[str, Any]:
     """Of the kernel that makes the numbers of rows; with_sink: the gradients of sinks among them."""
     return {
         "SINK": program.forward.sink if with_sink else None,
         "ROW_KEPT": program.forward.row_kept,
         "SCALE": program.derivatives.scale,
         "SLACK": program.forward.slack,
+        "APART": _apart(spec, program),
         "VALUE_DIM": value_dim,
         "BLOCK_DV": padded(value_dim),
         "BLOCK_Q": block_q,
@@ -160,6 +164,11 @@ def pairs_constants(
     }
 
 
+def _apart(spec: AttentionSpec, program: BackwardProgram) -> bool:
+    """Whether a row's shift and logarithm stay two numbers: their sum is rounded where half a digit of it shows."""
+    return program.forward.slack is not None or torch.float32 in (spec.product_dtype, spec.probs_dtype)
+
+
 def _shared_constants(
     spec: AttentionSpec, program: BackwardProgram, head_dim: int, value_dim: int, launch: Launch
 ) -> dict[str, Any]:
@@ -168,6 +177,7 @@ def _shared_constants(
         "GRADS_MASKED": program.derivatives.score_and_grad_masked,
         "SCALE": program.derivatives.scale,
         "SLACK": program.forward.slack,
+        "APART": _apart(spec, program),
         "NORMALISED": normalised,
         "FACTOR_MASKED": program.forward.factor_masked,
         # The rows kernel has taken rows that are not kept out of a softmax.

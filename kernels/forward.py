@@ -124,7 +124,7 @@ def key_tiles(
     if ranges_ptr is not None:
         block_ptr = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
         block_ptr += (q_start // MASK_BLOCK).to(tl.int64) * ranges_strides[4]
-        start, full_start, full_end, end = narrowed(start, end, block_ptr, ranges_strides[5])
+        start, full_start, full_end, end = narrowed(start, full_start, full_end, end, block_ptr, ranges_strides[5])
     start = start // BLOCK_KV * BLOCK_KV
     end = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
     full_start = tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end)
@@ -262,8 +262,6 @@ def _attend(
     # [block_q, block_kv]
     qk = product(q, tl.trans(k), PRECISION)
     score = SCORE(qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides)
-    if KEYS_END:
-        score = tl.where(kv_idx[None, :] < kv_len, score, float("-inf") if NORMALISED else 0.0)
 
     if NORMALISED:
         # [block_q]

@@ -5,12 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
-def narrowed(start, end, ptr, stride):
-    """The key range [start, end) within the range stored at `ptr`, and the stored full range within that."""
+def narrowed(start, full_start, full_end, end, ptr, stride):
+    """A range of keys, and the full range in it, within those stored at `ptr`: positions tell one, data the other."""
     end = tl.minimum(end, tl.load(ptr + 3 * stride))
     start = tl.minimum(tl.maximum(start, tl.load(ptr)), end)
-    full_start = tl.minimum(tl.maximum(start, tl.load(ptr + stride)), end)
-    full_end = tl.maximum(tl.minimum(end, tl.load(ptr + 2 * stride)), full_start)
+    full_start = tl.minimum(tl.maximum(tl.maximum(start, full_start), tl.load(ptr + stride)), end)
+    full_end = tl.maximum(tl.minimum(tl.minimum(end, full_end), tl.load(ptr + 2 * stride)), full_start)
     return start, full_start, full_end, end
 
 
