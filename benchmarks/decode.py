@@ -110,13 +110,12 @@ def checked(row: DecodeRow, peers: Mapping[str, Peer], truth: Truth) -> dict[str
 
 def captured(row: DecodeRow, sweeps: Mapping[str, Sweep], peers: Mapping[str, Peer], truth: Truth) -> dict[str, Sweep]:
     """The sweeps as CUDA graphs that are right when replayed; on a CPU as they are."""
-    if truth.x.device.type == "cpu":
-        return dict(sweeps)
-    pool = torch.cuda.graph_pool_handle()
+    on_gpu = truth.x.device.type == "cuda"
+    pool = torch.cuda.graph_pool_handle() if on_gpu else None
     graphs: dict[str, Sweep] = {}
     for name, sweep in sweeps.items():
         try:
-            graph = graphed(sweep, pool)
+            graph = graphed(sweep, pool) if on_gpu else sweep
             problem = truth.mistake(row, name, peers[name], graph())
         except Exception as error:
             problem = why(error)
@@ -184,7 +183,10 @@ def rows(chosen: argparse.Namespace, best: float) -> Iterator[DecodeRow]:
             flashfuse.reset()
             family = point.family
         names = [n for n in (QUICK_PEERS if chosen.quick else PEERS) if point in plan.everything or PEERS[n].everywhere]
-        yield compare(point, plan, {n: PEERS[n] for n in names}, chosen.device, best, launched=not chosen.quick)
+        row = compare(point, plan, {n: PEERS[n] for n in names}, chosen.device, best, launched=not chosen.quick)
+        if any(PEERS[name].own for name in names if name in row.notes):
+            family = None  # what was not fused is compiled and told again, and not found compiled
+        yield row
         free(chosen.device)
 
 

@@ -102,7 +102,9 @@ class Peer:
 def spec_at(point: Point, dtype: torch.dtype) -> AttentionSpec:
     """What the backend recovers from `plain`."""
     spec = spec_of(Case(point.batch, point.heads, point.kv_heads, point.kv_len, point.dim, causal=False))
-    return dataclasses.replace(spec, product_dtype=dtype, probs_dtype=dtype, out_dtype=dtype)
+    # Of one query, which torch therefore puts first.
+    order = (spec.batch_axes, *range(spec.batch_axes), spec.batch_axes + 1)
+    return dataclasses.replace(spec, product_dtype=dtype, probs_dtype=dtype, out_dtype=dtype, out_order=order)
 
 
 def grouped(point: Point, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:

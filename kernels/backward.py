@@ -12,9 +12,17 @@ import triton.language as tl
 
 from flashfuse.kernels.backward_rows import along, batch_position, load_rows, rows_length, sees_every_key
 from flashfuse.kernels.elementary import through
-from flashfuse.kernels.forward import LOG2_E, MASK_BLOCK
+from flashfuse.kernels.forward import LOG2_E
 from flashfuse.kernels.philox import kept_scales
-from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, product, tile_pointers
+from flashfuse.kernels.tiles import (
+    batch_pointer,
+    load_columns,
+    load_keys,
+    narrowed,
+    product,
+    range_pointers,
+    tile_pointers,
+)
 
 _LENGTHS = ["q_len", "kv_len", "sizes"]
 _BATCH = ["batch_0", "batch_1", "batch_2", "batch_3"]
@@ -76,8 +84,9 @@ def attention_keys_backward_kernel(
         kv_stop = tl.minimum(kv_start + BLOCK_KV, kv_len)
         start, full_start, full_end, end = QUERY_BOUNDS(kv_start, kv_stop, m0, m1, m2, m3, kv_len, q_len, sizes)
         if ranges_ptr is not None:
-            range_ptr = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3) + tile * ranges_strides[4]
-            start, full_start, full_end, end = narrowed(start, full_start, full_end, end, range_ptr, ranges_strides[5])
+            ranges = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3) + tile * ranges_strides[4]
+            ranges += tl.arange(0, 1)
+            start, full_start, full_end, end = narrowed(start, full_start, full_end, end, ranges, ranges_strides[5])
         start = start // BLOCK_Q * BLOCK_Q
         end = tl.cdiv(end, BLOCK_Q) * BLOCK_Q
         full_start = tl.minimum(tl.cdiv(full_start, BLOCK_Q) * BLOCK_Q, end)
@@ -243,9 +252,9 @@ def attention_queries_backward_kernel(
     q_stop = tl.minimum(q_start + BLOCK_Q, q_len)
     start, full_start, full_end, end = KV_BOUNDS(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes)
     if ranges_ptr is not None:
-        range_ptr = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
-        range_ptr += (q_start // MASK_BLOCK).to(tl.int64) * ranges_strides[4]
-        start, full_start, full_end, end = narrowed(start, full_start, full_end, end, range_ptr, ranges_strides[5])
+        ranges = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
+        ranges = range_pointers(ranges, ranges_strides, q_start, q_len, BLOCK_Q)
+        start, full_start, full_end, end = narrowed(start, full_start, full_end, end, ranges, ranges_strides[5])
     start = start // BLOCK_KV * BLOCK_KV
     end = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
     full_start = tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end)

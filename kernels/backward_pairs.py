@@ -10,9 +10,16 @@ import triton.language as tl
 
 from flashfuse.kernels.backward import row_factor_of, tile_gradients
 from flashfuse.kernels.backward_rows import along, batch_position, load_rows, rows_length, sees_every_key
-from flashfuse.kernels.forward import MASK_BLOCK
 from flashfuse.kernels.philox import kept_scales
-from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, product, tile_pointers
+from flashfuse.kernels.tiles import (
+    batch_pointer,
+    load_columns,
+    load_keys,
+    narrowed,
+    product,
+    range_pointers,
+    tile_pointers,
+)
 
 _NOT_SPECIALISED = [*(f"{kind}_{axis}" for kind in ("batch", "loop") for axis in range(4)), "q_len", "kv_len", "sizes"]
 
@@ -78,9 +85,9 @@ def attention_pairs_backward_kernel(
 
         start, _full_start, _full_end, end = KV_BOUNDS(q_start, q_stop, m0, m1, m2, m3, q_len, kv_len, sizes)
         if ranges_ptr is not None:
-            range_ptr = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3)
-            range_ptr += (q_start // MASK_BLOCK).to(tl.int64) * ranges_strides[4]
-            start, _full_start, _full_end, end = narrowed(start, start, end, end, range_ptr, ranges_strides[5])
+            ranges = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3)
+            ranges = range_pointers(ranges, ranges_strides, q_start, q_len, BLOCK_Q)
+            start, _full_start, _full_end, end = narrowed(start, start, end, end, ranges, ranges_strides[5])
         visited = (kv_start < end) & (kv_start + BLOCK_KV > start)
         if FILL_THRESHOLD is not None:
             # Rows that saw nothing above the fill have gradients through all keys.

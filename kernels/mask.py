@@ -25,7 +25,7 @@ from flashfuse.kernels.predicate import normal
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, batch_symbol
 
 # A tensor that masks is read once for each block of queries by each granule of keys.
-MASK_BLOCK = 128
+MASK_BLOCK = 64
 MASK_GRANULE = 64
 
 # Adding a constant below this to any meaningful score leaves a probability of exactly zero beside an unmasked key.
