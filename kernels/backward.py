@@ -42,7 +42,7 @@ def attention_keys_backward_kernel(
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, ROWS_CONTIGUOUS: tl.constexpr,
 ):  # fmt: skip
     """dk_j = sum_i ds_ij slope_ij q_i,  dv_j = sum_i w_ij grad_i, over the queries of all batch positions that share j.
 
@@ -98,7 +98,7 @@ def attention_keys_backward_kernel(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                 kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL,
                 FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE,
-                PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
+                PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
             )  # fmt: skip
 
         tiles_before = (full_start - start) // BLOCK_Q
@@ -109,7 +109,7 @@ def attention_keys_backward_kernel(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                 kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
                 FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE,
-                PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
+                PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
             )  # fmt: skip
 
         if filled_ptr is not None:
@@ -125,7 +125,7 @@ def attention_keys_backward_kernel(
                     dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                     kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
                     FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST,
-                    KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
+                    KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
                 )  # fmt: skip
 
         for i in tl.static_range(NUM_SUMS):
@@ -149,18 +149,20 @@ def _take_queries(
     SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS_CONTIGUOUS: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, transposed: its rows are keys.
 
-    MASKED: whether the tile may meet a mask, or reach behind the last key or query.
+    MASKED: whether the tile may meet a mask, or reach behind the last key or query. ROWS_CONTIGUOUS: whether the rows of
+        q or of the gradient are; seen by the compiler, that gives a tile a transposed layout in shared memory, with
+        which products have come out wrong (Triton 3.6 on sm_90, head dim 1).
     """
     BLOCK_KV: tl.constexpr = k.shape[0]
     BLOCK_D: tl.constexpr = k.shape[1]
     BLOCK_DV: tl.constexpr = v.shape[1]
     row = tl.arange(0, BLOCK_Q)
     offs_q = q_start + row
-    if MASKED:
+    if MASKED or ROWS_CONTIGUOUS:
         # Rows behind the last query repeat it; with a gradient of 0 they add nothing.
         row = tl.minimum(row, q_len - 1 - q_start)
     q_idx = q_start + row

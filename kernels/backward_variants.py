@@ -70,7 +70,7 @@ TABLE = (
     _row(128, 2, "cuda", 90, (64, 128, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1), alone=True),
     _row(128, 2, "cuda", 90, (32, 128, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)),
     _row(256, 2, "cuda", 90, (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    _row(512, 2, "cuda", 90, (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    _row(512, 2, "cuda", 90, (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     _row(64, 2, "cuda", 80, (32, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 1)),
     _row(128, 2, "cuda", 80, (32, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
     _row(256, 2, "cuda", 80, (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
@@ -125,13 +125,19 @@ def rows_constants(
 
 
 def keys_constants(
-    spec: AttentionSpec, program: BackwardProgram, head_dim: int, value_dim: int, launch: Launch
+    spec: AttentionSpec,
+    program: BackwardProgram,
+    head_dim: int,
+    value_dim: int,
+    launch: Launch,
+    rows_contiguous: bool = False,
 ) -> Mapping[str, Any]:
-    """Of the kernel that passes by key tile."""
+    """Of the kernel that passes by key tile; rows_contiguous: those of q or of the output's gradient."""
     masked, full = program.key_sums
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
         "QUERY_BOUNDS": program.query_bounds,
+        "ROWS_CONTIGUOUS": rows_contiguous,
         "GRADS_FULL": program.derivatives.score_and_grad_full,
         "FACTOR_FULL": program.forward.factor_full,
         "SUMS_MASKED": masked,

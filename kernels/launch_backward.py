@@ -143,7 +143,10 @@ class _Backward:
             None if self.call.kv_ranges is None else query_ranges(self.call.kv_ranges, q_len, kv_len, tiles.block_kv)
         )
         sums = tuple(rows.new_empty(*self.call.batch, kv_len) for _ in self.program.key_terms)
-        variant = keys_constants(self.call.spec, self.program, self.call.head_dim, self.call.value_dim, tiles)
+        contiguous = 1 in (self.call.q.stride(-2), self.grad_out.stride(-2))
+        variant = keys_constants(
+            self.call.spec, self.program, self.call.head_dim, self.call.value_dim, tiles, contiguous
+        )
         arguments = (
             self.call.q, self.call.k, self.call.v, self.grad_out, rows, ranges, self.call.seed, self._filled(),
             dk, dv, sums, *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, ranges, dk, dv),

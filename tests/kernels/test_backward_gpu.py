@@ -147,6 +147,7 @@ def test_strided_layouts(dtype: torch.dtype) -> None:
     k, v = call.k.mT.contiguous().mT, call.v.transpose(1, 2).contiguous().transpose(1, 2)
     _, dk, dv = check(replace(call, q=q, k=k, v=v))
     assert (dk.stride(), dv.stride()) == (k.stride(), v.stride())
+    check(replace(call, q=call.q.mT.contiguous().mT))
 
 
 @TYPES
