@@ -7,25 +7,29 @@ from typing import Any
 
 import torch
 
-LAYERS, HIDDEN, VOCABULARY, PROMPT, WINDOW = 2, 64, 128, 20, 16
+HIDDEN, VOCABULARY, PROMPT, WINDOW = 64, 128, 20, 16
 
 _DECODER = {
-    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": LAYERS,
+    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
-_GPT = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 256}
-_WINDOWS = {"head_dim": 16, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_GPT = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": 1, "n_head": 4, "n_positions": 256}
+_WINDOWS = {
+    "head_dim": 16, "sliding_window": WINDOW, "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 _LATENT = {
     "num_key_value_heads": 4, "moe_intermediate_size": 64, "n_routed_experts": 2, "n_shared_experts": 1, "n_group": 1,
     "num_experts_per_tok": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16, "v_head_dim": 24, "first_k_dense_replace": 1,
+    "qk_nope_head_dim": 16, "v_head_dim": 24, "first_k_dense_replace": 0,
 }  # fmt: skip
 _T5 = {
-    "vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 16, "d_ff": 96, "num_layers": LAYERS, "num_decoder_layers": LAYERS,
+    "vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_decoder_layers": 1,
     "num_heads": 4, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 32,
 }  # fmt: skip
 _WHISPER = {
-    "vocab_size": VOCABULARY, "d_model": HIDDEN, "encoder_layers": 1, "decoder_layers": LAYERS, "num_mel_bins": 16,
+    "vocab_size": VOCABULARY, "d_model": HIDDEN, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 16,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
     "max_source_positions": 48, "max_target_positions": 128, "suppress_tokens": None, "begin_suppress_tokens": None,
 }  # fmt: skip
@@ -38,7 +42,7 @@ DECODERS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
     "mistral": ("MistralForCausalLM", "MistralConfig", _DECODER | {"sliding_window": WINDOW}),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _DECODER | _WINDOWS | {"query_pre_attn_scalar": 16}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _DECODER | _WINDOWS | {"query_pre_attn_scalar": 16}),
-    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", _DECODER | _WINDOWS | {"num_local_experts": 2}),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", _DECODER | _WINDOWS | _EXPERTS),
     "deepseek": ("DeepseekV3ForCausalLM", "DeepseekV3Config", _DECODER | _LATENT),
     "t5": ("T5ForConditionalGeneration", "T5Config", _T5),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", _WHISPER),
@@ -47,8 +51,8 @@ _ENCODERS = ("t5", "whisper")
 
 
 def attentions(name: str) -> int:
-    """How many attentions one step of the decoder has: with an encoder, two in each layer."""
-    return LAYERS * (2 if name in _ENCODERS else 1)
+    """How many attentions one step of the decoder has: its layer's, beside an encoder two, or two layers'."""
+    return 2 if name in _ENCODERS or "layer_types" in DECODERS[name][2] else 1
 
 
 def decoder(transformers: Any, name: str, attention: str) -> Any:
