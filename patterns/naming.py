@@ -58,7 +58,7 @@ def named(
 def _with_sizes_computed(
     programs: Sequence[Expr], positions: frozenset[sympy.Symbol]
 ) -> tuple[list[Expr], dict[sympy.Symbol, sympy.Expr]]:
-    """The programs with a symbol for each division, power or limit of sizes alone, computed by the graph once a call."""
+    """The programs with a symbol for each division, power or limit of sizes, which the graph computes once a call."""
     symbols: dict[sympy.Expr, sympy.Symbol] = {}
 
     def replaced(value: sympy.Expr) -> sympy.Expr:

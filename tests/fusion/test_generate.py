@@ -37,19 +37,15 @@ class Case:
 CASES = (
     Case("llama", "sdpa", "dynamic", 8, padded=True),
     Case("llama", "eager", "static", 1, sample=True),
-    Case("gpt2", "eager", "dynamic", 1),
     Case("gpt2", "sdpa", "static", 8, padded=True, sample=True),
     Case("bloom", "eager", "dynamic", 8, padded=True),
     Case("mistral", "sdpa", "dynamic", 8, padded=True, length=WINDOW // 2),
     Case("mistral", "eager", "static", 1, length=WINDOW // 2),
     Case("gemma2", "eager", "static", 8, padded=True, sample=True),
     Case("gemma3", "sdpa", "dynamic", 1, sample=True),
-    Case("gemma3", "eager", "static", 8, padded=True),
     Case("gpt_oss", "eager", "dynamic", 8, padded=True),
     Case("deepseek", "eager", "dynamic", 8, padded=True),
     Case("t5", "eager", "dynamic", 8, padded=True),
-    Case("t5", "sdpa", "static", 8, padded=True, sample=True),
-    Case("whisper", "sdpa", "dynamic", 1),
     Case("whisper", "eager", "static", 8),
 )
 
@@ -77,21 +73,14 @@ def test_tokens_are_those_of_eager_code(case: Case) -> None:
         step.assert_fused(sites=attentions(case.model))
 
 
-GROWING = (
-    Case("llama", "eager", "dynamic", 1),
-    Case("mistral", "sdpa", "dynamic", 1, length=WINDOW // 2),
-)
-
-
-@pytest.mark.parametrize("case", GROWING, ids=str)
-def test_a_growing_cache_compiles_what_dynamo_asks_for(case: Case) -> None:
+def test_a_growing_cache_compiles_what_dynamo_asks_for() -> None:
     """No size of a cache is pinned by the rewrite: as many graphs as with a backend that does nothing."""
-    graphs = []
-    for backend in (CompileCounter(), "flashfuse"):
+    case = Case("llama", "eager", "dynamic", 1)
+    counter = CompileCounter()
+    for backend in (counter, "flashfuse"):
         torch._dynamo.reset()
         model = decoder(transformers, case.model, case.attention)
-        options = {} if backend != "flashfuse" else {"options": {"flashfuse.inner": "eager", "flashfuse.strict": True}}
-        model.forward = torch.compile(model.forward, backend=backend, **options)
+        options = {"flashfuse.inner": "eager"} if backend == "flashfuse" else None
+        model.forward = torch.compile(model.forward, backend=backend, options=options)
         generate(model, case)
-        graphs.append(len(flashfuse.reports()) if backend == "flashfuse" else backend.frame_count)
-    assert graphs[0] == graphs[1]
+    assert len(flashfuse.reports()) == counter.frame_count
