@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -15,6 +16,9 @@ from examples import measure as memory
 
 ROUNDS = 4
 PAUSE_SECONDS = 0.15
+# Device time spent on a cold run in a round, and how often it runs in that.
+LAP_MS = 10.0
+LAPS = (3, 20)
 
 Run = Callable[[], torch.Tensor]
 Name = TypeVar("Name")
@@ -50,14 +54,50 @@ def peak_bytes(run: Run) -> int:
     return memory.peak_bytes(run, torch.device("cuda"))
 
 
-def graphed(run: Callable[[], Result]) -> Callable[[], Result]:
-    """The run's launches, captured in a CUDA graph."""
+def milliseconds(run: Callable[[], object], device: str = "cuda") -> float:
+    """The median time of a run that brings data of its own that no cache holds; nothing is flushed."""
+    if device == "cpu":
+        return 1e3 * memory.seconds(run, torch.device(device), repeats=1)
+    marks = [_marks(run)]
+    torch.cuda.synchronize()
+    count = int(LAP_MS / max(marks[0][0].elapsed_time(marks[0][1]), 1e-3))
+    marks = [_marks(run) for _ in range(min(max(count, LAPS[0]), LAPS[1]))]
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in marks)
+
+
+def _marks(run: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    return start, end
+
+
+def measure_cold(
+    runs: Mapping[Name, Callable[[], object]], rounds: int, device: str = "cuda"
+) -> dict[Name, list[float]]:
+    """`milliseconds` of each run, one a round, in shuffled rounds."""
+    times: dict[Name, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for name in order:
+            times[name].append(milliseconds(runs[name], device))
+    return times
+
+
+def graphed(run: Callable[[], Result], pool: Any = None) -> Callable[[], Result]:
+    """The run's launches, captured in a CUDA graph.
+
+    pool: where graphs that never run at a time find their memory, from `torch.cuda.graph_pool_handle`.
+    """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         out = run()
 
     def replay() -> Result:

@@ -10,11 +10,19 @@ Tri Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691, section 3.1.
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.backward_rows import along, batch_position, load_rows, sees_every_key
+from flashfuse.kernels.backward_rows import along, batch_position, load_rows, rows_length, sees_every_key
 from flashfuse.kernels.elementary import through
-from flashfuse.kernels.forward import LOG2_E, MASK_BLOCK
+from flashfuse.kernels.forward import LOG2_E
 from flashfuse.kernels.philox import kept_scales
-from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, product, tile_pointers
+from flashfuse.kernels.tiles import (
+    batch_pointer,
+    load_columns,
+    load_keys,
+    narrowed,
+    product,
+    range_pointers,
+    tile_pointers,
+)
 
 _LENGTHS = ["q_len", "kv_len", "sizes"]
 _BATCH = ["batch_0", "batch_1", "batch_2", "batch_3"]
@@ -28,7 +36,7 @@ def attention_keys_backward_kernel(
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, QUERY_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -64,10 +72,11 @@ def attention_keys_backward_kernel(
         s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
         m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
         position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
-        planes = (batch_0 * loop_0).to(tl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3 * q_len
+        planes = (batch_0 * loop_0).to(tl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3
+        planes *= rows_length(q_len)
         q_base = batch_pointer(q_ptr, q_strides, m0, m1, m2, m3)
         grad_base = batch_pointer(grad_ptr, grad_strides, m0, m1, m2, m3)
-        rows_base = rows_ptr + position.to(tl.int64) * q_len
+        rows_base = rows_ptr + position.to(tl.int64) * rows_length(q_len)
         draw = (seed, position)
         sums = _zeros(NUM_SUMS, BLOCK_KV)
 
@@ -75,8 +84,9 @@ def attention_keys_backward_kernel(
         kv_stop = tl.minimum(kv_start + BLOCK_KV, kv_len)
         start, full_start, full_end, end = QUERY_BOUNDS(kv_start, kv_stop, m0, m1, m2, m3, kv_len, q_len, sizes)
         if ranges_ptr is not None:
-            range_ptr = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3) + tile * ranges_strides[4]
-            start, full_start, full_end, end = narrowed(start, end, range_ptr, ranges_strides[5])
+            ranges = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3) + tile * ranges_strides[4]
+            ranges += tl.arange(0, 1)
+            start, full_start, full_end, end = narrowed(start, full_start, full_end, end, ranges, ranges_strides[5])
         start = start // BLOCK_Q * BLOCK_Q
         end = tl.cdiv(end, BLOCK_Q) * BLOCK_Q
         full_start = tl.minimum(tl.cdiv(full_start, BLOCK_Q) * BLOCK_Q, end)
@@ -87,7 +97,7 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                 kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL,
-                FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, SLACK, NORMALISED, DROP_LEAST, KEEP_SCALE,
+                FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE,
                 PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
             )  # fmt: skip
 
@@ -98,7 +108,7 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                 kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, NORMALISED, DROP_LEAST, KEEP_SCALE,
+                FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE,
                 PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
             )  # fmt: skip
 
@@ -114,7 +124,7 @@ def attention_keys_backward_kernel(
                 dk, dv, sums = _take_queries(
                     dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                     kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                    FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, NORMALISED, DROP_LEAST,
+                    FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST,
                     KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
                 )  # fmt: skip
 
@@ -135,29 +145,36 @@ def attention_keys_backward_kernel(
 def _take_queries(
     dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start, kv_start, kv_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
-    GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, NORMALISED: tl.constexpr,
+    GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, MASKED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries, transposed: its rows are keys."""
+    """One tile of queries, transposed: its rows are keys.
+
+    MASKED: whether the tile may meet a mask, or reach behind the last key or query.
+    """
     BLOCK_KV: tl.constexpr = k.shape[0]
     BLOCK_D: tl.constexpr = k.shape[1]
     BLOCK_DV: tl.constexpr = v.shape[1]
-    offs_q = q_start + tl.arange(0, BLOCK_Q)
-    # Rows behind the last query repeat it; with a gradient of 0 they add nothing.
-    q_idx = tl.minimum(offs_q, q_len - 1)
+    row = tl.arange(0, BLOCK_Q)
+    offs_q = q_start + row
+    if MASKED:
+        # Rows behind the last query repeat it; with a gradient of 0 they add nothing.
+        row = tl.minimum(row, q_len - 1 - q_start)
+    q_idx = q_start + row
+    first = tl.cast(q_start, tl.int64)
 
     # [block_q, block_d], [block_q, block_dv]
-    q_ptrs = tile_pointers(q_base, q_idx, tl.arange(0, BLOCK_D), q_strides)
+    q_ptrs = tile_pointers(q_base + first * q_strides[4], row, tl.arange(0, BLOCK_D), q_strides)
     q = load_columns(q_ptrs, tl.arange(0, BLOCK_D)[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
-    grad_ptrs = tile_pointers(grad_base, q_idx, tl.arange(0, BLOCK_DV), grad_strides)
-    grad = load_keys(grad_ptrs, offs_q, q_len, True, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+    grad_ptrs = tile_pointers(grad_base + first * grad_strides[4], row, tl.arange(0, BLOCK_DV), grad_strides)
+    grad = load_keys(grad_ptrs, offs_q, q_len, MASKED, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
     # [block_kv, block_q]
     qk = product(k, tl.trans(q), PRECISION)
     dw = product(v, tl.trans(grad), PRECISION)
-    rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SLACK, NORMALISED)
+    rows = load_rows(rows_base, planes, offs_q, SCALE, SLACK, APART, NORMALISED)
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
@@ -166,8 +183,8 @@ def _take_queries(
         kept = tl.trans(kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE))
     w, dqk, ds, of_factor, p = tile_gradients(
         qk, dw, kept, along(rows, 0), row_factor[None, :], q_idx[None, :], kv_idx[:, None],
-        n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
-        SCALE, SLACK, NORMALISED,
+        n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, MASKED,
+        SCALE, SLACK, APART, NORMALISED,
     )  # fmt: skip
     dv = _added_product(dv, w.to(PROBS_DTYPE), grad, PRECISION)
     dk = _added_product(dk, dqk.to(PRODUCT_DTYPE), q, PRECISION)
@@ -185,7 +202,8 @@ def attention_queries_backward_kernel(
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dq_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
+    FILL_THRESHOLD: tl.constexpr,
     LONGEST_FIRST: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -220,9 +238,9 @@ def attention_queries_backward_kernel(
     k_ptrs = tile_pointers(batch_pointer(k_ptr, k_strides, n0, n1, n2, n3), offs_kv, offs_d, k_strides)
     v_ptrs = tile_pointers(batch_pointer(v_ptr, v_strides, n0, n1, n2, n3), offs_kv, offs_dv, v_strides)
     # [block_q]
-    planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * q_len
-    rows_base = rows_ptr + position.to(tl.int64) * q_len
-    rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SLACK, NORMALISED)
+    planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * rows_length(q_len)
+    rows_base = rows_ptr + position.to(tl.int64) * rows_length(q_len)
+    rows = load_rows(rows_base, planes, offs_q, SCALE, SLACK, APART, NORMALISED)
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
@@ -234,9 +252,9 @@ def attention_queries_backward_kernel(
     q_stop = tl.minimum(q_start + BLOCK_Q, q_len)
     start, full_start, full_end, end = KV_BOUNDS(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes)
     if ranges_ptr is not None:
-        range_ptr = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
-        range_ptr += (q_start // MASK_BLOCK).to(tl.int64) * ranges_strides[4]
-        start, full_start, full_end, end = narrowed(start, end, range_ptr, ranges_strides[5])
+        ranges = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
+        ranges = range_pointers(ranges, ranges_strides, q_start, q_len, BLOCK_Q)
+        start, full_start, full_end, end = narrowed(start, full_start, full_end, end, ranges, ranges_strides[5])
     start = start // BLOCK_KV * BLOCK_KV
     end = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
     full_start = tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end)
@@ -246,7 +264,7 @@ def attention_queries_backward_kernel(
         dq, sums = _take_keys(
             dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0, n1,
             n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR, SUMS_FULL,
-            False, SCALE, SLACK, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
+            False, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
             HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
@@ -257,12 +275,12 @@ def attention_queries_backward_kernel(
         dq, sums = _take_keys(
             dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0, n1,
             n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
-            SUMS_MASKED, True, SCALE, SLACK, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
+            SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
             PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     if FILL_THRESHOLD is not None:
-        filled = sees_every_key(rows_base, planes, q_idx, FILL_THRESHOLD)
+        filled = sees_every_key(rows_base, planes, offs_q, FILL_THRESHOLD)
         tiles_before = filled * (start // BLOCK_KV)
         tiles_behind = filled * tl.cdiv(tl.maximum(kv_len - end, 0), BLOCK_KV)
         for i in tl.range(0, tiles_before + tiles_behind):
@@ -270,7 +288,7 @@ def attention_queries_backward_kernel(
             dq, sums = _take_keys(
                 dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0,
                 n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
-                SUMS_MASKED, True, SCALE, SLACK, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
+                SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
                 PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
 
@@ -288,7 +306,7 @@ def _take_keys(
     dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -312,7 +330,7 @@ def _take_keys(
     _, dqk, ds, of_factor, p = tile_gradients(
         qk, dw, kept, along(rows, 1), row_factor[:, None], q_idx[:, None], kv_idx[None, :],
         n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
-        SCALE, SLACK, NORMALISED,
+        SCALE, SLACK, APART, NORMALISED,
     )  # fmt: skip
     dq = _added_product(dq, dqk.to(PRODUCT_DTYPE), k, PRECISION)
     if SUMS is not None:
@@ -327,7 +345,7 @@ def _take_keys(
 def tile_gradients(
     qk, dw, kept, rows, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, KEYS_END: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
     """(w, ds * slope, ds, p * dw, p) of a tile of products.
 
@@ -339,7 +357,7 @@ def tile_gradients(
     dw. KEYS_END: whether the tile may meet a mask or reach behind the last key.
     """
     s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
-    p = _probabilities(s, rows, SCALE, SLACK) if NORMALISED else s
+    p = _probabilities(s, rows, SCALE, SLACK, APART) if NORMALISED else s
     if KEYS_END:
         p = tl.where(kv_idx < kv_len, p, 0.0)
     w = p
@@ -366,20 +384,20 @@ def tile_gradients(
 
 
 @triton.jit
-def _probabilities(s, rows, SCALE: tl.constexpr, SLACK: tl.constexpr):
+def _probabilities(s, rows, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr):
     """exp(SCALE s - lse), from what `load_rows` gives.
 
     The difference from the shift is rounded once, so that scores far from 0 keep theirs. Large ones are subtracted as
     they are, and those within the slack of the largest count as equal to it.
     """
     if SLACK is None:
-        below = tl.fma(s, SCALE * LOG2_E, -rows[0])
+        below = tl.fma(s, SCALE * LOG2_E, rows[0])
     else:
-        below = s - rows[0]
+        below = s + rows[0]
         if SLACK > 0:
             below = tl.where(below >= rows[3], 0.0, below)
         below *= SCALE * LOG2_E
-    return tl.exp2(below - rows[1])
+    return tl.exp2(below) * rows[1] if APART else tl.exp2(below)
 
 
 @triton.jit

@@ -8,10 +8,17 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.backward import row_factor_of, tile_gradients
-from flashfuse.kernels.backward_rows import along, batch_position, load_rows, sees_every_key
-from flashfuse.kernels.forward import MASK_BLOCK
+from flashfuse.kernels.backward_rows import along, batch_position, load_rows, rows_length, sees_every_key
 from flashfuse.kernels.philox import kept_scales
-from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, product, tile_pointers
+from flashfuse.kernels.tiles import (
+    batch_pointer,
+    load_columns,
+    load_keys,
+    narrowed,
+    product,
+    range_pointers,
+    tile_pointers,
+)
 
 _NOT_SPECIALISED = [*(f"{kind}_{axis}" for kind in ("batch", "loop") for axis in range(4)), "q_len", "kv_len", "sizes"]
 
@@ -23,7 +30,8 @@ def attention_pairs_backward_kernel(
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     PAIR_GRAD: tl.constexpr, PAIR_SCALE: tl.constexpr, GRADS_MASKED: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, NORMALISED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
+    FILL_THRESHOLD: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, ROW_FACTOR: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -52,18 +60,19 @@ def attention_pairs_backward_kernel(
         s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
         m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
         position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
-        planes = (batch_0 * loop_0).to(tl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3 * q_len
-        rows_base = rows_ptr + position.to(tl.int64) * q_len
+        planes = (batch_0 * loop_0).to(tl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3
+        planes *= rows_length(q_len)
+        rows_base = rows_ptr + position.to(tl.int64) * rows_length(q_len)
 
         start, _full_start, _full_end, end = KV_BOUNDS(q_start, q_stop, m0, m1, m2, m3, q_len, kv_len, sizes)
         if ranges_ptr is not None:
-            range_ptr = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3)
-            range_ptr += (q_start // MASK_BLOCK).to(tl.int64) * ranges_strides[4]
-            start, _full_start, _full_end, end = narrowed(start, end, range_ptr, ranges_strides[5])
+            ranges = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3)
+            ranges = range_pointers(ranges, ranges_strides, q_start, q_len, BLOCK_Q)
+            start, _full_start, _full_end, end = narrowed(start, start, end, end, ranges, ranges_strides[5])
         visited = (kv_start < end) & (kv_start + BLOCK_KV > start)
         if FILL_THRESHOLD is not None:
             # Rows that saw nothing above the fill have gradients through all keys.
-            visited |= sees_every_key(rows_base, planes, q_idx, FILL_THRESHOLD) > 0
+            visited |= sees_every_key(rows_base, planes, offs_q, FILL_THRESHOLD) > 0
         if visited:
             # [block_q, block_d], [block_q, block_dv]
             q_ptrs = tile_pointers(batch_pointer(q_ptr, q_strides, m0, m1, m2, m3), q_idx, offs_d, q_strides)
@@ -79,7 +88,7 @@ def attention_pairs_backward_kernel(
             # [block_q, block_kv]
             qk = product(q, tl.trans(k), PRECISION)
             dw = product(grad, tl.trans(v), PRECISION)
-            rows = load_rows(rows_base, planes, q_idx, offs_q < q_len, SLACK, NORMALISED)
+            rows = load_rows(rows_base, planes, offs_q, SCALE, SLACK, APART, NORMALISED)
             row_factor = row_factor_of(
                 q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
             )  # fmt: skip
@@ -89,7 +98,7 @@ def attention_pairs_backward_kernel(
             _w, _dqk, ds, of_factor, _p = tile_gradients(
                 qk, dw, kept, along(rows, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3,
                 q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                FACTOR_MASKED, ROW_FACTOR, True, SCALE, SLACK, NORMALISED,
+                FACTOR_MASKED, ROW_FACTOR, True, SCALE, SLACK, APART, NORMALISED,
             )  # fmt: skip
             dt += PAIR_GRAD(
                 ds, of_factor, qk, m0, m1, m2, m3, q_idx[:, None], offs_kv[None, :], q_len, kv_len, sizes, captured,

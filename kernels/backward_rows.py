@@ -6,9 +6,11 @@ import triton.language as tl
 from flashfuse.kernels.forward import LARGE, LOG2_E, LOWEST_FLOAT32
 from flashfuse.kernels.tiles import batch_pointer, load_columns, tile_pointers
 
-# The planes of `rows_ptr`, [ROW_PLANES, batch positions, q_len].
-SHIFT: tl.constexpr = tl.constexpr(0)
-LOG_SUM: tl.constexpr = tl.constexpr(1)
+# The planes of `rows_ptr` [ROW_PLANES, batch positions, rows_len]: whole blocks of rows, so that tiles of them are read
+# without a mask; those behind the last query give 0.
+ROWS_BLOCK: tl.constexpr = tl.constexpr(128)
+MINUS_SHIFT: tl.constexpr = tl.constexpr(0)
+SHARE: tl.constexpr = tl.constexpr(1)
 DELTA: tl.constexpr = tl.constexpr(2)
 LARGEST: tl.constexpr = tl.constexpr(3)
 SINK_GRAD: tl.constexpr = tl.constexpr(4)
@@ -18,14 +20,15 @@ SINK_GRAD: tl.constexpr = tl.constexpr(4)
 def attention_rows_backward_kernel(
     grad_ptr, out_ptr, lse_ptr, rows_ptr, grad_strides, out_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
-    SINK: tl.constexpr, ROW_KEPT: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr,
+    SINK: tl.constexpr, ROW_KEPT: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """delta_i = sum_d grad_id out_id, and what makes a probability of a score; 0 unless ROW_KEPT.
 
     See `backward._probabilities`. The gradient of SINK is -exp(sink - lse) delta. lse is a pair, see `ops`.
+    APART: whether the shift and the sum's logarithm stay two numbers, of which the second becomes a factor.
     """
-    q_tiles = tl.cdiv(q_len, BLOCK_Q)
+    q_tiles = rows_length(q_len) // BLOCK_Q
     position = tl.program_id(0) // q_tiles
     n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
     offs_q = tl.program_id(0) % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -51,7 +54,6 @@ def attention_rows_backward_kernel(
         kept = ROW_KEPT(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides) != 0
         log_sum = tl.where(kept, log_sum, float("inf"))
         delta = tl.where(kept, delta, 0.0)
-        largest = tl.where(kept, largest, 0.0)
     # What the shift loses by its rounding is in the logarithm, see `forward._largest_score`.
     if SLACK is None:
         shift = largest * LOG2_E
@@ -61,46 +63,54 @@ def attention_rows_backward_kernel(
         lost = tl.fma(shift, tl.full(shift.shape, -SCALE, tl.float32), largest) * LOG2_E
     lost = tl.where(largest > LARGE, lost, 0.0)
 
-    planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * q_len
-    rows_ptrs = rows_ptr + position.to(tl.int64) * q_len + offs_q
-    stored = offs_q < q_len
-    tl.store(rows_ptrs + SHIFT * planes, shift, mask=stored)
-    tl.store(rows_ptrs + LOG_SUM * planes, log_sum * LOG2_E + lost, mask=stored)
-    tl.store(rows_ptrs + DELTA * planes, delta, mask=stored)
-    tl.store(rows_ptrs + LARGEST * planes, largest, mask=stored)
+    planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * rows_length(q_len)
+    rows_ptrs = rows_ptr + position.to(tl.int64) * rows_length(q_len) + offs_q
+    exists = offs_q < q_len
+    logarithm = tl.where(exists, log_sum * LOG2_E + lost, float("inf"))
+    tl.store(rows_ptrs + MINUS_SHIFT * planes, -(shift if APART else shift + logarithm))
+    tl.store(rows_ptrs + SHARE * planes, tl.exp2(-logarithm))
+    tl.store(rows_ptrs + DELTA * planes, tl.where(exists, delta, 0.0))
+    tl.store(rows_ptrs + LARGEST * planes, tl.where(exists, largest, float("inf")))
     if SINK is not None:
         sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
         exponent = (sink - largest - log_sum) * LOG2_E
-        tl.store(rows_ptrs + SINK_GRAD * planes, -tl.exp2(exponent) * delta, mask=stored)
+        tl.store(rows_ptrs + SINK_GRAD * planes, tl.where(exists, -tl.exp2(exponent) * delta, 0.0))
+
+
+@triton.jit
+def rows_length(q_len):
+    """The rows of a batch position that `rows_ptr` has."""
+    return tl.cdiv(q_len, ROWS_BLOCK) * ROWS_BLOCK
 
 
 @triton.jit
 def load_rows(
-    rows_base, planes, q_idx, inside, SLACK: tl.constexpr, NORMALISED: tl.constexpr
+    rows_base, planes, offs_q, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr,
+    NORMALISED: tl.constexpr,
 ):  # fmt: skip
-    """(shift, log_sum, delta, slack) of rows; delta is 0 behind the last one.
+    """(minus_shift, share, delta, slack) of rows at `offs_q`, which may lie behind the last one.
 
-    shift: the largest inner score where some are large (SLACK), else the largest score in base 2; so is log_sum. From
-    `slack` on a difference from the shift is 0.
+    shift: the largest inner score where some are large (SLACK), else the largest score in base 2. share: what the
+    exponential is multiplied by, where they are APART. From `slack` on a difference from the shift is 0.
     """
-    delta = tl.zeros(q_idx.shape, tl.float32)
-    shift, log_sum, slack = delta, delta, delta
+    delta = tl.zeros(offs_q.shape, tl.float32)
+    minus_shift, share, slack = delta, delta, delta
     if NORMALISED:
-        shift = tl.load(rows_base + SHIFT * planes + q_idx)
-        log_sum = tl.load(rows_base + LOG_SUM * planes + q_idx)
-        delta = tl.load(rows_base + DELTA * planes + q_idx, mask=inside, other=0.0)
+        minus_shift = tl.load(rows_base + MINUS_SHIFT * planes + offs_q)
+        delta = tl.load(rows_base + DELTA * planes + offs_q)
+        if APART:
+            share = tl.load(rows_base + SHARE * planes + offs_q)
         if SLACK is not None:
-            large = tl.load(rows_base + LARGEST * planes + q_idx) <= LARGE
-            slack = tl.where(large, shift * SLACK, float("inf"))
-    return shift, log_sum, delta, slack
+            slack = tl.where(minus_shift >= -LARGE / SCALE, minus_shift * -SLACK, float("inf"))
+    return minus_shift, share, delta, slack
 
 
 @triton.jit
 def along(rows, AXIS: tl.constexpr):
     """The numbers of rows with an axis of size 1 at AXIS."""
-    shift, log_sum, delta, slack = rows
+    minus_shift, share, delta, slack = rows
     return (
-        tl.expand_dims(shift, AXIS), tl.expand_dims(log_sum, AXIS), tl.expand_dims(delta, AXIS),
+        tl.expand_dims(minus_shift, AXIS), tl.expand_dims(share, AXIS), tl.expand_dims(delta, AXIS),
         tl.expand_dims(slack, AXIS),
     )  # fmt: skip
 
@@ -109,8 +119,8 @@ def along(rows, AXIS: tl.constexpr):
 def sees_every_key(rows_base, planes, q_idx, FILL_THRESHOLD: tl.constexpr):
     """1 where one of the rows saw nothing above the fill, or is NaN for want of a key; 0 elsewhere."""
     largest = tl.load(rows_base + LARGEST * planes + q_idx)
-    log_sum = tl.load(rows_base + LOG_SUM * planes + q_idx)
-    return tl.max(((largest <= FILL_THRESHOLD) | (log_sum != log_sum)).to(tl.int32), 0)
+    share = tl.load(rows_base + SHARE * planes + q_idx)
+    return tl.max(((largest <= FILL_THRESHOLD) | (share != share)).to(tl.int32), 0)
 
 
 @triton.jit

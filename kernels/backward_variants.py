@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import triton
 
 from flashfuse.kernels import dropout
 from flashfuse.kernels.codegen_backward import BackwardProgram
 from flashfuse.kernels.launch import Device, Launch, Shape, padded, precision_of, triton_dtype
-from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.spec import AttentionSpec
 
 
@@ -41,25 +41,34 @@ class BackwardLaunch:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the launch table: for head dims up to `head_dim`, elements up to `element_bytes`, at least `arch`."""
+    """A row of the launch table: for head dims up to `head_dim`, elements up to `element_bytes`, at least `arch`.
+
+    alone: only where a tile holds no captured elements and draws no dropout.
+    """
 
     head_dim: int
     element_bytes: int
     backend: str
     arch: int
     launch: BackwardLaunch
+    alone: bool = False
 
 
-def _row(head_dim: int, element_bytes: int, backend: str, arch: int, *tiles: tuple[int, int, int, int]) -> Row:
+def _row(
+    head_dim: int, element_bytes: int, backend: str, arch: int, *tiles: tuple[int, int, int, int], alone: bool = False
+) -> Row:
     """tiles: (block_q, block_kv, num_warps, num_stages) for keys, queries and pairs."""
-    return Row(head_dim, element_bytes, backend, arch, BackwardLaunch(*(Launch(*t) for t in tiles)))
+    return Row(head_dim, element_bytes, backend, arch, BackwardLaunch(*(Launch(*t) for t in tiles)), alone)
 
 
-# The first row that applies and fits in shared memory is used. Chosen to compile without spills, not measured.
+# The first row that applies and fits in shared memory is used. Keys and queries up to head dim 128 on sm_90 are the
+# fastest of those measured there (one H100); the others are chosen to compile without spills.
 TABLE = (
     # The keys' pass holds two accumulators and numbers of rows along its columns, so its query tiles are narrow.
-    _row(64, 2, "cuda", 90, (32, 128, 8, 2), (128, 64, 8, 2), (64, 32, 4, 1)),
-    _row(128, 2, "cuda", 90, (32, 64, 8, 1), (128, 64, 8, 2), (64, 32, 8, 1)),
+    _row(64, 2, "cuda", 90, (64, 128, 8, 3), (64, 64, 4, 3), (64, 32, 4, 1), alone=True),
+    _row(64, 2, "cuda", 90, (32, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 1)),
+    _row(128, 2, "cuda", 90, (64, 128, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1), alone=True),
+    _row(128, 2, "cuda", 90, (32, 128, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)),
     _row(256, 2, "cuda", 90, (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     _row(512, 2, "cuda", 90, (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     _row(64, 2, "cuda", 80, (32, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 1)),
@@ -88,6 +97,7 @@ def choose_backward(device: Device, shape: Shape) -> BackwardLaunch | None:
             and shape.element_bytes <= row.element_bytes
             and row.backend in ("", device.backend)
             and device.arch >= row.arch
+            and not (row.alone and (shape.captured_bytes or shape.drop_bytes))
             and launch.shared_bytes(shape) <= device.shared_bytes
         ):
             return launch
@@ -98,13 +108,16 @@ def choose_backward(device: Device, shape: Shape) -> BackwardLaunch | None:
 # Compile-time arguments and options of each kernel
 
 
-def rows_constants(program: BackwardProgram, value_dim: int, block_q: int, with_sink: bool) -> Mapping[str, Any]:
+def rows_constants(
+    spec: AttentionSpec, program: BackwardProgram, value_dim: int, block_q: int, with_sink: bool
+) -> Mapping[str, Any]:
     """Of the kernel that makes the numbers of rows; with_sink: the gradients of sinks among them."""
     return {
         "SINK": program.forward.sink if with_sink else None,
         "ROW_KEPT": program.forward.row_kept,
         "SCALE": program.derivatives.scale,
         "SLACK": program.forward.slack,
+        "APART": _apart(spec, program),
         "VALUE_DIM": value_dim,
         "BLOCK_DV": padded(value_dim),
         "BLOCK_Q": block_q,
@@ -131,7 +144,6 @@ def queries_constants(
     spec: AttentionSpec, program: BackwardProgram, head_dim: int, value_dim: int, launch: Launch
 ) -> Mapping[str, Any]:
     """Of the kernel that passes by query tile."""
-    assert MASK_BLOCK % launch.block_q == 0, "the rows of a tile share a row of kv_ranges"
     masked, full = program.row_sums
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
@@ -150,7 +162,6 @@ def pairs_constants(
     spec: AttentionSpec, program: BackwardProgram, number: int, head_dim: int, value_dim: int, launch: Launch
 ) -> Mapping[str, Any]:
     """Of the kernel that writes the gradient of pair term `number`."""
-    assert MASK_BLOCK % launch.block_q == 0, "the rows of a tile share a row of kv_ranges"
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
         "PAIR_GRAD": program.pair_grads[number],
@@ -158,6 +169,11 @@ def pairs_constants(
         "KV_BOUNDS": program.forward.kv_bounds,
         "FILL_THRESHOLD": program.fill_threshold,
     }
+
+
+def _apart(spec: AttentionSpec, program: BackwardProgram) -> bool:
+    """Whether a row's shift and logarithm stay two numbers: their sum is rounded where half a digit of it shows."""
+    return program.forward.slack is not None or torch.float32 in (spec.product_dtype, spec.probs_dtype)
 
 
 def _shared_constants(
@@ -168,6 +184,7 @@ def _shared_constants(
         "GRADS_MASKED": program.derivatives.score_and_grad_masked,
         "SCALE": program.derivatives.scale,
         "SLACK": program.forward.slack,
+        "APART": _apart(spec, program),
         "NORMALISED": normalised,
         "FACTOR_MASKED": program.forward.factor_masked,
         # The rows kernel has taken rows that are not kept out of a softmax.

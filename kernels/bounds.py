@@ -172,7 +172,7 @@ def _order(reader: Reader, predicate: Pointwise) -> Bounds:
 
 def _of_queries(reader: Reader, op: str, left: sympy.Expr, right: sympy.Expr) -> Bounds:
     """A comparison without kv_idx: all keys or none."""
-    slack = sympy.expand(right - left if op in ("lt", "le") else left - right) - (1 if op in ("lt", "gt") else 0)
+    slack = _slack(op, left, right)
     extent = extremes(slack, QUERY_TILE)
     if extent is None:
         return UNKNOWN
@@ -181,6 +181,23 @@ def _of_queries(reader: Reader, op: str, left: sympy.Expr, right: sympy.Expr) ->
         holds = pointwise("ge", index(value), index(0))
         spans.append(Span(reader.named(pointwise("where", holds, index(0), index(KV_LEN)))))
     return Bounds(*spans)
+
+
+def by_positions(predicate: Expr) -> bool:
+    """Whether positions tell in which tiles all of `predicate` holds."""
+    return Reader().read(predicate).full is not None
+
+
+def slack_of(predicate: Expr) -> sympy.Expr | None:
+    """A comparison of positions holds where this is at least 0; None where `predicate` is something else."""
+    match predicate:
+        case Pointwise(op="lt" | "le" | "gt" | "ge" as op, args=(Index(value=left), Index(value=right))):
+            return _slack(op, left, right)
+    return None
+
+
+def _slack(op: str, left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
+    return sympy.expand(right - left if op in ("lt", "le") else left - right) - (1 if op in ("lt", "gt") else 0)
 
 
 def _equal(reader: Reader, predicate: Pointwise) -> Bounds:

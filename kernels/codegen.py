@@ -20,9 +20,10 @@ from flashfuse.kernels.bounds import Q_START, Q_STOP, BoundsProgram, KvRange
 from flashfuse.kernels.expr import Const, Expr, free_symbols, loads, walk
 from flashfuse.kernels.mask import kernel_spec, mask_of, may_be_huge
 from flashfuse.kernels.modules import finished, load_module
+from flashfuse.kernels.normal import index, pointwise
 from flashfuse.kernels.scale import inner_score, unscaled
 from flashfuse.kernels.source import ROW_ARGUMENTS, TILE_ARGUMENTS, Writer, indented, is_row, row_body, tile_body
-from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, batch_symbol, to_text
+from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, AttentionSpec, batch_symbol, to_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,7 @@ def load_program(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool 
     spec = kernel_spec(spec, fewer_queries)
     scale, inner = inner_score(spec)
     mask = mask_of(spec)
-    digest, source = generate(spec, ranged)
+    digest, source = generate(spec, ranged, fewer_queries)
     path, module = load_module(f"score_{digest}", source)
 
     def function(name: str) -> Any:
@@ -159,10 +160,13 @@ def {name}_HASH({arguments}):
 '''
 
 
-def generate(spec: AttentionSpec, ranged: bool = False) -> tuple[str, str]:
-    """(hash, source text) of the spec's module, for calls with `kv_ranges` or for those without."""
+def generate(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool = False) -> tuple[str, str]:
+    """(hash, source text) of the spec's module; ranged, fewer_queries: see `load_program`."""
     scale, inner = inner_score(spec)
     mask = mask_of(spec)
+    if not mask.ends_keys(fewer_queries):
+        behind = Const(inner.dtype, -math.inf if spec.normaliser == "softmax" else 0.0)
+        inner = pointwise("where", pointwise("lt", index(KV_IDX), index(KV_LEN)), inner, behind)
     full = unscaled(mask.unmasked if ranged else mask.full, scale)
     bodies = {
         "masked_body": tile_body([inner], spec.compute_dtype, keys_end=True),

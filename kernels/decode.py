@@ -67,7 +67,7 @@ def attention_split_kernel(
     # The share of the keys at hand, of those that any query visits.
     q_start = tl.full((), 0, tl.int32)
     first, full_start, full_end, last = key_tiles(
-        q_start, q_len, o0, o1, o2, o3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, BLOCK_KV
+        q_start, q_len, o0, o1, o2, o3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, 1, BLOCK_KV
     )
     tiles = (last - first) // BLOCK_KV
     start = first + tiles * split // num_splits * BLOCK_KV
@@ -176,7 +176,7 @@ def attention_combine_kernel(
         draw = (0 if seed_ptr is None else tl.load(seed_ptr), _number(c0, c1, c2, c3, outer, packed))
         q_start = tl.full((), 0, tl.int32)
         first, _, _, last = key_tiles(
-            q_start, q_len, o0, o1, o2, o3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, BLOCK_KV
+            q_start, q_len, o0, o1, o2, o3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, 1, BLOCK_KV
         )
         acc, row_sum, row_max, row_shift = visit_skipped(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, first, last,

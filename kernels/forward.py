@@ -9,13 +9,19 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.philox import kept_scales
-from flashfuse.kernels.tiles import batch_pointer, load_columns, load_keys, narrowed, product, tile_pointers
+from flashfuse.kernels.tiles import (
+    batch_pointer,
+    load_columns,
+    load_keys,
+    narrowed,
+    product,
+    range_pointers,
+    tile_pointers,
+)
 
 # Below this a unit in the last place of a score is one or more, no correction of a logarithm.
 LARGE: tl.constexpr = tl.constexpr(-1e7)
 LOWEST_FLOAT32: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
-# Queries that share a row of `ranges_ptr`; see `mask.MASK_BLOCK`.
-MASK_BLOCK: tl.constexpr = tl.constexpr(128)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -82,7 +88,7 @@ def attention_forward_kernel(
     # Key positions at whole tiles: start <= full_start <= full_end <= end.
     q_stop = tl.minimum(q_start + BLOCK_Q, q_len)
     start, full_start, full_end, end = key_tiles(
-        q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, BLOCK_KV
+        q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, BLOCK_Q, BLOCK_KV
     )
 
     position = ((n0 * batch_1 + n1) * batch_2 + n2) * batch_3 + n3
@@ -117,14 +123,14 @@ def attention_forward_kernel(
 @triton.jit
 def key_tiles(
     q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes, ranges_ptr, ranges_strides,
-    KV_BOUNDS: tl.constexpr, BLOCK_KV: tl.constexpr,
+    KV_BOUNDS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
     """The keys that queries [q_start, q_stop) visit, at whole tiles: start <= full_start <= full_end <= end."""
     start, full_start, full_end, end = KV_BOUNDS(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes)
     if ranges_ptr is not None:
-        block_ptr = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
-        block_ptr += (q_start // MASK_BLOCK).to(tl.int64) * ranges_strides[4]
-        start, full_start, full_end, end = narrowed(start, end, block_ptr, ranges_strides[5])
+        ranges = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
+        ranges = range_pointers(ranges, ranges_strides, q_start, q_len, BLOCK_Q)
+        start, full_start, full_end, end = narrowed(start, full_start, full_end, end, ranges, ranges_strides[5])
     start = start // BLOCK_KV * BLOCK_KV
     end = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
     full_start = tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end)
@@ -262,8 +268,6 @@ def _attend(
     # [block_q, block_kv]
     qk = product(q, tl.trans(k), PRECISION)
     score = SCORE(qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides)
-    if KEYS_END:
-        score = tl.where(kv_idx[None, :] < kv_len, score, float("-inf") if NORMALISED else 0.0)
 
     if NORMALISED:
         # [block_q]

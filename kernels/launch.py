@@ -17,7 +17,6 @@ from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen import load_program
 from flashfuse.kernels.expr import Load, free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
-from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.prepared import KernelLaunch, Prepared
 from flashfuse.kernels.spec import KV_IDX, MAX_BATCH_AXES, Q_IDX, AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
@@ -155,7 +154,6 @@ def constants(
     fewer_queries: bool = False,
 ) -> Mapping[str, Any]:
     """The compile-time arguments and options of the kernel, for calls with or without `kv_ranges`."""
-    assert not ranged or MASK_BLOCK % launch.block_q == 0, "the rows of a tile share a row of kv_ranges"
     program = load_program(spec, ranged, fewer_queries)
     return {
         "SCORE_MASKED": program.score_masked,

@@ -12,7 +12,7 @@ import torch
 
 from flashfuse.kernels.backward import attention_keys_backward_kernel, attention_queries_backward_kernel
 from flashfuse.kernels.backward_pairs import attention_pairs_backward_kernel
-from flashfuse.kernels.backward_rows import attention_rows_backward_kernel
+from flashfuse.kernels.backward_rows import ROWS_BLOCK, SINK_GRAD, attention_rows_backward_kernel
 from flashfuse.kernels.backward_tiled import attention_backward_tiled
 from flashfuse.kernels.backward_variants import (
     BackwardLaunch,
@@ -110,21 +110,22 @@ class _Backward:
         return self.gradients.of_sink or (self.call.spec.sink is not None and bool(self.program.corrected))
 
     def _rows(self) -> torch.Tensor:
-        """[ROW_PLANES, N.., Tq]; the log-sum-exps, unused, where there is no softmax."""
+        """[ROW_PLANES, N.., Tq up to a whole block]; the log-sum-exps, unused, where there is no softmax."""
         if self.call.spec.normaliser == "none":
             return self.lse
         q_len, value_dim = self.out.shape[-2:]
-        rows = self.lse.new_empty(ROW_PLANES, *self.call.batch, q_len)
-        block = max(16, min(128, ROW_ELEMENTS // padded(value_dim)))
-        variant = rows_constants(self.program, value_dim, block, self._needs_sink)
+        rows_len = -(-q_len // ROWS_BLOCK.value) * ROWS_BLOCK.value
+        rows = self.lse.new_empty(ROW_PLANES, *self.call.batch, rows_len)
+        block = max(16, min(ROWS_BLOCK.value, ROW_ELEMENTS // padded(value_dim)))
+        variant = rows_constants(self.call.spec, self.program, value_dim, block, self._needs_sink)
         arguments = (
             self.grad_out, self.out, self.lse, rows, *self._strides(self.grad_out, self.out),
             *_padded(self.call.batch), *self._program_arguments,
         )  # fmt: skip
-        programs = math.prod(self.call.batch) * -(-q_len // block)
+        programs = math.prod(self.call.batch) * (rows_len // block)
         launched((KernelLaunch(attention_rows_backward_kernel, programs, variant),), arguments)
         if self.gradients.of_sink:
-            self.gradients.add_sink(rows[4])
+            self.gradients.add_sink(rows[SINK_GRAD.value][..., :q_len])
         return rows
 
     def _keys(self, rows: torch.Tensor, k_wanted: bool, v_wanted: bool) -> dict[int, torch.Tensor]:
@@ -184,7 +185,7 @@ class _Backward:
         programs = math.prod(self.call.batch) * -(-q_len // tiles.block_q)
         launched((KernelLaunch(attention_queries_backward_kernel, programs, variant),), arguments)
         if sums:
-            self.gradients.add_rows(sums, rows[4] if self._needs_sink else None)
+            self.gradients.add_rows(sums, rows[SINK_GRAD.value][..., :q_len] if self._needs_sink else None)
         return {} if dq is None else {0: _finished(dq, self.call.q)}
 
     def _pairs(self, rows: torch.Tensor, number: int, target: torch.Tensor) -> None:

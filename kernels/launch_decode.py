@@ -29,8 +29,6 @@ from flashfuse.kernels.prepared import KernelLaunch, Prepared
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec, batch_symbol
 from flashfuse.kernels.tiled import attention_tiled
 
-# Where calls of few queries come here: only in the interpreter, until the kernels have passed their tests on a GPU.
-TAKEN_ON = frozenset({"cpu"})
 # More queries fill the rows of a tile by themselves.
 MAX_Q_LEN = 16
 
@@ -69,7 +67,7 @@ COMBINED_ELEMENTS = 8192
 
 def takes(call: AttentionCall) -> bool:
     """Whether the flash-decoding kernels are the ones for a call."""
-    return call.q_len <= MAX_Q_LEN and call.device.type in TAKEN_ON
+    return call.q_len <= MAX_Q_LEN
 
 
 def prepare_any(call: AttentionCall) -> Prepared | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from flashfuse.kernels.bounds import BoundsProgram, Reader, Span
+from flashfuse.kernels.bounds import BoundsProgram, Reader, Span, slack_of
 from flashfuse.kernels.expr import Const, Expr, Gather, Load, Pointwise, Product, free_symbols, walk
 from flashfuse.kernels.mask_words import in_words
 from flashfuse.kernels.normal import FALSE, TRUE, conjunction, conjuncts, number, substitute
@@ -25,7 +25,7 @@ from flashfuse.kernels.predicate import normal
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, batch_symbol
 
 # A tensor that masks is read once for each block of queries by each granule of keys.
-MASK_BLOCK = 128
+MASK_BLOCK = 64
 MASK_GRANULE = 64
 
 # Adding a constant below this to any meaningful score leaves a probability of exactly zero beside an unmasked key.
@@ -95,6 +95,15 @@ class MaskStructure:
             return False
         keys = (*_FIRST_AND_LAST, *_DIAGONALS) if fewer_queries else _FIRST_AND_LAST
         return any(normal(substitute(self.needed, {KV_IDX: key})) == TRUE for key in keys)
+
+    def ends_keys(self, fewer_queries: bool = False) -> bool:
+        """Whether positions behind the last key are masked like others, with nothing left of their scores."""
+        if self.data_fill != -math.inf:
+            return False
+        beyond, more = sympy.symbols("beyond more", integer=True, nonnegative=True)
+        last = {KV_IDX: KV_LEN + beyond, Q_IDX: (KV_LEN - more if fewer_queries else Q_LEN) - 1}
+        slacks = (slack_of(term) for term in conjuncts(self.needed))
+        return any(slack is not None and sympy.expand(slack.xreplace(last)).is_negative for slack in slacks)
 
 
 @functools.lru_cache(maxsize=4096)

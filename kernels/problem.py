@@ -134,8 +134,8 @@ class Problem:
         _, full_start, _, last = ranges.amax(0).tolist()
         end = min(found.end, last)
         start = min(max(found.start, first), end)
-        full_start = min(max(full_start, start), end)
-        return KvRange(start, full_start, max(min(full_end, end), full_start), end)
+        full_start = min(max(full_start, found.full_start, start), end)
+        return KvRange(start, full_start, max(min(full_end, found.full_end, end), full_start), end)
 
     def _by_position(self, box: Box) -> KvRange:
         kv_len = self.k.shape[-2]

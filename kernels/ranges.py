@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flashfuse.kernels.bounds import by_positions
 from flashfuse.kernels.expr import Expr, Gather, Index, Load, free_symbols, loads, sympify
 from flashfuse.kernels.intervals import Grid, interval
 from flashfuse.kernels.mask import MASK_BLOCK, MASK_GRANULE, mask_of
@@ -62,8 +63,9 @@ def ranges_program(spec: AttentionSpec, batch: Sequence[int], kv_len: int) -> Ra
     readable = [term for term in terms if all(_pays(read, batch) for read in loads(term))]
     if not any(map(loads, readable)):
         return None
-    # What is left out is never known to be idle.
-    return _numbered(conjunction(readable), mask.idle if len(readable) == len(terms) else FALSE)
+    # What is left out is never known to be idle; what positions decide, the kernel finds tile by tile.
+    left_to_data = [term for term in conjuncts(mask.idle) if loads(term) or not by_positions(term)]
+    return _numbered(conjunction(readable), conjunction(left_to_data) if len(readable) == len(terms) else FALSE)
 
 
 def _pays(read: Load | Gather, batch: Sequence[int]) -> bool:

@@ -167,7 +167,7 @@ class Writer:
             terms += [f"{s.name} * 0" for s in sorted(apart & _BATCH, key=str)]
         address = " + ".join(terms)
         masks = [self.emit(g) for g in used]
-        if self._keys_end and KV_IDX in positions:
+        if self._keys_end and KV_IDX in positions and "(kv_idx < kv_len)" not in masks:
             masks.append("(kv_idx < kv_len)")
         masked = f", mask={' & '.join(masks)}, other=0" if masks else ""
         widened = f".to({self._float})" if load.dtype.is_floating_point else ""

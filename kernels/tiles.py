@@ -3,14 +3,29 @@
 import triton
 import triton.language as tl
 
+# Queries that share a row of `ranges_ptr`; see `mask.MASK_BLOCK`.
+MASK_BLOCK: tl.constexpr = tl.constexpr(64)
+
 
 @triton.jit
-def narrowed(start, end, ptr, stride):
-    """The key range [start, end) within the range stored at `ptr`, and the stored full range within that."""
-    end = tl.minimum(end, tl.load(ptr + 3 * stride))
-    start = tl.minimum(tl.maximum(start, tl.load(ptr)), end)
-    full_start = tl.minimum(tl.maximum(start, tl.load(ptr + stride)), end)
-    full_end = tl.maximum(tl.minimum(end, tl.load(ptr + 2 * stride)), full_start)
+def range_pointers(ptr, strides, q_start, q_len, BLOCK_Q: tl.constexpr):
+    """Pointers [blocks] to the stored ranges of BLOCK_Q queries."""
+    BLOCKS: tl.constexpr = (BLOCK_Q + MASK_BLOCK - 1) // MASK_BLOCK
+    block = tl.minimum(q_start // MASK_BLOCK + tl.arange(0, BLOCKS), (q_len - 1) // MASK_BLOCK)
+    return ptr + block.to(tl.int64) * strides[4]
+
+
+@triton.jit
+def narrowed(start, full_start, full_end, end, ptrs, stride):
+    """A range of keys, and the full range in it, within those stored at `ptrs` [blocks].
+
+    Positions tell the one and data the other; a key is visited for all blocks, and full where it is for each of them.
+    """
+    end = tl.minimum(end, tl.max(tl.load(ptrs + 3 * stride), 0))
+    start = tl.minimum(tl.maximum(start, tl.min(tl.load(ptrs), 0)), end)
+    full_start = tl.minimum(tl.maximum(tl.maximum(start, full_start), tl.max(tl.load(ptrs + stride), 0)), end)
+    last = tl.minimum(full_end, tl.min(tl.load(ptrs + 2 * stride), 0))
+    full_end = tl.maximum(tl.minimum(end, last), full_start)
     return start, full_start, full_end, end
 
 

@@ -46,8 +46,6 @@ def assemble(
     """The site whose output is `node` at `position`. Raises Refused where the parts do not fit the operator."""
     out = tensor(node)
     assert out is not None
-    if out.requires_grad and out.device.type == "cuda":
-        raise Refused("training", "gradients are wanted, and the backward kernels for GPUs are not ready yet", node)
     _check_types(node, values, score)
     roles = _roles(node, position, values, value_side, score, end)
     if end.dropout is not None:

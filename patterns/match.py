@@ -102,10 +102,6 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
     out = tensor(node)
     if out is None:
         return None
-    if wants_gradient(node) and out.device.type == "cuda":
-        raise Refused(
-            "training", "gradients are wanted here, and the backward kernels for GPUs are not ready yet", node
-        )
     _check_transforms(lifter.graph, node)
     if free_unbacked_symbols([tensor(n) for n in (node, *node.all_input_nodes)]):
         raise Refused("data-dependent-shape", "a length depends on data, so it is not known even as a symbol", node)

@@ -51,7 +51,7 @@ def test_scale_is_taken_out(score: str, scale: float, inner: str) -> None:
 
 
 def test_plain_program_returns_the_product() -> None:
-    _, source = generate(make_spec("where(kv_idx <= q_idx, qk * 0.125, -inf)"))
+    _, source = generate(make_spec("where(kv_idx <= q_idx, qk * 0.125, -inf)"), fewer_queries=True)
     full = source[source.index("def score_full") : source.index("def kv_bounds")]
     assert "return qk" in full
     assert 'return tl.where((kv_idx <= q_idx), qk, float("-inf"))' in source

@@ -241,9 +241,8 @@ def test_same_bits_each_time() -> None:
         assert torch.equal(one, other)
 
 
-def test_the_operator_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_operator_takes_them() -> None:
     """By the table, in several splits, and again by a plan for another call."""
-    monkeypatch.setattr(launch_decode, "TAKEN_ON", {DEVICE})
     plans._plans.clear()
     call = grouped(BOTTOM_RIGHT, 2, 300, 4, dtype=torch.float16).to(DEVICE)
     prepared = prepare_any(call)
@@ -257,12 +256,9 @@ def test_the_operator_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     check(call, None, None)
 
 
-def test_when_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_decode, "TAKEN_ON", {"cpu"})
+def test_when_they_are_taken() -> None:
     assert takes(grouped("qk", 16, 40))
     assert not takes(grouped("qk", 17, 40))
-    monkeypatch.setattr(launch_decode, "TAKEN_ON", frozenset())
-    assert not takes(grouped("qk", 1, 40))
 
 
 def test_number_of_splits() -> None:

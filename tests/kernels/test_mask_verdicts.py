@@ -14,9 +14,19 @@ from flashfuse.kernels.bounds import Q_START, Q_STOP
 from flashfuse.kernels.evaluate import Tile, evaluate
 from flashfuse.kernels.expr import Const, Expr
 from flashfuse.kernels.intervals import Grid, interval
-from flashfuse.kernels.mask import MaskStructure, analyze
-from flashfuse.kernels.ranges import mask_ranges
-from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, batch_symbol, parse, size_symbol, to_text
+from flashfuse.kernels.mask import MASK_BLOCK, MaskStructure, analyze
+from flashfuse.kernels.ranges import mask_ranges, ranges_program
+from flashfuse.kernels.spec import (
+    KV_IDX,
+    KV_LEN,
+    Q_IDX,
+    Q_LEN,
+    AttentionSpec,
+    batch_symbol,
+    parse,
+    size_symbol,
+    to_text,
+)
 
 Data = Sequence[torch.Tensor]
 POSITIONAL = [
@@ -170,10 +180,10 @@ def test_ranges_against_enumeration(seed: int) -> None:
     batch, q_len, kv_len, size = 2, rng.randint(1, 300), rng.randint(1, 300), rng.randint(1, 200)
     data = random_data(rng, batch, q_len, kv_len)
     ranges = mask_ranges(data, [batch, size], 1, q_len, kv_len, text, text)
-    assert (ranges.dtype, tuple(ranges.shape)) == (torch.int32, (batch, -(-q_len // 128), 4))
+    assert (ranges.dtype, tuple(ranges.shape)) == (torch.int32, (batch, -(-q_len // MASK_BLOCK), 4))
     allowed = truth(parse(text, TYPES), {Q_LEN: q_len, KV_LEN: kv_len, size_symbol(0): size}, batch, data)
     for b, block in torch.cartesian_prod(*map(torch.arange, ranges.shape[:2])).tolist():
-        rows = allowed[b, block * 128 : (block + 1) * 128]
+        rows = allowed[b, block * MASK_BLOCK : (block + 1) * MASK_BLOCK]
         assert_bounds_hold(ranges[b, block].tolist(), rows.any(0), rows.all(0), kv_len)
 
 
@@ -184,10 +194,20 @@ def test_ranges_skip_what_padding_and_documents_rule_out() -> None:
     assert padding[:, 0].tolist() == padding[:, 1].tolist() == [[0, 0, 192, 256], [0, 0, 512, 512]]
     documents = "(t0[q_idx] == t0[kv_idx]) & (kv_idx <= q_idx)"
     ranges = mask_ranges([torch.arange(512) // 256], [], 0, 512, 512, documents, documents)
-    assert ranges.tolist() == [
-        [0, 128, 128, 128], [0, 0, 128, 256], [256, 384, 384, 384], [256, 256, 384, 512],
-    ]  # fmt: skip
+    within = [[0, 64, 64, 64], [0, 0, 64, 128], [0, 0, 128, 192], [0, 0, 192, 256]]
+    assert ranges.tolist() == [*within, *([at + 256 for at in block] for block in within)]
     added = torch.zeros(1, 1, 256, 256).masked_fill(torch.ones(256, 256).triu(1).bool(), -math.inf)
     score = analyze(parse("qk + t0[n0, 0, q_idx, kv_idx]", (torch.float32,)))
     ranges = mask_ranges([added], [1, 1], 2, 256, 256, to_text(score.needed), to_text(score.idle))
-    assert ranges[0, 0].tolist() == [[0, 128, 128, 128], [0, 0, 128, 256]]
+    assert ranges[0, 0].tolist() == within
+
+
+def test_ranges_leave_to_positions_what_those_decide() -> None:
+    """A kernel knows for each of its tiles where all of a position's predicate holds, data only for whole blocks."""
+    text, types = "where((t0[q_idx] == t0[kv_idx]) & (kv_idx <= q_idx), qk, -inf)", (torch.int64,)
+    f32 = torch.float32
+    spec = AttentionSpec(2, parse(text, types), types, 0, f32, f32, f32, "nan", (0, 1, 2, 3))
+    program = ranges_program(spec, [2, 16], 512)
+    assert program is not None
+    assert program.needed == "((t0[q_idx] == t0[kv_idx]) & (kv_idx <= q_idx))"
+    assert program.idle == "(t0[q_idx] == t0[kv_idx])"

@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from flashfuse.kernels import ops
+from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.tiled import attention_tiled
 
 CAUSAL = "where(kv_idx <= q_idx, qk * 0.3, -inf)"
@@ -172,7 +173,7 @@ def padded(**changes: object) -> tuple[Call, torch.Tensor]:
 
 def test_opcheck_with_ranges() -> None:
     call, kv_ranges = padded()
-    assert tuple(kv_ranges.shape) == (2, 1, 2, 4)
+    assert tuple(kv_ranges.shape) == (2, 1, -(-call.q_len // MASK_BLOCK), 4)
     tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
     torch.library.opcheck(attention.default, (*call.arguments[:6], kv_ranges), test_utils=tests)
 
@@ -190,11 +191,11 @@ def test_ranges_are_the_torch_operators_they_are_made_of() -> None:
     assert not [n for n in traced.graph.nodes if "flashfuse" in str(n.target)]
     for batch, length in ((2, 200), (3, 70), (1, 900)):
         other = torch.arange(length) < torch.arange(1, batch + 1)[:, None] * 60
-        blocks = -(-length // 128)
+        blocks = -(-length // MASK_BLOCK)
         torch.testing.assert_close(traced(other)[..., :blocks, :], function(other), rtol=0, atol=0)
 
 
-WRONG = [lambda r: r.long(), lambda r: r[0], lambda r: r[..., :1, :], lambda r: r.expand(2, 2, 2, 4)]
+WRONG = [lambda r: r.long(), lambda r: r[0], lambda r: r[..., :1, :], lambda r: r.expand(2, 2, -1, 4)]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=["dtype", "rank", "blocks", "batch"])
