@@ -1,7 +1,8 @@
-"""The gradient of a captured tensor with an element for each pair of a query and a key: a dense bias, an added mask.
+"""The gradient of a captured tensor with an element for each pair, a dense bias, or for each distance, a relative one.
 
-Each program owns a tile of the tensor and makes the probabilities of every batch position that shares it once more, so
-that nothing is added by more than one program.
+Each program owns a tile of pairs, or all pairs of tiles at one distance from each other, in which the distances of
+pairs stand at the same places. It makes the probabilities of every batch position that shares them once more, so that
+nothing is added by more than one program.
 """
 
 import triton
@@ -29,8 +30,8 @@ def attention_pairs_backward_kernel(
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dt_strides,
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
-    PAIR_GRAD: tl.constexpr, PAIR_SCALE: tl.constexpr, GRADS_MASKED: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
+    BY_DISTANCE: tl.constexpr, PAIR_GRAD: tl.constexpr, PAIR_SCALE: tl.constexpr, GRADS_MASKED: tl.constexpr,
+    KV_BOUNDS: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
     FILL_THRESHOLD: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, ROW_FACTOR: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -40,24 +41,42 @@ def attention_pairs_backward_kernel(
     """dt_ij = PAIR_SCALE * sum_n PAIR_GRAD(n, i, j) over the batch positions n that share the element.
 
     One program owns BLOCK_Q queries by BLOCK_KV keys at one of batch_0 * .. * batch_3 positions, and passes over the
-    loop_0 * .. * loop_3 positions that share them (of each axis one of the two is 1).
+    loop_0 * .. * loop_3 positions that share them (of each axis one of the two is 1). BY_DISTANCE: it owns a distance
+    of tiles, and passes over the query tiles too; dt is `DistanceSums.tiles`.
     """
     q_tiles = tl.cdiv(q_len, BLOCK_Q)
     kv_tiles = tl.cdiv(kv_len, BLOCK_KV)
-    kv_start = tl.program_id(0) % kv_tiles * BLOCK_KV
-    q_start = tl.program_id(0) // kv_tiles % q_tiles * BLOCK_Q
-    n0, n1, n2, n3 = batch_position(tl.program_id(0) // kv_tiles // q_tiles, batch_0, batch_1, batch_2, batch_3)
-    offs_q = q_start + tl.arange(0, BLOCK_Q)
-    offs_kv = kv_start + tl.arange(0, BLOCK_KV)
+    if BY_DISTANCE:
+        row_tiles = 1
+        column_tiles = (q_tiles - 1) * (BLOCK_Q // BLOCK_KV) + kv_tiles
+    else:
+        row_tiles = q_tiles
+        column_tiles = kv_tiles
+    column = tl.program_id(0) % column_tiles
+    row = tl.program_id(0) // column_tiles % row_tiles
+    n0, n1, n2, n3 = batch_position(tl.program_id(0) // column_tiles // row_tiles, batch_0, batch_1, batch_2, batch_3)
+    # Of the query tiles, `first_tile` and those behind it, and how far from each its key tile starts.
+    if BY_DISTANCE:
+        distance = column * BLOCK_KV - (q_tiles - 1) * BLOCK_Q
+        first_tile = tl.cdiv(tl.maximum(-distance, 0), BLOCK_Q)
+        tiles = tl.minimum(q_tiles, tl.cdiv(kv_len - distance, BLOCK_Q)) - first_tile
+    else:
+        distance = column * BLOCK_KV - row * BLOCK_Q
+        first_tile = row
+        tiles = 1
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    q_idx = tl.minimum(offs_q, q_len - 1)
-    q_stop = tl.minimum(q_start + BLOCK_Q, q_len)
     seed = 0 if seed_ptr is None else tl.load(seed_ptr)
     dt = tl.zeros([BLOCK_Q, BLOCK_KV], tl.float32)
 
-    for shared in tl.range(0, loop_0 * loop_1 * loop_2 * loop_3):
-        s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
+    for i in tl.range(0, loop_0 * loop_1 * loop_2 * loop_3 * tiles):
+        q_start = (first_tile + i % tiles) * BLOCK_Q
+        kv_start = q_start + distance
+        offs_q = q_start + tl.arange(0, BLOCK_Q)
+        offs_kv = kv_start + tl.arange(0, BLOCK_KV)
+        q_idx = tl.minimum(offs_q, q_len - 1)
+        q_stop = tl.minimum(q_start + BLOCK_Q, q_len)
+        s0, s1, s2, s3 = batch_position(i // tiles, loop_0, loop_1, loop_2, loop_3)
         m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
         position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
         planes = (batch_0 * loop_0).to(tl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3
@@ -79,7 +98,7 @@ def attention_pairs_backward_kernel(
             q = load_columns(q_ptrs, offs_d[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
             base = batch_pointer(grad_ptr, grad_strides, m0, m1, m2, m3)
             grad_ptrs = tile_pointers(base, q_idx, offs_dv, grad_strides)
-            grad = load_columns(grad_ptrs, offs_dv[None, :], VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+            grad = load_keys(grad_ptrs, offs_q, q_len, True, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
             # [block_kv, block_d], [block_kv, block_dv]
             k_ptrs = tile_pointers(batch_pointer(k_ptr, k_strides, m0, m1, m2, m3), offs_kv, offs_d, k_strides)
             k = load_keys(k_ptrs, offs_kv, kv_len, True, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
@@ -88,7 +107,7 @@ def attention_pairs_backward_kernel(
             # [block_q, block_kv]
             qk = product(q, tl.trans(k), PRECISION)
             dw = product(grad, tl.trans(v), PRECISION)
-            rows = load_rows(rows_base, planes, offs_q, SCALE, SLACK, APART, NORMALISED)
+            numbers = load_rows(rows_base, planes, offs_q, SCALE, SLACK, APART, NORMALISED)
             row_factor = row_factor_of(
                 q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
             )  # fmt: skip
@@ -96,7 +115,7 @@ def attention_pairs_backward_kernel(
             if DROP_LEAST is not None:
                 kept = kept_scales((seed, position), q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
             _w, _dqk, ds, of_factor, _p = tile_gradients(
-                qk, dw, kept, along(rows, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3,
+                qk, dw, kept, along(numbers, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3,
                 q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
                 FACTOR_MASKED, ROW_FACTOR, True, SCALE, SLACK, APART, NORMALISED,
             )  # fmt: skip
@@ -105,6 +124,9 @@ def attention_pairs_backward_kernel(
                 captured_strides,
             )  # fmt: skip
 
-    dt_ptrs = tile_pointers(batch_pointer(dt_ptr, dt_strides, n0, n1, n2, n3), offs_q, offs_kv, dt_strides)
-    stored = (offs_q[:, None] < q_len) & (offs_kv[None, :] < kv_len)
+    rows = row * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    columns = column * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    dt_ptrs = tile_pointers(batch_pointer(dt_ptr, dt_strides, n0, n1, n2, n3), rows, columns, dt_strides)
+    # Every row and column of sums by distance exists.
+    stored = None if BY_DISTANCE else (rows[:, None] < q_len) & (columns[None, :] < kv_len)
     tl.store(dt_ptrs, (dt * PAIR_SCALE).to(dt_ptr.dtype.element_ty), mask=stored)

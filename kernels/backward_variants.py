@@ -164,6 +164,7 @@ def pairs_constants(
     """Of the kernel that writes the gradient of pair term `number`."""
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
+        "BY_DISTANCE": program.pair_terms[number].by_distance is not None,
         "PAIR_GRAD": program.pair_grads[number],
         "PAIR_SCALE": program.pair_terms[number].scale,
         "KV_BOUNDS": program.forward.kv_bounds,

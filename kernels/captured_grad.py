@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import sympy
 import torch
 
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.captured_reads import owned_view
 from flashfuse.kernels.codegen_backward import BackwardProgram, Term
 from flashfuse.kernels.derivative import derivative, leaves
-from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, scatter_add, size_values
-from flashfuse.kernels.expr import Expr, Gather, Load
+from flashfuse.kernels.distances import DISTANCE, DistanceSums
+from flashfuse.kernels.evaluate import Tile, evaluate, scatter_add, size_values
+from flashfuse.kernels.expr import Expr, Gather, Load, free_symbols
+from flashfuse.kernels.launch import Launch
+from flashfuse.kernels.spec import KV_IDX, Q_IDX, batch_symbol
+
+# From so many programs on, one for each distance of tiles, batch positions that share distances are passed over.
+ENOUGH_PROGRAMS = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,40 +35,60 @@ class CapturedGradients:
     needs: Sequence[bool]
     total: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def pair_targets(self) -> list[torch.Tensor] | None:
-        """For each pair term what its kernel writes, zeros [n.., q_len, kv_len] of size 1 on axes to be summed over.
+    def pair_targets(self, tiles: Launch) -> list[torch.Tensor | DistanceSums] | None:
+        """For each pair term what its kernel writes, of size 1 on axes to be summed over: see `_pairs`, `_distances`.
 
         None where a term's read has no owner: two positions read one element, or one outside the tensor.
         """
-        targets = []
+        targets: list[torch.Tensor | DistanceSums] = []
         for term in self.program.pair_terms:
-            assert isinstance(term.read, Load)
-            slot = _slot(term.read)
-            target = torch.zeros_like(self.call.captured[slot])
-            if self._terms_of(slot) == 1:
-                self.total[slot] = target
-            else:
-                target = torch.zeros_like(target, dtype=torch.float32)
-            view = owned_view(target, term.read, self._tile(self.call.q_len, self.call.kv_len))
-            if view is None:
+            target = self._pairs(term) if term.by_distance is None else self._distances(term.by_distance, tiles)
+            if target is None:
                 return None
-            targets.append(view)
+            targets.append(target)
         return targets
 
-    def add_pair(self, term: Term, target: torch.Tensor) -> None:
+    def _pairs(self, term: Term) -> torch.Tensor | None:
+        """Zeros [n.., q_len, kv_len] over the elements that the term's read reads."""
+        assert isinstance(term.read, Load)
+        slot = _slot(term.read)
+        target = torch.zeros_like(self.call.captured[slot])
+        if self._terms_of(slot) == 1:
+            self.total[slot] = target
+        else:
+            target = torch.zeros_like(target, dtype=torch.float32)
+        return owned_view(target, term.read, self._tile(self.call.q_len, self.call.kv_len))
+
+    def _distances(self, read: Load | Gather, tiles: Launch) -> DistanceSums:
+        """Sums by distance for a read over `DISTANCE`."""
+        call, symbols = self.call, free_symbols(read)
+        owned = [size if batch_symbol(axis) in symbols else 1 for axis, size in enumerate(call.batch)]
+        apart = -(-call.q_len // tiles.block_kv) + -(-call.kv_len // tiles.block_kv)
+        for axis in reversed(range(len(owned))):
+            if math.prod(owned) * apart >= ENOUGH_PROGRAMS:
+                break
+            owned[axis] = call.batch[axis]
+        return DistanceSums.zeros(owned, call.q_len, call.kv_len, tiles.block_q, tiles.block_kv, call.device)
+
+    def add_pair(self, term: Term, target: torch.Tensor | DistanceSums) -> None:
         """Take in what the kernel has written, unless it is the total already."""
+        if isinstance(target, DistanceSums):
+            assert term.by_distance is not None
+            distances = range(1 - self.call.q_len, self.call.kv_len)
+            tile = self._over((Q_IDX, range(1)), (DISTANCE, distances))
+            scatter_add(self._total(_slot(term.by_distance)), term.by_distance, target.sums(), tile)
+            return
         assert isinstance(term.read, Load)
         if self._terms_of(_slot(term.read)) > 1:
             scatter_add(self._total(_slot(term.read)), term.read, target, self._tile(self.call.q_len, self.call.kv_len))
 
-    def add_rows(self, sums: Sequence[torch.Tensor], sink_grad: torch.Tensor | None) -> None:
-        """sums: [N.., q_len] each, what the kernel has summed over keys; sink_grad: the sinks' gradients, so shaped."""
-        terms, corrected = self.program.row_terms, self.program.corrected
-        weights = dict(zip(corrected, sums[len(terms) : -1], strict=True)) if corrected else {}
-        # The gradients of a row's scores add up to 0 but for what rounding the output has left in delta.
-        left = sums[-1] if sink_grad is None else sums[-1] + sink_grad
+    def add_rows(self, sums: Sequence[torch.Tensor], left: torch.Tensor | None) -> None:
+        """sums: [N.., q_len] each, what the kernel has summed over keys; left: what rounding has left in delta."""
+        terms = self.program.row_terms
+        corrected = [term for term in terms if term in self.program.corrected]
+        weights = dict(zip(corrected, sums[len(terms) :], strict=False))
         for term, found in zip(terms, sums, strict=False):
-            if term in weights:
+            if left is not None and term in weights:
                 found = found - torch.where(weights[term] == 0, 0.0, left * weights[term])
             self._add_rows(term, found)
 
@@ -117,10 +145,14 @@ class CapturedGradients:
 
     def _tile(self, q_len: int, kv_len: int) -> Tile:
         """All positions; an axis of length 1 stands for one that has been summed over."""
+        return self._over((Q_IDX, range(q_len)), (KV_IDX, range(kv_len)))
+
+    def _over(self, *axes: tuple[sympy.Symbol, range]) -> Tile:
+        """All batch positions and two more axes."""
         call = self.call
-        axes = tuple(zip(position_symbols(call.spec), map(range, (*call.batch, q_len, kv_len)), strict=True))
+        batch = tuple((batch_symbol(axis), range(size)) for axis, size in enumerate(call.batch))
         sizes = size_values(call.spec, call.q_len, call.kv_len, call.sizes)
-        return Tile(axes, sizes, (), call.captured, torch.float32, call.device)
+        return Tile((*batch, *axes), sizes, (), call.captured, torch.float32, call.device)
 
 
 def _slot(read: Load | Gather) -> int:

@@ -19,6 +19,7 @@ from flashfuse.kernels.captured_reads import is_of_pairs
 from flashfuse.kernels.codegen import ScoreProgram, bounds_body, load_program
 from flashfuse.kernels.codegen_derivative import DerivativeProgram, load_derivatives
 from flashfuse.kernels.derivative import Leaf, derivative, leaves
+from flashfuse.kernels.distances import by_distance
 from flashfuse.kernels.expr import Expr, Gather, Load, free_symbols
 from flashfuse.kernels.mask import kernel_spec, mask_of
 from flashfuse.kernels.modules import finished, load_module
@@ -48,6 +49,11 @@ class Term:
         return self.read is not None and is_of_pairs(self.read)
 
     @property
+    def by_distance(self) -> Load | Gather | None:
+        """The read over `DISTANCE`, where pairs that are equally far apart share an element."""
+        return by_distance(self.read) if self.read is not None and self.is_of_pairs else None
+
+    @property
     def is_of_keys(self) -> bool:
         return self.read is not None and not self.is_of_pairs and KV_IDX in free_symbols(self.read)
 
@@ -62,8 +68,9 @@ class BackwardProgram:
     row_sums, key_sums: for tiles that may meet a mask or the end of the keys and for others, the function that adds a
         tile to the sums; None where there are none.
     pair_grads: the function of a tile for each pair term.
-    corrected: the row terms that hold ds. Summed over all keys, delta's own rounding does not average out, so that
-        the kernel also sums p * slope for each, and ds, whose sum that rounding alone keeps from 0.
+    corrected: the terms of rows and pairs that hold ds. Summed over all keys, or in buckets of pairs by whoever made
+        the tensor, delta's own rounding does not average out. So the kernel that passes by query tile also sums ds,
+        which that rounding alone keeps from 0, and p * slope for each term of rows; pairs wait for the right delta.
     fill_threshold: rows whose largest score is not above it see every key; None where no row has to, -inf where only
         rows that are NaN for want of a key have to, so that their gradients are NaN.
     """
@@ -82,8 +89,9 @@ class BackwardProgram:
 
     @property
     def num_row_sums(self) -> int:
-        """One for each row term, and what corrects some of them: one for each of those, and one more."""
-        return len(self.row_terms) + (len(self.corrected) + 1 if self.corrected else 0)
+        """One for each row term, and what corrects terms: one for each of those of rows, and one more."""
+        of_rows = sum(term in self.corrected for term in self.row_terms)
+        return len(self.row_terms) + of_rows + (1 if self.corrected else 0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -114,7 +122,7 @@ def load_backward(
         row_sums=(function("row_sums_masked"), function("row_sums_full")),
         key_sums=(function("key_sums_masked"), function("key_sums_full")),
         pair_grads=tuple(function(f"pair_grad{i}") for i in range(len(pair_terms))),
-        corrected=_corrected(spec, row_terms),
+        corrected=_corrected(spec, (*row_terms, *pair_terms)),
         fill_threshold=_fill_threshold(spec, ranged, fewer_queries),
     )
 
@@ -186,9 +194,10 @@ def _generate(
     """(hash, source text) of the module."""
     bounds: BoundsProgram = query_bounds(spec)
     parts = [_HEADER.format(score=to_text(spec.score), bounds=bounds_body(bounds, spec.compute_dtype))]
-    for name, terms in (("row_sums", row_terms), ("key_sums", key_terms)):
-        for variant in ("masked", "full") if terms else ():
-            body = _sums_body(terms, variant, spec, _corrected(spec, terms) if name == "row_sums" else ())
+    corrected = _corrected(spec, (*row_terms, *pair_terms))
+    for name, terms, correct in (("row_sums", row_terms, corrected), ("key_sums", key_terms, ())):
+        for variant in ("masked", "full") if terms or correct else ():
+            body = _sums_body(terms, variant, spec, correct)
             arguments = f"sums, ds, of_factor, p, {TILE_ARGUMENTS}"
             parts.append(_function(f"{name}_{variant}", arguments, terms, body))
     for i, term in enumerate(pair_terms):
@@ -213,5 +222,5 @@ def _sums_body(terms: Sequence[Term], variant: str, spec: AttentionSpec, correct
 
 
 def _function(name: str, arguments: str, terms: Sequence[Term], body: str) -> str:
-    text = ", ".join("factor" if t.read is None else to_text(t.read) for t in terms)
+    text = ", ".join("factor" if t.read is None else to_text(t.read) for t in terms) or "scores"
     return _FUNCTION.format(name=name, arguments=arguments, text=f"Gradients of {text}.", body=body)

@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
+from flashfuse.kernels.distances import DISTANCE, by_distance
 from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, batch_symbol, size_symbol
@@ -195,25 +196,17 @@ def diagonals(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | No
 
     The tile's last two axes are [queries, keys]. None where the load is no function of that difference.
     """
-    *outer, (query, queries), (key, keys) = tile.axes
+    *outer, (query, queries), (_, keys) = tile.axes
     if not queries or not keys:
         return None
-    indices = _of_distance(load.indices, query, key)
-    if indices is None:
+    read = by_distance(load)
+    if read is None:
         return None
+    assert isinstance(read, Load)
     distances = range(keys[0] - queries[-1], keys[-1] - queries[0] + 1)
-    over = replace(tile, axes=(*outer, (query, range(1)), (key, distances)))
-    row = strided(tensor, replace(load, indices=indices), over)
+    over = replace(tile, axes=(*outer, (query, range(1)), (DISTANCE, distances)))
+    row = strided(tensor, read, over)
     return row if row is not None and row.shape[-1] == len(distances) else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _of_distance(
-    indices: tuple[sympy.Expr, ...], query: sympy.Symbol, key: sympy.Symbol
-) -> tuple[sympy.Expr, ...] | None:
-    """The indices with `key` for key - query, where they hold nothing else of the two."""
-    found = tuple(sympy.expand(index.xreplace({key: key + query})) for index in indices)
-    return None if any(query in index.free_symbols for index in found) else found
 
 
 def _summed_along_diagonals(values: torch.Tensor) -> torch.Tensor:
@@ -243,7 +236,7 @@ def _gathered(tensor: torch.Tensor, positions: Sequence[torch.Tensor]) -> torch.
 
 
 def strided(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None:
-    """The load as a view of `tensor`: None when an index is not affine, leaves the tensor, or runs backwards."""
+    """The load as a view of `tensor`: None when an index is not affine or leaves the tensor, or it runs backwards."""
     symbols = tuple(symbol for symbol, _ in tile.axes)
     offset = tensor.storage_offset()
     strides = [0] * len(symbols)
@@ -252,16 +245,18 @@ def strided(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None
         if form is None:
             return None
         constant, *coefficients = (int(evaluate_index(part, tile.sizes)) for part in form)
-        first = last = constant
+        first = last = start = constant
         for axis, (coefficient, (_, positions)) in enumerate(zip(coefficients, tile.axes, strict=True)):
-            if not positions or (coefficient < 0 and stride != 0):
+            if not positions:
                 return None
-            first += coefficient * positions[0 if coefficient >= 0 else -1]
-            last += coefficient * positions[-1 if coefficient >= 0 else 0]
+            ends = coefficient * positions[0], coefficient * positions[-1]
+            first, last, start = first + min(ends), last + max(ends), start + ends[0]
             strides[axis] += coefficient * stride
         if first < 0 or last >= extent:
             return None
-        offset += first * stride
+        offset += start * stride
+    if any(stride < 0 for stride in strides):
+        return None
     shape = [len(positions) if stride else 1 for stride, (_, positions) in zip(strides, tile.axes, strict=True)]
     return tensor.as_strided(shape, strides, offset)
 

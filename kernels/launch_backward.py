@@ -12,7 +12,7 @@ import torch
 
 from flashfuse.kernels.backward import attention_keys_backward_kernel, attention_queries_backward_kernel
 from flashfuse.kernels.backward_pairs import attention_pairs_backward_kernel
-from flashfuse.kernels.backward_rows import ROWS_BLOCK, SINK_GRAD, attention_rows_backward_kernel
+from flashfuse.kernels.backward_rows import DELTA, ROWS_BLOCK, SINK_GRAD, attention_rows_backward_kernel
 from flashfuse.kernels.backward_tiled import attention_backward_tiled
 from flashfuse.kernels.backward_variants import (
     BackwardLaunch,
@@ -26,6 +26,7 @@ from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.captured_grad import CapturedGradients
 from flashfuse.kernels.captured_reads import unsupported
 from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
+from flashfuse.kernels.distances import DistanceSums
 from flashfuse.kernels.launch import choose_launch, device_of, padded, shape_of
 from flashfuse.kernels.prepared import KernelLaunch, strides_of
 from flashfuse.kernels.query_ranges import query_ranges
@@ -73,7 +74,7 @@ def attention_backward(
         return attention_backward_tiled(call, grad_out, out, lse, needs)
     program = load_backward(spec, by_slot, call.kv_ranges is not None, call.q_len <= call.kv_len)
     gradients = CapturedGradients(call, program, by_slot)
-    targets = gradients.pair_targets()
+    targets = gradients.pair_targets(launch.pairs)
     if targets is None:
         return attention_backward_tiled(call, grad_out, out, lse, needs)
     with torch.cuda.device_of(call.q):
@@ -92,15 +93,19 @@ class _Backward:
     gradients: CapturedGradients
     launch: BackwardLaunch
 
-    def run(self, wanted: Sequence[int], targets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def run(self, wanted: Sequence[int], targets: Sequence[torch.Tensor | DistanceSums]) -> list[torch.Tensor]:
         rows = self._rows()
         found: dict[int, torch.Tensor] = {}
-        if 0 in wanted or self.program.row_terms:
-            found |= self._queries(rows, 0 in wanted)
+        left = None
+        if 0 in wanted or self.program.num_row_sums:
+            dq, left = self._queries(rows, 0 in wanted)
+            found |= dq
         if 1 in wanted or 2 in wanted or self.program.key_terms:
             found |= self._keys(rows, 1 in wanted, 2 in wanted)
+        if left is not None and targets:
+            rows[DELTA.value][..., : self.call.q_len] += left
         for i, (term, target) in enumerate(zip(self.program.pair_terms, targets, strict=True)):
-            self._pairs(rows, i, target)
+            self._pairs(rows, i, target.tiles if isinstance(target, DistanceSums) else target)
             self.gradients.add_pair(term, target)
         return [found[at] if at < 3 else self.gradients.result(at - 3) for at in wanted]
 
@@ -171,8 +176,8 @@ class _Backward:
         first = torch.where(found, number, found.shape[-1]).amin(-1)
         return torch.stack([first, torch.where(found, number + 1, 0).amax(-1)], -1).to(torch.int32)
 
-    def _queries(self, rows: torch.Tensor, wanted: bool) -> dict[int, torch.Tensor]:
-        """The gradient of q (0), where wanted, and those of reads at queries."""
+    def _queries(self, rows: torch.Tensor, wanted: bool) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
+        """The gradient of q (0), where wanted, and those of reads at queries; what is wrong with delta, [N.., Tq]."""
         dq = self._buffer(self.call.q, self.call.batch, wanted)
         tiles, q_len = self.launch.queries, self.call.q_len
         sums = tuple(rows.new_empty(*self.call.batch, q_len) for _ in range(self.program.num_row_sums))
@@ -184,9 +189,13 @@ class _Backward:
         )  # fmt: skip
         programs = math.prod(self.call.batch) * -(-q_len // tiles.block_q)
         launched((KernelLaunch(attention_queries_backward_kernel, programs, variant),), arguments)
-        if sums:
-            self.gradients.add_rows(sums, rows[SINK_GRAD.value][..., :q_len] if self._needs_sink else None)
-        return {} if dq is None else {0: _finished(dq, self.call.q)}
+        left = self._left(rows, sums[-1]) if self.program.corrected else None
+        self.gradients.add_rows(sums, left)
+        return {} if dq is None else {0: _finished(dq, self.call.q)}, left
+
+    def _left(self, rows: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """What rounding the output has left in delta: but for it the gradients of a row's scores add up to 0."""
+        return total + rows[SINK_GRAD.value][..., : self.call.q_len] if self._needs_sink else total
 
     def _pairs(self, rows: torch.Tensor, number: int, target: torch.Tensor) -> None:
         """Write the gradients of one read at pairs."""
@@ -198,8 +207,8 @@ class _Backward:
             *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, self.call.kv_ranges, target),
             *_padded(owned), *_padded(_loop(self.call.batch, owned)), *self._program_arguments,
         )  # fmt: skip
-        tiles_of_pairs = -(-self.call.q_len // tiles.block_q) * -(-self.call.kv_len // tiles.block_kv)
-        programs = math.prod(owned) * tiles_of_pairs
+        row_tiles, column_tiles = -(-target.shape[-2] // tiles.block_q), -(-target.shape[-1] // tiles.block_kv)
+        programs = math.prod(owned) * row_tiles * column_tiles
         launched((KernelLaunch(attention_pairs_backward_kernel, programs, variant),), arguments)
 
     @property

@@ -62,7 +62,7 @@ def source_of(
         elif name == "sums_ptrs":
             signature[name] = ("*fp32",) * arguments["NUM_SUMS"]
         elif name.endswith("_ptr"):
-            wide = name in ("lse_ptr", "rows_ptr", "parts_ptr")
+            wide = name in ("lse_ptr", "rows_ptr", "parts_ptr") or (name == "dt_ptr" and arguments["BY_DISTANCE"])
             signature[name] = POINTERS[spec.compute_dtype if wide else spec.out_dtype]
             aligned.append((i,))
         elif name == "captured":

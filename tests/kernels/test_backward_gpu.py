@@ -10,6 +10,7 @@ from gradient_cases import Gradients, check_gradients, differentiable, grad_out
 
 pytest.importorskip("triton")
 
+from flashfuse.kernels import launch_backward
 from flashfuse.kernels.launch import attention_forward
 from flashfuse.kernels.launch_backward import attention_backward
 
@@ -34,6 +35,12 @@ def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int]) -> Gradients:
     needs = [at in wanted for at in differentiable(call)]
     return attention_backward(call, grad, *attention_forward(call), needs)
+
+
+@pytest.fixture
+def _by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that are left to torch would pass without one."""
+    monkeypatch.setattr(launch_backward, "attention_backward_tiled", None)
 
 
 def check(call: Call) -> Gradients:
@@ -76,6 +83,18 @@ PROGRAMS: dict[str, tuple[str, list[torch.Tensor]]] = {
     "softcap": ("where(kv_idx <= q_idx, tanh(qk * 0.0025) * 50.0, -inf)", []),
     "bias": ("qk * 0.125 + t0[0, n1, q_idx, kv_idx]", [noise(1, 4, 301, 417, dtype=BF16)]),
     "transposed-bias": ("qk * 0.125 + t0[kv_idx, q_idx]", [noise(417, 301)]),
+    "shifted-bias": ("qk * 0.125 + t0[n1, q_idx, kv_idx - q_idx + 300]", [noise(4, 301, 717)]),
+    "distances": ("qk * 0.125 + t0[n1, kv_idx - q_idx + 300]", [noise(4, 717)]),
+    "distances-causal": ("where(kv_idx <= q_idx, qk * 0.125 + t0[n1, q_idx - kv_idx], -inf)", [noise(4, 301)]),
+    "distances-window": (
+        "where((kv_idx <= q_idx) & (kv_idx > q_idx - 100), qk * 0.125 + t0[n0, n1, kv_idx - q_idx + 300], -inf)",
+        [noise(2, 4, 717)],
+    ),
+    "distances-minimum": (
+        f"where(kv_idx <= q_idx - 200, qk * 0.125 + t0[kv_idx - q_idx + 300], {FP32_MIN!r})",
+        [noise(717)],
+    ),
+    "buckets": ("qk * 0.125 + t0[min(max(kv_idx - q_idx, -20), 20) + 20, n1]", [noise(41, 4)]),
     "key-bias": ("qk * 0.125 + t0[n0, kv_idx]", [noise(2, 417)]),
     "bool": ("where(t0[n0, q_idx, kv_idx], qk * 0.125, -inf)", [noise(2, 301, 417) < 1.0]),
     "padding": (f"qk * 0.125 + where(t0[n0, kv_idx], 0.0, {FP32_MIN!r})", [noise(2, 417) < 0.5]),
@@ -83,6 +102,7 @@ PROGRAMS: dict[str, tuple[str, list[torch.Tensor]]] = {
 
 
 @TYPES
+@pytest.mark.usefixtures("_by_the_kernels")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str, dtype: torch.dtype) -> None:
     score, captured = PROGRAMS[name]
@@ -129,10 +149,37 @@ def test_strided_layouts(dtype: torch.dtype) -> None:
     assert (dk.stride(), dv.stride()) == (k.stride(), v.stride())
 
 
+@TYPES
+@pytest.mark.usefixtures("_by_the_kernels")
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256, 512])
+def test_distances_at_head_dims(head_dim: int, dtype: torch.dtype) -> None:
+    """A table shared over the batch, in the tiles of each row of the launch table, with dropout."""
+    score = "where(kv_idx <= q_idx + 50, qk * 0.125 + t0[n1, kv_idx - q_idx + 202], -inf)"
+    check(make_call(score, (3, 2, 203, head_dim), 331, captured=[noise(2, 533)], dropout=0.1, dtype=dtype))
+
+
+@pytest.mark.usefixtures("_by_the_kernels")
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1000), (17, 3), (129, 127), (1025, 2049)])
+def test_distances_of_any_lengths(q_len: int, kv_len: int) -> None:
+    score = "qk * 0.125 + t0[n1, kv_idx - q_idx + (q_len - 1)]"
+    call = make_call(score, (2, 2, q_len, 64), kv_len, sink="0.5", captured=[noise(2, q_len + kv_len - 1)], dtype=BF16)
+    check(call)
+
+
+LONG = {
+    "alibi": ("to_float(kv_idx - q_idx) * t0[n1]", torch.tensor([0.5, 0.01])),
+    "distances": ("t0[n1, q_idx - kv_idx]", noise(2, 4096)),
+    "buckets": ("t0[min(q_idx - kv_idx, 31), n1]", noise(32, 2)),
+}
+
+
+@pytest.mark.usefixtures("_by_the_kernels")
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_long_sequence_is_deterministic(head_dim: int) -> None:
-    score = "where(kv_idx <= q_idx, qk * 0.125 + to_float(kv_idx - q_idx) * t0[n1], -inf)"
-    call = make_call(score, (1, 2, 4096, head_dim), captured=[torch.tensor([0.5, 0.01])], dtype=BF16).to("cuda")
+@pytest.mark.parametrize("name", LONG)
+def test_long_sequence_is_deterministic(name: str, head_dim: int) -> None:
+    added, captured = LONG[name]
+    score = f"where(kv_idx <= q_idx, qk * 0.125 + {added}, -inf)"
+    call = make_call(score, (1, 2, 4096, head_dim), captured=[captured], dtype=BF16).to("cuda")
     first, second = backward(call, grad_out(call), [0, 1, 2, 3]), check(call)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -150,16 +197,19 @@ def test_inside_a_cuda_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
-def test_memory_is_linear_in_the_sequence() -> None:
-    """Beside the gradients, numbers of rows only."""
+@pytest.mark.usefixtures("_by_the_kernels")
+@pytest.mark.parametrize("table", [False, True])
+def test_memory_is_linear_in_the_sequence(table: bool) -> None:
+    """Beside the gradients, numbers of rows only, and a tile for each distance of tiles where a table has them."""
 
     def peak(length: int) -> int:
-        call = make_call(CAUSAL, (1, 2, length, 64), dtype=BF16).to("cuda")
+        score = "where(kv_idx <= q_idx, qk * 0.125 + t0[q_idx - kv_idx], -inf)" if table else CAUSAL
+        call = make_call(score, (1, 2, length, 64), captured=[noise(length)] if table else [], dtype=BF16).to("cuda")
         grad, (out, lse) = grad_out(call), attention_forward(call)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        attention_backward(call, grad, out, lse, [True] * 3)
+        attention_backward(call, grad, out, lse, [True] * len(call.operands))
         return torch.cuda.max_memory_allocated() - before
 
     peak(2048)

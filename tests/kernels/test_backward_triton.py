@@ -1,39 +1,22 @@
-"""The Triton backward kernels at small odd sizes: on a GPU where there is one, otherwise in Triton's interpreter.
+"""The Triton backward kernels at small odd sizes, see `triton_backward`."""
 
-The interpreter is chosen when triton is imported, so without a GPU these tests run in a process of their own, which
-test_interpreter.py starts.
-"""
-
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Call, make_call
-from gradient_cases import Gradients, check_gradients, differentiable, grad_out
+from attention_cases import make_call
+from gradient_cases import Gradients, grad_out, reference_gradients
+from numerics import assert_close_to_exact
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from flashfuse.kernels.backward_variants import BackwardLaunch  # noqa: E402
-from flashfuse.kernels.launch import Launch, attention_forward  # noqa: E402
-from flashfuse.kernels.launch_backward import attention_backward  # noqa: E402
-from flashfuse.kernels.ranges import mask_ranges, ranges_program  # noqa: E402
+from triton_backward import RUNS, backward, check, check_ranged, noise
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs a GPU or TRITON_INTERPRET=1; test_interpreter.py runs them",
-)
+pytestmark = RUNS
 
 FP32_MIN = torch.finfo(torch.float32).min
 CAUSAL = "where(kv_idx <= q_idx, qk * 0.3, -inf)"
-# Tiles so small that small tensors have many, and of different sizes.
-SMALL = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=2)
-WIDE, TALL = replace(SMALL, block_kv=32), replace(SMALL, block_q=32)
-TILES = BackwardLaunch(keys=WIDE, queries=TALL, pairs=SMALL)
-LARGE = Launch(block_q=64, block_kv=64, num_warps=4, num_stages=1)
-LARGE_TILES = BackwardLaunch(keys=replace(LARGE, block_kv=32), queries=LARGE, pairs=LARGE)
 
 
 @pytest.fixture(autouse=True)
@@ -42,35 +25,6 @@ def _nan_filled_outputs() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int], kv_ranges: torch.Tensor | None = None) -> Gradients:
-    needs = [at in wanted for at in differentiable(call)]
-    call = replace(call, kv_ranges=kv_ranges).to(DEVICE)
-    out, lse = attention_forward(call, SMALL if kv_ranges is None else LARGE)
-    return attention_backward(call, grad.to(DEVICE), out, lse, needs, TILES)
-
-
-def check(call: Call, wanted: Sequence[int] | None = None) -> Gradients:
-    """The gradient of a few numbers is held to the rule over several gradients of the output."""
-    draws = 12 if any(c.numel() <= H for c in call.captured) else 1
-    return check_gradients(call, backward, wanted, draws)
-
-
-def check_ranged(call: Call) -> torch.Tensor:
-    """With the ranges that a compiled graph would compute; returns them."""
-    q_len, kv_len, rank = call.q.shape[-2], call.k.shape[-2], call.spec.batch_axes
-    program = ranges_program(call.spec, call.sizes[:rank], kv_len)
-    assert program is not None
-    captured = [call.captured[slot] for slot in program.captured]
-    batch = [size if axis in program.batch else 1 for axis, size in enumerate(call.sizes[:rank])]
-    ranges = mask_ranges(captured, batch, rank, q_len, kv_len, program.needed, program.idle)
-    check_gradients(call, lambda *arguments: backward(*arguments, kv_ranges=ranges))
-    return ranges
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 B, H, S, KV_LEN = 2, 2, 41, 35
@@ -93,6 +47,8 @@ PROGRAMS = {
     "shared-bias": ("where(kv_idx <= q_idx, (qk + t0[q_idx, kv_idx]) * 0.3, -inf)", [noise(S, KV_LEN)]),
     "wide-bias": ("qk + t0[n0, q_idx + 3, kv_idx + 2]", [noise(B, 50, 60)]),
     "transposed-bias": ("qk + t0[kv_idx, q_idx]", [noise(KV_LEN, S)]),
+    "shifted": ("qk + t0[n1, q_idx, kv_idx - q_idx + 40]", [noise(H, S, S + KV_LEN - 1)]),
+    "sheared": ("qk + t0[q_idx + kv_idx, kv_idx]", [noise(S + KV_LEN - 1, KV_LEN)]),
     "head-innermost": ("qk + t0[q_idx, kv_idx, n1]", [noise(S, KV_LEN, H)]),
     "two-biases": ("qk + t0[n1, q_idx, kv_idx] + t1[n0, q_idx, kv_idx]", [noise(H, S, KV_LEN), noise(B, S, KV_LEN)]),
     "bias-twice": ("qk + t0[n1, q_idx, kv_idx] * t0[n1, 0, 0]", [noise(H, S, KV_LEN)]),
@@ -118,6 +74,21 @@ def test_half_precision(name: str) -> None:
     """Rounding the output leaves more in delta than the sums of a slope or a temperature may lose."""
     score, captured = PROGRAMS[name]
     check(make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured, dtype=torch.float16))
+
+
+def test_rows_of_a_bias_in_half_precision() -> None:
+    """A bias is looked up in fewer buckets before the attention, so its gradient is summed up over many keys.
+
+    It held what rounding the output leaves in delta, the same for all keys of a row.
+    """
+    call = make_call("qk * 0.3 + t0[q_idx, kv_idx]", (2, S, 32), 2 * S, captured=[noise(S, 2 * S)], dtype=torch.float16)
+
+    def rows(gradients: Gradients) -> torch.Tensor:
+        return gradients[0].sum(-1)
+
+    grad = grad_out(call)
+    exact, eager = (rows(reference_gradients(call, [grad], [3], dtype)) for dtype in (torch.float64, None))
+    assert_close_to_exact(rows(backward(call, grad, [3]))[None], eager, exact)
 
 
 @pytest.mark.parametrize("fill", ["-inf", repr(FP32_MIN), "-1e31", "-10000.0"])

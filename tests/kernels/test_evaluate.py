@@ -67,6 +67,8 @@ def test_every_operator(op: str) -> None:
         ("n0, q_idx + kv_idx", True),
         ("2 * n0, kv_idx + size0", True),
         ("q_len, kv_len", True),
+        ("q_idx - kv_idx + 6, kv_idx", True),
+        ("q_idx, kv_idx - q_idx + 4", False),
         ("n0, q_idx - kv_idx + 6", False),
         ("n0, kv_idx - q_idx + 4", False),
         ("2 * n0, kv_idx - q_idx + size0 + 2", False),
@@ -97,6 +99,8 @@ def test_loads(indices: str, is_view: bool) -> None:
         "n0, kv_idx - q_idx + 4, 3",
         "n0, kv_idx - q_idx + 3, kv_idx - q_idx + 3",
         "n0, 0, q_idx - kv_idx + 6",
+        "n0, q_idx, kv_idx - q_idx + 4",
+        "n0, kv_idx - q_idx + 4, q_idx",
         "n0, q_idx % 2, kv_idx // 2",
     ],
 )

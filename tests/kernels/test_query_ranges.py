@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from flashfuse.kernels.bounds import Q_START, Q_STOP, KvRange
-from flashfuse.kernels.captured_reads import unsupported
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.mask import MASK_BLOCK, mask_of
@@ -85,14 +84,3 @@ def test_ranges_turned_round() -> None:
                 if full_start <= position < full_end:
                     assert full <= first
                     assert last <= full_stop
-
-
-def test_what_has_no_owner() -> None:
-    """Tables of distances and look-ups by pairs share elements among pairs; by rows or keys alone any read will do."""
-    f32, i64 = torch.float32, torch.int64
-    score = "qk * t4[t2[0, kv_idx]] + t0[q_idx - kv_idx + (kv_len - 1)] + t1[t2[q_idx, kv_idx]] + t3[q_idx, kv_idx + 2]"
-    spec = spec_of(score, f32, f32, i64, f32, f32)
-    assert unsupported(spec, (True, True, False, True, True)) == (0, 1)
-    assert unsupported(spec, (False, False, False, True, True)) == ()
-    assert unsupported(spec_of("qk + t0[q_idx // 2, kv_idx]", f32), (True,)) == (0,)
-    assert unsupported(spec_of("qk", f32), (True,)) == ()

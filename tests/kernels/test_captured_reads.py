@@ -1,0 +1,116 @@
+"""Which reads of captured tensors have gradients that the backward kernels form, and how."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from forms import Form, Sizes, Spelling, module, spelled
+from graphs import matched
+
+from flashfuse.kernels.captured_reads import unsupported
+from flashfuse.kernels.derivative import leaves
+from flashfuse.kernels.distances import DistanceSums, by_distance
+from flashfuse.kernels.expr import Gather, Load
+from flashfuse.kernels.spec import AttentionSpec, parse, to_text
+
+F32, I64 = torch.float32, torch.int64
+
+
+def spec_of(score: str, *captured: torch.dtype) -> AttentionSpec:
+    return AttentionSpec(2, parse(score, captured), captured, 0, F32, F32, F32, "nan", (0, 1, 2, 3))
+
+
+FORMED = {
+    "rows": "t0[t1[q_idx], 0]",
+    "keys": "t0[n0, t1[kv_idx]]",
+    "pairs": "t0[q_idx, kv_idx + 2]",
+    "pairs and heads": "t0[kv_idx, n1, q_idx]",
+    "rows and distances": "t0[n1, q_idx, kv_idx - q_idx + (kv_len - 1)]",
+    "sums and keys": "t0[q_idx + kv_idx, kv_idx]",
+    "distances": "t0[q_idx - kv_idx + (kv_len - 1)]",
+    "looked-up distances": "t0[t1[kv_idx - q_idx + 9], n1]",
+}
+SHARED = {
+    "sums": "t0[q_idx + kv_idx]",
+    "halved queries": "t0[q_idx // 2, kv_idx]",
+    "look-up of pairs": "t0[t1[q_idx, kv_idx]]",
+    "rows and buckets": "t0[q_idx, min(max(kv_idx - q_idx, -4), 4) + 4]",
+    "distances twice": "t0[kv_idx - q_idx, 2 * kv_idx - 2 * q_idx + t1[q_idx]]",
+}
+
+
+@pytest.mark.parametrize("read", FORMED)
+def test_formed(read: str) -> None:
+    assert unsupported(spec_of(f"qk + {FORMED[read]}", F32, I64), (True, False)) == ()
+
+
+@pytest.mark.parametrize("read", SHARED)
+def test_left_to_torch(read: str) -> None:
+    """Pairs share elements, and not all that are equally far apart."""
+    spec = spec_of(f"qk + {SHARED[read]}", F32, I64)
+    assert unsupported(spec, (True, False)) == (0,)
+    assert unsupported(spec, (False, False)) == ()
+
+
+BY_DISTANCE = {
+    "t0[n1, kv_idx - q_idx + 3]": "t0[n1, (3 + distance)]",
+    "t0[2 * (q_idx - kv_idx) + (q_len - 1)]": "t0[(-1 + q_len + (-2 * distance))]",
+    "t0[(kv_idx - q_idx + 9) // 2]": "t0[((9 + distance) // 2)]",
+    "t0[max(kv_idx - q_idx, 0) + 50]": "t0[(max(distance, 0) + 50)]",
+    "t0[abs(kv_idx - q_idx)]": "t0[abs(distance)]",
+    "t0[where(kv_idx < q_idx, 1, 0)]": "t0[where((distance < 0), 1, 0)]",
+    "t0[t1[kv_idx - q_idx + 9]]": "t0[t1[(9 + distance)]]",
+    "t0[kv_idx]": None,
+    "t0[q_idx, kv_idx - q_idx]": None,
+    "t0[kv_idx // 2 - q_idx // 2]": None,
+    "t0[t1[q_idx], kv_idx - q_idx]": None,
+}
+
+
+@pytest.mark.parametrize("read", BY_DISTANCE)
+def test_by_distance(read: str) -> None:
+    """A position is never negative and a distance may be, so that max(distance, 0) stays what it is."""
+    (leaf,) = (e for e in leaves(parse(f"qk + {read}", (F32, I64))) if isinstance(e, (Load, Gather)))
+    found = by_distance(leaf)
+    assert (None if found is None else to_text(found)) == BY_DISTANCE[read]
+
+
+SQUARE, TALL, FLAT = (16, 16), (64, 16), (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "blocks"),
+    [
+        ((q, kv), blocks)
+        for q, kv in ((1, 1), (16, 16), (41, 35), (3, 50), (70, 3), (133, 7))
+        for blocks in (SQUARE, TALL)
+    ]
+    + [((1, 40), FLAT), ((16, 77), FLAT)],
+)
+def test_sums_of_tiles(lengths: tuple[int, int], blocks: tuple[int, int]) -> None:
+    """All tiles of a matrix added up at their distances leave the sums of its diagonals."""
+    (q_len, kv_len), (block_q, block_kv) = lengths, blocks
+    values = torch.randint(-99, 99, (2, q_len, kv_len), generator=torch.Generator().manual_seed(0)).float()
+    target = DistanceSums.zeros((2, 1), q_len, kv_len, block_q, block_kv, values.device)
+    lowest = (-(-q_len // block_q) - 1) * block_q
+    for i in range(0, q_len, block_q):
+        for j in range(0, kv_len, block_kv):
+            tile = values[:, None, i : i + block_q, j : j + block_kv]
+            column = j - i + lowest
+            target.tiles[..., : tile.shape[-2], column : column + tile.shape[-1]] += tile
+    sums = [values.diagonal(d, -2, -1).sum(-1) for d in range(1 - q_len, kv_len)]
+    assert torch.equal(target.sums(), torch.stack(sums, -1)[:, None, None])
+
+
+# What the graph of a form reads for each query at buckets of keys or of distances.
+LEFT = {"decomposed-positions", "disentangled", "clipped-distances"}
+
+
+@pytest.mark.parametrize(("form", "spelling"), [s[:2] for s in spelled()], ids=[s[2] for s in spelled()])
+def test_forms(form: Form, spelling: Spelling) -> None:
+    """Training any form on a GPU takes the kernels, if it does not look up buckets for each query."""
+    sizes = form.sizes(Sizes())
+    inputs = [x.requires_grad_(x.is_floating_point()) for x in form.make(sizes)]
+    for site in matched(module(spelling, sizes), *inputs).sites:
+        needs = tuple(c.is_floating_point for c in site.spec.captured)
+        assert bool(unsupported(site.spec, needs)) == (form.name in LEFT)
