@@ -1,5 +1,5 @@
-# make demo, make train, make test: each makes .venv when it is missing, installs what it needs, and runs. make check: what
-# CI runs.
+# make demo, make train, make generate, make test: each makes .venv when it is missing, installs what it needs, and runs.
+# make check: what CI runs.
 #
 # torch is installed first and alone, so that nothing else chooses a build of it. On a machine without a GPU whose index
 # serves CUDA builds by default, TORCH_INDEX=https://download.pytorch.org/whl/cpu spares several GB.
@@ -13,7 +13,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: demo train test check clean
+.PHONY: demo train generate test check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -21,6 +21,9 @@ demo: $(VENV)/.demo
 
 train: $(VENV)/.demo
 	$(BIN)/python examples/train_gpt.py
+
+generate: $(VENV)/.demo
+	$(BIN)/python examples/generate.py
 
 test: $(VENV)/.test
 	$(BIN)/pytest -n $(JOBS) --dist worksteal

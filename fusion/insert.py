@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 from flashfuse.patterns.graph import tensor, to_sympy, value
 
@@ -23,6 +23,8 @@ ARITHMETIC: dict[type, Callable[..., Any]] = {
     FloorDiv: operator.floordiv,
     Mod: operator.mod,
     sympy.Pow: operator.pow,
+    Max: torch.sym_max,
+    Min: torch.sym_min,
 }
 
 

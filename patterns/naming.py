@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import sympy
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 from flashfuse.kernels.expr import Expr, Gather, Index, Load, free_symbols, gather
 from flashfuse.kernels.normal import rewrite
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, batch_symbol, size_symbol
 from flashfuse.patterns.axes import Roles
+
+# What the text of a program has no form for, or what would be computed again for every element.
+_COMPUTED_ONCE = (FloorDiv, Mod, Max, Min, sympy.Max, sympy.Min, sympy.Pow)
 
 
 def named(
@@ -55,12 +58,12 @@ def named(
 def _with_sizes_computed(
     programs: Sequence[Expr], positions: frozenset[sympy.Symbol]
 ) -> tuple[list[Expr], dict[sympy.Symbol, sympy.Expr]]:
-    """The programs with a symbol for each division or power of sizes alone, which the graph computes once a call."""
+    """The programs with a symbol for each division, power or limit of sizes, which the graph computes once a call."""
     symbols: dict[sympy.Expr, sympy.Symbol] = {}
 
     def replaced(value: sympy.Expr) -> sympy.Expr:
-        if isinstance(value, (FloorDiv, Mod, sympy.Pow)) and not value.free_symbols & positions:
-            return symbols.setdefault(value, sympy.Symbol(f"computed{len(symbols)}", integer=True, nonnegative=True))
+        if isinstance(value, _COMPUTED_ONCE) and not value.free_symbols & positions:
+            return symbols.setdefault(value, sympy.Symbol(f"computed{len(symbols)}", integer=True))
         return value.func(*map(replaced, value.args)) if value.args else value
 
     def rule(e: Expr) -> Expr | None:

@@ -204,3 +204,22 @@ def test_operands_scaled_in_place_are_scaled_once() -> None:
     compiled = torch.compile(fn, backend="flashfuse", options={"flashfuse.strict": True})
     assert_close_to_exact(compiled(x, k, v), fn(x, k, v), fn(x.double(), k.double(), v.double()))
     flashfuse.reports()[0].assert_fused(sites=1)
+
+
+def test_limits_of_sizes_are_computed_by_the_graph() -> None:
+    """What a window's cache keeps starts at max(0, length - window), which the text of a program could not hold."""
+
+    def fn(q: Any, k: Any, v: Any, past: Any) -> Any:
+        length = past.shape[0]
+        kept = torch.arange(k.shape[2]) + max(length - 20, 0)
+        seen = (kept > min(length, 30) - 16) & (kept <= length)
+        return (q @ k.mT).masked_fill(~seen, float("-inf")).softmax(-1) @ v
+
+    options = {"flashfuse.inner": "eager", "flashfuse.strict": True}
+    compiled = torch.compile(fn, backend="flashfuse", dynamic=True, options=options)
+    q, k, v = qkv()
+    for length in (12, 25, 31):
+        args = q[:, :, :1], k, v, torch.zeros(length)
+        assert_close_to_exact(compiled(*args), fn(*args), fn(*(a.double() for a in args)))
+    for report in flashfuse.reports():
+        report.assert_fused(sites=1)
