@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from flashfuse.fingerprint import tagged
 from flashfuse.options import Options, misspelt, parse
 from flashfuse.report import record
 from flashfuse.transform import failure, is_control_flow, transform
@@ -41,7 +42,8 @@ def flashfuse(
         record(report)
         return compiler(gm, example_inputs)
     try:
-        compiled = compiler(rewritten, example_inputs)
+        with tagged():
+            compiled = compiler(rewritten, example_inputs)
     except Exception as error:
         if ours.strict or is_control_flow(error):
             raise

@@ -153,9 +153,9 @@ def _take_queries(
 ):  # fmt: skip
     """One tile of queries, transposed: its rows are keys.
 
-    MASKED: whether the tile may meet a mask, or reach behind the last key or query. ROWS_CONTIGUOUS: whether the rows of
-        q or of the gradient are; seen by the compiler, that gives a tile a transposed layout in shared memory, with
-        which products have come out wrong (Triton 3.6 on sm_90, head dim 1).
+    MASKED: whether the tile may meet a mask, or reach behind the last key or query.
+    ROWS_CONTIGUOUS: whether the rows of q or of the gradient are; seen by the compiler, that gives a tile a transposed
+        layout in shared memory, with which products have come out wrong (Triton 3.6 on sm_90, head dim 1).
     """
     BLOCK_KV: tl.constexpr = k.shape[0]
     BLOCK_D: tl.constexpr = k.shape[1]

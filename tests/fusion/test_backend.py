@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch._inductor import config as inductor_config
 
 import flashfuse
-from flashfuse import backend
+from flashfuse import backend, fingerprint, kernels
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -235,3 +236,29 @@ def test_autocast(qkv: tuple[torch.Tensor, ...]) -> None:
     assert out.dtype == expected.dtype
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
     flashfuse.reports()[0].assert_fused(sites=1)
+
+
+def test_caches_know_whose_operators_a_graph_calls(
+    monkeypatch: pytest.MonkeyPatch, qkv: tuple[torch.Tensor, ...]
+) -> None:
+    """A graph compiled before an operator's meaning changed was found in Inductor's cache, and called the new one."""
+    tags = []
+
+    def inner(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        tags.append(torch.compiler.config.cache_key_tag)
+        return gm.forward
+
+    monkeypatch.setattr(backend, "_inner_compiler", lambda mode, options: inner)
+    with torch.compiler.config.patch(cache_key_tag="mine"):
+        compiled(attention)(*qkv)
+        compiled(plain)(qkv[0])
+    ours, untouched = tags
+    assert ours.startswith("mine flashfuse ")
+    assert untouched == "mine"
+
+
+def test_fingerprint_is_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint.sources()
+    (tmp_path / "changed.py").write_text("x = 1")
+    monkeypatch.setattr("flashfuse.kernels.__path__", [*kernels.__path__, str(tmp_path)])
+    assert fingerprint.sources.__wrapped__() != before

@@ -117,3 +117,8 @@ def test_compiles_within_limits(
         assert "serialized" not in report, "matrix instructions are serialised"
         # Wide tiles of the keys' pass are faster with their spills than narrower ones without.
         assert spilled <= (1100 if name == "keys" and limits.arch == 90 else 512)
+
+
+def test_query_tiles_start_where_key_tiles_do() -> None:
+    """What a program that owns a distance of tiles asks of the pairs' tiles; head dim 512 on sm_90 failed it."""
+    assert all(row.launch.pairs.block_q % row.launch.pairs.block_kv == 0 for row in variants.TABLE)
