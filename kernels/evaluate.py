@@ -194,13 +194,11 @@ def scatter_add(total: torch.Tensor, read: Load | Gather, values: torch.Tensor, 
 def diagonals(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None:
     """What a table of distances holds for the tile, a view [.., 1, queries + keys - 1] by key minus query position.
 
-    The tile's last two axes are [queries, keys]. None where the load is no function of that difference.
+    None where the load is no function of that difference, or the tile's last two axes are not [queries, keys].
     """
-    *outer, (query, queries), (_, keys) = tile.axes
-    if not queries or not keys:
-        return None
-    read = by_distance(load)
-    if read is None:
+    *outer, (query, queries), (key, keys) = tile.axes
+    read = by_distance(load) if (query, key) == (Q_IDX, KV_IDX) else None
+    if read is None or not queries or not keys:
         return None
     assert isinstance(read, Load)
     distances = range(keys[0] - queries[-1], keys[-1] - queries[0] + 1)

@@ -66,8 +66,8 @@ def test_layers_share_one_node() -> None:
     after = rewritten(two_layers, *inputs())
     (ranges,), given = ranges_and_their_users(after)
     assert given == [ranges, ranges]
-    predicate = "(t0[n0, kv_idx] & (kv_idx <= q_idx))"
-    assert ranges.args[1:] == ([B, 1], 2, S, S, predicate, predicate)
+    needed, idle = "(t0[n0, kv_idx] & (kv_idx <= q_idx))", "t0[n0, kv_idx]"
+    assert ranges.args[1:] == ([B, 1], 2, S, S, needed, idle)
 
 
 def test_layers_with_masks_of_their_own_do_not_share() -> None:
