@@ -100,10 +100,13 @@ class MaskStructure:
         """Whether positions behind the last key are masked like others, with nothing left of their scores."""
         if self.data_fill != -math.inf:
             return False
-        beyond, more = sympy.symbols("beyond more", integer=True, nonnegative=True)
-        last = {KV_IDX: KV_LEN + beyond, Q_IDX: (KV_LEN - more if fewer_queries else Q_LEN) - 1}
-        slacks = (slack_of(term) for term in conjuncts(self.needed))
-        return any(slack is not None and sympy.expand(slack.xreplace(last)).is_negative for slack in slacks)
+        # A key behind the last one, and any query at or before the last.
+        beyond, before, more = sympy.symbols("beyond before more", integer=True, nonnegative=True)
+        q_len = KV_LEN - more if fewer_queries else Q_LEN
+        slacks = [slack_of(term) for term in conjuncts(self.needed)]
+        pair = {KV_IDX: KV_LEN + beyond, Q_IDX: Q_LEN - 1 - before}
+        reached = [s.xreplace(pair).xreplace({Q_LEN: q_len}) for s in slacks if s is not None]
+        return any(sympy.expand(slack).is_negative for slack in reached)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -193,3 +193,26 @@ def test_what_no_rule_reads_leaves_the_bounds_of_the_rest(predicate: str) -> Non
     assert mask.bounds.kv_range(tile) == (512 - 63, 527 - 63, 513, 528)
     assert "%" in to_text(mask.full)
     assert "<" not in to_text(mask.full)
+
+
+@pytest.mark.parametrize(
+    ("predicate", "fewer_queries", "ends"),
+    [
+        ("kv_idx <= q_idx", True, True),
+        ("kv_idx <= q_idx", False, False),
+        ("kv_idx <= q_idx + (kv_len - q_len)", False, True),
+        ("(kv_idx <= q_idx) & (kv_idx > q_idx - 9)", True, True),
+        ("kv_idx <= q_idx + 1", True, False),
+        ("kv_idx <= q_len - 1 - q_idx", True, False),
+        ("kv_idx <= q_len - 1 - q_idx", False, False),
+        ("kv_idx <= kv_len - q_idx", False, False),
+        ("kv_idx + q_idx < q_len + kv_len - 1", False, False),
+        ("kv_idx < size0", True, False),
+        ("kv_idx < kv_len - 3", False, True),
+    ],
+)
+def test_which_masks_end_the_keys(predicate: str, fewer_queries: bool, ends: bool) -> None:
+    """The last query was taken to reach furthest, which it does not where the mask falls with it."""
+    mask = analyze(parse(f"where({predicate}, qk, -inf)"))
+    assert mask.ends_keys(fewer_queries) == ends
+    assert not analyze(parse(f"where({predicate}, qk, -1e9)")).ends_keys(fewer_queries)
