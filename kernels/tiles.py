@@ -3,8 +3,10 @@
 import triton
 import triton.language as tl
 
-# Queries that share a row of `ranges_ptr`; see `mask.MASK_BLOCK`.
-MASK_BLOCK: tl.constexpr = tl.constexpr(64)
+from flashfuse.kernels import mask
+
+# Queries that share a row of `ranges_ptr`.
+MASK_BLOCK: tl.constexpr = tl.constexpr(mask.MASK_BLOCK)
 
 
 @triton.jit
