@@ -7,6 +7,7 @@ Flash-Decoding: Dao et al., https://pytorch.org/blog/flash-decoding.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashfuse.kernels.forward import finish, key_tiles, visit, visit_skipped
 from flashfuse.kernels.tiles import batch_pointer, load_columns, tile_pointers
@@ -31,7 +32,7 @@ def attention_split_kernel(
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One of num_splits shares of the keys of a tile of rows, for each split s:
 
@@ -42,7 +43,11 @@ def attention_split_kernel(
 
     outer, packed: the batch sizes of which a program has one position, and those that lie along its rows; one of the
     two is 1 on each axis, and PACKED says which. Keys, values, `KV_BOUNDS` and ranges are the same along packed axes.
+    OVERLAPPED: the next kernel is launched while this one runs, and waits for it by itself (programmatic dependent
+    launch: PTX ISA, griddepcontrol).
     """
+    if OVERLAPPED:
+        gdc_launch_dependents()
     COMPUTE: tl.constexpr = lse_ptr.dtype.element_ty
     outer = (outer_0, outer_1, outer_2, outer_3)
     packed = (packed_0, packed_1, packed_2, packed_3)
@@ -121,7 +126,7 @@ def attention_combine_kernel(
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, OVERLAPPED: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The rows of `attention_split_kernel` from their shares of the keys, SPLITS at a time and always in this order:
 
@@ -139,6 +144,9 @@ def attention_combine_kernel(
     offs_row = tl.program_id(0) % row_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o0, o1, o2, o3 = _unravelled(position, outer)
     n0, n1, n2, n3, q_idx = _places(offs_row, rows, o0, o1, o2, o3, packed, q_len, PACKED)
+    if OVERLAPPED:
+        # Nothing that a kernel has written is read before.
+        gdc_wait()
 
     # Rows behind the last repeat it.
     row = tl.minimum(offs_row, rows - 1)

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda
+from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # type: ignore[attr-defined]
 
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.launch_decode import prepare_any
@@ -22,7 +22,8 @@ from flashfuse.kernels.tiled import attention_tiled
 Outputs = tuple[torch.Tensor, torch.Tensor]
 Plan = tuple[Prepared, tuple[Again, ...]]
 
-MAX_PLANS = 4096
+# A growing cache leaves one for every length.
+MAX_PLANS = 512
 _plans: dict[Hashable, Plan] = {}
 
 
