@@ -65,8 +65,9 @@ MAX_SPLITS = 128
 # The part of a device's slots that reads about as much as all of them, and how much longer is as early.
 BUSY = 0.8
 NEARLY = 1.1
-# A program of the combine kernel holds so many numbers of accumulators at a time.
-COMBINED_ELEMENTS = 8192
+# How many rows a program of the combine kernel puts together, and how many numbers of accumulators it holds at a time.
+COMBINED_ROWS = 1
+COMBINED_ELEMENTS = 4096
 
 
 def takes(call: AttentionCall) -> bool:
@@ -91,7 +92,8 @@ def prepare_decode(call: AttentionCall, launch: Launch | None = None, splits: in
         launch = _launch(spec, rows, call.head_dim, call.value_dim, device)
     if launch is None:
         return None
-    programs = math.prod(outer) * -(-rows // launch.block_q)
+    row_tiles = -(-rows // launch.block_q)
+    programs = math.prod(outer) * row_tiles
     if splits is None:
         slots = _slots(device, launch.shared_bytes(shape_of(spec, rows, call.head_dim, call.value_dim)))
         splits = num_splits(programs, -(-kv_len // launch.block_kv), slots)
@@ -105,7 +107,7 @@ def prepare_decode(call: AttentionCall, launch: Launch | None = None, splits: in
         workspace = math.prod(outer) * splits * rows * (padded(call.value_dim) + 2)
         combined = math.prod(outer) * -(-rows // combine["BLOCK_Q"])
         launches.append(KernelLaunch(attention_combine_kernel, combined, combine))
-    lengths = (*outer, *packed, call.q_len, kv_len, splits)
+    lengths = (*outer, *packed, call.q_len, kv_len, row_tiles, splits)
     return Prepared.of(call, tuple(launches), lengths, workspace)
 
 
@@ -188,7 +190,7 @@ def variants(
     del common["LONGEST_FIRST"], common["SHARED_BATCH"]
     common["PACKED"], common["OVERLAPPED"] = is_packed, overlapped
     # Rows are put together in many small programs, unless they may have to visit keys: that is a matrix product.
-    rows = 4 if common["FILL_THRESHOLD"] is None else 16
+    rows = COMBINED_ROWS if common["FILL_THRESHOLD"] is None else 16
     splits = max(1, COMBINED_ELEMENTS // (rows * common["BLOCK_DV"]))
     combine = {**common, "BLOCK_Q": rows, "SPLITS": splits, "num_warps": max(4, launch.num_warps), "num_stages": 1}
     del combine["SCORE_FULL"], combine["FACTOR_FULL"]

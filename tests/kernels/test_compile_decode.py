@@ -41,6 +41,9 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...], dict[st
 BF16, FP32 = torch.bfloat16, torch.float32
 # A group of four query heads, of eight with eight queries.
 FEW, MANY = 4, 64
+# What the launcher sees to be 1 for them.
+_AXES = [f"{along}_{axis}" for along, axis in itertools.product(("outer", "packed"), range(4))]
+ONES = {FEW: (*(axis for axis in _AXES if axis not in ("outer_1", "packed_2")), "q_len", "row_tiles"), MANY: ("packed_0",)}
 
 CASES = [
     ("sm80", "padding", 128, FEW, BF16),
@@ -84,7 +87,7 @@ def instances(device: str, program: str, head_dim: int, rows: int, dtype: torch.
     def compiled(kernel: Any, constants: Any, parts: bool) -> Any:
         arguments = dict(constants)
         options = {name: arguments.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in arguments}
-        source = source_of(kernel, spec, ranks, arguments, ranged, parts=parts)
+        source = source_of(kernel, spec, ranks, arguments, ranged, parts=parts, ones=ONES[rows])
         return triton.compile(source, target=target, options=options)
 
     return {
