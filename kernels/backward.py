@@ -29,14 +29,15 @@ _BATCH = ["batch_0", "batch_1", "batch_2", "batch_3"]
 _LOOP = ["loop_0", "loop_1", "loop_2", "loop_3"]
 
 
-@triton.jit(do_not_specialize=[*_BATCH, *_LOOP, *_LENGTHS])
+# A loop of one position is no loop, which the compiler has to know: it is worth a spill.
+@triton.jit(do_not_specialize=[*_BATCH, *_LENGTHS], do_not_specialize_on_alignment=_LOOP)
 def attention_keys_backward_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, seed_ptr, filled_ptr, dk_ptr, dv_ptr, sums_ptrs,
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dk_strides, dv_strides,
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, QUERY_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, BOUNDED: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -97,8 +98,8 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                 kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL,
-                FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE,
-                PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
+                FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST,
+                KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
             )  # fmt: skip
 
         tiles_before = (full_start - start) // BLOCK_Q
@@ -108,8 +109,8 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                 kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE,
-                PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
+                FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST,
+                KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
             )  # fmt: skip
 
         if filled_ptr is not None:
@@ -124,7 +125,7 @@ def attention_keys_backward_kernel(
                 dk, dv, sums = _take_queries(
                     dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                     kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                    FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST,
+                    FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST,
                     KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
                 )  # fmt: skip
 
@@ -146,7 +147,7 @@ def _take_queries(
     dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start, kv_start, kv_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, MASKED: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, BOUNDED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS_CONTIGUOUS: tl.constexpr,
@@ -176,17 +177,22 @@ def _take_queries(
     # [block_kv, block_q]
     qk = product(k, tl.trans(q), PRECISION)
     dw = product(v, tl.trans(grad), PRECISION)
-    rows = load_rows(rows_base, planes, offs_q, SCALE, SLACK, APART, NORMALISED)
+    # From one address, which leaves the rest to the instruction.
+    rows = load_rows(rows_base + q_start, planes, tl.arange(0, BLOCK_Q), SCALE, SLACK, APART, NORMALISED)
+    rows = along(rows, 0)
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
     kept = None
     if DROP_LEAST is not None:
         kept = tl.trans(kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE))
-    w, dqk, ds, of_factor, p = tile_gradients(
-        qk, dw, kept, along(rows, 0), row_factor[None, :], q_idx[None, :], kv_idx[:, None],
-        n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, MASKED,
-        SCALE, SLACK, APART, NORMALISED,
+    # A key behind the last one has a row of its own, which is not stored.
+    w, p, slope, factor = tile_weights(
+        qk, kept, rows, row_factor[None, :], q_idx[None, :], kv_idx[:, None], n0, n1, n2, n3, q_len, kv_len, sizes,
+        captured, captured_strides, GRADS, FACTOR, False, SCALE, SLACK, APART, NORMALISED,
+    )  # fmt: skip
+    dqk, ds, of_factor = tile_gradients(
+        dw, p, slope, factor, kept, rows[2], kv_idx[:, None], kv_len, False, MASKED, BOUNDED, NORMALISED
     )  # fmt: skip
     dv = _added_product(dv, w.to(PROBS_DTYPE), grad, PRECISION)
     dk = _added_product(dk, dqk.to(PRODUCT_DTYPE), q, PRECISION)
@@ -205,7 +211,7 @@ def attention_queries_backward_kernel(
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
     SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
-    FILL_THRESHOLD: tl.constexpr,
+    BOUNDED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
     LONGEST_FIRST: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -266,8 +272,8 @@ def attention_queries_backward_kernel(
         dq, sums = _take_keys(
             dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0, n1,
             n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR, SUMS_FULL,
-            False, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
-            HEAD_DIM, VALUE_DIM,
+            False, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
+            PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     tiles_before = (full_start - start) // BLOCK_KV
@@ -277,8 +283,8 @@ def attention_queries_backward_kernel(
         dq, sums = _take_keys(
             dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0, n1,
             n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
-            SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
-            PRECISION, HEAD_DIM, VALUE_DIM,
+            SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
+            PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     if FILL_THRESHOLD is not None:
@@ -290,8 +296,8 @@ def attention_queries_backward_kernel(
             dq, sums = _take_keys(
                 dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0,
                 n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
-                SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
-                PRECISION, HEAD_DIM, VALUE_DIM,
+                SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
+                PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
 
     stored = offs_q < q_len
@@ -308,7 +314,7 @@ def _take_keys(
     dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, BOUNDED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -329,10 +335,14 @@ def _take_keys(
     kept = None
     if DROP_LEAST is not None:
         kept = kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
-    _, dqk, ds, of_factor, p = tile_gradients(
-        qk, dw, kept, along(rows, 1), row_factor[:, None], q_idx[:, None], kv_idx[None, :],
-        n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
-        SCALE, SLACK, APART, NORMALISED,
+    rows = along(rows, 1)
+    SUMMED_END: tl.constexpr = KEYS_END and SUMS is not None
+    _, p, slope, factor = tile_weights(
+        qk, kept, rows, row_factor[:, None], q_idx[:, None], kv_idx[None, :], n0, n1, n2, n3, q_len, kv_len, sizes,
+        captured, captured_strides, GRADS, FACTOR, SUMMED_END, SCALE, SLACK, APART, NORMALISED,
+    )  # fmt: skip
+    dqk, ds, of_factor = tile_gradients(
+        dw, p, slope, factor, kept, rows[2], kv_idx[None, :], kv_len, KEYS_END, KEYS_END, BOUNDED, NORMALISED
     )  # fmt: skip
     dq = _added_product(dq, dqk.to(PRODUCT_DTYPE), k, PRECISION)
     if SUMS is not None:
@@ -344,45 +354,53 @@ def _take_keys(
 
 
 @triton.jit
-def tile_gradients(
-    qk, dw, kept, rows, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
-    GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, KEYS_END: tl.constexpr,
+def tile_weights(
+    qk, kept, rows, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
+    GRADS: tl.constexpr, FACTOR: tl.constexpr, KEYS_END: tl.constexpr,
     SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
-    """(w, ds * slope, ds, p * dw, p) of a tile of products.
+    """(w, p, slope, factor) of a tile of products: w is what v is multiplied by, s the inner score.
 
-    w is what v is multiplied by, and then come the gradients of the product, of the inner score s and of the factor:
+        p = exp(SCALE s - lse),  w = factor p,  slope = d s / d product
 
-        p = exp(SCALE s - lse),  w = factor p,  ds = p (factor dw - delta),  slope = d s / d product
-
-    kept: what dropout multiplies w and dw by, None without it. Where the score is not NORMALISED, p = s and ds = factor
-    dw. KEYS_END: whether the tile may meet a mask or reach behind the last key.
+    kept: what dropout multiplies w by, None without it. row_factor: the factor unless FACTOR gives one for each pair.
+    Where the score is not NORMALISED, p = s. KEYS_END: whether p and factor have to be 0 behind the last key.
     """
     s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
     p = _probabilities(s, rows, SCALE, SLACK, APART) if NORMALISED else s
     if KEYS_END:
         p = tl.where(kv_idx < kv_len, p, 0.0)
-    w = p
-    if kept is not None:
-        w = p * kept
-        dw = dw * kept
-    dp = dw
+    factor = row_factor
     if FACTOR is not None:
         factor = FACTOR(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
         if KEYS_END:
             factor = tl.where(kv_idx < kv_len, factor, 0.0)
-        w = w * factor
-        dp = dw * factor
-    elif ROW_FACTOR is not None:
-        w = w * row_factor
-        dp = dw * row_factor
-    ds = p * (dp - rows[2]) if NORMALISED else dp
+    w = (p if kept is None else p * kept) * factor
+    return w, p, slope, factor
+
+
+@triton.jit
+def tile_gradients(
+    dw, p, slope, factor, kept, delta, kv_idx, kv_len,
+    KEYS_END: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, NORMALISED: tl.constexpr,
+):  # fmt: skip
+    """(ds * slope, ds, p * dw), the gradients of the product, of the inner score and of the factor, of a tile.
+
+        ds = p (factor dw - delta)
+
+    See `tile_weights`. Where the score is not NORMALISED, ds = factor dw. KEYS_END: whether the first two have to be 0
+    behind the last key. MASKED: whether a slope may be 0 for a mask. BOUNDED: whether slopes are finite.
+    """
+    if kept is not None:
+        dw = dw * kept
+    dp = dw * factor
+    ds = p * (dp - delta) if NORMALISED else dp
     if KEYS_END:
         ds = tl.where(kv_idx < kv_len, ds, 0.0)
-        dqk = through(ds, slope)
-    else:
-        dqk = ds * slope
-    return w, dqk, ds, p * dw, p
+    dqk = ds * slope
+    if MASKED:
+        dqk = tl.where(slope == 0, 0.0, dqk) if BOUNDED else through(ds, slope)
+    return dqk, ds, p * dw
 
 
 @triton.jit

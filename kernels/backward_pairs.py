@@ -8,7 +8,7 @@ nothing is added by more than one program.
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.backward import row_factor_of, tile_gradients
+from flashfuse.kernels.backward import row_factor_of, tile_gradients, tile_weights
 from flashfuse.kernels.backward_rows import along, batch_position, load_rows, rows_length, sees_every_key
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import (
@@ -32,7 +32,7 @@ def attention_pairs_backward_kernel(
     q_len, kv_len, sizes, captured, captured_strides,
     BY_DISTANCE: tl.constexpr, PAIR_GRAD: tl.constexpr, PAIR_SCALE: tl.constexpr, GRADS_MASKED: tl.constexpr,
     KV_BOUNDS: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
-    FILL_THRESHOLD: tl.constexpr,
+    BOUNDED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, ROW_FACTOR: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -114,10 +114,14 @@ def attention_pairs_backward_kernel(
             kept = None
             if DROP_LEAST is not None:
                 kept = kept_scales((seed, position), q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
-            _w, _dqk, ds, of_factor, _p = tile_gradients(
-                qk, dw, kept, along(numbers, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3,
-                q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                FACTOR_MASKED, ROW_FACTOR, True, SCALE, SLACK, APART, NORMALISED,
+            numbers = along(numbers, 1)
+            _w, p, slope, factor = tile_weights(
+                qk, kept, numbers, row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3, q_len,
+                kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, True, SCALE, SLACK, APART,
+                NORMALISED,
+            )  # fmt: skip
+            _dqk, ds, of_factor = tile_gradients(
+                dw, p, slope, factor, kept, numbers[2], offs_kv[None, :], kv_len, True, True, BOUNDED, NORMALISED
             )  # fmt: skip
             dt += PAIR_GRAD(
                 ds, of_factor, qk, m0, m1, m2, m3, q_idx[:, None], offs_kv[None, :], q_len, kv_len, sizes, captured,

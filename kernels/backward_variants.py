@@ -193,6 +193,7 @@ def _shared_constants(
         "SLACK": program.forward.slack,
         "APART": _apart(spec, program),
         "NORMALISED": normalised,
+        "BOUNDED": program.derivatives.bounded,
         "FACTOR_MASKED": program.forward.factor_masked,
         # The rows kernel has taken rows that are not kept out of a softmax.
         "ROW_FACTOR": program.forward.row_factor or (None if normalised else program.forward.row_kept),

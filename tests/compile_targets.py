@@ -33,6 +33,7 @@ def source_of(
     ranged: bool,
     filled: bool = False,
     parts: bool = True,
+    shared: bool = False,
 ) -> ASTSource:
     """The kernel as the launcher would specialise it for aligned operands with contiguous rows.
 
@@ -50,6 +51,8 @@ def source_of(
     for i, name in enumerate(kernel.arg_names):
         if name in arguments:
             signature[name], constant[i,] = "constexpr", arguments[name]
+        elif name.startswith("loop_") and not shared:
+            signature[name], constant[i,] = "constexpr", 1
         elif name in ("ranges_ptr", "filled_ptr"):
             given = ranged if name == "ranges_ptr" else filled
             signature[name] = "*i32" if given else "constexpr"
