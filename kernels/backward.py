@@ -10,7 +10,7 @@ Tri Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691, section 3.1.
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.backward_rows import along, batch_position, load_rows, rows_length, sees_every_key
+from flashfuse.kernels.backward_rows import batch_position, load_delta, load_shifts, rows_length, sees_every_key
 from flashfuse.kernels.elementary import through
 from flashfuse.kernels.forward import LOG2_E
 from flashfuse.kernels.philox import kept_scales
@@ -174,12 +174,11 @@ def _take_queries(
     q = load_columns(q_ptrs, tl.arange(0, BLOCK_D)[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     grad_ptrs = tile_pointers(grad_base + first * grad_strides[4], row, tl.arange(0, BLOCK_DV), grad_strides)
     grad = load_keys(grad_ptrs, offs_q, q_len, MASKED, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+    # What scores wait for is read beforehand, and what only gradients wait for afterwards: registers are scarce.
+    shifts = load_shifts(rows_base + q_start, planes, tl.arange(0, BLOCK_Q), 0, SCALE, SLACK, APART, NORMALISED)
     # [block_kv, block_q]
     qk = product(k, tl.trans(q), PRECISION)
     dw = product(v, tl.trans(grad), PRECISION)
-    # From one address, which leaves the rest to the instruction.
-    rows = load_rows(rows_base + q_start, planes, tl.arange(0, BLOCK_Q), SCALE, SLACK, APART, NORMALISED)
-    rows = along(rows, 0)
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
@@ -188,11 +187,12 @@ def _take_queries(
         kept = tl.trans(kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE))
     # A key behind the last one has a row of its own, which is not stored.
     w, p, slope, factor = tile_weights(
-        qk, kept, rows, row_factor[None, :], q_idx[None, :], kv_idx[:, None], n0, n1, n2, n3, q_len, kv_len, sizes,
+        qk, kept, shifts, row_factor[None, :], q_idx[None, :], kv_idx[:, None], n0, n1, n2, n3, q_len, kv_len, sizes,
         captured, captured_strides, GRADS, FACTOR, False, SCALE, SLACK, APART, NORMALISED,
     )  # fmt: skip
+    delta = load_delta(rows_base + q_start, planes, tl.arange(0, BLOCK_Q), 0, NORMALISED)
     dqk, ds, of_factor = tile_gradients(
-        dw, p, slope, factor, kept, rows[2], kv_idx[:, None], kv_len, False, MASKED, BOUNDED, NORMALISED
+        dw, p, slope, factor, kept, delta, kv_idx[:, None], kv_len, False, MASKED, BOUNDED, NORMALISED
     )  # fmt: skip
     dv = _added_product(dv, w.to(PROBS_DTYPE), grad, PRECISION)
     dk = _added_product(dk, dqk.to(PRODUCT_DTYPE), q, PRECISION)
@@ -248,7 +248,8 @@ def attention_queries_backward_kernel(
     # [block_q]
     planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * rows_length(q_len)
     rows_base = rows_ptr + position.to(tl.int64) * rows_length(q_len)
-    rows = load_rows(rows_base, planes, offs_q, SCALE, SLACK, APART, NORMALISED)
+    shifts = load_shifts(rows_base, planes, offs_q, 1, SCALE, SLACK, APART, NORMALISED)
+    delta = load_delta(rows_base, planes, offs_q, 1, NORMALISED)
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
@@ -270,8 +271,8 @@ def attention_queries_backward_kernel(
 
     for kv_start in tl.range(full_start, full_end, BLOCK_KV):
         dq, sums = _take_keys(
-            dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0, n1,
-            n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR, SUMS_FULL,
+            dq, sums, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
+            n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, SUMS_FULL,
             False, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
             PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
@@ -281,8 +282,8 @@ def attention_queries_backward_kernel(
     for i in tl.range(0, tiles_before + tiles_behind):
         kv_start = tl.where(i < tiles_before, start, full_end - tiles_before * BLOCK_KV) + i * BLOCK_KV
         dq, sums = _take_keys(
-            dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0, n1,
-            n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
+            dq, sums, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
+            n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
             SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
             PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
@@ -294,8 +295,8 @@ def attention_queries_backward_kernel(
         for i in tl.range(0, tiles_before + tiles_behind):
             kv_start = tl.where(i < tiles_before, 0, end - tiles_before * BLOCK_KV) + i * BLOCK_KV
             dq, sums = _take_keys(
-                dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0,
-                n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
+                dq, sums, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start,
+                q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
                 SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
                 PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
@@ -311,9 +312,9 @@ def attention_queries_backward_kernel(
 
 @triton.jit
 def _take_keys(
-    dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
+    dq, sums, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
-    GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
+    GRADS: tl.constexpr, FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
     SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, BOUNDED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -335,14 +336,13 @@ def _take_keys(
     kept = None
     if DROP_LEAST is not None:
         kept = kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
-    rows = along(rows, 1)
     SUMMED_END: tl.constexpr = KEYS_END and SUMS is not None
     _, p, slope, factor = tile_weights(
-        qk, kept, rows, row_factor[:, None], q_idx[:, None], kv_idx[None, :], n0, n1, n2, n3, q_len, kv_len, sizes,
+        qk, kept, shifts, row_factor[:, None], q_idx[:, None], kv_idx[None, :], n0, n1, n2, n3, q_len, kv_len, sizes,
         captured, captured_strides, GRADS, FACTOR, SUMMED_END, SCALE, SLACK, APART, NORMALISED,
     )  # fmt: skip
     dqk, ds, of_factor = tile_gradients(
-        dw, p, slope, factor, kept, rows[2], kv_idx[None, :], kv_len, KEYS_END, KEYS_END, BOUNDED, NORMALISED
+        dw, p, slope, factor, kept, delta, kv_idx[None, :], kv_len, KEYS_END, KEYS_END, BOUNDED, NORMALISED
     )  # fmt: skip
     dq = _added_product(dq, dqk.to(PRODUCT_DTYPE), k, PRECISION)
     if SUMS is not None:
@@ -355,7 +355,7 @@ def _take_keys(
 
 @triton.jit
 def tile_weights(
-    qk, kept, rows, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
+    qk, kept, shifts, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, KEYS_END: tl.constexpr,
     SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
@@ -367,7 +367,7 @@ def tile_weights(
     Where the score is not NORMALISED, p = s. KEYS_END: whether p and factor have to be 0 behind the last key.
     """
     s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
-    p = _probabilities(s, rows, SCALE, SLACK, APART) if NORMALISED else s
+    p = _probabilities(s, shifts, SCALE, SLACK, APART) if NORMALISED else s
     if KEYS_END:
         p = tl.where(kv_idx < kv_len, p, 0.0)
     factor = row_factor
@@ -404,20 +404,21 @@ def tile_gradients(
 
 
 @triton.jit
-def _probabilities(s, rows, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr):
-    """exp(SCALE s - lse), from what `load_rows` gives.
+def _probabilities(s, shifts, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr):
+    """exp(SCALE s - lse), from what `load_shifts` gives.
 
     The difference from the shift is rounded once, so that scores far from 0 keep theirs. Large ones are subtracted as
     they are, and those within the slack of the largest count as equal to it.
     """
+    minus_shift, share, slack = shifts
     if SLACK is None:
-        below = tl.fma(s, SCALE * LOG2_E, rows[0])
+        below = tl.fma(s, SCALE * LOG2_E, minus_shift)
     else:
-        below = s + rows[0]
+        below = s + minus_shift
         if SLACK > 0:
-            below = tl.where(below >= rows[3], 0.0, below)
+            below = tl.where(below >= slack, 0.0, below)
         below *= SCALE * LOG2_E
-    return tl.exp2(below) * rows[1] if APART else tl.exp2(below)
+    return tl.exp2(below) * share if APART else tl.exp2(below)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.backward import row_factor_of, tile_gradients, tile_weights
-from flashfuse.kernels.backward_rows import along, batch_position, load_rows, rows_length, sees_every_key
+from flashfuse.kernels.backward_rows import batch_position, load_delta, load_shifts, rows_length, sees_every_key
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import (
     batch_pointer,
@@ -107,21 +107,21 @@ def attention_pairs_backward_kernel(
             # [block_q, block_kv]
             qk = product(q, tl.trans(k), PRECISION)
             dw = product(grad, tl.trans(v), PRECISION)
-            numbers = load_rows(rows_base, planes, offs_q, SCALE, SLACK, APART, NORMALISED)
+            shifts = load_shifts(rows_base, planes, offs_q, 1, SCALE, SLACK, APART, NORMALISED)
+            delta = load_delta(rows_base, planes, offs_q, 1, NORMALISED)
             row_factor = row_factor_of(
                 q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
             )  # fmt: skip
             kept = None
             if DROP_LEAST is not None:
                 kept = kept_scales((seed, position), q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
-            numbers = along(numbers, 1)
             _w, p, slope, factor = tile_weights(
-                qk, kept, numbers, row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3, q_len,
+                qk, kept, shifts, row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3, q_len,
                 kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, True, SCALE, SLACK, APART,
                 NORMALISED,
             )  # fmt: skip
             _dqk, ds, of_factor = tile_gradients(
-                dw, p, slope, factor, kept, numbers[2], offs_kv[None, :], kv_len, True, True, BOUNDED, NORMALISED
+                dw, p, slope, factor, kept, delta, offs_kv[None, :], kv_len, True, True, BOUNDED, NORMALISED
             )  # fmt: skip
             dt += PAIR_GRAD(
                 ds, of_factor, qk, m0, m1, m2, m3, q_idx[:, None], offs_kv[None, :], q_len, kv_len, sizes, captured,

@@ -38,6 +38,7 @@ def source_of(
     """The kernel as the launcher would specialise it for aligned operands with contiguous rows.
 
     ranged: for a call with `kv_ranges`. filled: with rows that may see every key. parts: with several splits of keys.
+    shared: with keys that the positions on the third batch axis share.
     """
     signature: dict[str, Any] = {}
     constant: dict[tuple[int, ...], Any] = {}
@@ -51,7 +52,7 @@ def source_of(
     for i, name in enumerate(kernel.arg_names):
         if name in arguments:
             signature[name], constant[i,] = "constexpr", arguments[name]
-        elif name.startswith("loop_") and not shared:
+        elif name.startswith("loop_") and not ((shared and name == "loop_2") or kernel.params[i].do_not_specialize):
             signature[name], constant[i,] = "constexpr", 1
         elif name in ("ranges_ptr", "filled_ptr"):
             given = ranged if name == "ranges_ptr" else filled
