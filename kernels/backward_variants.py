@@ -30,7 +30,7 @@ class BackwardLaunch:
         for launch, resident, passing, pair_tiles in (
             (self.keys, self.keys.block_kv, self.keys.block_q, 2),
             (self.queries, self.queries.block_q, self.queries.block_kv, 1),
-            (self.pairs, self.pairs.block_q, self.pairs.block_kv, 1),
+            (self.pairs, 0, self.pairs.block_q + self.pairs.block_kv, 1),
         ):
             stages = max(launch.num_stages, 1)
             pair = launch.block_q * launch.block_kv
@@ -65,10 +65,11 @@ def _row(
 # H100); the others are chosen to compile without spills, and so that a pass does not wait for its loads.
 TABLE = (
     # The keys' pass holds two accumulators and numbers of rows along its columns, so its query tiles are narrow.
-    _row(64, 2, "cuda", 90, (64, 128, 8, 3), (64, 64, 4, 3), (64, 32, 4, 1)),
+    _row(64, 2, "cuda", 90, (64, 128, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
     # Of a tile of 64 queries by 64 keys the loads take longer than the products.
-    _row(128, 2, "cuda", 90, (64, 128, 8, 3), (128, 64, 8, 3), (64, 32, 8, 1), alone=True),
-    _row(128, 2, "cuda", 90, (32, 128, 8, 3), (128, 64, 8, 3), (64, 32, 8, 1)),
+    _row(128, 2, "cuda", 90, (64, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), alone=True),
+    _row(128, 2, "cuda", 90, (32, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
+    _row(128, 2, "cuda", 90, (32, 128, 8, 2), (64, 64, 4, 2), (128, 64, 8, 1)),
     _row(256, 2, "cuda", 90, (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     _row(512, 2, "cuda", 90, (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     _row(64, 2, "cuda", 80, (32, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 1)),
@@ -173,6 +174,7 @@ def pairs_constants(
         "BY_DISTANCE": program.pair_terms[number].by_distance is not None,
         "PAIR_GRAD": program.pair_grads[number],
         "PAIR_SCALE": program.pair_terms[number].scale,
+        "SKIPS": program.skips,
         "KV_BOUNDS": program.forward.kv_bounds,
         "FILL_THRESHOLD": program.fill_threshold,
     }
