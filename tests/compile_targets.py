@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,12 @@ def source_of(
     ranged: bool,
     filled: bool = False,
     parts: bool = True,
-    shared: bool = False,
+    ones: Sequence[str] = (),
 ) -> ASTSource:
     """The kernel as the launcher would specialise it for aligned operands with contiguous rows.
 
     ranged: for a call with `kv_ranges`. filled: with rows that may see every key. parts: with several splits of keys.
-    shared: with keys that the positions on the third batch axis share.
+    ones: numbers that are 1.
     """
     signature: dict[str, Any] = {}
     constant: dict[tuple[int, ...], Any] = {}
@@ -52,8 +53,6 @@ def source_of(
     for i, name in enumerate(kernel.arg_names):
         if name in arguments:
             signature[name], constant[i,] = "constexpr", arguments[name]
-        elif name.startswith("loop_") and not ((shared and name == "loop_2") or kernel.params[i].do_not_specialize):
-            signature[name], constant[i,] = "constexpr", 1
         elif name in ("ranges_ptr", "filled_ptr"):
             given = ranged if name == "ranges_ptr" else filled
             signature[name] = "*i32" if given else "constexpr"
@@ -76,6 +75,8 @@ def source_of(
             signature[name] = tuple(strides((i, slot), rank) for slot, rank in enumerate(ranks))
         elif name.endswith("_strides"):
             signature[name] = strides((i,), 6)
+        elif name in ones:
+            signature[name], constant[i,] = "constexpr", 1
         else:
             signature[name] = ("i32",) * spec.num_sizes if name == "sizes" else "i32"
     return ASTSource(kernel, signature, constant, {path: [["tt.divisibility", 16]] for path in aligned})
