@@ -84,35 +84,33 @@ def rows_length(q_len):
 
 
 @triton.jit
-def load_rows(
-    rows_base, planes, offs_q, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr,
+def load_shifts(
+    rows_base, planes, offs_q, AXIS: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr,
     NORMALISED: tl.constexpr,
 ):  # fmt: skip
-    """(minus_shift, share, delta, slack) of rows at `offs_q`, which may lie behind the last one.
+    """(minus_shift, share, slack) of rows at `offs_q`, which may lie behind the last one, with an axis of size 1.
 
     shift: the largest inner score where some are large (SLACK), else the largest score in base 2. share: what the
     exponential is multiplied by, where they are APART. From `slack` on a difference from the shift is 0.
     """
-    delta = tl.zeros(offs_q.shape, tl.float32)
-    minus_shift, share, slack = delta, delta, delta
+    minus_shift = tl.zeros(offs_q.shape, tl.float32)
+    share, slack = minus_shift, minus_shift
     if NORMALISED:
         minus_shift = tl.load(rows_base + MINUS_SHIFT * planes + offs_q)
-        delta = tl.load(rows_base + DELTA * planes + offs_q)
         if APART:
             share = tl.load(rows_base + SHARE * planes + offs_q)
         if SLACK is not None:
             slack = tl.where(minus_shift >= -LARGE / SCALE, minus_shift * -SLACK, float("inf"))
-    return minus_shift, share, delta, slack
+    return tl.expand_dims(minus_shift, AXIS), tl.expand_dims(share, AXIS), tl.expand_dims(slack, AXIS)
 
 
 @triton.jit
-def along(rows, AXIS: tl.constexpr):
-    """The numbers of rows with an axis of size 1 at AXIS."""
-    minus_shift, share, delta, slack = rows
-    return (
-        tl.expand_dims(minus_shift, AXIS), tl.expand_dims(share, AXIS), tl.expand_dims(delta, AXIS),
-        tl.expand_dims(slack, AXIS),
-    )  # fmt: skip
+def load_delta(rows_base, planes, offs_q, AXIS: tl.constexpr, NORMALISED: tl.constexpr):
+    """The delta of rows at `offs_q`, which may lie behind the last one, with an axis of size 1; 0 without a softmax."""
+    if NORMALISED:
+        return tl.expand_dims(tl.load(rows_base + DELTA * planes + offs_q), AXIS)
+    else:
+        return tl.expand_dims(tl.zeros(offs_q.shape, tl.float32), AXIS)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ class BackwardLaunch:
         for launch, resident, passing, pair_tiles in (
             (self.keys, self.keys.block_kv, self.keys.block_q, 2),
             (self.queries, self.queries.block_q, self.queries.block_kv, 1),
-            (self.pairs, self.pairs.block_q, self.pairs.block_kv, 1),
+            (self.pairs, 0, self.pairs.block_q + self.pairs.block_kv, 1),
         ):
             stages = max(launch.num_stages, 1)
             pair = launch.block_q * launch.block_kv
@@ -43,7 +43,7 @@ class BackwardLaunch:
 class Row:
     """A row of the launch table: for head dims up to `head_dim`, elements up to `element_bytes`, at least `arch`.
 
-    alone: only where a tile holds no captured elements and draws no dropout.
+    alone: only where a tile holds no captured elements.
     """
 
     head_dim: int
@@ -61,14 +61,15 @@ def _row(
     return Row(head_dim, element_bytes, backend, arch, BackwardLaunch(*(Launch(*t) for t in tiles)), alone)
 
 
-# The first row that applies and fits in shared memory is used. Keys and queries up to head dim 128 on sm_90 are the
-# fastest of those measured there (one H100); the others are chosen to compile without spills.
+# The first row that applies and fits in shared memory is used. Head dim 64 on sm_90 has the fastest measured there (one
+# H100); the others are chosen to compile without spills, and so that a pass does not wait for its loads.
 TABLE = (
     # The keys' pass holds two accumulators and numbers of rows along its columns, so its query tiles are narrow.
-    _row(64, 2, "cuda", 90, (64, 128, 8, 3), (64, 64, 4, 3), (64, 32, 4, 1), alone=True),
-    _row(64, 2, "cuda", 90, (32, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 1)),
-    _row(128, 2, "cuda", 90, (64, 128, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1), alone=True),
-    _row(128, 2, "cuda", 90, (32, 128, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)),
+    _row(64, 2, "cuda", 90, (64, 128, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
+    # Of a tile of 64 queries by 64 keys the loads take longer than the products.
+    _row(128, 2, "cuda", 90, (64, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), alone=True),
+    _row(128, 2, "cuda", 90, (32, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
+    _row(128, 2, "cuda", 90, (32, 128, 8, 2), (64, 64, 4, 2), (128, 64, 8, 1)),
     _row(256, 2, "cuda", 90, (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     _row(512, 2, "cuda", 90, (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     _row(64, 2, "cuda", 80, (32, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 1)),
@@ -97,7 +98,7 @@ def choose_backward(device: Device, shape: Shape) -> BackwardLaunch | None:
             and shape.element_bytes <= row.element_bytes
             and row.backend in ("", device.backend)
             and device.arch >= row.arch
-            and not (row.alone and (shape.captured_bytes or shape.drop_bytes))
+            and not (row.alone and shape.captured_bytes)
             and launch.shared_bytes(shape) <= device.shared_bytes
         ):
             return launch
@@ -173,6 +174,7 @@ def pairs_constants(
         "BY_DISTANCE": program.pair_terms[number].by_distance is not None,
         "PAIR_GRAD": program.pair_grads[number],
         "PAIR_SCALE": program.pair_terms[number].scale,
+        "SKIPS": program.skips,
         "KV_BOUNDS": program.forward.kv_bounds,
         "FILL_THRESHOLD": program.fill_threshold,
     }
@@ -193,6 +195,7 @@ def _shared_constants(
         "SLACK": program.forward.slack,
         "APART": _apart(spec, program),
         "NORMALISED": normalised,
+        "BOUNDED": program.derivatives.bounded,
         "FACTOR_MASKED": program.forward.factor_masked,
         # The rows kernel has taken rows that are not kept out of a softmax.
         "ROW_FACTOR": program.forward.row_factor or (None if normalised else program.forward.row_kept),

@@ -88,6 +88,23 @@ def derivative(expr: Expr, wrt: Leaf) -> Expr:
     return const(0.0, dtype) if found is None else cast(found.program, dtype)
 
 
+# Operations that give finite numbers, of finite numbers or of all.
+_FINITE_OF_FINITE = frozenset({"add", "sub", "mul", "neg", "to_float", "to_float32"})
+_FINITE = frozenset({"tanh", "sigmoid"})
+
+
+def is_finite(expr: Expr) -> bool:
+    """Whether the value is known to be finite, or NaN where the program's own is."""
+    match expr:
+        case Const():
+            return math.isfinite(expr.value)
+        case Pointwise(op="where"):
+            return all(map(is_finite, expr.args[1:]))
+        case Pointwise():
+            return expr.op in _FINITE or (expr.op in _FINITE_OF_FINITE and all(map(is_finite, expr.args)))
+    return False
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Combining tangents; None is the zero tangent
 
