@@ -148,9 +148,7 @@ def _zeroed(
     raise Refused("probability-mask", "probabilities are set to zero where it is not known whether they are NaN")
 
 
-def _without_clearing(
-    lifter: Lifter, kept: Expr, weights: Weights, score: Score, j: sympy.Symbol
-) -> tuple[Expr, ...]:
+def _without_clearing(lifter: Lifter, kept: Expr, weights: Weights, score: Score, j: sympy.Symbol) -> tuple[Expr, ...]:
     """What a condition says of probabilities besides that their rows have a key: itself, where it does not say that."""
     if _clears_empty_rows(lifter, kept, weights, score, j):
         return ()

@@ -48,6 +48,7 @@ def forward(call: Call, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
     if kernel == "tiled":
         return attention_tiled(call)
     import triton_backward
+
     from flashfuse.kernels.launch import attention_forward
 
     return attention_forward(call.to(triton_backward.DEVICE), triton_backward.SMALL)
