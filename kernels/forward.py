@@ -324,7 +324,7 @@ def _largest_score(row_max, row_shift, LOG2_SCALE: tl.constexpr, LARGE_SCORES: t
         for i in tl.static_range(len(FILLS)):
             largest = tl.where(row_max == FILLS[i][0], FILLS[i][1], largest)
         lost = tl.fma(row_max, tl.full(row_max.shape, SCALE, row_max.dtype), -largest) * LOG2_E
-        return largest, tl.where(tl.abs(largest) < LARGE, lost, 0.0)
+        return largest, tl.where(largest > -LARGE, tl.where(largest > LARGE, 0.0, lost), 0.0)
     else:
         largest = row_shift * LN2
         lost = tl.fma(largest, tl.full(largest.shape, -LOG2_E, largest.dtype), row_shift)
