@@ -86,11 +86,10 @@ def inner_score(largest, SCALE: tl.constexpr, FILLS: tl.constexpr):
     """The inner score that a row's largest score stands for, see `codegen.ScoreProgram`."""
     shift = _finite(largest * (1 / SCALE))
     for i in tl.static_range(len(FILLS)):
-        inner: tl.constexpr = FILLS[i][0]
-        if inner == -LARGEST_FLOAT32:
+        if FILLS[i][0] == -LARGEST_FLOAT32:
             # A sink may lie between such a fill and the least score that can be divided: above all fills of the row.
-            shift = tl.where((shift == inner) & (largest > FILLS[i][1]), 0.5 * inner, shift)
-        shift = tl.where(largest == FILLS[i][1], inner, shift)
+            shift = tl.where((shift == FILLS[i][0]) & (largest > FILLS[i][1]), 0.5 * FILLS[i][0], shift)
+        shift = tl.where(largest == FILLS[i][1], FILLS[i][0], shift)
     return shift
 
 
