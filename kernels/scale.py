@@ -54,13 +54,24 @@ def fills_of(score: Expr, scale: float) -> tuple[Fill, ...]:
 
 def _tells_fills_apart(score: Expr, scale: float) -> bool:
     """Whether inner scores are equal, or infinite, just where scores are."""
-    if scale > 1 and any(isinstance(e, (Load, Gather)) and e.dtype.is_floating_point for e in walk(score)):
-        # A tensor may hold what the source's multiplication makes infinite.
+    if scale > 1 and _adds_a_tensor(score):
+        # It may hold what the source's multiplication makes infinite.
         return False
     fills = _fills(score, scale)
     inner, scores = ({fill[place] for fill in fills} for place in range(2))
     apart = len(inner) == len(scores) == len(fills) <= _MOST_FILLS
     return apart and all(math.isinf(x) == math.isinf(y) for x, y in fills)
+
+
+def _adds_a_tensor(expr: Expr) -> bool:
+    match expr:
+        case Load(dtype=dtype) | Gather(dtype=dtype):
+            return dtype.is_floating_point
+        case Pointwise(op="add" | "sub", args=addends) | Pointwise(op="where", args=(_, *addends)):
+            return any(map(_adds_a_tensor, addends))
+        case Pointwise(op="mul" | "div", args=(rest, Const())) | Pointwise(op="mul", args=(Const(), rest)):
+            return _adds_a_tensor(rest)
+    return False
 
 
 def _fills(expr: Expr, scale: float) -> frozenset[Fill]:
