@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ import triton
 
 from flashfuse.kernels import dropout
 from flashfuse.kernels.codegen_backward import BackwardProgram
-from flashfuse.kernels.launch import Device, Launch, Shape, padded, precision_of, triton_dtype
+from flashfuse.kernels.launch import Device, Launch, Shape, padded, precision_of, subtracts_scores, triton_dtype
 from flashfuse.kernels.spec import AttentionSpec
 
 
@@ -61,10 +62,11 @@ def _row(
     return Row(head_dim, element_bytes, backend, arch, BackwardLaunch(*(Launch(*t) for t in tiles)), alone)
 
 
-# The first row that applies and fits in shared memory is used. Head dim 64 on sm_90 has the fastest measured there (one
-# H100); the others are chosen to compile without spills, and so that a pass does not wait for its loads.
+# The first row that applies and fits in shared memory is used. On sm_90 head dims to 128 have the fastest measured (one
+# H100, docs/performance.md); the others are chosen to compile without spills.
 TABLE = (
     # The keys' pass holds two accumulators and numbers of rows along its columns, so its query tiles are narrow.
+    _row(64, 2, "cuda", 90, (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2), alone=True),
     _row(64, 2, "cuda", 90, (64, 128, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
     # Of a tile of 64 queries by 64 keys the loads take longer than the products.
     _row(128, 2, "cuda", 90, (64, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), alone=True),
@@ -117,7 +119,8 @@ def rows_constants(
         "SINK": program.forward.sink if with_sink else None,
         "ROW_KEPT": program.forward.row_kept,
         "SCALE": program.derivatives.scale,
-        "SLACK": program.forward.slack,
+        "SLACK": _slack(spec, program),
+        "FILLS": program.forward.fills,
         "APART": _apart(spec, program),
         "VALUE_DIM": value_dim,
         "BLOCK_DV": padded(value_dim),
@@ -180,9 +183,22 @@ def pairs_constants(
     }
 
 
+def _slack(spec: AttentionSpec, program: BackwardProgram) -> float | None:
+    """How far below a row's largest score another may be, as a part of it, and count as equal to it when a score is
+    found again from scale * score; None where none is large.
+
+    Powers of two lose nothing. Products of float32 may be large themselves, and come out larger than the largest.
+    """
+    if not subtracts_scores(spec, program.forward, precision_of(spec)):
+        return None
+    if math.frexp(program.forward.scale)[0] != 0.5:
+        return 2.0**-22
+    return 2.0**-26 if spec.product_dtype == torch.float32 else 0.0
+
+
 def _apart(spec: AttentionSpec, program: BackwardProgram) -> bool:
     """Whether a row's shift and logarithm stay two numbers: their sum is rounded where half a digit of it shows."""
-    return program.forward.slack is not None or torch.float32 in (spec.product_dtype, spec.probs_dtype)
+    return _slack(spec, program) is not None or torch.float32 in (spec.product_dtype, spec.probs_dtype)
 
 
 def _shared_constants(
@@ -192,7 +208,7 @@ def _shared_constants(
     return {
         "GRADS_MASKED": program.derivatives.score_and_grad_masked,
         "SCALE": program.derivatives.scale,
-        "SLACK": program.forward.slack,
+        "SLACK": _slack(spec, program),
         "APART": _apart(spec, program),
         "NORMALISED": normalised,
         "BOUNDED": program.derivatives.bounded,

@@ -10,7 +10,7 @@ At kinks the derivative is what torch's autograd gives, see docs/numerics.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,18 @@ def differentiable(programs: Iterable[Expr]) -> frozenset[Hashable]:
     return frozenset(
         read.tensor for e, read in reads if not isinstance(read, Product) and number(derivative(e, read)) != 0
     )
+
+
+def follows_products(programs: Iterable[Expr]) -> bool:
+    """Whether autograd would come from the programs to a product at all; it does not pass integers and booleans."""
+    return any(isinstance(e, Product) for program in programs for e in _followed(program))
+
+
+def _followed(expr: Expr) -> Iterator[Expr]:
+    if expr.dtype.is_floating_point:
+        yield expr
+        for child in expr.children:
+            yield from _followed(child)
 
 
 def derivative(expr: Expr, wrt: Leaf) -> Expr:

@@ -22,6 +22,7 @@ from compile_targets import DEVICES, accumulators, assembler_report, source_of  
 
 from flashfuse.kernels import backward, backward_pairs  # noqa: E402
 from flashfuse.kernels import backward_variants as variants  # noqa: E402
+from flashfuse.kernels.backward_rows import attention_rows_backward_kernel  # noqa: E402
 from flashfuse.kernels.codegen_backward import load_backward  # noqa: E402
 from flashfuse.kernels.launch import shape_of  # noqa: E402
 from flashfuse.kernels.mask import mask_of  # noqa: E402
@@ -139,3 +140,22 @@ def test_the_pass_by_keys_keeps_its_sums_in_registers(head_dim: int, shared: boo
 def test_query_tiles_start_where_key_tiles_do() -> None:
     """What a program that owns a distance of tiles asks of the pairs' tiles; head dim 512 on sm_90 failed it."""
     assert all(row.launch.pairs.block_q % row.launch.pairs.block_kv == 0 for row in variants.TABLE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("score", "fills"),
+    [
+        ("qk * 0.3", 0),
+        ("where(t0[n0, kv_idx], qk * 0.3, -3.4028234663852886e+38)", 1),
+        ("qk * 0.3 + where(t0[n0, kv_idx], 0.0, -1e30) + where(t0[n0, 0], 0.0, -1e31)", 3),
+    ],
+)
+def test_the_numbers_of_rows(score: str, fills: int, device: str) -> None:
+    """With the fills that a row's largest score may be, each of which is a comparison."""
+    captured = (torch.bool,)
+    spec = AttentionSpec(2, parse(score, captured), captured, 0, BF16, BF16, BF16, "nan", (0, 1, 2, 3))
+    arguments = dict(variants.rows_constants(spec, load_backward(spec, (False,)), 64, 64, with_sink=False))
+    assert len(arguments["FILLS"]) == fills
+    source = source_of(attention_rows_backward_kernel, spec, (2,), arguments, ranged=False)
+    assert triton.compile(source, target=DEVICES[device][1]).asm["ttgir"]
