@@ -22,8 +22,9 @@ def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
 
 def readable(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether kernels for a device read elements of a type in `STORED`."""
-    if dtype not in STORED:
+    if dtype not in STORED or device.type != "cuda":
+        return dtype in STORED
+    # Triton 3.6 fails to compile some of these kernels for AMD's devices.
+    if torch.version.hip is not None:
         return False
-    if dtype != torch.float8_e4m3fn or device.type != "cuda" or torch.version.hip is not None:
-        return True
-    return torch.cuda.get_device_capability(device) >= _E4M3_CAPABILITY
+    return dtype != torch.float8_e4m3fn or torch.cuda.get_device_capability(device) >= _E4M3_CAPABILITY
