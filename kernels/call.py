@@ -95,7 +95,7 @@ class AttentionCall:
         )
 
     def _check_operands(self) -> None:
-        spec, rank = self.spec, self.spec.batch_axes + 2
+        rank = self.spec.batch_axes + 2
         for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
             if x.dim() != rank:
                 raise RuntimeError(f"flashfuse::attention: {name} needs {rank} dimensions, got shape {list(x.shape)}")

@@ -54,7 +54,7 @@ def _on_device(choose: Callable[[], Kernel]) -> Kernel:
     ) -> list[torch.Tensor]:
         call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
         if call.spec.key is not None or call.spec.value is not None:
-            raise RuntimeError("flashfuse::attention_backward: there are no gradients behind programs of stored elements")
+            raise RuntimeError("flashfuse::attention_backward: no gradients behind programs of stored elements")
         found = choose()(call.on_one_device(), grad_out, out, lse, needs)
         expected = empty_gradients(call, needs).values()
         return [x if x.device == like.device else x.to(like.device) for x, like in zip(found, expected, strict=True)]

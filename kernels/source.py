@@ -14,7 +14,19 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import Const, Element, Expr, Gather, Index, Load, Pointwise, Product, free_symbols, loads, walk
+from flashfuse.kernels.expr import (
+    Const,
+    Element,
+    Expr,
+    Gather,
+    Index,
+    Load,
+    Pointwise,
+    Product,
+    free_symbols,
+    loads,
+    walk,
+)
 from flashfuse.kernels.normal import index, number, pointwise
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import D_IDX, KV_IDX, MAX_BATCH_AXES, Q_IDX, batch_symbol

@@ -71,8 +71,8 @@ class Layout:
             if not own <= free_symbols(reading.load):
                 continue
             before = self.mapping, self.parts
-            program = () if reading.program is None else _indices(reading.program)
-            if self._split_for((*reading.load.indices, *program)) and self._plan(reading.load, (*self.batch, *own_axes)) is not None:
+            indices = [*reading.load.indices, *([] if reading.program is None else _indices(reading.program))]
+            if self._split_for(indices) and self._plan(reading.load, (*self.batch, *own_axes)) is not None:
                 return reading
             self.mapping, self.parts = before
         raise _no_view(found[0])

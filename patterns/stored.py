@@ -19,6 +19,7 @@ from flashfuse.kernels.normal import converted, rewrite
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.kernels.stored import holds, readable
 from flashfuse.patterns.graph import shape, tensor
+from flashfuse.patterns.indexing import within
 from flashfuse.patterns.lift import CannotLift, Lifter
 
 _CONVERSIONS = (*ROUNDINGS, "to_float")
@@ -38,9 +39,7 @@ class Side:
     site: fx.Node
 
 
-def stored_readings(
-    lifter: Lifter, expr: Expr, side: Side, element_bytes: int
-) -> Iterator[tuple[Load, Expr | None]]:
+def stored_readings(lifter: Lifter, expr: Expr, side: Side, element_bytes: int) -> Iterator[tuple[Load, Expr | None]]:
     """Stored tensors from which `expr`, an element of the operand, can be computed in the kernel, nearest first.
 
     Each with its program over `Element`, None where the element itself is the operand's. element_bytes: of the operand
@@ -71,15 +70,22 @@ def _is_wide(read: Expr, side: Side) -> bool:
 def _small_reads_seen_through(lifter: Lifter, expr: Expr, side: Side) -> Expr:
     """Reads of scales that were expanded to the operand's shape, as reads of the scales."""
     for read in loads(expr):
-        base: Expr = read
-        try:
-            while isinstance(base, Load) and isinstance(behind := lifter.expand(base), Load):
-                base = behind
-        except CannotLift:
-            pass
+        base = _seen_through(lifter, read) if isinstance(read, Load) else read
         if base != read and not _is_wide(base, side):
             expr = _replaced(expr, read, base)
     return expr
+
+
+def _seen_through(lifter: Lifter, read: Load) -> Load:
+    """The read of the tensor that this one's is a view of, the furthest back in which it provably stays inside."""
+    base, found = read, read
+    try:
+        while isinstance(behind := lifter.expand(base), Load):
+            base = behind
+            found = base if _stays_inside(lifter, base) else found
+    except CannotLift:
+        pass
+    return found
 
 
 def _main_read(expr: Expr, side: Side) -> Load | None:
@@ -100,26 +106,42 @@ def _part(read: Expr, of: Expr) -> float | None:
 
 
 def _elements(read: Load) -> sympy.Expr:
+    return sympy.Mul(*_sizes(read))
+
+
+def _sizes(read: Load) -> tuple[sympy.Expr, ...]:
     assert isinstance(read.tensor, fx.Node)
     t = tensor(read.tensor)
     assert t is not None
-    return sympy.Mul(*shape(t))
+    return shape(t)
 
 
 def _fits(lifter: Lifter, expr: Expr, read: Load, side: Side) -> bool:
     """Whether the kernel can compute the expression from the tensors as they are where it runs."""
-    reads = loads(expr)
-    if not all(isinstance(e, Load) and isinstance(e.tensor, fx.Node) for e in reads):
+    if not all(_is_arithmetic(e) for e in walk(expr)) or not free_symbols(expr) & lifter.ranges.keys() <= side.axes:
         return False
-    nodes = [e.tensor for e in reads if isinstance(e.tensor, fx.Node)]
-    t = tensor(nodes[reads.index(read)])
-    if t is None or not readable(read.dtype, t.device) or any(
-        lifter.writer_before(node, side.site) is not None for node in nodes
-    ):
-        return False
-    others = (e for e in reads if e != read)
-    known = all(e.dtype.itemsize >= 2 if e.dtype.is_floating_point else e.dtype != torch.bool for e in others)
-    return known and all(map(_is_arithmetic, walk(expr))) and free_symbols(expr) & lifter.ranges.keys() <= side.axes
+    for other in loads(expr):
+        if not isinstance(other, Load) or not isinstance(other.tensor, fx.Node):
+            return False
+        taken = _is_stored(other) if other == read else _is_number(other.dtype)
+        if not taken or not _stays_inside(lifter, other) or lifter.writer_before(other.tensor, side.site) is not None:
+            return False
+    return True
+
+
+def _stays_inside(lifter: Lifter, read: Load) -> bool:
+    """Whether every position is one of the tensor: others, as in a concatenation, are discarded by a choice."""
+    return all(within(i, size, lifter.ranges) for i, size in zip(read.indices, _sizes(read), strict=True))
+
+
+def _is_stored(read: Load) -> bool:
+    t = tensor(read.tensor) if isinstance(read.tensor, fx.Node) else None
+    return t is not None and readable(read.dtype, t.device)
+
+
+def _is_number(dtype: torch.dtype) -> bool:
+    """Whether scales and zero points of this type are read by programs."""
+    return dtype.itemsize >= 2 if dtype.is_floating_point else dtype != torch.bool
 
 
 def _is_arithmetic(expr: Expr) -> bool:

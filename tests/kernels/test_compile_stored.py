@@ -1,4 +1,4 @@
-"""The kernels that read stored keys and values compile for GPUs this machine does not have, with wide loads of bytes."""
+"""Kernels that read stored keys and values compile for GPUs this machine does not have, with wide loads of bytes."""
 
 import os
 import re

@@ -86,10 +86,10 @@ def test_programs_of_elements_have_no_query() -> None:
 
 def test_element_types_are_checked() -> None:
     call = CACHES["int8-by-head"].call(FP16, 2)
-    with pytest.raises(RuntimeError, match="k is torch.float64, of which no program makes an operand"):
+    with pytest.raises(RuntimeError, match=r"k is torch\.float64, of which no program makes an operand"):
         torch.ops.flashfuse.attention(call.q, call.k.double(), *call.arguments[2:6])
     plain = replace(call, spec=replace(call.spec, key=None))
-    with pytest.raises(RuntimeError, match="k is torch.bfloat16, which torch.float16 cannot hold exactly"):
+    with pytest.raises(RuntimeError, match=r"k is torch\.bfloat16, which torch\.float16 cannot hold exactly"):
         torch.ops.flashfuse.attention(call.q, call.k.to(BF16), *plain.arguments[2:6])
 
 
@@ -97,6 +97,6 @@ def test_element_types_are_checked() -> None:
 @pytest.mark.parametrize("wide", [FP16, BF16, torch.float32, torch.float64], ids=str)
 def test_which_types_hold_others(wide: torch.dtype, narrow: torch.dtype) -> None:
     """By every value of two bytes, or of one."""
-    bits = torch.arange(256, dtype=torch.uint8) if narrow.itemsize == 1 else torch.arange(-(2**15), 2**15).to(torch.int16)
-    values = bits.view(narrow).double()
+    count, bits = (256, torch.uint8) if narrow.itemsize == 1 else (2**16, torch.uint16)
+    values = torch.arange(count).to(bits).view(narrow).double()
     assert holds(wide, narrow) == torch.equal(values.nan_to_num(0.5), values.to(wide).double().nan_to_num(0.5))

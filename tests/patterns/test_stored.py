@@ -85,7 +85,9 @@ FOUND: dict[str, tuple[Operand, torch.dtype, tuple[torch.Tensor, ...], str | Non
     "e4m3-by-token": (
         lambda q, x, s: x.to(q.dtype) * s, torch.float8_e4m3fn, (BY_TOKEN,), "(x * t0[n0, n1, kv_idx, 0])",
     ),
-    "e5m2": (lambda q, x, s: x.to(FP32).mul(s).to(q.dtype), torch.float8_e5m2, (BY_TOKEN,), "(x * t0[n0, n1, kv_idx, 0])"),
+    "e5m2": (
+        lambda q, x, s: x.to(FP32).mul(s).to(q.dtype), torch.float8_e5m2, (BY_TOKEN,), "(x * t0[n0, n1, kv_idx, 0])",
+    ),
     "bfloat16": (lambda q, x: x.to(q.dtype), torch.bfloat16, (), "to_float16(x)"),
     "rounded-on-the-way": (
         lambda q, x, s: (x.to(FP16) * s).to(torch.bfloat16).to(q.dtype), INT8, (BY_TOKEN,),
@@ -167,6 +169,43 @@ def test_caches_written_before() -> None:
     cache = (stored(INT8), stored(INT8), BY_TOKEN.clone())
     site = only_site(fn, queries(), *cache, new, BY_TOKEN[:, :, :1], torch.tensor([4]))
     assert programs(site) == ("(x * t0[n0, n1, kv_idx, 0])",) * 2
+
+
+@pytest.mark.parametrize("dtype", [INT8, torch.float8_e5m2], ids=str)
+def test_growing_caches(dtype: torch.dtype) -> None:
+    """What the cache was and what the step adds, put together before or behind the dequantisation."""
+
+    def before(q: Any, k: Any, s: Any, new: Any, new_scale: Any) -> Any:
+        x = torch.cat((k, new), 2).to(q.dtype) * torch.cat((s, new_scale), 2)
+        return (q @ x.mT).softmax(-1) @ x
+
+    def behind(q: Any, k: Any, s: Any, new: Any, new_scale: Any) -> Any:
+        x = torch.cat((k.to(q.dtype) * s, new.to(q.dtype) * new_scale), 2)
+        return (q @ x.mT).softmax(-1) @ x
+
+    args = (queries()[:, :HEADS], stored(dtype), BY_TOKEN, stored(dtype)[:, :, :2], BY_TOKEN[:, :, :2])
+    site = only_site(before, *args)
+    assert (site.k.dtype, site.v.dtype) == (dtype, dtype)
+    assert programs(site)[0] == "(x * t0[n0, n1, kv_idx, 0])"
+    assert programs(only_site(behind, *args)) == (None, None)
+    for fn in (before, behind):
+        check_fused(fn, *args)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_parts_of_a_cache(dynamic: bool) -> None:
+    """The first of its slots, however many."""
+
+    def fn(q: Any, k: Any, v: Any, s: Any, mask: Any) -> Any:
+        n = mask.shape[0]
+        k, v, s = k[:, :, :n], v[:, :, :n], s[:, :, :n]
+        return (q @ (k.to(q.dtype) * s).mT + mask).softmax(-1) @ (v.to(q.dtype) * s)
+
+    args = (queries()[:, :HEADS], stored(INT8), stored(INT8), BY_TOKEN, torch.zeros(7, dtype=FP16))
+    site = only_site(fn, *args, dynamic=dynamic)
+    assert programs(site)[1] is not None
+    assert (site.k.dtype, site.v.dtype) == (INT8, INT8)
+    check_fused(fn, *args, dynamic=dynamic)
 
 
 def after(write: Callable[..., Any]) -> Callable[..., Any]:
