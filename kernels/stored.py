@@ -27,4 +27,6 @@ def readable(dtype: torch.dtype, device: torch.device) -> bool:
     # Triton 3.6 fails to compile some of these kernels for AMD's devices.
     if torch.version.hip is not None:
         return False
-    return dtype != torch.float8_e4m3fn or torch.cuda.get_device_capability(device) >= _E4M3_CAPABILITY
+    if dtype != torch.float8_e4m3fn:
+        return True
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= _E4M3_CAPABILITY
