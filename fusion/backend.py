@@ -36,14 +36,13 @@ def flashfuse(
     options that do not exist, and, with "flashfuse.strict", whatever failed in flashfuse itself.
     """
     ours = parse(options)
-    compiler = _inner_compiler(mode, ours)
+    compiler = _inner_compiler(mode, ours, ours.inductor)
     rewritten, report = transform(gm, example_inputs, ours.strict)
     if rewritten is gm:
         record(report)
         return compiler(gm, example_inputs)
     try:
-        with tagged():
-            compiled = compiler(rewritten, example_inputs)
+        compiled = _compiler_of_rewritten(mode, ours)(rewritten, example_inputs)
     except Exception as error:
         if ours.strict or is_control_flow(error):
             raise
@@ -71,14 +70,22 @@ def _reset() -> None:
 flashfuse.reset = _reset  # type: ignore[attr-defined]
 
 
-def _inner_compiler(mode: str | None, options: Options) -> Compiler:
+def _compiler_of_rewritten(mode: str | None, ours: Options) -> Compiler:
+    if ours.inner == "inductor":
+        from flashfuse.lowering import install
+
+        install()
+    return _inner_compiler(mode, ours, tagged(ours.inductor))
+
+
+def _inner_compiler(mode: str | None, ours: Options, inductor_options: Mapping[str, Any]) -> Compiler:
     """Who compiles the graph after the rewrite. Inductor's options are checked even where another one compiles."""
-    inductor = _inductor(mode, options.inductor) if options.inner == "inductor" or options.inductor else None
-    if options.inner == "inductor" and inductor is not None:
+    inductor = _inductor(mode, inductor_options) if ours.inner == "inductor" or ours.inductor else None
+    if ours.inner == "inductor" and inductor is not None:
         return inductor
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(options.inner)
+    return lookup_backend(ours.inner)
 
 
 def _inductor(mode: str | None, options: Mapping[str, Any]) -> Compiler:

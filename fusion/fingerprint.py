@@ -5,21 +5,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
+import torch._inductor.config
 
 PACKAGES = ("flashfuse", "flashfuse.patterns", "flashfuse.kernels")
 
 
-def tagged() -> AbstractContextManager[None]:
-    """Compile under a key of this version of flashfuse: code made for other operators is not found in a cache.
+def tagged(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's options with this version of flashfuse in what its caches know a graph by.
 
-    A user's own `torch.compiler.config.cache_key_tag` stays part of it.
+    Options hold for a backward too that is compiled when it is first called.
     """
-    tag = f"{torch.compiler.config.cache_key_tag} flashfuse {sources()}"
-    return torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+    key = "aot_inductor.metadata"
+    given = options.get(key, torch._inductor.config.aot_inductor.metadata)
+    return {**options, key: {**given, "flashfuse": sources()}}
 
 
 @functools.cache

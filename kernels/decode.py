@@ -7,23 +7,25 @@ Flash-Decoding: Dao et al., https://pytorch.org/blog/flash-decoding.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashfuse.kernels.forward import finish, key_tiles, visit, visit_skipped
 from flashfuse.kernels.tiles import batch_pointer, load_columns, tile_pointers
 
-# Lengths change from call to call and nothing is gained from knowing that they are 1 or a multiple of 16.
-_LENGTHS = [
-    "outer_0", "outer_1", "outer_2", "outer_3", "packed_0", "packed_1", "packed_2", "packed_3",
-    "q_len", "kv_len", "num_splits", "sizes",
+# The lengths of a growing cache: nothing is gained from knowing that they are 1 or a multiple of 16.
+_LENGTHS = ["kv_len", "num_splits", "sizes"]
+# Of these it is worth knowing that they are 1: no position has to be divided by them before anything can be loaded.
+_COUNTS = [
+    "outer_0", "outer_1", "outer_2", "outer_3", "packed_0", "packed_1", "packed_2", "packed_3", "q_len", "row_tiles",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_COUNTS)
 def attention_split_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ranges_ptr, seed_ptr, parts_ptr,
     q_strides, k_strides, v_strides, out_strides, ranges_strides,
     outer_0, outer_1, outer_2, outer_3, packed_0, packed_1, packed_2, packed_3,
-    q_len, kv_len, num_splits, sizes, captured, captured_strides,
+    q_len, kv_len, row_tiles, num_splits, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
     LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LARGE_SCORES: tl.constexpr, LOWEST: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr,
@@ -31,7 +33,7 @@ def attention_split_kernel(
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One of num_splits shares of the keys of a tile of rows, for each split s:
 
@@ -41,18 +43,22 @@ def attention_split_kernel(
     split, and its rows are finished. See `attention_forward_kernel` for the arguments that are the same.
 
     outer, packed: the batch sizes of which a program has one position, and those that lie along its rows; one of the
-    two is 1 on each axis, and PACKED says which. Keys, values, `KV_BOUNDS` and ranges are the same along packed axes.
+    two is 1 on each axis, and PACKED says which. row_tiles: tiles of BLOCK_Q rows. Keys, values, `KV_BOUNDS` and ranges are the same along packed axes.
+    OVERLAPPED: the next kernel is launched while this one runs, and waits for it by itself (programmatic dependent
+    launch: PTX ISA, griddepcontrol).
     """
+    if OVERLAPPED:
+        gdc_launch_dependents()
     COMPUTE: tl.constexpr = lse_ptr.dtype.element_ty
     outer = (outer_0, outer_1, outer_2, outer_3)
     packed = (packed_0, packed_1, packed_2, packed_3)
     rows = packed_0 * packed_1 * packed_2 * packed_3 * q_len
-    row_tiles = tl.cdiv(rows, BLOCK_Q)
 
     # Programs next to each other share keys.
     tile = tl.program_id(0) % row_tiles
-    split = tl.program_id(0) // row_tiles % num_splits
-    position = tl.program_id(0) // (row_tiles * num_splits)
+    share = tl.program_id(0) // row_tiles
+    split = share % num_splits
+    position = share // num_splits
     offs_row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o0, o1, o2, o3 = _unravelled(position, outer)
     n0, n1, n2, n3, q_idx = _places(offs_row, rows, o0, o1, o2, o3, packed, q_len, PACKED)
@@ -70,8 +76,10 @@ def attention_split_kernel(
         q_start, q_len, o0, o1, o2, o3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, 1, BLOCK_KV
     )
     tiles = (last - first) // BLOCK_KV
-    start = first + tiles * split // num_splits * BLOCK_KV
-    end = first + tiles * (split + 1) // num_splits * BLOCK_KV
+    # The first shares are longer by a tile where not all can be of one length.
+    shortest, longer = tiles // num_splits, tiles % num_splits
+    start = first + (split * shortest + tl.minimum(split, longer)) * BLOCK_KV
+    end = start + (shortest + (split < longer).to(tl.int32)) * BLOCK_KV
     full_start = tl.minimum(tl.maximum(full_start, start), end)
     full_end = tl.maximum(tl.minimum(full_end, end), full_start)
 
@@ -108,12 +116,12 @@ def attention_split_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_COUNTS)
 def attention_combine_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ranges_ptr, seed_ptr, parts_ptr,
     q_strides, k_strides, v_strides, out_strides, ranges_strides,
     outer_0, outer_1, outer_2, outer_3, packed_0, packed_1, packed_2, packed_3,
-    q_len, kv_len, num_splits, sizes, captured, captured_strides,
+    q_len, kv_len, row_tiles, num_splits, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, KV_BOUNDS: tl.constexpr,
     LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LARGE_SCORES: tl.constexpr, LOWEST: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr,
@@ -121,7 +129,7 @@ def attention_combine_kernel(
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, OVERLAPPED: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The rows of `attention_split_kernel` from their shares of the keys, SPLITS at a time and always in this order:
 
@@ -133,12 +141,15 @@ def attention_combine_kernel(
     outer = (outer_0, outer_1, outer_2, outer_3)
     packed = (packed_0, packed_1, packed_2, packed_3)
     rows = packed_0 * packed_1 * packed_2 * packed_3 * q_len
-    row_tiles = tl.cdiv(rows, BLOCK_Q)
+    combined_tiles = tl.cdiv(rows, BLOCK_Q)
 
-    position = tl.program_id(0) // row_tiles
-    offs_row = tl.program_id(0) % row_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    position = tl.program_id(0) // combined_tiles
+    offs_row = tl.program_id(0) % combined_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o0, o1, o2, o3 = _unravelled(position, outer)
     n0, n1, n2, n3, q_idx = _places(offs_row, rows, o0, o1, o2, o3, packed, q_len, PACKED)
+    if OVERLAPPED:
+        # Nothing that a kernel has written is read before.
+        gdc_wait()
 
     # Rows behind the last repeat it.
     row = tl.minimum(offs_row, rows - 1)
@@ -242,10 +253,9 @@ def _part_pointers(parts_ptr, at, count, BLOCK_DV: tl.constexpr):
 @triton.jit
 def _unravelled(number, sizes):
     """The position over four axes that has this number."""
-    n3 = number % sizes[3]
-    n2 = number // sizes[3] % sizes[2]
-    n1 = number // (sizes[3] * sizes[2]) % sizes[1]
-    return number // (sizes[3] * sizes[2] * sizes[1]), n1, n2, n3
+    n3, number = number % sizes[3], number // sizes[3]
+    n2, number = number % sizes[2], number // sizes[2]
+    return number // sizes[1], number % sizes[1], n2, n3
 
 
 @triton.jit
@@ -256,7 +266,7 @@ def _number(n0, n1, n2, n3, outer, packed):
 
 @triton.jit
 def _positions(sizes):
-    return (sizes[0] * sizes[1]).to(tl.int64) * sizes[2] * sizes[3]
+    return tl.full((), 1, tl.int64) * sizes[0] * sizes[1] * sizes[2] * sizes[3]
 
 
 @triton.jit

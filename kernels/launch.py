@@ -66,12 +66,17 @@ class Device:
     arch: int
     shared_bytes: int
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a kernel can be launched while the one it waits for runs: programmatic dependent launch."""
+        return self.backend == "cuda" and self.arch >= 90
+
 
 @dataclass(frozen=True)
 class Row:
     """A row of the launch table: for head dims up to `head_dim`, elements up to `element_bytes`, at least `arch`.
 
-    captured: only for programs that load a captured element for each score.
+    captured: only for programs that load a captured element for each score. max_rows: only for so few rows.
     """
 
     head_dim: int
@@ -80,6 +85,7 @@ class Row:
     arch: int
     launch: Launch
     captured: bool = False
+    max_rows: int | None = None
 
 
 # The first row that applies and fits in shared memory is used: measured choices first, then ever smaller tiles.
@@ -125,6 +131,7 @@ def choose_launch(device: Device, shape: Shape, table: Sequence[Row] = TABLE) ->
             and row.backend in ("", device.backend)
             and device.arch >= row.arch
             and (shape.captured_bytes > 0 or not row.captured)
+            and (row.max_rows is None or rows <= row.max_rows)
             and launch.shared_bytes(shape) <= device.shared_bytes
         ):
             return launch

@@ -34,6 +34,9 @@ MAX_Q_LEN = 16
 
 # As `launch.TABLE`; block_q: the most rows. Several programs of a multiprocessor keep reads under way.
 TABLE = (
+    # Few rows have their products done by two warps as soon as by four.
+    Row(64, 2, "cuda", 90, Launch(16, 64, 2, 3), max_rows=16),
+    Row(128, 2, "cuda", 90, Launch(16, 32, 2, 3), max_rows=16),
     Row(64, 2, "cuda", 90, Launch(64, 64, 4, 4)),
     Row(128, 2, "cuda", 90, Launch(64, 64, 4, 3)),
     Row(64, 2, "cuda", 80, Launch(32, 64, 4, 3)),
@@ -52,8 +55,9 @@ TABLE = (
     Row(512, 4, "", 0, Launch(16, 16, 8, 1)),
 )
 
-# Programs of the split kernel that a multiprocessor runs at a time, and multiprocessors of the interpreter.
-PROGRAMS_PER_MULTIPROCESSOR = 2
+# What the programs of a multiprocessor should have on its way from memory, and how many they are at most.
+BYTES_UNDER_WAY = 110_000
+MAX_PROGRAMS_PER_MULTIPROCESSOR = 2
 INTERPRETED_MULTIPROCESSORS = 8
 # The fewest key tiles of a share, and the most shares: what a share costs beside its keys.
 MIN_TILES = 2
@@ -61,8 +65,9 @@ MAX_SPLITS = 128
 # The part of a device's slots that reads about as much as all of them, and how much longer is as early.
 BUSY = 0.8
 NEARLY = 1.1
-# A program of the combine kernel holds so many numbers of accumulators at a time.
-COMBINED_ELEMENTS = 8192
+# How many rows a program of the combine kernel puts together, and how many numbers of accumulators it holds at a time.
+COMBINED_ROWS = 1
+COMBINED_ELEMENTS = 4096
 
 
 def takes(call: AttentionCall) -> bool:
@@ -87,12 +92,14 @@ def prepare_decode(call: AttentionCall, launch: Launch | None = None, splits: in
         launch = _launch(spec, rows, call.head_dim, call.value_dim, device)
     if launch is None:
         return None
-    programs = math.prod(outer) * -(-rows // launch.block_q)
+    row_tiles = -(-rows // launch.block_q)
+    programs = math.prod(outer) * row_tiles
     if splits is None:
-        splits = num_splits(programs, -(-kv_len // launch.block_kv), _slots(device))
+        slots = _slots(device, launch.shared_bytes(shape_of(spec, rows, call.head_dim, call.value_dim)))
+        splits = num_splits(programs, -(-kv_len // launch.block_kv), slots)
     split, combine = variants(
         spec, call.head_dim, call.value_dim, precision_of(spec), launch, call.kv_ranges is not None,
-        call.q_len <= kv_len, is_packed,
+        call.q_len <= kv_len, is_packed, device_of(device).overlaps,
     )  # fmt: skip
     launches = [KernelLaunch(attention_split_kernel, programs * splits, split)]
     workspace = 0
@@ -100,7 +107,7 @@ def prepare_decode(call: AttentionCall, launch: Launch | None = None, splits: in
         workspace = math.prod(outer) * splits * rows * (padded(call.value_dim) + 2)
         combined = math.prod(outer) * -(-rows // combine["BLOCK_Q"])
         launches.append(KernelLaunch(attention_combine_kernel, combined, combine))
-    lengths = (*outer, *packed, call.q_len, kv_len, splits)
+    lengths = (*outer, *packed, call.q_len, kv_len, row_tiles, splits)
     return Prepared.of(call, tuple(launches), lengths, workspace)
 
 
@@ -151,10 +158,12 @@ def num_splits(programs: int, tiles: int, slots: int) -> int:
 
 
 @functools.cache
-def _slots(device: int | None) -> int:
+def _slots(device: int | None, bytes_under_way: int) -> int:
+    """How many programs with so much on its way a device runs at a time."""
+    programs = min(max(1, BYTES_UNDER_WAY // bytes_under_way), MAX_PROGRAMS_PER_MULTIPROCESSOR)
     if device is None:
-        return INTERPRETED_MULTIPROCESSORS * PROGRAMS_PER_MULTIPROCESSOR
-    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
+        return INTERPRETED_MULTIPROCESSORS * programs
+    return torch.cuda.get_device_properties(device).multi_processor_count * programs
 
 
 @functools.lru_cache(maxsize=4096)
@@ -172,14 +181,20 @@ def variants(
     ranged: bool,
     fewer_queries: bool,
     is_packed: tuple[bool, ...],
+    overlapped: bool,
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The compile-time arguments and options of the split kernel and of the combine kernel."""
+    """The compile-time arguments and options of the split kernel and of the combine kernel.
+
+    overlapped: the combine kernel is launched while the split kernel runs.
+    """
     common = dict(constants(spec, head_dim, value_dim, precision, launch, ranged, fewer_queries))
     del common["LONGEST_FIRST"], common["SHARED_BATCH"]
-    common["PACKED"] = is_packed
+    common["PACKED"], common["OVERLAPPED"] = is_packed, overlapped
     # Rows are put together in many small programs, unless they may have to visit keys: that is a matrix product.
-    rows = 4 if common["FILL_THRESHOLD"] is None else 16
+    rows = COMBINED_ROWS if common["FILL_THRESHOLD"] is None else 16
     splits = max(1, COMBINED_ELEMENTS // (rows * common["BLOCK_DV"]))
     combine = {**common, "BLOCK_Q": rows, "SPLITS": splits, "num_warps": max(4, launch.num_warps), "num_stages": 1}
     del combine["SCORE_FULL"], combine["FACTOR_FULL"]
+    if overlapped:
+        combine["launch_pdl"] = True
     return common, combine

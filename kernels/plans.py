@@ -7,20 +7,24 @@ types, sizes, strides and alignment. It is worked out for the first call that ha
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
+from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # type: ignore[attr-defined]
 
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.launch_decode import prepare_any
-from flashfuse.kernels.prepared import LSE, OUT, Prepared
-from flashfuse.kernels.relaunch import Again, facts, launched
+from flashfuse.kernels.prepared import LSE, OUT, Prepared, empty_on
+from flashfuse.kernels.relaunch import ALIGNMENT, Again, facts, launched
 from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
+Plan = tuple[Prepared, tuple[Again, ...]]
 
-MAX_PLANS = 4096
-_plans: dict[Hashable, tuple[Prepared, tuple[Again, ...]]] = {}
+# A growing cache leaves one for every length.
+MAX_PLANS = 512
+_plans: dict[Hashable, Plan] = {}
 
 
 def attention(
@@ -34,19 +38,74 @@ def attention(
     seed: torch.Tensor | None = None,
 ) -> Outputs:
     """The operator `flashfuse::attention`, see `ops`."""
-    # The setting decides how float32 products are formed.
-    settings = spec, torch.backends.cuda.matmul.allow_tf32
-    further = (x if x is None else _layout(x) for x in (kv_ranges, seed))
-    key = (*settings, *further, *sizes, *map(_layout, (q, k, v, *captured)))
+    key = _key(q, k, v, captured, sizes, spec, kv_ranges, seed)
     plan = _plans.get(key)
     if plan is None:
         return _first(key, AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed))
     prepared, launches = plan
-    arguments = prepared.arguments(q, k, v, captured, kv_ranges, seed)
     with torch.cuda.device_of(q):
-        for again in launches:
-            again(arguments)
+        return _run(launches, prepared.arguments(q, k, v, captured, kv_ranges, seed, empty_on(q.device)))
+
+
+class CallSite:
+    """One place in a compiled graph where the operator is called: a call like the last one there is launched at once.
+
+    Elsewhere torch's dispatcher comes first and a plan is looked up, which together take several times longer. In a
+    compiled graph a place has tensors of one device, which is the current one, and of one element type each; and the
+    graph is for one setting of what else a plan depends on.
+    """
+
+    def __init__(self) -> None:
+        self._layout: Any = None
+        self._plan: Plan | None = None
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+        spec: str,
+        kv_ranges: torch.Tensor | None = None,
+        seed: torch.Tensor | None = None,
+    ) -> Outputs:
+        """The operator `flashfuse::attention`, see `ops`."""
+        tensors = [q, k, v, *captured, *[x for x in (kv_ranges, seed) if x is not None]]
+        layout = [(x.shape, x.stride(), x.data_ptr() % ALIGNMENT == 0) for x in tensors], sizes
+        if layout != self._layout:
+            self._layout, self._plan = layout, None
+        if self._plan is None:
+            # There is one from the second call on, unless torch computes this.
+            self._plan = _plans.get(_key(q, k, v, captured, sizes, spec, kv_ranges, seed))
+        if self._plan is None:
+            return attention(q, k, v, captured, sizes, spec, kv_ranges, seed)
+        prepared, launches = self._plan
+        empty = _empty_strided_cuda if q.is_cuda else _empty_strided_cpu
+        return _run(launches, prepared.arguments(q, k, v, captured, kv_ranges, seed, empty))
+
+
+def _run(launches: Sequence[Again], arguments: tuple[Any, ...]) -> Outputs:
+    for again in launches:
+        again(arguments)
     return arguments[OUT], arguments[LSE]
+
+
+def _key(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kv_ranges: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+) -> Hashable:
+    """All that the plan of a call follows from."""
+    # The setting decides how float32 products are formed.
+    settings = spec, torch.backends.cuda.matmul.allow_tf32
+    further = (x if x is None else _layout(x) for x in (kv_ranges, seed))
+    return (*settings, *further, *sizes, *map(_layout, (q, k, v, *captured)))
 
 
 def _layout(x: torch.Tensor) -> Hashable:
@@ -61,7 +120,7 @@ def _first(key: Hashable, call: AttentionCall) -> Outputs:
     prepared = prepare_any(moved)
     if prepared is None:
         return attention_tiled(moved)
-    arguments = prepared.arguments(moved.q, moved.k, moved.v, moved.captured, moved.kv_ranges, moved.seed)
+    arguments = prepared.of_call(moved)
     with torch.cuda.device_of(moved.q):
         launches = launched(prepared.launches, arguments)
     if all(x is None or x.device == call.device for x in (*call.captured, call.kv_ranges, call.seed)):

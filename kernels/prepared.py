@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,9 @@ from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.spec import MAX_BATCH_AXES
 
 OUT, LSE = 3, 4
+
+# What makes an uninitialised tensor of a size, strides and an element type.
+Empty = Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]
 
 
 class KernelLaunch(NamedTuple):
@@ -50,8 +53,8 @@ class Prepared:
         strides = (strides_of(x, call.batch) for x in (call.q, call.k, call.v, out, ranges))
         return Prepared(
             launches=launches,
-            out=(out.shape, out.stride(), out.dtype),
-            lse=(lse.shape, lse.stride(), lse.dtype),
+            out=(tuple(out.shape), out.stride(), out.dtype),
+            lse=(tuple(lse.shape), lse.stride(), lse.dtype),
             workspace=workspace,
             numbers=(*strides, *lengths, call.program_sizes),
             captured_strides=tuple(c.stride() for c in call.captured),
@@ -65,23 +68,31 @@ class Prepared:
         captured: Sequence[torch.Tensor],
         kv_ranges: torch.Tensor | None,
         seed: torch.Tensor | None,
+        empty: Empty,
     ) -> tuple[Any, ...]:
-        """The kernels' arguments, with new outputs at places OUT and LSE."""
-        (size, strides, dtype), (rows, row_strides, compute_dtype) = self.out, self.lse
-        out = torch.empty_strided(size, strides, dtype=dtype, device=q.device)
-        lse = torch.empty_strided(rows, row_strides, dtype=compute_dtype, device=q.device)
+        """The kernels' arguments, with new outputs at places OUT and LSE: what `empty` made."""
+        out, lse = empty(*self.out), empty(*self.lse)
         parts: tuple[torch.Tensor | None, ...] = ()
         if self.workspace is not None:
-            parts = (torch.empty(self.workspace, dtype=compute_dtype, device=q.device) if self.workspace else None,)
-        return q, k, v, out, lse, kv_ranges, seed, *parts, *self.numbers, tuple(captured), self.captured_strides
+            parts = (empty((self.workspace,), (1,), self.lse[2]) if self.workspace else None,)
+        reads = tuple(captured)
+        return q, k, v, out, lse, kv_ranges, seed, *parts, *self.numbers, reads, self.captured_strides
+
+    def of_call(self, call: AttentionCall) -> tuple[Any, ...]:
+        """The kernels' arguments for a call."""
+        return self.arguments(call.q, call.k, call.v, call.captured, call.kv_ranges, call.seed, empty_on(call.device))
 
     def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of a call."""
-        arguments = self.arguments(call.q, call.k, call.v, call.captured, call.kv_ranges, call.seed)
+        arguments = self.of_call(call)
         with torch.cuda.device_of(call.q):
             for kernel, programs, variant in self.launches:
                 kernel[(programs,)](*arguments, **variant)
         return arguments[OUT], arguments[LSE]
+
+
+def empty_on(device: torch.device) -> Empty:
+    return lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype, device=device)
 
 
 def strides_of(x: torch.Tensor, batch: tuple[int, ...]) -> tuple[int, ...]:

@@ -19,7 +19,8 @@ Again = Callable[[tuple[Any, ...]], Any]
 # Bytes to which a pointer may be aligned for the compiler to know, and what a number may be a multiple of.
 ALIGNMENT = 16
 MAX_INSTANCES = 4096
-_instances: dict[Hashable, CompiledKernel] = {}
+# What is compiled, and its compile-time arguments.
+_instances: dict[Hashable, tuple[CompiledKernel, tuple[Any, ...]]] = {}
 
 
 def launched(launches: Sequence[KernelLaunch], arguments: tuple[Any, ...]) -> tuple[Again, ...]:
@@ -35,9 +36,9 @@ def launched(launches: Sequence[KernelLaunch], arguments: tuple[Any, ...]) -> tu
 def _launched(launch: KernelLaunch, arguments: tuple[Any, ...], given: Hashable) -> Again:
     kernel, programs, variant = launch
     key = (kernel, given, *variant.values())
-    compiled = _instances.get(key)
-    if compiled is not None:
-        again = _again(launch, compiled, len(arguments))
+    instance = _instances.get(key)
+    if instance is not None:
+        again = _again(programs, *instance)
         again(arguments)
         return again
     compiled = kernel[(programs,)](*arguments, **variant)
@@ -46,14 +47,12 @@ def _launched(launch: KernelLaunch, arguments: tuple[Any, ...], given: Hashable)
         return lambda others: kernel[(programs,)](*others, **variant)
     if len(_instances) >= MAX_INSTANCES:
         _instances.clear()
-    _instances[key] = compiled
-    return _again(launch, compiled, len(arguments))
+    _instances[key] = compiled, tuple(variant[name] for name in kernel.arg_names[len(arguments) :])
+    return _again(programs, *_instances[key])
 
 
-def _again(launch: KernelLaunch, compiled: CompiledKernel, before: int) -> Again:
-    """before: the number of arguments before the compile-time ones."""
-    run = compiled[(launch.programs, 1, 1)]
-    compile_time = tuple(launch.variant[name] for name in launch.kernel.arg_names[before:])
+def _again(programs: int, compiled: CompiledKernel, compile_time: tuple[Any, ...]) -> Again:
+    run = compiled[(programs, 1, 1)]
     return lambda others: run(*others, *compile_time)
 
 

@@ -144,8 +144,11 @@ class AttentionSpec:
         return torch.float64 if self.product_dtype == torch.float64 else torch.float32
 
     def to_text(self) -> str:
-        """The spec as one line of JSON whose expressions are written as maths; `from_text` reads it back."""
-        return json.dumps(
+        """The spec as one line whose expressions are written as maths; `from_text` reads it back.
+
+        It is JSON in single quotes, which C++ that Inductor writes can hold in a string as it is.
+        """
+        fields = json.dumps(
             {
                 "score": to_text(self.score),
                 "batch_axes": self.batch_axes,
@@ -164,6 +167,7 @@ class AttentionSpec:
                 "value": None if self.value is None else to_text(self.value),
             }
         )
+        return fields.replace('"', "'")
 
     @staticmethod
     def from_text(text: str) -> AttentionSpec:
@@ -173,7 +177,7 @@ class AttentionSpec:
 
 @functools.lru_cache(maxsize=4096)
 def _parse_spec(text: str) -> AttentionSpec:
-    fields = json.loads(text)
+    fields = json.loads(text.replace("'", '"'))
     captured = tuple(_dtype(d) for d in fields["captured"])
     product_dtype = _dtype(fields["product_dtype"])
     score_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32

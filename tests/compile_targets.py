@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ def source_of(
     filled: bool = False,
     parts: bool = True,
     stored: torch.dtype | None = None,
+    ones: Sequence[str] = (),
 ) -> ASTSource:
     """The kernel as the launcher would specialise it for aligned operands with contiguous rows.
 
     ranged: for a call with `kv_ranges`. filled: with rows that may see every key. parts: with several splits of keys.
     stored: the element type of k and v, by default the output's.
+    ones: numbers that are 1.
     """
     signature: dict[str, Any] = {}
     constant: dict[tuple[int, ...], Any] = {}
@@ -78,6 +81,8 @@ def source_of(
             signature[name] = tuple(strides((i, slot), rank) for slot, rank in enumerate(ranks))
         elif name.endswith("_strides"):
             signature[name] = strides((i,), 6)
+        elif name in ones:
+            signature[name], constant[i,] = "constexpr", 1
         else:
             signature[name] = ("i32",) * spec.num_sizes if name == "sizes" else "i32"
     return ASTSource(kernel, signature, constant, {path: [["tt.divisibility", 16]] for path in aligned})

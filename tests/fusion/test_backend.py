@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch._inductor import config as inductor_config
+from torch._inductor.graph import GraphLowering
 
 import flashfuse
 from flashfuse import backend, fingerprint, kernels
@@ -75,7 +76,7 @@ def test_graph_without_attention_goes_on_untouched(monkeypatch: pytest.MonkeyPat
         seen.append(gm)
         return gm.forward
 
-    monkeypatch.setattr(backend, "_inner_compiler", lambda mode, options: inner)
+    monkeypatch.setattr(backend, "_inner_compiler", lambda *_: inner)
     given: list[tuple[torch.fx.GraphModule, str]] = []
 
     def outer(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -123,7 +124,7 @@ def refuses_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("no lowering for flashfuse::attention")
         return gm.forward
 
-    monkeypatch.setattr(backend, "_inner_compiler", lambda mode, options: inner)
+    monkeypatch.setattr(backend, "_inner_compiler", lambda *_: inner)
 
 
 @pytest.mark.usefixtures("refuses_rewritten")
@@ -241,20 +242,25 @@ def test_autocast(qkv: tuple[torch.Tensor, ...]) -> None:
 def test_caches_know_whose_operators_a_graph_calls(
     monkeypatch: pytest.MonkeyPatch, qkv: tuple[torch.Tensor, ...]
 ) -> None:
-    """A graph compiled before an operator's meaning changed was found in Inductor's cache, and called the new one."""
-    tags = []
+    """A graph compiled before an operator's meaning changed was found in Inductor's cache, and called the new one.
 
-    def inner(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        tags.append(torch.compiler.config.cache_key_tag)
-        return gm.forward
+    So was the backward of one where it is compiled when it is called.
+    """
+    known = []
+    lower = GraphLowering.run
 
-    monkeypatch.setattr(backend, "_inner_compiler", lambda mode, options: inner)
-    with torch.compiler.config.patch(cache_key_tag="mine"):
-        compiled(attention)(*qkv)
-        compiled(plain)(qkv[0])
-    ours, untouched = tags
-    assert ours.startswith("mine flashfuse ")
-    assert untouched == "mine"
+    def noting(self: GraphLowering, *args: Any) -> Any:
+        known.append((self.is_backward, dict(inductor_config.aot_inductor.metadata)))
+        return lower(self, *args)
+
+    monkeypatch.setattr(GraphLowering, "run", noting)
+    options = {"aot_inductor.metadata": {"mine": "1"}}
+    run = torch.compile(attention, backend="flashfuse", options=options)
+    with torch.enable_grad():
+        run(*(x.requires_grad_() for x in qkv)).sum().backward()
+    torch.compile(plain, backend="flashfuse", options=options)(torch.zeros(3))
+    ours = {"mine": "1", "flashfuse": fingerprint.sources()}
+    assert known == [(False, ours), (True, ours), (False, {"mine": "1"})]
 
 
 def test_fingerprint_is_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

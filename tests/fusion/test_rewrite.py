@@ -77,7 +77,7 @@ def test_every_new_node_says_what_it_is_and_where_it_comes_from() -> None:
         if node.op == "call_function":
             assert "example_value" in node.meta, node
             assert "stack_trace" in node.meta, node
-    assert '"score": "where((kv_idx > q_idx), -inf, (qk * 0.25))"' in after.code
+    assert "'score': 'where((kv_idx > q_idx), -inf, (qk * 0.25))'" in after.code
 
 
 def test_user_code_may_view_the_output() -> None:

@@ -41,6 +41,9 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...], dict[st
 BF16, FP32 = torch.bfloat16, torch.float32
 # A group of four query heads, of eight with eight queries.
 FEW, MANY = 4, 64
+# What the launcher sees to be 1 for them.
+_AXES = [f"{along}_{axis}" for along, axis in itertools.product(("outer", "packed"), range(4))]
+ONES = {FEW: (*(axis for axis in _AXES if axis not in ("outer_1", "packed_2")), "q_len", "row_tiles"), MANY: ("packed_0",)}
 
 CASES = [
     ("sm80", "padding", 128, FEW, BF16),
@@ -77,12 +80,14 @@ def instances(device: str, program: str, head_dim: int, rows: int, dtype: torch.
         assert (limits.backend, dtype) == ("hip", FP32)
         return {}
     ranged = mask_of(spec).depends_on_data
-    split, combine = variants(spec, head_dim, head_dim, "ieee", launch, ranged, True, (False, False, True, False))
+    split, combine = variants(
+        spec, head_dim, head_dim, "ieee", launch, ranged, True, (False, False, True, False), limits.overlaps
+    )
 
     def compiled(kernel: Any, constants: Any, parts: bool) -> Any:
         arguments = dict(constants)
-        options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
-        source = source_of(kernel, spec, ranks, arguments, ranged, parts=parts)
+        options = {name: arguments.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in arguments}
+        source = source_of(kernel, spec, ranks, arguments, ranged, parts=parts, ones=ONES[rows])
         return triton.compile(source, target=target, options=options)
 
     return {
@@ -102,6 +107,12 @@ def test_compiles_within_limits(
         if limits.backend == "hip":
             continue
         ptx = kernel.asm["ptx"]
+        if name == "combine" and limits.overlaps:
+            assert kernel.metadata.launch_pdl
+            assert ptx.index("griddepcontrol.wait") < re.search(r"(ld|st)\.global", ptx).start()
+        else:
+            assert not kernel.metadata.launch_pdl
+            assert ("griddepcontrol.launch_dependents" in ptx) == limits.overlaps
         if name != "combine":
             # Keys and values go to shared memory ahead of their use, 16 bytes at a time.
             assert re.search(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", ptx)

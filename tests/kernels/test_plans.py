@@ -138,6 +138,21 @@ def test_old_plans_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(plans._plans) <= 2
 
 
+def test_a_call_site_gives_what_the_operator_gives() -> None:
+    """Whatever it was called with before: new elements, sizes, addresses that vectors cannot be loaded from, seeds."""
+    site = plans.CallSite()
+    first = biased(dropout=0.5)
+    moved = first.on([_shifted(x) for x in first.operands])
+    longer = make_call("qk * 0.3 + t0[n1, q_idx, kv_idx]", (2, 3, 44, 16), 50, captured=[torch.randn(3, 44, 50)])
+    longer = replace(longer.to(DEVICE), spec=first.spec)
+    seeds = (torch.tensor(seed, device=DEVICE) for seed in itertools.count())
+    for call in (first, first, first.on([-x for x in first.operands]), moved, moved, first, longer, longer, first):
+        seeded = replace(call, seed=next(seeds))
+        for mine, expected in zip(site(*seeded.arguments), attention(*seeded.arguments), strict=True):
+            assert torch.equal(mine, expected)
+            assert (mine.stride(), mine.dtype) == (expected.stride(), expected.dtype)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="nothing is compiled when interpreted")
 def test_a_plan_does_not_ask_triton_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,56 @@
+"""How Inductor's compiled graphs call the attention operator: at a `CallSite`, and not through torch's dispatcher.
+
+The dispatcher takes the host about as long as the rest of the call, and a compiled graph has nothing to ask of it:
+devices are known, and gradients are part of the graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen, SubgraphPythonWrapperCodegen
+from torch._inductor.lowering import add_needs_realized_inputs, register_lowering
+from torch._inductor.virtualized import V
+from torch.utils import _pytree as pytree
+
+from flashfuse.kernels import ops  # noqa: F401  (registers the operator)
+
+# Where kernels are compiled; the CPU's way through the dispatcher is as good as any other.
+DEVICES = ("cuda",)
+
+
+class AttentionKernel(ir.FallbackKernel):
+    """A call of the operator, which Inductor's Python makes at a `CallSite` of its own on a GPU."""
+
+    def codegen(self, wrapper: PythonWrapperCodegen) -> None:
+        """Write the call."""
+        device = self.get_device()
+        if not V.graph.cpp_wrapper and device is not None and device.type in DEVICES:
+            self.python_kernel_name = _call_site(wrapper)
+        super().codegen(wrapper)
+
+
+def _call_site(wrapper: PythonWrapperCodegen) -> str:
+    """The name of a new call site in the module that is written."""
+    name = f"attention_{wrapper.next_kernel_suffix()}"
+    # Only the outermost wrapper writes the module's header.
+    while isinstance(wrapper, SubgraphPythonWrapperCodegen):
+        wrapper = wrapper.parent_wrapper
+    wrapper.add_import_once("from flashfuse.kernels.plans import CallSite")
+    wrapper.header.writeline(f"{name} = CallSite()")
+    return name
+
+
+@functools.cache
+def install() -> None:
+    """Tell Inductor of it, once in a process."""
+    op = torch.ops.flashfuse.attention.default
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        return pytree.tree_map_only(ir.IRNode, ir.TensorBox.create, AttentionKernel.create(op, *args, **kwargs))
+
+    add_needs_realized_inputs(op)
+    register_lowering(op, type_promotion_kind=None)(lower)
