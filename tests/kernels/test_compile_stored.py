@@ -64,7 +64,8 @@ def test_compiles_within_limits(
     launch = choose_launch(limits, shape_of(spec, rows, head_dim, head_dim), *([TABLE] if decoding else []))
     assert launch is not None
     given: tuple[Any, ...] = (spec, head_dim, head_dim, "ieee", launch, False, True)
-    variant = variants(*given, (False, False, True, False))[0] if decoding else constants(*given)
+    packed = (False, False, True, False)
+    variant = variants(*given, packed, limits.overlaps)[0] if decoding else constants(*given)
     arguments = dict(variant)
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
     source = source_of(
