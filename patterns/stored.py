@@ -110,10 +110,9 @@ def _elements(read: Load) -> sympy.Expr:
 
 
 def _sizes(read: Load) -> tuple[sympy.Expr, ...]:
-    assert isinstance(read.tensor, fx.Node)
-    t = tensor(read.tensor)
-    assert t is not None
-    return shape(t)
+    """The sizes of the tensor that is read; a symbolic float has none."""
+    t = tensor(read.tensor) if isinstance(read.tensor, fx.Node) else None
+    return () if t is None else shape(t)
 
 
 def _fits(lifter: Lifter, expr: Expr, read: Load, side: Side) -> bool:

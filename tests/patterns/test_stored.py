@@ -120,6 +120,18 @@ def test_factors_of_whole_heads_are_the_scores() -> None:
     assert site.k.dtype == INT8
 
 
+def test_scales_that_are_python_numbers() -> None:
+    """As constants, and as the symbolic floats that numbers become when they change from call to call."""
+
+    def fn(q: Any, k: Any, v: Any, scale: float) -> Any:
+        return (q @ (k.to(q.dtype) * scale).mT).softmax(-1) @ (v.to(q.dtype) * scale)
+
+    args = (queries()[:, :HEADS], stored(INT8), stored(INT8))
+    assert programs(only_site(fn, *args, 0.25)) == (None, "(x * 0.25)")
+    assert programs(only_site(fn, *args, 0.25, dynamic=True)) == (None, "(x * t0[()])")
+    check_fused(fn, *args, 0.02, dynamic=True)
+
+
 def test_float32_products_of_float16_queries() -> None:
     """Products stay float32 where keys are no float16."""
 
