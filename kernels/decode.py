@@ -20,6 +20,10 @@ _COUNTS = [
 ]  # fmt: skip
 
 
+# The fewest rows of a matrix product.
+MIN_ROWS = tl.constexpr(16)
+
+
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_COUNTS)
 def attention_split_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ranges_ptr, seed_ptr, parts_ptr,
@@ -43,7 +47,8 @@ def attention_split_kernel(
     split, and its rows are finished. See `attention_forward_kernel` for the arguments that are the same.
 
     outer, packed: the batch sizes of which a program has one position, and those that lie along its rows; one of the
-    two is 1 on each axis, and PACKED says which. row_tiles: tiles of BLOCK_Q rows. Keys, values, `KV_BOUNDS` and ranges are the same along packed axes.
+    two is 1 on each axis, and PACKED says which. Keys, values, `KV_BOUNDS` and ranges are the same along packed axes.
+    row_tiles: how many tiles of BLOCK_Q rows there are for each outer position.
     OVERLAPPED: the next kernel is launched while this one runs, and waits for it by itself (programmatic dependent
     launch: PTX ISA, griddepcontrol).
     """
@@ -129,9 +134,9 @@ def attention_combine_kernel(
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, OVERLAPPED: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_KV: tl.constexpr, OVERLAPPED: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The rows of `attention_split_kernel` from their shares of the keys, SPLITS at a time and always in this order:
+    """A row of `attention_split_kernel` from its shares of the keys, SPLITS at a time and always in this order:
 
         max_i = max_s max_is,  sum_i = sum_s exp(max_is - max_i) sum_is,  acc_i = sum_s exp(max_is - max_i) acc_is
 
@@ -141,31 +146,28 @@ def attention_combine_kernel(
     outer = (outer_0, outer_1, outer_2, outer_3)
     packed = (packed_0, packed_1, packed_2, packed_3)
     rows = packed_0 * packed_1 * packed_2 * packed_3 * q_len
-    combined_tiles = tl.cdiv(rows, BLOCK_Q)
-
-    position = tl.program_id(0) // combined_tiles
-    offs_row = tl.program_id(0) % combined_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    position = tl.program_id(0) // rows
+    # [1]
+    row = tl.program_id(0) % rows + tl.arange(0, 1)
     o0, o1, o2, o3 = _unravelled(position, outer)
-    n0, n1, n2, n3, q_idx = _places(offs_row, rows, o0, o1, o2, o3, packed, q_len, PACKED)
+    n0, n1, n2, n3, q_idx = _places(row, rows, o0, o1, o2, o3, packed, q_len, PACKED)
     if OVERLAPPED:
         # Nothing that a kernel has written is read before.
         gdc_wait()
 
-    # Rows behind the last repeat it.
-    row = tl.minimum(offs_row, rows - 1)
     count = _positions(outer) * num_splits * rows
-    row_max = tl.full([BLOCK_Q], float("-inf"), COMPUTE)
-    row_sum = tl.zeros([BLOCK_Q], COMPUTE)
-    acc = tl.zeros([BLOCK_Q, BLOCK_DV], COMPUTE)
+    row_max = tl.full([1], float("-inf"), COMPUTE)
+    row_sum = tl.zeros([1], COMPUTE)
+    acc = tl.zeros([1, BLOCK_DV], COMPUTE)
     for i in tl.range(0, num_splits, SPLITS):
         split = i + tl.arange(0, SPLITS)
         there = split[:, None] < num_splits
-        # [splits, block_q]
+        # [splits, 1]
         at = (position.to(tl.int64) * num_splits + split)[:, None] * rows + row[None, :]
         acc_ptrs, max_ptrs, sum_ptrs = _part_pointers(parts_ptr, at, count, BLOCK_DV)
         split_max = tl.load(max_ptrs, mask=there, other=float("-inf"))
         split_sum = tl.load(sum_ptrs, mask=there, other=0.0)
-        # [splits, block_q, block_dv]
+        # [splits, 1, block_dv]
         split_acc = tl.load(acc_ptrs, mask=there[:, :, None], other=0.0)
         if NORMALISED:
             new_max = tl.maximum(row_max, tl.max(split_max, 0))
@@ -178,25 +180,32 @@ def attention_combine_kernel(
             acc += tl.sum(split_acc, 0)
     row_shift = _shift(row_max, LOG2_SCALE)
 
-    if FILL_THRESHOLD is not None:
-        q, k_ptrs, v_ptrs = _operands(
-            q_ptr, k_ptr, v_ptr, q_strides, k_strides, v_strides, o0, o1, o2, o3, n0, n1, n2, n3, q_idx, PACKED,
-            PRODUCT_DTYPE, HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_KV,
-        )  # fmt: skip
-        c0, c1, c2, c3 = _columns(n0, n1, n2, n3, PACKED)
-        draw = (0 if seed_ptr is None else tl.load(seed_ptr), _number(c0, c1, c2, c3, outer, packed))
-        q_start = tl.full((), 0, tl.int32)
-        first, _, _, last = key_tiles(
-            q_start, q_len, o0, o1, o2, o3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, 1, BLOCK_KV
-        )
-        acc, row_sum, row_max, row_shift = visit_skipped(
-            acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, first, last,
-            draw, c0, c1, c2, c3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED,
-            FACTOR_MASKED, FILL_THRESHOLD, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, KEY, VALUE,
-            PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
-        )  # fmt: skip
+    if FILL_THRESHOLD is not None:  # noqa: SIM102  (decided when compiling)
+        if tl.max(row_max, 0) <= FILL_THRESHOLD:
+            # A matrix product takes no fewer rows: they are all this one.
+            same = tl.broadcast_to(row, [MIN_ROWS])
+            m0, m1, m2, m3, same_idx = _places(same, rows, o0, o1, o2, o3, packed, q_len, PACKED)
+            q, k_ptrs, v_ptrs = _operands(
+                q_ptr, k_ptr, v_ptr, q_strides, k_strides, v_strides, o0, o1, o2, o3, m0, m1, m2, m3, same_idx, PACKED,
+                PRODUCT_DTYPE, HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_KV,
+            )  # fmt: skip
+            c0, c1, c2, c3 = _columns(m0, m1, m2, m3, PACKED)
+            draw = (0 if seed_ptr is None else tl.load(seed_ptr), _number(c0, c1, c2, c3, outer, packed))
+            q_start = tl.full((), 0, tl.int32)
+            first, _, _, last = key_tiles(
+                q_start, q_len, o0, o1, o2, o3, q_len, kv_len, sizes, ranges_ptr, ranges_strides, KV_BOUNDS, 1, BLOCK_KV
+            )
+            accs, sums, maxima, shifts = visit_skipped(
+                tl.broadcast_to(acc, [MIN_ROWS, BLOCK_DV]), tl.broadcast_to(row_sum, [MIN_ROWS]),
+                tl.broadcast_to(row_max, [MIN_ROWS]), tl.broadcast_to(row_shift, [MIN_ROWS]), q, k_ptrs, v_ptrs,
+                k_strides, v_strides, first, last, draw, c0, c1, c2, c3, same_idx, q_len, kv_len, sizes, captured,
+                captured_strides, SCORE_MASKED, FACTOR_MASKED, FILL_THRESHOLD, LOG2_SCALE, LARGE_SCORES, NORMALISED,
+                DROP_LEAST, KEEP_SCALE, KEY, VALUE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            )  # fmt: skip
+            acc, row_sum = tl.max(accs, 0, keep_dims=True), tl.max(sums, 0, keep_dims=True)
+            row_max, row_shift = tl.max(maxima, 0, keep_dims=True), tl.max(shifts, 0, keep_dims=True)
     _finish(
-        acc, row_sum, row_max, row_shift, out_ptr, lse_ptr, out_strides, offs_row, rows, n0, n1, n2, n3, q_idx,
+        acc, row_sum, row_max, row_shift, out_ptr, lse_ptr, out_strides, row, rows, n0, n1, n2, n3, q_idx,
         outer, packed, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, LOWEST,
         ZERO_EMPTY_ROWS, NORMALISED, SINK, ROW_FACTOR, ROW_KEPT, PACKED, VALUE_DIM,
     )  # fmt: skip

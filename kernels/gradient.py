@@ -22,7 +22,7 @@ from flashfuse.kernels.autograd import register_formula
 from flashfuse.kernels.backward_tiled import attention_backward_tiled
 from flashfuse.kernels.batching import vmap_attention_backward
 from flashfuse.kernels.call import AttentionCall
-from flashfuse.kernels.output import empty_gradients
+from flashfuse.kernels.output import empty_gradients, needed_places
 from flashfuse.kernels.spec import AttentionSpec
 
 Kernel = Callable[..., list[torch.Tensor]]
@@ -56,8 +56,8 @@ def _on_device(choose: Callable[[], Kernel]) -> Kernel:
         if call.spec.key is not None or call.spec.value is not None:
             raise RuntimeError("flashfuse::attention_backward: no gradients behind programs of stored elements")
         found = choose()(call.on_one_device(), grad_out, out, lse, needs)
-        expected = empty_gradients(call, needs).values()
-        return [x if x.device == like.device else x.to(like.device) for x, like in zip(found, expected, strict=True)]
+        wanted = (call.operands[at] for at in needed_places(call, needs))
+        return [x.to(like.device) for x, like in zip(found, wanted, strict=True)]
 
     return attention_backward
 

@@ -59,14 +59,13 @@ TABLE = (
 BYTES_UNDER_WAY = 110_000
 MAX_PROGRAMS_PER_MULTIPROCESSOR = 2
 INTERPRETED_MULTIPROCESSORS = 8
-# The fewest key tiles of a share, and the most shares: what a share costs beside its keys.
-MIN_TILES = 2
+# The most shares that keys go into, and the fewest key tiles that are not read sooner than shares are put together.
 MAX_SPLITS = 128
+MIN_TILES = 4
 # The part of a device's slots that reads about as much as all of them, and how much longer is as early.
 BUSY = 0.8
 NEARLY = 1.1
-# How many rows a program of the combine kernel puts together, and how many numbers of accumulators it holds at a time.
-COMBINED_ROWS = 1
+# A program of the combine kernel holds so many numbers of accumulators at a time.
 COMBINED_ELEMENTS = 4096
 
 
@@ -105,8 +104,7 @@ def prepare_decode(call: AttentionCall, launch: Launch | None = None, splits: in
     workspace = 0
     if splits > 1:
         workspace = math.prod(outer) * splits * rows * (padded(call.value_dim) + 2)
-        combined = math.prod(outer) * -(-rows // combine["BLOCK_Q"])
-        launches.append(KernelLaunch(attention_combine_kernel, combined, combine))
+        launches.append(KernelLaunch(attention_combine_kernel, math.prod(outer) * rows, combine))
     lengths = (*outer, *packed, call.q_len, kv_len, row_tiles, splits)
     return Prepared.of(call, tuple(launches), lengths, workspace)
 
@@ -149,8 +147,8 @@ def num_splits(programs: int, tiles: int, slots: int) -> int:
 
     The fewest with which it is done nearly as early as can be; 1 where it is busy anyway.
     """
-    most = min(tiles // MIN_TILES, MAX_SPLITS)
-    if most <= 1 or programs >= BUSY * slots:
+    most = min(tiles, MAX_SPLITS)
+    if tiles < MIN_TILES or programs >= BUSY * slots:
         return 1
     # In the time of one tile: how often every slot takes a share, times the tiles of the longest.
     times = [-(-programs * splits // slots) * -(-tiles // splits) for splits in range(1, most + 1)]
@@ -190,11 +188,9 @@ def variants(
     common = dict(constants(spec, head_dim, value_dim, precision, launch, ranged, fewer_queries))
     del common["LONGEST_FIRST"], common["SHARED_BATCH"]
     common["PACKED"], common["OVERLAPPED"] = is_packed, overlapped
-    # Rows are put together in many small programs, unless they may have to visit keys: that is a matrix product.
-    rows = COMBINED_ROWS if common["FILL_THRESHOLD"] is None else 16
-    splits = max(1, COMBINED_ELEMENTS // (rows * common["BLOCK_DV"]))
-    combine = {**common, "BLOCK_Q": rows, "SPLITS": splits, "num_warps": max(4, launch.num_warps), "num_stages": 1}
-    del combine["SCORE_FULL"], combine["FACTOR_FULL"]
+    splits = max(1, COMBINED_ELEMENTS // common["BLOCK_DV"])
+    combine = {**common, "SPLITS": splits, "num_warps": max(4, launch.num_warps), "num_stages": 1}
+    del combine["SCORE_FULL"], combine["FACTOR_FULL"], combine["BLOCK_Q"]
     if overlapped:
         combine["launch_pdl"] = True
     return common, combine

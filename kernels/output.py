@@ -23,15 +23,20 @@ def empty_output(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def empty_gradients(call: AttentionCall, needs: Sequence[bool]) -> dict[int, torch.Tensor]:
-    """Uninitialised gradients of the needed ones of the call's operands (q, k, v, *captured), by place.
+def needed_places(call: AttentionCall, needs: Sequence[bool]) -> list[int]:
+    """The places of the operands (q, k, v, *captured) whose gradients are needed.
 
-    needs: a flag for each of q, k, v and every floating-point captured tensor. A gradient has the element type of its
-    operand, and its strides where the operand is dense.
+    needs: a flag for each of q, k, v and every floating-point captured tensor.
     """
-    operands = call.operands
-    floating = [at for at, x in enumerate(operands) if at < 3 or call.spec.captured[at - 3].is_floating_point]
+    floating = [0, 1, 2, *(slot + 3 for slot, dtype in enumerate(call.spec.captured) if dtype.is_floating_point)]
     if len(needs) != len(floating):
         raise RuntimeError(f"flashfuse::attention_backward: expected {len(floating)} flags in needs, got {len(needs)}")
-    needed = (at for at, need in zip(floating, needs, strict=True) if need)
-    return {at: torch.empty_like(operands[at]) for at in needed}
+    return [at for at, need in zip(floating, needs, strict=True) if need]
+
+
+def empty_gradients(call: AttentionCall, needs: Sequence[bool]) -> dict[int, torch.Tensor]:
+    """Uninitialised gradients of `needed_places`, by place.
+
+    A gradient has the element type of its operand, and its strides where the operand is dense.
+    """
+    return {at: torch.empty_like(call.operands[at]) for at in needed_places(call, needs)}

@@ -43,7 +43,10 @@ BF16, FP32 = torch.bfloat16, torch.float32
 FEW, MANY = 4, 64
 # What the launcher sees to be 1 for them.
 _AXES = [f"{along}_{axis}" for along, axis in itertools.product(("outer", "packed"), range(4))]
-ONES = {FEW: (*(axis for axis in _AXES if axis not in ("outer_1", "packed_2")), "q_len", "row_tiles"), MANY: ("packed_0",)}
+ONES = {
+    FEW: (*(axis for axis in _AXES if axis not in ("outer_1", "packed_2")), "q_len", "row_tiles"),
+    MANY: ("packed_0",),
+}
 
 CASES = [
     ("sm80", "padding", 128, FEW, BF16),
