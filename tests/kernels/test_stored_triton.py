@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from attention_cases import Call, make_call
+from masked_programs import FP32_MIN
 from numerics import assert_close_to_exact, assert_lse_close_to_exact
 from stored_cases import BF16, CACHES, FP16
 
@@ -60,6 +61,13 @@ def test_conversion_to_float16(splits: int | None) -> None:
     call.k[0, 0, 3] *= 1e-8
     call.v[1, 0, 5, 2] = 1e5
     check(call, splits)
+
+
+@pytest.mark.parametrize("splits", [None, 1, 3])
+def test_rows_that_see_nothing_but_a_fill(splits: int | None) -> None:
+    """They visit every key, so what a mask skips is read there, too."""
+    cache = CACHES["int8-by-token"]
+    check(cache.call(FP16, 2, f"where((kv_idx <= q_idx * 40) & (kv_idx > 2), qk, {FP32_MIN!r})"), splits)
 
 
 def test_axes_along_which_scales_differ_are_not_packed() -> None:
