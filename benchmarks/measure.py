@@ -49,9 +49,9 @@ def measure(runs: Mapping[Name, Callable[[], object]], rounds: int = ROUNDS) -> 
     return times
 
 
-def peak_bytes(run: Run) -> int:
+def peak_bytes(run: Run, device: str = "cuda") -> int:
     """The most memory that torch held during a run above what it held before; the run has been compiled."""
-    return memory.peak_bytes(run, torch.device("cuda"))
+    return memory.peak_bytes(run, torch.device(device))
 
 
 def milliseconds(run: Callable[[], object], device: str = "cuda") -> float:

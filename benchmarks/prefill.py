@@ -18,7 +18,9 @@ LAYERS = 8
 ROUNDS = 3
 
 
-def build(dtype: torch.dtype, device: str, layers: int = LAYERS, hidden: int = 2048) -> torch.nn.Module:
+def build(
+    dtype: torch.dtype, device: str, layers: int = LAYERS, hidden: int = 2048, attention: str = "sdpa"
+) -> torch.nn.Module:
     """transformers' LlamaModel with random weights, 32 heads and 8 key/value heads, calling torch's attention."""
     from transformers import LlamaConfig, LlamaModel
 
@@ -28,7 +30,7 @@ def build(dtype: torch.dtype, device: str, layers: int = LAYERS, hidden: int = 2
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaModel._from_config(config, attn_implementation="sdpa")
+        model = LlamaModel._from_config(config, attn_implementation=attention)
     return model.eval().to(dtype)
 
 

@@ -56,14 +56,14 @@ def allowed_error(eager_error: float, dtype: torch.dtype) -> float:
 
 
 def checked(
-    row: Row, runs: Mapping[str, Run], error_of: Callable[[torch.Tensor], float], allowed: float
+    row: Row, runs: Mapping[str, Run], error_of: Callable[[torch.Tensor], float], allowed: float, device: str = "cuda"
 ) -> dict[str, Run]:
     """The runs whose results are right; errors, peak memory and what went wrong are noted in the row."""
     right: dict[str, Run] = {}
     for name, run in runs.items():
         try:
             row.errors[name] = error_of(run())
-            row.bytes[name] = peak_bytes(run)
+            row.bytes[name] = peak_bytes(run, device)
         except Exception as error:
             row.notes[name] = why(error)
             continue

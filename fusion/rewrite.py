@@ -14,7 +14,7 @@ from torch import fx
 import flashfuse.kernels.ops  # noqa: F401
 from flashfuse.erase import Unused
 from flashfuse.insert import Inserter, copy_module
-from flashfuse.kernels.derivative import differentiable
+from flashfuse.kernels.derivative import differentiable, follows_products
 from flashfuse.kernels.dropout import SEEDS
 from flashfuse.kernels.ranges import RangesProgram, ranges_program
 from flashfuse.patterns.draw import DrawLoad
@@ -81,6 +81,8 @@ def _output(build: _Builder, site: AttentionSite, ranges: SharedRanges, seeds: S
     sizes = [build.size(s) for s in (*site.batch, *site.sizes)]
     terms = ((site.q, site.k), *site.more)
     q, k = (build.joined(operands, site) for operands in zip(*terms, strict=True))
+    history = follows_products(site.spec.programs)
+    q, k = (build.read(x, history) for x in (q, k))
     v = build.operand(site.v)
     learned = differentiable(site.spec.programs)
     captured = [build.captured(n, site, history=slot in learned) for slot, n in enumerate(site.captured)]

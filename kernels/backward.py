@@ -10,7 +10,7 @@ Tri Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691, section 3.1.
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.backward_rows import along, batch_position, load_rows, rows_length, sees_every_key
+from flashfuse.kernels.backward_rows import batch_position, load_delta, load_shifts, rows_length, sees_every_key
 from flashfuse.kernels.elementary import through
 from flashfuse.kernels.forward import LOG2_E
 from flashfuse.kernels.philox import kept_scales
@@ -29,14 +29,15 @@ _BATCH = ["batch_0", "batch_1", "batch_2", "batch_3"]
 _LOOP = ["loop_0", "loop_1", "loop_2", "loop_3"]
 
 
-@triton.jit(do_not_specialize=[*_BATCH, *_LOOP, *_LENGTHS])
+# A loop of one position is no loop, which the compiler has to know: it is worth a spill.
+@triton.jit(do_not_specialize=[*_BATCH, *_LENGTHS], do_not_specialize_on_alignment=_LOOP)
 def attention_keys_backward_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, seed_ptr, filled_ptr, dk_ptr, dv_ptr, sums_ptrs,
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dk_strides, dv_strides,
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, QUERY_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, BOUNDED: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -97,8 +98,8 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                 kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL,
-                FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE,
-                PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
+                FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST,
+                KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
             )  # fmt: skip
 
         tiles_before = (full_start - start) // BLOCK_Q
@@ -108,8 +109,8 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                 kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE,
-                PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
+                FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST,
+                KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
             )  # fmt: skip
 
         if filled_ptr is not None:
@@ -124,7 +125,7 @@ def attention_keys_backward_kernel(
                 dk, dv, sums = _take_queries(
                     dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                     kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                    FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST,
+                    FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST,
                     KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
                 )  # fmt: skip
 
@@ -146,7 +147,7 @@ def _take_queries(
     dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start, kv_start, kv_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, MASKED: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, BOUNDED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS_CONTIGUOUS: tl.constexpr,
@@ -173,20 +174,25 @@ def _take_queries(
     q = load_columns(q_ptrs, tl.arange(0, BLOCK_D)[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     grad_ptrs = tile_pointers(grad_base + first * grad_strides[4], row, tl.arange(0, BLOCK_DV), grad_strides)
     grad = load_keys(grad_ptrs, offs_q, q_len, MASKED, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+    # What scores wait for is read beforehand, and what only gradients wait for afterwards: registers are scarce.
+    shifts = load_shifts(rows_base + q_start, planes, tl.arange(0, BLOCK_Q), 0, SCALE, SLACK, APART, NORMALISED)
     # [block_kv, block_q]
     qk = product(k, tl.trans(q), PRECISION)
     dw = product(v, tl.trans(grad), PRECISION)
-    rows = load_rows(rows_base, planes, offs_q, SCALE, SLACK, APART, NORMALISED)
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
     kept = None
     if DROP_LEAST is not None:
         kept = tl.trans(kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE))
-    w, dqk, ds, of_factor, p = tile_gradients(
-        qk, dw, kept, along(rows, 0), row_factor[None, :], q_idx[None, :], kv_idx[:, None],
-        n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, MASKED,
-        SCALE, SLACK, APART, NORMALISED,
+    # A key behind the last one has a row of its own, which is not stored.
+    w, p, slope, factor = tile_weights(
+        qk, kept, shifts, row_factor[None, :], q_idx[None, :], kv_idx[:, None], n0, n1, n2, n3, q_len, kv_len, sizes,
+        captured, captured_strides, GRADS, FACTOR, False, SCALE, SLACK, APART, NORMALISED,
+    )  # fmt: skip
+    delta = load_delta(rows_base + q_start, planes, tl.arange(0, BLOCK_Q), 0, NORMALISED)
+    dqk, ds, of_factor = tile_gradients(
+        dw, p, slope, factor, kept, delta, kv_idx[:, None], kv_len, False, MASKED, BOUNDED, NORMALISED
     )  # fmt: skip
     dv = _added_product(dv, w.to(PROBS_DTYPE), grad, PRECISION)
     dk = _added_product(dk, dqk.to(PRODUCT_DTYPE), q, PRECISION)
@@ -205,7 +211,7 @@ def attention_queries_backward_kernel(
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
     SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
-    FILL_THRESHOLD: tl.constexpr,
+    BOUNDED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
     LONGEST_FIRST: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -242,7 +248,8 @@ def attention_queries_backward_kernel(
     # [block_q]
     planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * rows_length(q_len)
     rows_base = rows_ptr + position.to(tl.int64) * rows_length(q_len)
-    rows = load_rows(rows_base, planes, offs_q, SCALE, SLACK, APART, NORMALISED)
+    shifts = load_shifts(rows_base, planes, offs_q, 1, SCALE, SLACK, APART, NORMALISED)
+    delta = load_delta(rows_base, planes, offs_q, 1, NORMALISED)
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
@@ -264,10 +271,10 @@ def attention_queries_backward_kernel(
 
     for kv_start in tl.range(full_start, full_end, BLOCK_KV):
         dq, sums = _take_keys(
-            dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0, n1,
-            n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, ROW_FACTOR, SUMS_FULL,
-            False, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
-            HEAD_DIM, VALUE_DIM,
+            dq, sums, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
+            n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, SUMS_FULL,
+            False, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
+            PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     tiles_before = (full_start - start) // BLOCK_KV
@@ -275,10 +282,10 @@ def attention_queries_backward_kernel(
     for i in tl.range(0, tiles_before + tiles_behind):
         kv_start = tl.where(i < tiles_before, start, full_end - tiles_before * BLOCK_KV) + i * BLOCK_KV
         dq, sums = _take_keys(
-            dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0, n1,
-            n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
-            SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
-            PRECISION, HEAD_DIM, VALUE_DIM,
+            dq, sums, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
+            n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
+            SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
+            PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     if FILL_THRESHOLD is not None:
@@ -288,10 +295,10 @@ def attention_queries_backward_kernel(
         for i in tl.range(0, tiles_before + tiles_behind):
             kv_start = tl.where(i < tiles_before, 0, end - tiles_before * BLOCK_KV) + i * BLOCK_KV
             dq, sums = _take_keys(
-                dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx, n0,
-                n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, ROW_FACTOR,
-                SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
-                PRECISION, HEAD_DIM, VALUE_DIM,
+                dq, sums, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start,
+                q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
+                SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
+                PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
 
     stored = offs_q < q_len
@@ -305,10 +312,10 @@ def attention_queries_backward_kernel(
 
 @triton.jit
 def _take_keys(
-    dq, sums, q, grad, rows, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
+    dq, sums, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
-    GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
+    GRADS: tl.constexpr, FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, BOUNDED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -329,10 +336,13 @@ def _take_keys(
     kept = None
     if DROP_LEAST is not None:
         kept = kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
-    _, dqk, ds, of_factor, p = tile_gradients(
-        qk, dw, kept, along(rows, 1), row_factor[:, None], q_idx[:, None], kv_idx[None, :],
-        n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS, FACTOR, ROW_FACTOR, KEYS_END,
-        SCALE, SLACK, APART, NORMALISED,
+    SUMMED_END: tl.constexpr = KEYS_END and SUMS is not None
+    _, p, slope, factor = tile_weights(
+        qk, kept, shifts, row_factor[:, None], q_idx[:, None], kv_idx[None, :], n0, n1, n2, n3, q_len, kv_len, sizes,
+        captured, captured_strides, GRADS, FACTOR, SUMMED_END, SCALE, SLACK, APART, NORMALISED,
+    )  # fmt: skip
+    dqk, ds, of_factor = tile_gradients(
+        dw, p, slope, factor, kept, delta, kv_idx[None, :], kv_len, KEYS_END, KEYS_END, BOUNDED, NORMALISED
     )  # fmt: skip
     dq = _added_product(dq, dqk.to(PRODUCT_DTYPE), k, PRECISION)
     if SUMS is not None:
@@ -344,62 +354,71 @@ def _take_keys(
 
 
 @triton.jit
-def tile_gradients(
-    qk, dw, kept, rows, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
-    GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, KEYS_END: tl.constexpr,
+def tile_weights(
+    qk, kept, shifts, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
+    GRADS: tl.constexpr, FACTOR: tl.constexpr, KEYS_END: tl.constexpr,
     SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
-    """(w, ds * slope, ds, p * dw, p) of a tile of products.
+    """(w, p, slope, factor) of a tile of products: w is what v is multiplied by, s the inner score.
 
-    w is what v is multiplied by, and then come the gradients of the product, of the inner score s and of the factor:
+        p = exp(SCALE s - lse),  w = factor p,  slope = d s / d product
 
-        p = exp(SCALE s - lse),  w = factor p,  ds = p (factor dw - delta),  slope = d s / d product
-
-    kept: what dropout multiplies w and dw by, None without it. Where the score is not NORMALISED, p = s and ds = factor
-    dw. KEYS_END: whether the tile may meet a mask or reach behind the last key.
+    kept: what dropout multiplies w by, None without it. row_factor: the factor unless FACTOR gives one for each pair.
+    Where the score is not NORMALISED, p = s. KEYS_END: whether p and factor have to be 0 behind the last key.
     """
     s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
-    p = _probabilities(s, rows, SCALE, SLACK, APART) if NORMALISED else s
+    p = _probabilities(s, shifts, SCALE, SLACK, APART) if NORMALISED else s
     if KEYS_END:
         p = tl.where(kv_idx < kv_len, p, 0.0)
-    w = p
-    if kept is not None:
-        w = p * kept
-        dw = dw * kept
-    dp = dw
+    factor = row_factor
     if FACTOR is not None:
         factor = FACTOR(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
         if KEYS_END:
             factor = tl.where(kv_idx < kv_len, factor, 0.0)
-        w = w * factor
-        dp = dw * factor
-    elif ROW_FACTOR is not None:
-        w = w * row_factor
-        dp = dw * row_factor
-    ds = p * (dp - rows[2]) if NORMALISED else dp
-    if KEYS_END:
-        ds = tl.where(kv_idx < kv_len, ds, 0.0)
-        dqk = through(ds, slope)
-    else:
-        dqk = ds * slope
-    return w, dqk, ds, p * dw, p
+    w = (p if kept is None else p * kept) * factor
+    return w, p, slope, factor
 
 
 @triton.jit
-def _probabilities(s, rows, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr):
-    """exp(SCALE s - lse), from what `load_rows` gives.
+def tile_gradients(
+    dw, p, slope, factor, kept, delta, kv_idx, kv_len,
+    KEYS_END: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, NORMALISED: tl.constexpr,
+):  # fmt: skip
+    """(ds * slope, ds, p * dw), the gradients of the product, of the inner score and of the factor, of a tile.
+
+        ds = p (factor dw - delta)
+
+    See `tile_weights`. Where the score is not NORMALISED, ds = factor dw. KEYS_END: whether the first two have to be 0
+    behind the last key. MASKED: whether a slope may be 0 for a mask. BOUNDED: whether slopes are finite.
+    """
+    if kept is not None:
+        dw = dw * kept
+    dp = dw * factor
+    ds = p * (dp - delta) if NORMALISED else dp
+    if KEYS_END:
+        ds = tl.where(kv_idx < kv_len, ds, 0.0)
+    dqk = ds * slope
+    if MASKED:
+        dqk = tl.where(slope == 0, 0.0, dqk) if BOUNDED else through(ds, slope)
+    return dqk, ds, p * dw
+
+
+@triton.jit
+def _probabilities(s, shifts, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr):
+    """exp(SCALE s - lse), from what `load_shifts` gives.
 
     The difference from the shift is rounded once, so that scores far from 0 keep theirs. Large ones are subtracted as
     they are, and those within the slack of the largest count as equal to it.
     """
+    minus_shift, share, slack = shifts
     if SLACK is None:
-        below = tl.fma(s, SCALE * LOG2_E, rows[0])
+        below = tl.fma(s, SCALE * LOG2_E, minus_shift)
     else:
-        below = s + rows[0]
+        below = s + minus_shift
         if SLACK > 0:
-            below = tl.where(below >= rows[3], 0.0, below)
+            below = tl.where(below >= slack, 0.0, below)
         below *= SCALE * LOG2_E
-    return tl.exp2(below) * rows[1] if APART else tl.exp2(below)
+    return tl.exp2(below) * share if APART else tl.exp2(below)
 
 
 @triton.jit

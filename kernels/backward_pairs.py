@@ -8,8 +8,8 @@ nothing is added by more than one program.
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.backward import row_factor_of, tile_gradients
-from flashfuse.kernels.backward_rows import along, batch_position, load_rows, rows_length, sees_every_key
+from flashfuse.kernels.backward import row_factor_of, tile_gradients, tile_weights
+from flashfuse.kernels.backward_rows import batch_position, load_delta, load_shifts, rows_length, sees_every_key
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import (
     batch_pointer,
@@ -32,7 +32,7 @@ def attention_pairs_backward_kernel(
     q_len, kv_len, sizes, captured, captured_strides,
     BY_DISTANCE: tl.constexpr, PAIR_GRAD: tl.constexpr, PAIR_SCALE: tl.constexpr, GRADS_MASKED: tl.constexpr,
     KV_BOUNDS: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
-    FILL_THRESHOLD: tl.constexpr,
+    BOUNDED: tl.constexpr, SKIPS: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, ROW_FACTOR: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -42,7 +42,8 @@ def attention_pairs_backward_kernel(
 
     One program owns BLOCK_Q queries by BLOCK_KV keys at one of batch_0 * .. * batch_3 positions, and passes over the
     loop_0 * .. * loop_3 positions that share them (of each axis one of the two is 1). BY_DISTANCE: it owns a distance
-    of tiles, and passes over the query tiles too; dt is `DistanceSums.tiles`.
+    of tiles, and passes over the query tiles too; dt is `DistanceSums.tiles`. SKIPS: whether masks rule tiles out; a
+    loop without that question loads ahead.
     """
     q_tiles = tl.cdiv(q_len, BLOCK_Q)
     kv_tiles = tl.cdiv(kv_len, BLOCK_KV)
@@ -83,15 +84,17 @@ def attention_pairs_backward_kernel(
         planes *= rows_length(q_len)
         rows_base = rows_ptr + position.to(tl.int64) * rows_length(q_len)
 
-        start, _full_start, _full_end, end = KV_BOUNDS(q_start, q_stop, m0, m1, m2, m3, q_len, kv_len, sizes)
-        if ranges_ptr is not None:
-            ranges = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3)
-            ranges = range_pointers(ranges, ranges_strides, q_start, q_len, BLOCK_Q)
-            start, _full_start, _full_end, end = narrowed(start, start, end, end, ranges, ranges_strides[5])
-        visited = (kv_start < end) & (kv_start + BLOCK_KV > start)
-        if FILL_THRESHOLD is not None:
-            # Rows that saw nothing above the fill have gradients through all keys.
-            visited |= sees_every_key(rows_base, planes, offs_q, FILL_THRESHOLD) > 0
+        visited = True
+        if SKIPS:
+            start, _full_start, _full_end, end = KV_BOUNDS(q_start, q_stop, m0, m1, m2, m3, q_len, kv_len, sizes)
+            if ranges_ptr is not None:
+                ranges = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3)
+                ranges = range_pointers(ranges, ranges_strides, q_start, q_len, BLOCK_Q)
+                start, _full_start, _full_end, end = narrowed(start, start, end, end, ranges, ranges_strides[5])
+            visited = (kv_start < end) & (kv_start + BLOCK_KV > start)
+            if FILL_THRESHOLD is not None:
+                # Rows that saw nothing above the fill have gradients through all keys.
+                visited |= sees_every_key(rows_base, planes, offs_q, FILL_THRESHOLD) > 0
         if visited:
             # [block_q, block_d], [block_q, block_dv]
             q_ptrs = tile_pointers(batch_pointer(q_ptr, q_strides, m0, m1, m2, m3), q_idx, offs_d, q_strides)
@@ -107,17 +110,21 @@ def attention_pairs_backward_kernel(
             # [block_q, block_kv]
             qk = product(q, tl.trans(k), PRECISION)
             dw = product(grad, tl.trans(v), PRECISION)
-            numbers = load_rows(rows_base, planes, offs_q, SCALE, SLACK, APART, NORMALISED)
+            shifts = load_shifts(rows_base, planes, offs_q, 1, SCALE, SLACK, APART, NORMALISED)
+            delta = load_delta(rows_base, planes, offs_q, 1, NORMALISED)
             row_factor = row_factor_of(
                 q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
             )  # fmt: skip
             kept = None
             if DROP_LEAST is not None:
                 kept = kept_scales((seed, position), q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
-            _w, _dqk, ds, of_factor, _p = tile_gradients(
-                qk, dw, kept, along(numbers, 1), row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3,
-                q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                FACTOR_MASKED, ROW_FACTOR, True, SCALE, SLACK, APART, NORMALISED,
+            _w, p, slope, factor = tile_weights(
+                qk, kept, shifts, row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3, q_len,
+                kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, True, SCALE, SLACK, APART,
+                NORMALISED,
+            )  # fmt: skip
+            _dqk, ds, of_factor = tile_gradients(
+                dw, p, slope, factor, kept, delta, offs_kv[None, :], kv_len, True, True, BOUNDED, NORMALISED
             )  # fmt: skip
             dt += PAIR_GRAD(
                 ds, of_factor, qk, m0, m1, m2, m3, q_idx[:, None], offs_kv[None, :], q_len, kv_len, sizes, captured,

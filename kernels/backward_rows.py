@@ -3,12 +3,14 @@
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.forward import LARGE, LOG2_E, LOWEST_FLOAT32
+from flashfuse.kernels.forward import LARGE, LARGEST_FLOAT32, LOG2_E
 from flashfuse.kernels.tiles import batch_pointer, load_columns, tile_pointers
 
 # The planes of `rows_ptr` [ROW_PLANES, batch positions, rows_len]: whole blocks of rows, so that tiles of them are read
 # without a mask; those behind the last query give 0.
 ROWS_BLOCK: tl.constexpr = tl.constexpr(128)
+# From this size on what a shift loses by its rounding is no exponent.
+HUGE: tl.constexpr = tl.constexpr(1e9)
 MINUS_SHIFT: tl.constexpr = tl.constexpr(0)
 SHARE: tl.constexpr = tl.constexpr(1)
 DELTA: tl.constexpr = tl.constexpr(2)
@@ -20,8 +22,8 @@ SINK_GRAD: tl.constexpr = tl.constexpr(4)
 def attention_rows_backward_kernel(
     grad_ptr, out_ptr, lse_ptr, rows_ptr, grad_strides, out_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
-    SINK: tl.constexpr, ROW_KEPT: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+    SINK: tl.constexpr, ROW_KEPT: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, FILLS: tl.constexpr,
+    APART: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """delta_i = sum_d grad_id out_id, and what makes a probability of a score; 0 unless ROW_KEPT.
 
@@ -56,12 +58,14 @@ def attention_rows_backward_kernel(
         delta = tl.where(kept, delta, 0.0)
     # What the shift loses by its rounding is in the logarithm, see `forward._largest_score`.
     if SLACK is None:
-        shift = largest * LOG2_E
+        # Only a sink is as large as that, beside which every probability is 0.
+        shift = _finite(largest * LOG2_E)
         lost = tl.fma(largest, tl.full(largest.shape, LOG2_E, tl.float32), -shift)
+        lost = tl.where((largest > -LARGE) & (largest < HUGE), lost, 0.0)
     else:
-        shift = tl.maximum(largest * (1 / SCALE), LOWEST_FLOAT32)
+        shift = inner_score(largest, SCALE, FILLS)
         lost = tl.fma(shift, tl.full(shift.shape, -SCALE, tl.float32), largest) * LOG2_E
-    lost = tl.where(largest > LARGE, lost, 0.0)
+        lost = tl.where(tl.abs(largest) < LARGE, lost, 0.0)
 
     planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * rows_length(q_len)
     rows_ptrs = rows_ptr + position.to(tl.int64) * rows_length(q_len) + offs_q
@@ -78,41 +82,57 @@ def attention_rows_backward_kernel(
 
 
 @triton.jit
+def inner_score(largest, SCALE: tl.constexpr, FILLS: tl.constexpr):
+    """The inner score that a row's largest score stands for, see `codegen.ScoreProgram`."""
+    shift = _finite(largest * (1 / SCALE))
+    for i in tl.static_range(len(FILLS)):
+        if FILLS[i][0] == -LARGEST_FLOAT32:
+            # A sink may lie between such a fill and the least score that can be divided: above all fills of the row.
+            shift = tl.where((shift == FILLS[i][0]) & (largest > FILLS[i][1]), 0.5 * FILLS[i][0], shift)
+        shift = tl.where(largest == FILLS[i][1], FILLS[i][0], shift)
+    return shift
+
+
+@triton.jit
+def _finite(x):
+    return tl.minimum(tl.maximum(x, -LARGEST_FLOAT32), LARGEST_FLOAT32)
+
+
+@triton.jit
 def rows_length(q_len):
     """The rows of a batch position that `rows_ptr` has."""
     return tl.cdiv(q_len, ROWS_BLOCK) * ROWS_BLOCK
 
 
 @triton.jit
-def load_rows(
-    rows_base, planes, offs_q, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr,
+def load_shifts(
+    rows_base, planes, offs_q, AXIS: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr,
     NORMALISED: tl.constexpr,
 ):  # fmt: skip
-    """(minus_shift, share, delta, slack) of rows at `offs_q`, which may lie behind the last one.
+    """(minus_shift, share, slack) of rows at `offs_q`, which may lie behind the last one, with an axis of size 1.
 
     shift: the largest inner score where some are large (SLACK), else the largest score in base 2. share: what the
     exponential is multiplied by, where they are APART. From `slack` on a difference from the shift is 0.
     """
-    delta = tl.zeros(offs_q.shape, tl.float32)
-    minus_shift, share, slack = delta, delta, delta
+    minus_shift = tl.zeros(offs_q.shape, tl.float32)
+    share, slack = minus_shift, minus_shift
     if NORMALISED:
         minus_shift = tl.load(rows_base + MINUS_SHIFT * planes + offs_q)
-        delta = tl.load(rows_base + DELTA * planes + offs_q)
         if APART:
             share = tl.load(rows_base + SHARE * planes + offs_q)
         if SLACK is not None:
-            slack = tl.where(minus_shift >= -LARGE / SCALE, minus_shift * -SLACK, float("inf"))
-    return minus_shift, share, delta, slack
+            size = tl.abs(minus_shift)
+            slack = tl.where(size >= LARGE / SCALE, size * -SLACK, float("inf"))
+    return tl.expand_dims(minus_shift, AXIS), tl.expand_dims(share, AXIS), tl.expand_dims(slack, AXIS)
 
 
 @triton.jit
-def along(rows, AXIS: tl.constexpr):
-    """The numbers of rows with an axis of size 1 at AXIS."""
-    minus_shift, share, delta, slack = rows
-    return (
-        tl.expand_dims(minus_shift, AXIS), tl.expand_dims(share, AXIS), tl.expand_dims(delta, AXIS),
-        tl.expand_dims(slack, AXIS),
-    )  # fmt: skip
+def load_delta(rows_base, planes, offs_q, AXIS: tl.constexpr, NORMALISED: tl.constexpr):
+    """The delta of rows at `offs_q`, which may lie behind the last one, with an axis of size 1; 0 without a softmax."""
+    if NORMALISED:
+        return tl.expand_dims(tl.load(rows_base + DELTA * planes + offs_q), AXIS)
+    else:
+        return tl.expand_dims(tl.zeros(offs_q.shape, tl.float32), AXIS)
 
 
 @triton.jit

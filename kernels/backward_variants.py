@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ import triton
 
 from flashfuse.kernels import dropout
 from flashfuse.kernels.codegen_backward import BackwardProgram
-from flashfuse.kernels.launch import Device, Launch, Shape, padded, precision_of, triton_dtype
+from flashfuse.kernels.launch import Device, Launch, Shape, padded, precision_of, subtracts_scores, triton_dtype
 from flashfuse.kernels.spec import AttentionSpec
 
 
@@ -30,7 +31,7 @@ class BackwardLaunch:
         for launch, resident, passing, pair_tiles in (
             (self.keys, self.keys.block_kv, self.keys.block_q, 2),
             (self.queries, self.queries.block_q, self.queries.block_kv, 1),
-            (self.pairs, self.pairs.block_q, self.pairs.block_kv, 1),
+            (self.pairs, 0, self.pairs.block_q + self.pairs.block_kv, 1),
         ):
             stages = max(launch.num_stages, 1)
             pair = launch.block_q * launch.block_kv
@@ -43,7 +44,7 @@ class BackwardLaunch:
 class Row:
     """A row of the launch table: for head dims up to `head_dim`, elements up to `element_bytes`, at least `arch`.
 
-    alone: only where a tile holds no captured elements and draws no dropout.
+    alone: only where a tile holds no captured elements.
     """
 
     head_dim: int
@@ -61,14 +62,16 @@ def _row(
     return Row(head_dim, element_bytes, backend, arch, BackwardLaunch(*(Launch(*t) for t in tiles)), alone)
 
 
-# The first row that applies and fits in shared memory is used. Keys and queries up to head dim 128 on sm_90 are the
-# fastest of those measured there (one H100); the others are chosen to compile without spills.
+# The first row that applies and fits in shared memory is used. On sm_90 head dims to 128 have the fastest measured (one
+# H100, docs/performance.md); the others are chosen to compile without spills.
 TABLE = (
     # The keys' pass holds two accumulators and numbers of rows along its columns, so its query tiles are narrow.
-    _row(64, 2, "cuda", 90, (64, 128, 8, 3), (64, 64, 4, 3), (64, 32, 4, 1), alone=True),
-    _row(64, 2, "cuda", 90, (32, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 1)),
-    _row(128, 2, "cuda", 90, (64, 128, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1), alone=True),
-    _row(128, 2, "cuda", 90, (32, 128, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)),
+    _row(64, 2, "cuda", 90, (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2), alone=True),
+    _row(64, 2, "cuda", 90, (64, 128, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
+    # Of a tile of 64 queries by 64 keys the loads take longer than the products.
+    _row(128, 2, "cuda", 90, (64, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), alone=True),
+    _row(128, 2, "cuda", 90, (32, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
+    _row(128, 2, "cuda", 90, (32, 128, 8, 2), (64, 64, 4, 2), (128, 64, 8, 1)),
     _row(256, 2, "cuda", 90, (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     _row(512, 2, "cuda", 90, (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     _row(64, 2, "cuda", 80, (32, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 1)),
@@ -97,7 +100,7 @@ def choose_backward(device: Device, shape: Shape) -> BackwardLaunch | None:
             and shape.element_bytes <= row.element_bytes
             and row.backend in ("", device.backend)
             and device.arch >= row.arch
-            and not (row.alone and (shape.captured_bytes or shape.drop_bytes))
+            and not (row.alone and shape.captured_bytes)
             and launch.shared_bytes(shape) <= device.shared_bytes
         ):
             return launch
@@ -116,7 +119,8 @@ def rows_constants(
         "SINK": program.forward.sink if with_sink else None,
         "ROW_KEPT": program.forward.row_kept,
         "SCALE": program.derivatives.scale,
-        "SLACK": program.forward.slack,
+        "SLACK": _slack(spec, program),
+        "FILLS": program.forward.fills,
         "APART": _apart(spec, program),
         "VALUE_DIM": value_dim,
         "BLOCK_DV": padded(value_dim),
@@ -173,14 +177,28 @@ def pairs_constants(
         "BY_DISTANCE": program.pair_terms[number].by_distance is not None,
         "PAIR_GRAD": program.pair_grads[number],
         "PAIR_SCALE": program.pair_terms[number].scale,
+        "SKIPS": program.skips,
         "KV_BOUNDS": program.forward.kv_bounds,
         "FILL_THRESHOLD": program.fill_threshold,
     }
 
 
+def _slack(spec: AttentionSpec, program: BackwardProgram) -> float | None:
+    """How far below a row's largest score another may be, as a part of it, and count as equal to it when a score is
+    found again from scale * score; None where none is large.
+
+    Powers of two lose nothing. Products of float32 may be large themselves, and come out larger than the largest.
+    """
+    if not subtracts_scores(spec, program.forward, precision_of(spec)):
+        return None
+    if math.frexp(program.forward.scale)[0] != 0.5:
+        return 2.0**-22
+    return 2.0**-26 if spec.product_dtype == torch.float32 else 0.0
+
+
 def _apart(spec: AttentionSpec, program: BackwardProgram) -> bool:
     """Whether a row's shift and logarithm stay two numbers: their sum is rounded where half a digit of it shows."""
-    return program.forward.slack is not None or torch.float32 in (spec.product_dtype, spec.probs_dtype)
+    return _slack(spec, program) is not None or torch.float32 in (spec.product_dtype, spec.probs_dtype)
 
 
 def _shared_constants(
@@ -190,9 +208,10 @@ def _shared_constants(
     return {
         "GRADS_MASKED": program.derivatives.score_and_grad_masked,
         "SCALE": program.derivatives.scale,
-        "SLACK": program.forward.slack,
+        "SLACK": _slack(spec, program),
         "APART": _apart(spec, program),
         "NORMALISED": normalised,
+        "BOUNDED": program.derivatives.bounded,
         "FACTOR_MASKED": program.forward.factor_masked,
         # The rows kernel has taken rows that are not kept out of a softmax.
         "ROW_FACTOR": program.forward.row_factor or (None if normalised else program.forward.row_kept),

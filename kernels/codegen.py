@@ -21,7 +21,7 @@ from flashfuse.kernels.expr import Const, Expr, free_symbols, loads, walk
 from flashfuse.kernels.mask import kernel_spec, mask_of, may_be_huge
 from flashfuse.kernels.modules import finished, load_module
 from flashfuse.kernels.normal import index, pointwise
-from flashfuse.kernels.scale import inner_score, unscaled
+from flashfuse.kernels.scale import LARGE, Fill, fills_of, inner_score, unscaled
 from flashfuse.kernels.source import (
     ROW_ARGUMENTS,
     STORED_ARGUMENTS,
@@ -46,7 +46,7 @@ class ScoreProgram:
     scale: score = scale * inner score.
     fill_threshold: rows whose largest inner score is not above it must see the skipped keys; None when none ever must.
     large_scores: whether scores may be so large that the rounding of a product with log2(e) shows in probabilities.
-    lowest: the score that the smallest finite inner score stands for.
+    fills: inner scores, and the scores that they stand for, where these are not `scale` times those.
     longest_first: whether later query tiles have more keys to visit.
     shared_batch: whether captured elements are loaded for each score, and are the same along the first batch axis.
     sink: rows -> the score without a value of each; None where there is none.
@@ -64,7 +64,7 @@ class ScoreProgram:
     scale: float
     fill_threshold: float | None
     large_scores: bool
-    lowest: float
+    fills: tuple[Fill, ...]
     longest_first: bool
     shared_batch: bool
     sink: Any
@@ -75,19 +75,6 @@ class ScoreProgram:
     key: Any
     value: Any
     path: Path
-
-    @property
-    def slack(self) -> float | None:
-        """How far below a row's largest score another may be, as a part of it, and count as equal to it when a score is
-        found again from scale * score; None where none is large. Powers of two lose nothing.
-        """
-        if not self.large_scores:
-            return None
-        return 0.0 if math.frexp(self.scale)[0] == 0.5 else 2.0**-22
-
-
-# From about here the rounding of a score times log2(e) is more than one: float16 probabilities could overflow by it.
-LARGE = 1e7
 
 
 @functools.lru_cache(maxsize=1024)
@@ -119,7 +106,7 @@ def load_program(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool 
         scale=scale,
         fill_threshold=mask.fill_threshold(scale, ranged=ranged),
         large_scores=any(may_be_huge(e, LARGE / scale) for e in walk(inner)),
-        lowest=_lowest(spec.score, scale),
+        fills=fills_of(spec.score, scale),
         longest_first=mask.bounds.depends_on({Q_START, Q_STOP}, ("end",)),
         shared_batch=_shares_first_batch_axis(spec),
         path=path,
@@ -129,13 +116,6 @@ def load_program(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool 
 def _shares_first_batch_axis(spec: AttentionSpec) -> bool:
     tiles = [free_symbols(e) for program in spec.programs for e in loads(program) if {Q_IDX, KV_IDX} <= free_symbols(e)]
     return bool(tiles) and not any(batch_symbol(0) in symbols for symbols in tiles)
-
-
-def _lowest(score: Expr, scale: float) -> float:
-    """A fill that would overflow when divided by the scale became the smallest inner score; otherwise that, scaled."""
-    smallest = torch.finfo(torch.float32).min * scale
-    fills = (e.value for e in walk(score) if isinstance(e, Const) and math.isfinite(e.value))
-    return min([smallest, *fills])
 
 
 # --------------------------------------------------------------------------------------------------------------------

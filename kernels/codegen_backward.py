@@ -64,6 +64,7 @@ class BackwardProgram:
 
     forward, derivatives: the forward's functions, and those of slopes.
     query_bounds: key tile -> the queries that visit it, see `query_ranges.query_bounds`.
+    skips: whether a mask may rule out a whole tile.
     row_terms, key_terms, pair_terms: the gradients of reads, by what is left when the kernels have summed.
     row_sums, key_sums: for tiles that may meet a mask or the end of the keys and for others, the function that adds a
         tile to the sums; None where there are none.
@@ -78,6 +79,7 @@ class BackwardProgram:
     forward: ScoreProgram
     derivatives: DerivativeProgram
     query_bounds: Any
+    skips: bool
     row_terms: tuple[Term, ...]
     key_terms: tuple[Term, ...]
     pair_terms: tuple[Term, ...]
@@ -116,6 +118,7 @@ def load_backward(
         forward=forward,
         derivatives=load_derivatives(spec, ranged),
         query_bounds=function("query_bounds"),
+        skips=mask_of(spec).bounded or ranged,
         row_terms=row_terms,
         key_terms=key_terms,
         pair_terms=pair_terms,

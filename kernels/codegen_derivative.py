@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashfuse.kernels.derivative import Leaf, derivative, leaves
+from flashfuse.kernels.derivative import Leaf, derivative, is_finite, leaves
 from flashfuse.kernels.expr import Expr, Product, walk
 from flashfuse.kernels.mask import mask_of
 from flashfuse.kernels.modules import finished, load_module
@@ -45,6 +45,7 @@ class DerivativeProgram:
     reads: ds / d read, for every distinct read of a floating-point tensor in the score.
     sink, factor: the derivatives of these programs, empty where the spec has none.
     scale: score = scale * s.
+    bounded: whether ds / d product is finite everywhere.
     path: the generated source.
     """
 
@@ -54,6 +55,7 @@ class DerivativeProgram:
     sink: tuple[LeafDerivative, ...]
     factor: tuple[LeafDerivative, ...]
     scale: float
+    bounded: bool
     path: Path
 
 
@@ -83,6 +85,7 @@ def load_derivatives(spec: AttentionSpec, ranged: bool = False) -> DerivativePro
         sink=() if spec.sink is None else derivatives("sink", leaves(spec.sink)),
         factor=() if spec.factor is None else derivatives("factor", leaves(spec.factor)),
         scale=scale,
+        bounded=is_finite(derivative(inner, _product_of(inner))),
         path=path,
     )
 
@@ -133,8 +136,11 @@ def _derivative(name: str, program: Expr, leaf: Leaf) -> Formulas:
 
 
 def _with_product(score: Expr) -> Formulas:
-    product = next((e for e in walk(score) if isinstance(e, Product)), Product(score.dtype, 0))
-    return {"s": score, **_derivative("s", score, product)}
+    return {"s": score, **_derivative("s", score, _product_of(score))}
+
+
+def _product_of(score: Expr) -> Product:
+    return next((e for e in walk(score) if isinstance(e, Product)), Product(score.dtype, 0))
 
 
 def _further(name: str, program: Expr, spec: AttentionSpec) -> Iterator[str]:

@@ -31,7 +31,7 @@ def attention_split_kernel(
     outer_0, outer_1, outer_2, outer_3, packed_0, packed_1, packed_2, packed_3,
     q_len, kv_len, row_tiles, num_splits, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LARGE_SCORES: tl.constexpr, LOWEST: tl.constexpr,
+    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LARGE_SCORES: tl.constexpr, FILLS: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr,
     FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, PACKED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
@@ -116,7 +116,7 @@ def attention_split_kernel(
             )  # fmt: skip
         _finish(
             acc, row_sum, row_max, row_shift, out_ptr, lse_ptr, out_strides, offs_row, rows, n0, n1, n2, n3, q_idx,
-            outer, packed, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, LOWEST,
+            outer, packed, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS,
             ZERO_EMPTY_ROWS, NORMALISED, SINK, ROW_FACTOR, ROW_KEPT, PACKED, VALUE_DIM,
         )  # fmt: skip
 
@@ -128,7 +128,7 @@ def attention_combine_kernel(
     outer_0, outer_1, outer_2, outer_3, packed_0, packed_1, packed_2, packed_3,
     q_len, kv_len, row_tiles, num_splits, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LARGE_SCORES: tl.constexpr, LOWEST: tl.constexpr,
+    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LARGE_SCORES: tl.constexpr, FILLS: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr,
     ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, PACKED: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
@@ -206,7 +206,7 @@ def attention_combine_kernel(
             row_max, row_shift = tl.max(maxima, 0, keep_dims=True), tl.max(shifts, 0, keep_dims=True)
     _finish(
         acc, row_sum, row_max, row_shift, out_ptr, lse_ptr, out_strides, row, rows, n0, n1, n2, n3, q_idx,
-        outer, packed, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, LOWEST,
+        outer, packed, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS,
         ZERO_EMPTY_ROWS, NORMALISED, SINK, ROW_FACTOR, ROW_KEPT, PACKED, VALUE_DIM,
     )  # fmt: skip
 
@@ -215,7 +215,7 @@ def attention_combine_kernel(
 def _finish(
     acc, row_sum, row_max, row_shift, out_ptr, lse_ptr, out_strides, offs_row, rows, n0, n1, n2, n3, q_idx, outer,
     packed, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr,
-    LOWEST: tl.constexpr, ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr,
+    FILLS: tl.constexpr, ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr,
     ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, PACKED: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """`finish` for rows at places of their own."""
@@ -226,7 +226,7 @@ def _finish(
     out_ptrs = tile_pointers(out_matrix, q_idx, tl.arange(0, acc.shape[1]), out_strides)
     finish(
         acc, row_sum, row_max, row_shift, out_ptrs, lse_ptrs, offs_row < rows, n0, n1, n2, n3, q_idx, q_len, kv_len,
-        sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, LOWEST, ZERO_EMPTY_ROWS, NORMALISED, SINK,
+        sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS, NORMALISED, SINK,
         ROW_FACTOR, ROW_KEPT, VALUE_DIM,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ At kinks the derivative is what torch's autograd gives, see docs/numerics.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,18 @@ def differentiable(programs: Iterable[Expr]) -> frozenset[Hashable]:
     )
 
 
+def follows_products(programs: Iterable[Expr]) -> bool:
+    """Whether autograd would come from the programs to a product at all; it does not pass integers and booleans."""
+    return any(isinstance(e, Product) for program in programs for e in _followed(program))
+
+
+def _followed(expr: Expr) -> Iterator[Expr]:
+    if expr.dtype.is_floating_point:
+        yield expr
+        for child in expr.children:
+            yield from _followed(child)
+
+
 def derivative(expr: Expr, wrt: Leaf) -> Expr:
     """d expr / d wrt at the same position, a program over the same symbols and captured tensors.
 
@@ -86,6 +98,23 @@ def derivative(expr: Expr, wrt: Leaf) -> Expr:
     found = tangent(expr)
     dtype = torch.promote_types(torch.float32, expr.dtype)
     return const(0.0, dtype) if found is None else cast(found.program, dtype)
+
+
+# Operations that give finite numbers, of finite numbers or of all.
+_FINITE_OF_FINITE = frozenset({"add", "sub", "mul", "neg", "to_float", "to_float32"})
+_FINITE = frozenset({"tanh", "sigmoid"})
+
+
+def is_finite(expr: Expr) -> bool:
+    """Whether the value is known to be finite, or NaN where the program's own is."""
+    match expr:
+        case Const():
+            return math.isfinite(expr.value)
+        case Pointwise(op="where"):
+            return all(map(is_finite, expr.args[1:]))
+        case Pointwise():
+            return expr.op in _FINITE or (expr.op in _FINITE_OF_FINITE and all(map(is_finite, expr.args)))
+    return False
 
 
 # --------------------------------------------------------------------------------------------------------------------

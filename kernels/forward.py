@@ -20,9 +20,9 @@ from flashfuse.kernels.tiles import (
     tile_pointers,
 )
 
-# Below this a unit in the last place of a score is one or more, no correction of a logarithm.
-LARGE: tl.constexpr = tl.constexpr(-1e7)
-LOWEST_FLOAT32: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+# From this size on a unit in the last place of a score is one or more, no correction of a logarithm.
+LARGE: tl.constexpr = tl.constexpr(1e7)
+LARGEST_FLOAT32: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -34,7 +34,7 @@ def attention_forward_kernel(
     q_strides, k_strides, v_strides, out_strides, ranges_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LARGE_SCORES: tl.constexpr, LOWEST: tl.constexpr,
+    LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LARGE_SCORES: tl.constexpr, FILLS: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr, SHARED_BATCH: tl.constexpr,
     NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr,
     ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -116,7 +116,7 @@ def attention_forward_kernel(
     out_ptrs = tile_pointers(batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), offs_q, offs_dv, out_strides)
     finish(
         acc, row_sum, row_max, row_shift, out_ptrs, lse_ptrs, offs_q < q_len, n0, n1, n2, n3, q_idx, q_len, kv_len,
-        sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, LOWEST, ZERO_EMPTY_ROWS, NORMALISED, SINK,
+        sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS, NORMALISED, SINK,
         ROW_FACTOR, ROW_KEPT, VALUE_DIM,
     )  # fmt: skip
 
@@ -201,7 +201,7 @@ def visit_skipped(
 @triton.jit
 def finish(
     acc, row_sum, row_max, row_shift, out_ptrs, lse_ptrs, stored, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured,
-    captured_strides, LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr, LOWEST: tl.constexpr,
+    captured_strides, LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr, FILLS: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr, ROW_FACTOR: tl.constexpr,
     ROW_KEPT: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -213,7 +213,7 @@ def finish(
     empty = row_sum == 0
     largest, log_sum = row_sum, row_sum
     if NORMALISED:
-        largest, lost = _largest_score(row_max, row_shift, LOG2_SCALE, LARGE_SCORES, LOWEST)
+        largest, lost = _largest_score(row_max, row_shift, LOG2_SCALE, LARGE_SCORES, FILLS)
         if SINK is not None:
             sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
             if not ZERO_EMPTY_ROWS:
@@ -323,21 +323,23 @@ def _attend(
 
 
 @triton.jit
-def _largest_score(row_max, row_shift, LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr, LOWEST: tl.constexpr):
+def _largest_score(row_max, row_shift, LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr, FILLS: tl.constexpr):
     """(largest, lost): the largest score of rows, and what its rounding has lost of what exponents subtracted.
 
     log2(e) largest + lost is the number subtracted, in base 2; where a unit in the last place of `largest` is no
-    correction, `lost` is 0, and the backward pass finds the score again as it is.
+    correction, `lost` is 0, and the backward pass finds the score again as it is. FILLS: see `codegen.ScoreProgram`.
     """
     if LARGE_SCORES:
         SCALE: tl.constexpr = LOG2_SCALE * LN2
-        lowest = tl.where(row_max == float("-inf"), row_max, LOWEST)
-        largest = tl.where(row_max <= LOWEST_FLOAT32, lowest, row_max * SCALE)
+        largest = row_max * SCALE
+        for i in tl.static_range(len(FILLS)):
+            largest = tl.where(row_max == FILLS[i][0], FILLS[i][1], largest)
         lost = tl.fma(row_max, tl.full(row_max.shape, SCALE, row_max.dtype), -largest) * LOG2_E
+        return largest, tl.where(largest > -LARGE, tl.where(largest > LARGE, 0.0, lost), 0.0)
     else:
         largest = row_shift * LN2
         lost = tl.fma(largest, tl.full(largest.shape, -LOG2_E, largest.dtype), row_shift)
-    return largest, tl.where(largest > LARGE, lost, 0.0)
+        return largest, tl.where(largest > -LARGE, lost, 0.0)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from flashfuse.kernels import dropout
 from flashfuse.kernels.call import AttentionCall
-from flashfuse.kernels.codegen import load_program
+from flashfuse.kernels.codegen import ScoreProgram, load_program
 from flashfuse.kernels.expr import Load, free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
 from flashfuse.kernels.prepared import KernelLaunch, Prepared
@@ -168,8 +168,8 @@ def constants(
         "KV_BOUNDS": program.kv_bounds,
         "LOG2_SCALE": program.scale * LOG2_E,
         "FILL_THRESHOLD": program.fill_threshold,
-        "LARGE_SCORES": program.large_scores,
-        "LOWEST": program.lowest,
+        "LARGE_SCORES": subtracts_scores(spec, program, precision),
+        "FILLS": program.fills,
         "ZERO_EMPTY_ROWS": spec.empty_row == "zero",
         "LONGEST_FIRST": program.longest_first,
         "NORMALISED": spec.normaliser == "softmax",
@@ -233,6 +233,14 @@ def precision_of(spec: AttentionSpec) -> str:
     """How float32 products are formed: TF32 where torch's own matrix products may use it."""
     widest = max(spec.product_dtype.itemsize, spec.probs_dtype.itemsize)
     return "tf32" if widest == 4 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def subtracts_scores(spec: AttentionSpec, program: ScoreProgram, precision: str) -> bool:
+    """Whether exponents are of differences of scores, and not differences of exponents: an operation more for a score.
+
+    Where large scores are to be expected, and where it is nothing beside products of float32 in full.
+    """
+    return program.large_scores or (spec.product_dtype == torch.float32 and precision == "ieee")
 
 
 def prepare(call: AttentionCall, launch: Launch | None = None) -> Prepared | None:

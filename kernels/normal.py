@@ -52,6 +52,11 @@ def _round(value: float, dtype: torch.dtype) -> float:
     return rounded if not math.isfinite(rounded) or abs(value) >= torch.finfo(dtype).max else value
 
 
+def stored(value: float | int | bool, dtype: torch.dtype) -> Expr:
+    """A number as an element of a tensor of `dtype`, which holds no more digits of it than its type has."""
+    return const(torch.tensor(value, dtype=torch.float64).to(dtype).item() if dtype.is_floating_point else value, dtype)
+
+
 def index(value: Any, dtype: torch.dtype = torch.int64) -> Index:
     return Index(dtype, sympify(value))
 

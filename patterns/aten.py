@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Const, Dot, Expr, Index, Reduce, Softmax
-from flashfuse.kernels.normal import cast, const, converted, index, pointwise
+from flashfuse.kernels.normal import cast, const, converted, index, pointwise, stored
 from flashfuse.kernels.operators import OPS
 from flashfuse.patterns.graph import shape, to_sympy
 from flashfuse.patterns.indexing import ZERO, Indices, Ranges, divide, never_negative
@@ -37,8 +38,8 @@ def _arange(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
 
 
 def _number(view: NodeView, x: Any, dtype: torch.dtype) -> Expr:
-    """A number as an element of `dtype`, in which alone it may overflow."""
-    return const(x, dtype) if isinstance(x, float) else cast(view.number(x), dtype)
+    """A number as an element of a tensor of `dtype`."""
+    return stored(x, dtype) if isinstance(x, float) else cast(view.number(x), dtype)
 
 
 def _filled(fill: Callable[[AtenCall], Any]) -> Row:
@@ -99,10 +100,11 @@ def _pointwise(view: NodeView, call: AtenCall, position: Indices, _: int) -> Exp
     op = _POINTWISE[call.func]
     if OPS[op].result == "bool":
         return _comparison(view, op, call.args, position)
-    arguments = [view.element(a, position) for a in call.args]
-    return pointwise(
-        "and" if op == "mul" and call.output.dtype == torch.bool else op, *arguments, dtype=call.output.dtype
-    )
+    dtype = call.output.dtype
+    # What `where` chooses from are elements of its result, the numbers among them too.
+    number = functools.partial(_number, dtype=dtype) if op == "where" else NodeView.number
+    arguments = [view.element(a, position) if isinstance(a, torch.Tensor) else number(view, a) for a in call.args]
+    return pointwise("and" if op == "mul" and dtype == torch.bool else op, *arguments, dtype=dtype)
 
 
 def _comparison(view: NodeView, op: str, args: Any, position: Indices) -> Expr:
@@ -114,9 +116,7 @@ def _comparison(view: NodeView, op: str, args: Any, position: Indices) -> Expr:
         if isinstance(a, torch.Tensor):
             sides.append(converted(view.element(a, position), a.dtype, common))
         elif isinstance(a, (bool, int, float)) and math.isfinite(a):
-            sides.append(
-                const(torch.tensor(a, dtype=torch.float64).to(common).item() if common.is_floating_point else a)
-            )
+            sides.append(stored(a, common) if common.is_floating_point else const(a))
         else:
             sides.append(view.element(a, position))
     return pointwise(op, *sides, dtype=torch.bool)

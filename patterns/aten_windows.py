@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from flashfuse.kernels.expr import Expr
-from flashfuse.kernels.normal import conjunction, const, index, pointwise
+from flashfuse.kernels.normal import conjunction, index, pointwise, stored
 from flashfuse.patterns.cases import less
 from flashfuse.patterns.graph import shape, to_sympy
 from flashfuse.patterns.indexing import ZERO, Indices, divide, same, unlinearize, within
@@ -32,7 +32,7 @@ def _pad(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
         if not after.is_nonpositive:
             inside.append(less(at, sizes[dim]))
     element = view.element(source, tuple(kept))
-    fill = const(argument(call, 2, "value", 0) or 0, dtype)
+    fill = stored(argument(call, 2, "value", 0) or 0, dtype)
     return pointwise("where", conjunction(inside), element, fill, dtype=dtype)
 
 

@@ -70,9 +70,10 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
     factor: Expr | None = None
     for f in (score.opener.read(f if f.dtype.is_floating_point else cast(f, torch.float32)) for f in weights.factors):
         factor = f if factor is None else pointwise("mul", factor, f)
-    clears = [k for k in weights.kept if _clears_empty_rows(lifter, k, weights, score, j)]
-    empty_row = "zero" if clears else weights.empty_row
-    kept = conjunction([score.opener.read(k) for k in weights.kept if k not in clears])
+    conditions = [_without_clearing(lifter, k, weights, score, j) for k in weights.kept]
+    cleared = any(rest != (k,) for rest, k in zip(conditions, weights.kept, strict=True))
+    empty_row = "zero" if cleared else weights.empty_row
+    kept = conjunction([score.opener.read(k) for rest in conditions for k in rest])
     if kept != TRUE:
         factor, empty_row = _zeroed(lifter, score.program, kept, factor, empty_row, j)
     if factor is not None:
@@ -147,17 +148,45 @@ def _zeroed(
     raise Refused("probability-mask", "probabilities are set to zero where it is not known whether they are NaN")
 
 
+def _without_clearing(lifter: Lifter, kept: Expr, weights: Weights, score: Score, j: sympy.Symbol) -> tuple[Expr, ...]:
+    """What a condition says of probabilities besides that their rows have a key: itself, where it does not say that."""
+    if _clears_empty_rows(lifter, kept, weights, score, j):
+        return ()
+    opened, negated = _opened_negation(lifter, kept)
+    if not isinstance(opened, Pointwise) or opened.op != ("or" if negated else "and"):
+        return (kept,)
+    sides = [pointwise("not", side) if negated else side for side in opened.args]
+    rests = [_without_clearing(lifter, side, weights, score, j) for side in sides]
+    if all(rest == (side,) for rest, side in zip(rests, sides, strict=True)):
+        return (kept,)
+    return tuple(condition for rest in rests for condition in rest)
+
+
 def _clears_empty_rows(lifter: Lifter, kept: Expr, weights: Weights, score: Score, j: sympy.Symbol) -> bool:
     """Whether `kept` says of each row that some score of it is not -inf: only rows without a key are set to zero."""
     test = _of_some_key(lifter, kept)
     if test is None or not same(test.extent, lifter.ranges[j]):
         return False
+    program = lifter.resolved(score.program)
     compared = _not_infinite(lifter, test.arg)
     if compared is not None:
-        return place(lifter, weights.arg, compared, test.axis) == j
-    program = lifter.resolved(score.program)
+        addend = lifter.resolved(score.opener.read(substitute(compared, {test.axis: j})))
+        alone = _is_added(program, addend) and not _may_be_empty(program)
+        return alone or place(lifter, weights.arg, compared, test.axis) == j
     terms = conjuncts(lifter.resolved(score.opener.read(substitute(test.arg, {test.axis: j}))))
     return _decides_what_is_infinite(program, terms)
+
+
+def _is_added(program: Expr, addend: Expr) -> bool:
+    """Whether a score is -inf wherever the addend is."""
+    match program:
+        case Pointwise(op="add", args=args):
+            return any(_is_added(a, addend) for a in args)
+        case Pointwise(op="sub", args=(left, _)):
+            return _is_added(left, addend)
+        case Pointwise(op="mul", args=(Const(value=c), rest) | (rest, Const(value=c))) if c > 0:
+            return _is_added(rest, addend)
+    return program == addend and isinstance(addend, Load)
 
 
 def _of_some_key(lifter: Lifter, kept: Expr) -> Reduce | None:

@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Expr, Index, Load, Pointwise, loads
-from flashfuse.kernels.normal import const, converted, index, rewrite, substitute
+from flashfuse.kernels.normal import const, converted, index, rewrite, stored, substitute
 from flashfuse.patterns.calls import mutated_inputs
 from flashfuse.patterns.draw import drawn
 from flashfuse.patterns.graph import Graph, shape, storage, tensor, to_sympy, value, wants_gradient
@@ -299,7 +299,7 @@ def _tensor_literal(view: NodeView, position: Indices) -> Expr:
         raise CannotLift(view.node, "is a literal tensor of several elements")
     t = tensor(view.node)
     assert t is not None
-    return const(literal, t.dtype)
+    return stored(literal, t.dtype)
 
 
 NODE_ROWS[torch.tensor] = _tensor_literal

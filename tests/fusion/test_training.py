@@ -111,10 +111,16 @@ def written_before(q: Any, k: Any, v: Any, bias: Any) -> Any:
     return attention(q, (k * 1.0).mul_(2.0), v, bias)
 
 
+def scores_as_integers(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    """Gradients do not pass integers; queries and keys had zeros for none."""
+    return ((q @ k.mT).long() + bias).sigmoid() @ v
+
+
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
     "fn",
     [
+        scores_as_integers,
         detached_bias_beside_itself,
         keys_of_detached_queries,
         bias_without_grad,

@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.scale import peel_scale
+from flashfuse.kernels.scale import fills_of, peel_scale
 from flashfuse.kernels.spec import KV_IDX, AttentionSpec, parse, size_symbol, to_text
 
 pytest.importorskip("triton")
@@ -48,6 +48,42 @@ def test_scale_is_taken_out(score: str, scale: float, inner: str) -> None:
     found, rest = peel_scale(parse(score, captured))
     assert found == scale
     assert to_text(rest) == to_text(parse(inner, captured))
+
+
+@pytest.mark.parametrize(
+    ("score", "fills"),
+    [
+        ("where(t0[kv_idx], qk * 0.5, -1e10)", {-2e10: -1e10}),
+        ("where(t0[kv_idx], qk, -1e10) * 0.5", {-1e10: -5e9}),
+        (f"where(t0[kv_idx], qk, {MIN!r}) * 0.5", {MIN: MIN / 2}),
+        ("qk * 0.5 + where(t0[kv_idx], 0.0, -1e10) - where(t0[q_idx], 0.0, 4e10)", {-2e10: -1e10, -8e10: -4e10,
+         -1e11: -5e10}),
+        (f"qk * 0.5 + where(t0[kv_idx], 0.0, {MIN!r}) + where(t0[q_idx], 0.0, {MIN!r})", {MIN: MIN}),
+    ],
+)  # fmt: skip
+def test_fills_and_the_scores_they_stand_for(score: str, fills: dict[float, float]) -> None:
+    scale, _ = peel_scale(parse(score, (torch.bool,)))
+    assert scale == 0.5
+    assert dict(fills_of(parse(score, (torch.bool,)), scale)) == {rounded(x): rounded(y) for x, y in fills.items()}
+
+
+def rounded(x: float) -> float:
+    return torch.tensor(x).item()
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        f"where(t0[kv_idx], qk, {MIN!r}) * 3.7",
+        f"where(t0[kv_idx], qk * 0.5, -3e38) + where(t0[q_idx], 0.0, {MIN!r})",
+        f"qk * 0.3 + where(t0[kv_idx], 0.0, {MIN / 2!r}) + where(t0[q_idx], 0.0, {MIN / 2!r})",
+        f"where(t0[q_idx], where(t0[kv_idx], qk, {MIN!r}) * 0.25, {MIN!r})",
+        "(qk + t1[kv_idx]) * 3.7",
+    ],
+)
+def test_a_scale_stays_where_fills_would_not_be_told_apart(score: str) -> None:
+    """Without it fills were equal, or finite, that the source has different, or infinite."""
+    assert peel_scale(parse(score, (torch.bool, torch.float32)))[0] == 1.0
 
 
 def test_plain_program_returns_the_product() -> None:
@@ -137,9 +173,9 @@ def test_properties_the_kernel_is_compiled_for() -> None:
     causal = load_program(make_spec("where(kv_idx <= q_idx, qk * 0.5, -inf)"))
     assert (causal.scale, causal.fill_threshold, causal.large_scores, causal.longest_first) == (0.5, None, False, True)
     filled = load_program(make_spec(f"where(kv_idx < q_idx, qk * 0.5, {MIN!r})"))
-    assert (filled.fill_threshold, filled.slack, filled.lowest) == (MIN / 2, 0.0, MIN)
+    assert (filled.fill_threshold, filled.large_scores, filled.fills) == (MIN / 2, True, ((MIN, MIN),))
     moderate = load_program(make_spec("where(kv_idx <= q_idx, qk * 0.5, -10000.0)"))
-    assert (moderate.fill_threshold, moderate.slack) == (-20000.0 + 256.0, None)
+    assert (moderate.fill_threshold, moderate.large_scores, moderate.fills) == (-20000.0 + 256.0, False, ())
 
 
 def test_a_huge_fill_is_minus_infinity_where_every_row_keeps_a_key() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from score_programs import F64, HEADS, KEYS, PROGRAMS, QUERIES, SIZE0, product, random
 
-from flashfuse.kernels.derivative import SLOPES, derivative, leaves
+from flashfuse.kernels.derivative import SLOPES, derivative, is_finite, leaves
 from flashfuse.kernels.evaluate import Tile, evaluate
 from flashfuse.kernels.expr import Expr, Load, Product, Softmax
 from flashfuse.kernels.normal import const, pointwise
@@ -147,6 +147,23 @@ def test_derivatives_are_simple(text: str, wrt: str, expected: str) -> None:
     found = derivative(parse(text, (F64,), F64), leaf)
     assert to_text(found) == expected
     assert found.dtype == F64
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("where(kv_idx <= q_idx, qk * 0.125, -inf)", True),
+        ("where(kv_idx <= q_idx, tanh(qk * 0.5) * 50.0, -inf)", True),
+        ("to_float32(qk) * 0.125 - sigmoid(qk)", True),
+        ("qk * t0[kv_idx]", False),
+        ("sqrt(qk)", False),
+        ("where(kv_idx <= q_idx, exp(qk), qk)", False),
+    ],
+)
+def test_which_slopes_are_finite(text: str, expected: bool) -> None:
+    """A kernel multiplies by those without looking for a gradient of 0, so none of the others may be among them."""
+    program = parse(text, (F64,), F64)
+    assert is_finite(derivative(program, Product(F64, 0))) == expected
 
 
 def test_leaves() -> None:

@@ -177,3 +177,45 @@ def test_zero_dimensional_scales() -> None:
     assert score_of(only_site(on_both, *qkv(), torch.tensor(0.3)).spec) == "((qk * t0[()]) * t0[()])"
     check_fused(fn, *qkv(), torch.tensor(0.3))
     check_fused(on_both, *qkv(), torch.tensor(0.3))
+
+
+ROUNDED: dict[str, tuple[Callable[..., Any], str]] = {
+    "tensor": (lambda s, dtype: s * torch.tensor(0.1, dtype=dtype), "(qk * {})"),
+    "full": (lambda s, dtype: s + torch.full((10,), 0.1, dtype=dtype), "(qk + {})"),
+    "scalar_tensor": (lambda s, dtype: torch.minimum(s, torch.scalar_tensor(0.1, dtype=dtype)), "minimum(qk, {})"),
+    "masked_fill": (
+        lambda s, dtype: s + torch.zeros(10, dtype=dtype).masked_fill(torch.arange(10) < 3, 0.1),
+        "(qk + where((kv_idx < 3), {}, 0.0))",
+    ),
+    "pad": (
+        lambda s, dtype: s + F.pad(torch.zeros(7, dtype=dtype), (3, 0), value=0.1),
+        "(qk + where((2 < kv_idx), 0.0, {}))",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ROUNDED)
+def test_numbers_in_tensors_of_a_narrow_type(name: str, dtype: torch.dtype) -> None:
+    """They kept the digits that the tensor had rounded away, which shows beside scores of a wider type."""
+    change, text = ROUNDED[name]
+    q, k, v = (torch.randn(2, 3, 10, 8, dtype=torch.float64) for _ in range(3))
+    site = only_site(lambda q, k, v: change(q @ k.mT, dtype).softmax(-1) @ v, q, k, v)
+    assert score_of(site.spec) == text.format(torch.tensor(0.1, dtype=dtype).item())
+
+
+def test_numbers_beside_wide_tensors_are_not_rounded() -> None:
+    q, k, v = (torch.randn(2, 3, 10, 8, dtype=torch.float64) for _ in range(3))
+    causal = torch.arange(10) <= torch.arange(10)[:, None]
+    site = only_site(lambda q, k, v: torch.where(causal, q @ k.mT * 0.1, -0.7).softmax(-1) @ v, q, k, v)
+    assert score_of(site.spec).endswith("(qk * 0.1), -0.7)")
+
+
+def test_the_branches_of_a_choice_are_elements_of_its_type() -> None:
+    q, k, v = (torch.randn(2, 3, 10, 8, dtype=torch.float64) for _ in range(3))
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        ahead = torch.arange(10) > torch.arange(10)[:, None]
+        return (q @ k.mT + torch.where(ahead, 0.1, 0.0)).softmax(-1) @ v
+
+    assert repr(torch.tensor(0.1).item()) in score_of(only_site(fn, q, k, v).spec)

@@ -109,18 +109,33 @@ def test_rows_zeroed_as_a_whole(fill: float) -> None:
         check(fn, *inputs())
 
 
-def test_rows_zeroed_that_a_bias_leaves_no_key() -> None:
-    """Multiplied by 0 they stayed NaN, where the bias and no constant held the -inf."""
+EMPTIED: dict[str, tuple[Callable[..., Any], str | None]] = {
+    "alone": (lambda p, empty, x, keep: p.masked_fill(empty, 0.0), None),
+    "before-a-factor": (lambda p, empty, x, keep: p.masked_fill(empty, 0.0) * x[:, None, None], "t1[n1]"),
+    "behind-a-factor": (lambda p, empty, x, keep: (p * x[:, None, None]).masked_fill(empty, 0.0), "t1[n1]"),
+    "with-a-mask": (
+        lambda p, empty, x, keep: p.masked_fill(empty | ~keep, 0.0),
+        "where((~t1[n0, 0, 0, kv_idx]), 1.0, 0.0)",
+    ),
+}
 
-    def fn(q: Any, k: Any, v: Any, bias: Any) -> Any:
+
+@pytest.mark.parametrize("name", EMPTIED)
+def test_rows_zeroed_that_a_bias_leaves_no_key(name: str) -> None:
+    """Multiplied by 0 they stayed NaN, where the bias and no constant held the -inf; then only beside other factors."""
+    change, factor = EMPTIED[name]
+
+    def fn(q: Any, k: Any, v: Any, x: Any, keep: Any, bias: Any) -> Any:
         empty = (bias == -math.inf).all(-1, keepdim=True)
-        return (q @ k.mT + bias).softmax(-1).masked_fill(empty, 0.0) @ v
+        return change((q @ k.mT + bias).softmax(-1), empty, x, keep) @ v
 
-    q, k, v, *_ = inputs()
-    bias = torch.randn(B, 1, q.shape[2], k.shape[2])
+    bias = torch.randn(B, 1, S, T)
     bias[:, :, 2] = -math.inf
-    args = (q, k, v, bias)
-    assert only_site(fn, *args).spec.factor.dtype == torch.bool
+    args = (*inputs(), bias)
+    spec = only_site(fn, *args).spec
+    assert spec.empty_row == "zero"
+    found = None if spec.factor is None else to_text(spec.factor)
+    assert found == factor
     assert not fn(*args).isnan().any()
     check(fn, *args)
 
