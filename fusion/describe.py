@@ -5,6 +5,7 @@ from __future__ import annotations
 import sympy
 import torch
 
+from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.mask import mask_of
 from flashfuse.kernels.spec import AttentionSpec, to_text
 from flashfuse.patterns.graph import tensor
@@ -42,9 +43,15 @@ def _math(site: AttentionSite) -> str:
 def _term(site: AttentionSite) -> str:
     captured = "".join(f"; t{slot} = {node.name}" for slot, node in enumerate(site.captured))
     terms = ((site.q, site.k), *site.more)
+    k, v = _stored(site.k, site.spec.key), _stored(site.v, site.spec.value)
     product = " + ".join(_product(q, k) for q, k in terms) if site.more else "q @ k.T"
-    names = f"q = {site.q.node.name}; k = {site.k.node.name}; " if not site.more else ""
-    return f"{_weights(site.spec)} @ v, qk = {product}; {names}v = {site.v.node.name}{captured}"
+    names = f"q = {site.q.node.name}; k = {k}; " if not site.more else ""
+    return f"{_weights(site.spec)} @ v, qk = {product}; {names}v = {v}{captured}"
+
+
+def _stored(operand: Operand, program: Expr | None) -> str:
+    """Keys or values: the tensor that is read, and the program of its elements x."""
+    return operand.node.name if program is None else f"{to_text(program)} with x = {operand.node.name}"
 
 
 def _product(q: Operand, k: Operand) -> str:

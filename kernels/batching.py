@@ -47,6 +47,8 @@ def batched(spec: str, mapped: tuple[bool, ...]) -> str:
         score=score,
         sink=program(plain.sink),
         factor=program(plain.factor),
+        key=program(plain.key),
+        value=program(plain.value),
         out_order=(0, *(axis + 1 for axis in plain.out_order)),
     ).to_text()
 

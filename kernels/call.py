@@ -9,6 +9,7 @@ import torch
 
 from flashfuse.kernels.mask import MASK_BLOCK
 from flashfuse.kernels.spec import AttentionSpec
+from flashfuse.kernels.stored import STORED, holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +95,21 @@ class AttentionCall:
         )
 
     def _check_operands(self) -> None:
-        spec, rank = self.spec, self.spec.batch_axes + 2
+        rank = self.spec.batch_axes + 2
         for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
             if x.dim() != rank:
                 raise RuntimeError(f"flashfuse::attention: {name} needs {rank} dimensions, got shape {list(x.shape)}")
             if x.device != self.device:
                 raise RuntimeError(f"flashfuse::attention: {name} is on {x.device}, q on {self.device}")
-            to = spec.probs_dtype if name == "v" else spec.product_dtype
-            if torch.promote_types(x.dtype, to) != to:
-                raise RuntimeError(f"flashfuse::attention: {name} is {x.dtype}, which {to} cannot hold exactly")
+            self._check_type(name, x.dtype)
+
+    def _check_type(self, name: str, dtype: torch.dtype) -> None:
+        program = {"k": self.spec.key, "v": self.spec.value}.get(name)
+        if program is not None and dtype not in STORED:
+            raise RuntimeError(f"flashfuse::attention: {name} is {dtype}, of which no program makes an operand")
+        to = self.spec.probs_dtype if name == "v" else self.spec.product_dtype
+        if program is None and not holds(to, dtype):
+            raise RuntimeError(f"flashfuse::attention: {name} is {dtype}, which {to} cannot hold exactly")
 
     def _check_seed(self) -> None:
         if (self.seed is None) != (self.spec.dropout == 0):

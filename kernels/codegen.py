@@ -22,7 +22,17 @@ from flashfuse.kernels.mask import kernel_spec, mask_of, may_be_huge
 from flashfuse.kernels.modules import finished, load_module
 from flashfuse.kernels.normal import index, pointwise
 from flashfuse.kernels.scale import LARGE, Fill, fills_of, inner_score, unscaled
-from flashfuse.kernels.source import ROW_ARGUMENTS, TILE_ARGUMENTS, Writer, indented, is_row, row_body, tile_body
+from flashfuse.kernels.source import (
+    ROW_ARGUMENTS,
+    STORED_ARGUMENTS,
+    TILE_ARGUMENTS,
+    Writer,
+    indented,
+    is_row,
+    row_body,
+    stored_body,
+    tile_body,
+)
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, AttentionSpec, batch_symbol, to_text
 
 
@@ -44,6 +54,7 @@ class ScoreProgram:
         and for those that do not; None where there is no factor, or one for a whole row.
     row_factor: rows -> the factor of all their probabilities; None where there is none, or it differs along the row.
     row_kept: rows -> whether they are kept where others become zero; None where all are.
+    key, value: tile of stored elements -> keys, values; None where those are what is stored.
     path: the generated source.
     """
 
@@ -61,6 +72,8 @@ class ScoreProgram:
     factor_full: Any
     row_factor: Any
     row_kept: Any
+    key: Any
+    value: Any
     path: Path
 
 
@@ -88,6 +101,8 @@ def load_program(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool 
         factor_full=function("factor_full"),
         row_factor=function("row_factor"),
         row_kept=function("row_kept"),
+        key=function("key"),
+        value=function("value"),
         scale=scale,
         fill_threshold=mask.fill_threshold(scale, ranged=ranged),
         large_scores=any(may_be_huge(e, LARGE / scale) for e in walk(inner)),
@@ -166,11 +181,14 @@ def generate(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool = Fa
 
 
 def _further_functions(spec: AttentionSpec) -> Iterator[str]:
-    """The functions of what some specs have besides a score: a sink, and a factor of tiles or of whole rows."""
+    """The functions of what some specs have besides a score: a sink, a factor of tiles or rows, stored elements."""
 
     def function(name: str, arguments: str, program: Expr, body: str) -> str:
         return _FUNCTION.format(name=name, arguments=arguments, text=to_text(program), body=body)
 
+    for name, stored in (("key", spec.key), ("value", spec.value)):
+        if stored is not None:
+            yield function(name, STORED_ARGUMENTS, stored, stored_body(stored))
     if spec.sink is not None:
         yield function("sink", ROW_ARGUMENTS, spec.sink, row_body(spec.sink))
     if spec.factor is None:

@@ -34,7 +34,7 @@ def attention_split_kernel(
     LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LARGE_SCORES: tl.constexpr, FILLS: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr,
     FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, PACKED: tl.constexpr,
-    DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, OVERLAPPED: tl.constexpr,
@@ -95,8 +95,8 @@ def attention_split_kernel(
     acc, row_sum, row_max, row_shift = visit(
         acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, full_start, full_end, end,
         draw, c0, c1, c2, c3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, SCORE_FULL,
-        FACTOR_MASKED, FACTOR_FULL, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
-        PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+        FACTOR_MASKED, FACTOR_FULL, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, KEY, VALUE,
+        PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
     )  # fmt: skip
 
     if parts_ptr is not None:
@@ -111,7 +111,7 @@ def attention_split_kernel(
             acc, row_sum, row_max, row_shift = visit_skipped(
                 acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, first, last,
                 draw, c0, c1, c2, c3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED,
-                FACTOR_MASKED, FILL_THRESHOLD, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE,
+                FACTOR_MASKED, FILL_THRESHOLD, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, KEY, VALUE,
                 PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
         _finish(
@@ -131,7 +131,7 @@ def attention_combine_kernel(
     LOG2_SCALE: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LARGE_SCORES: tl.constexpr, FILLS: tl.constexpr,
     ZERO_EMPTY_ROWS: tl.constexpr, NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr,
     ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, PACKED: tl.constexpr,
-    DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_KV: tl.constexpr, OVERLAPPED: tl.constexpr, SPLITS: tl.constexpr,
@@ -200,7 +200,7 @@ def attention_combine_kernel(
                 tl.broadcast_to(row_max, [MIN_ROWS]), tl.broadcast_to(row_shift, [MIN_ROWS]), q, k_ptrs, v_ptrs,
                 k_strides, v_strides, first, last, draw, c0, c1, c2, c3, same_idx, q_len, kv_len, sizes, captured,
                 captured_strides, SCORE_MASKED, FACTOR_MASKED, FILL_THRESHOLD, LOG2_SCALE, LARGE_SCORES, NORMALISED,
-                DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+                DROP_LEAST, KEEP_SCALE, KEY, VALUE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
             acc, row_sum = tl.max(accs, 0, keep_dims=True), tl.max(sums, 0, keep_dims=True)
             row_max, row_shift = tl.max(maxima, 0, keep_dims=True), tl.max(shifts, 0, keep_dims=True)

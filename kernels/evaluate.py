@@ -16,7 +16,7 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.distances import DISTANCE, by_distance
-from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product
+from flashfuse.kernels.expr import Const, Element, Expr, Gather, Index, Load, Pointwise, Product
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, batch_symbol, size_symbol
 
@@ -32,6 +32,7 @@ class Tile:
     products: `Product(s)` over the tile, in `dtype`.
     captured: the captured tensors, whole, of any rank, strides and element type.
     dtype: element type of all floating-point arithmetic, float32 or float64.
+    stored: `Element` over the tile, in `dtype`; None for programs without one.
     """
 
     axes: tuple[tuple[sympy.Symbol, range], ...]
@@ -40,6 +41,7 @@ class Tile:
     captured: Sequence[torch.Tensor]
     dtype: torch.dtype
     device: torch.device
+    stored: torch.Tensor | None = None
 
     @functools.cached_property
     def symbols(self) -> Mapping[sympy.Symbol, Integer]:
@@ -84,6 +86,9 @@ def _computed(expr: Expr, tile: Tile, done: dict[Expr, torch.Tensor]) -> torch.T
     match expr:
         case Product(slot=slot):
             return tile.products[slot]
+        case Element():
+            assert tile.stored is not None
+            return tile.stored
         case Const(value=number):
             dtype = torch.bool if isinstance(number, bool) else tile.dtype
             return torch.full((), number, dtype=dtype, device=tile.device)

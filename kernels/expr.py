@@ -114,6 +114,11 @@ class Product(Expr):
 
 
 @dataclass(frozen=True)
+class Element(Expr):
+    """In a spec's programs of keys and values: the element at this position as it is stored, as a number."""
+
+
+@dataclass(frozen=True)
 class Reduce(Expr):
     """`kind` ("max", "min" or "sum") of `arg` over `axis` in [0, extent)."""
 

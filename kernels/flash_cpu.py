@@ -48,6 +48,8 @@ def additive_program(problem: Problem) -> AdditiveProgram | None:
     same_width = q.shape[-1] == v.shape[-1] and all(x.stride(-1) == 1 for x in (q, k, v))
     if q.device.type != "cpu" or len(dtypes) > 1 or not same_width:
         return None
+    if spec.key is not None or spec.value is not None:
+        return None
     if spec.normaliser != "softmax" or spec.factor is not None or spec.dropout:
         return None
     # The sink rescales the kernel's output, which is a rounding more than a narrow type has to spare.

@@ -11,6 +11,7 @@ import triton.language as tl
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import (
     batch_pointer,
+    from_stored,
     load_columns,
     load_keys,
     narrowed,
@@ -37,9 +38,9 @@ def attention_forward_kernel(
     ZERO_EMPTY_ROWS: tl.constexpr, LONGEST_FIRST: tl.constexpr, SHARED_BATCH: tl.constexpr,
     NORMALISED: tl.constexpr, SINK: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr,
     ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
-    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)),  s_ij = score(q_i . k_j, n, i, j)
 
@@ -47,7 +48,7 @@ def attention_forward_kernel(
 
     SINK adds exp(sink(n, i)) to the sum, FACTOR or ROW_FACTOR multiplies exp(s_ij - lse_i), and rows that are not
     ROW_KEPT become 0; where the score is not NORMALISED, out_i = sum_j s_ij v_j. With a seed what multiplies v_j is
-    dropped at random, see `dropout`.
+    dropped at random, see `dropout`. KEY and VALUE make k_j and v_j of stored ones.
     Operands have four batch axes (size 1 where the attention has fewer) and strides (n0, n1, n2, n3, row, column), 0 on
     axes they are shared over; so has ranges_ptr [n.., blocks of queries, 4], where there is one. One program computes
     BLOCK_Q rows of one batch position; LOG2_SCALE turns inner scores into base-2 logarithms.
@@ -100,15 +101,15 @@ def attention_forward_kernel(
     acc, row_sum, row_max, row_shift = visit(
         acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, full_start, full_end, end,
         draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, SCORE_FULL,
-        FACTOR_MASKED, FACTOR_FULL, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
-        PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+        FACTOR_MASKED, FACTOR_FULL, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, KEY, VALUE,
+        PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
     )  # fmt: skip
     if FILL_THRESHOLD is not None:
         acc, row_sum, row_max, row_shift = visit_skipped(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, start, end,
             draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED,
-            FILL_THRESHOLD, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
-            PRECISION, HEAD_DIM, VALUE_DIM,
+            FILL_THRESHOLD, LOG2_SCALE, LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, KEY, VALUE, PRODUCT_DTYPE,
+            PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     lse_ptrs = lse_ptr + 2 * (position.to(tl.int64) * q_len + offs_q)
@@ -144,8 +145,8 @@ def visit(
     draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, SCORE_FULL: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr,
     LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr,
-    KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    KEEP_SCALE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
+    PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """The rows after the key tiles [start, end), of which those in [full_start, full_end) need no mask."""
     BLOCK_KV: tl.constexpr = k_ptrs.shape[0]
@@ -153,8 +154,8 @@ def visit(
         acc, row_sum, row_max, row_shift = _attend(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw, n0, n1, n2, n3,
             q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_FULL, FACTOR_FULL, False, LOG2_SCALE,
-            LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
-            VALUE_DIM,
+            LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, KEY, VALUE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
+            HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     tiles_before = (full_start - start) // BLOCK_KV
@@ -164,8 +165,8 @@ def visit(
         acc, row_sum, row_max, row_shift = _attend(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw, n0, n1, n2, n3,
             q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED, True, LOG2_SCALE,
-            LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
-            VALUE_DIM,
+            LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, KEY, VALUE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
+            HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
     return acc, row_sum, row_max, row_shift
 
@@ -176,8 +177,8 @@ def visit_skipped(
     draw, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: tl.constexpr, FACTOR_MASKED: tl.constexpr, FILL_THRESHOLD: tl.constexpr, LOG2_SCALE: tl.constexpr,
     LARGE_SCORES: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
-    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """The rows after the keys outside [start, end) too, where a row has seen nothing above the fill: these count as
     much as those it saw. Rare.
@@ -191,8 +192,8 @@ def visit_skipped(
         acc, row_sum, row_max, row_shift = _attend(
             acc, row_sum, row_max, row_shift, q, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, draw, n0, n1, n2, n3,
             q_idx, q_len, kv_len, sizes, captured, captured_strides, SCORE_MASKED, FACTOR_MASKED, True, LOG2_SCALE,
-            LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
-            VALUE_DIM,
+            LARGE_SCORES, NORMALISED, DROP_LEAST, KEEP_SCALE, KEY, VALUE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION,
+            HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
     return acc, row_sum, row_max, row_shift
 
@@ -250,8 +251,8 @@ def _attend(
     n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, KEYS_END: tl.constexpr, LOG2_SCALE: tl.constexpr,
     LARGE_SCORES: tl.constexpr, NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
-    PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """One key tile: acc and row_sum take in exp2(LOG2_SCALE * score - row_shift), row_shift = LOG2_SCALE * row_max.
 
@@ -264,7 +265,12 @@ def _attend(
     key = tl.cast(kv_start, tl.int64)
 
     # [block_kv, block_d]
-    k = load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
+    k = load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D)
+    if KEY is not None:
+        k = from_stored(
+            k, n0, n1, n2, n3, kv_idx, q_len, kv_len, sizes, captured, captured_strides, KEY, KEYS_END, HEAD_DIM
+        )  # fmt: skip
+    k = k.to(PRODUCT_DTYPE)
     # [block_q, block_kv]
     qk = product(q, tl.trans(k), PRECISION)
     score = SCORE(qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides)
@@ -301,7 +307,12 @@ def _attend(
         p *= kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
 
     # [block_kv, block_dv]
-    v = load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+    v = load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV)
+    if VALUE is not None:
+        v = from_stored(
+            v, n0, n1, n2, n3, kv_idx, q_len, kv_len, sizes, captured, captured_strides, VALUE, KEYS_END, VALUE_DIM
+        )  # fmt: skip
+    v = v.to(PROBS_DTYPE)
     # [block_q, block_dv]
     if PRECISION == "ieee" and v.dtype == tl.float32:
         # A sum a tile, then a sum over tiles: one chain through all keys rounds several times worse.

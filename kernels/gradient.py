@@ -53,6 +53,8 @@ def _on_device(choose: Callable[[], Kernel]) -> Kernel:
         needs: Sequence[bool],
     ) -> list[torch.Tensor]:
         call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
+        if call.spec.key is not None or call.spec.value is not None:
+            raise RuntimeError("flashfuse::attention_backward: no gradients behind programs of stored elements")
         found = choose()(call.on_one_device(), grad_out, out, lse, needs)
         wanted = (call.operands[at] for at in needed_places(call, needs))
         return [x.to(like.device) for x, like in zip(found, wanted, strict=True)]

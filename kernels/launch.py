@@ -178,6 +178,8 @@ def constants(
         "FACTOR_FULL": program.factor_full,
         "ROW_FACTOR": program.row_factor,
         "ROW_KEPT": program.row_kept,
+        "KEY": program.key,
+        "VALUE": program.value,
         **dropout.compile_time(spec.dropout),
         "SHARED_BATCH": program.shared_batch,
         "PRODUCT_DTYPE": triton_dtype(spec.product_dtype),

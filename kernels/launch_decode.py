@@ -120,13 +120,14 @@ def attention_decode(
 def packed_axes(call: AttentionCall) -> tuple[bool, ...]:
     """Which of four batch axes lie along the rows of a tile: those along which a tile's keys are the same.
 
-    That is keys, values, and which of them are visited. An axis of size 1 is none.
+    That is keys, values, what makes them of those stored, and which of them are visited. An axis of size 1 is none.
     """
     shared = [x for x in (call.k, call.v, call.kv_ranges) if x is not None]
     bounds = mask_of(call.spec).bounds
     packed = (
         size > 1
         and all(x.shape[axis] == 1 or x.stride(axis) == 0 for x in shared)
+        and call.spec.shares_stored(axis)
         and not bounds.depends_on({batch_symbol(axis)})
         for axis, size in enumerate(call.batch)
     )

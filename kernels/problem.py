@@ -19,7 +19,7 @@ from flashfuse.kernels.dropout import kept
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.mask import MASK_BLOCK, MaskStructure, mask_of
-from flashfuse.kernels.spec import AttentionSpec
+from flashfuse.kernels.spec import D_IDX, KV_IDX, AttentionSpec
 
 Box = tuple[range, ...]
 
@@ -160,6 +160,16 @@ class Problem:
         """Where programs are evaluated over a box of scores."""
         axes = tuple(zip(self.symbols, box, strict=True))
         return Tile(axes, self.sizes, products, self.captured, self.spec.compute_dtype, self.q.device)
+
+    def from_stored(self, x: torch.Tensor, program: Expr | None, box: Box) -> torch.Tensor:
+        """Keys or values over `box` [outer.., keys], from what is stored [outer.., keys, columns], as numbers."""
+        x = x.to(self.spec.compute_dtype)
+        if program is None:
+            return x
+        symbols = (*self.symbols[: len(box) - 1], KV_IDX, D_IDX)
+        axes = tuple(zip(symbols, (*box, range(x.shape[-1])), strict=True))
+        tile = Tile(axes, self.sizes, (), self.captured, x.dtype, x.device, x)
+        return evaluate(program, tile).to(x.dtype).expand(x.shape)
 
     def kept(self, box: Box) -> torch.Tensor:
         """1 where dropout keeps a weight and 0 where it drops it, over a box of scores, in its shape."""

@@ -11,6 +11,7 @@ import torch
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
 from flashfuse.kernels.expr import Expr
+from flashfuse.kernels.spec import D_IDX
 
 
 def attention_reference(
@@ -28,10 +29,21 @@ def attention_reference(
     def rounded(x: torch.Tensor, to: torch.dtype) -> torch.Tensor:
         return x.to(compute) if dtype else x.to(to).to(compute)
 
-    product = rounded(call.q, spec.product_dtype) @ rounded(call.k, spec.product_dtype).mT
+    *outer, q_axis, kv_axis = position_symbols(spec)
+    sizes = size_values(spec, q_len, kv_len, call.sizes)
+
+    def from_stored(x: torch.Tensor, program: Expr | None) -> torch.Tensor:
+        if program is None:
+            return x
+        axes = tuple(zip((*outer, kv_axis, D_IDX), map(range, (*batch, *x.shape[-2:])), strict=True))
+        x = x.to(compute)
+        return evaluate(program, Tile(axes, sizes, (), call.captured, compute, call.device, x)) + torch.zeros_like(x)
+
+    k, v = from_stored(call.k, spec.key), from_stored(call.v, spec.value)
+    product = rounded(call.q, spec.product_dtype) @ rounded(k, spec.product_dtype).mT
     tile = Tile(
-        axes=tuple(zip(position_symbols(spec), map(range, (*batch, q_len, kv_len)), strict=True)),
-        sizes=size_values(spec, q_len, kv_len, call.sizes),
+        axes=tuple(zip((*outer, q_axis, kv_axis), map(range, (*batch, q_len, kv_len)), strict=True)),
+        sizes=sizes,
         products=(product,),
         captured=call.captured,
         dtype=compute,
@@ -62,7 +74,7 @@ def attention_reference(
     if spec.dropout:
         assert kept is not None, "dropout is a function of the mask that it draws"
         probs = rounded(probs, spec.probs_dtype) * rounded(kept.to(compute) / (1 - spec.dropout), spec.probs_dtype)
-    out = rounded(probs, spec.probs_dtype) @ rounded(call.v, spec.probs_dtype)
+    out = rounded(probs, spec.probs_dtype) @ rounded(v, spec.probs_dtype)
     out = out.expand(*batch, q_len, call.value_dim)
     return (out, lse) if dtype else (out.to(spec.out_dtype), lse)
 

@@ -14,16 +14,29 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product, free_symbols, loads, walk
+from flashfuse.kernels.expr import (
+    Const,
+    Element,
+    Expr,
+    Gather,
+    Index,
+    Load,
+    Pointwise,
+    Product,
+    free_symbols,
+    loads,
+    walk,
+)
 from flashfuse.kernels.normal import index, number, pointwise
 from flashfuse.kernels.operators import OPS
-from flashfuse.kernels.spec import KV_IDX, MAX_BATCH_AXES, Q_IDX, batch_symbol
+from flashfuse.kernels.spec import D_IDX, KV_IDX, MAX_BATCH_AXES, Q_IDX, batch_symbol
 
 Guards = tuple[Expr, ...]
 
-# What a generated function of a tile of products takes, and one of the rows of a tile.
+# What a generated function takes: one of a tile of products, of the rows of a tile, of a tile of keys or values.
 TILE_ARGUMENTS = "qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, strides"
 ROW_ARGUMENTS = "n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, strides"
+STORED_ARGUMENTS = "x, n0, n1, n2, n3, kv_idx, d_idx, q_len, kv_len, sizes, captured, strides"
 
 
 def tile_body(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool) -> str:
@@ -49,6 +62,13 @@ def row_body(program: Expr) -> str:
     """
     writer = Writer([program], torch.float32, keys_end=False)
     result = writer.filled(program, "q_idx.shape")
+    return indented([*writer.lines, f"return {result}"])
+
+
+def stored_body(program: Expr) -> str:
+    """Statements that return the value of a program of keys or values on a tile `x` of stored elements, in float32."""
+    writer = Writer([program], torch.float32, keys_end=False)
+    result = writer.filled(program, "x.shape")
     return indented([*writer.lines, f"return {result}"])
 
 
@@ -100,6 +120,8 @@ class Writer:
         match expr:
             case Product(slot=0):
                 return "qk"
+            case Element():
+                return "x"
             case Const(value=value):
                 return self._constant(value)
             case Index(value=value):
@@ -218,12 +240,12 @@ def _relevant(guards: Guards, expr: Expr) -> Guards:
 
 
 def _positions(expr: Expr) -> frozenset[sympy.Symbol]:
-    return free_symbols(expr) & {Q_IDX, KV_IDX}
+    return free_symbols(expr) & {Q_IDX, KV_IDX, D_IDX}
 
 
 def _position_rank(term: sympy.Expr) -> int:
     """Scalars 0, one tile axis 1, both 2."""
-    return len(term.free_symbols & {Q_IDX, KV_IDX})
+    return len(term.free_symbols & {Q_IDX, KV_IDX, D_IDX})
 
 
 def _offset(term: sympy.Expr, stride: str) -> str:

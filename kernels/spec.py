@@ -5,9 +5,11 @@ An attention is, over batch axes n0, n1, .. (batch, key/value head, query group,
     out[n.., i, d] = sum_j factor(n.., i, j) * P[n.., i, j] * v[n.., j, d]
     P[n.., i, j]   = exp(S[n.., i, j]) / (exp(sink(n.., i)) + sum_j exp(S[n.., i, j]))
     S[n.., i, j]   = score(sum_r q[n.., i, r] * k[n.., j, r], n.., i, j)
+    k[n.., j, r]   = key(stored k[n.., j, r], n.., j, r), and the same for v by value
 
-without `factor` and `sink` an ordinary softmax attention. With the normaliser "none" P is S itself, as in sigmoid
-attention. With dropout p a weight of a value becomes 0 with probability p, or else is divided by 1 - p: see `dropout`.
+without `key` and `value` k and v are what is stored, without `factor` and `sink` it is an ordinary softmax attention.
+With the normaliser "none" P is S itself, as in sigmoid attention. With dropout p a weight of a value becomes 0 with
+probability p, or else is divided by 1 - p: see `dropout`.
 
 Operands are tensors [N0, .., Nm, T, D] that broadcast against each other over the batch axes: an axis of size 1 (or of
 stride 0) is shared. Grouped-query attention is therefore q [B, Hkv, G, Tq, D] with k and v [B, Hkv, 1, Tkv, D]; no
@@ -28,15 +30,17 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product, free_symbols, gather
+from flashfuse.kernels.expr import Const, Element, Expr, Gather, Index, Load, Pointwise, Product, free_symbols, gather
 from flashfuse.kernels.normal import cast, const, index, pointwise
 from flashfuse.kernels.operators import OPS
 
 MAX_BATCH_AXES = 4
 
-# Symbols a score program may use. q_idx and kv_idx are absolute positions in the query and key/value sequence.
+# Symbols a score program may use. q_idx and kv_idx are absolute positions in the query and key/value sequence. Programs
+# of keys and values use d_idx, the position in a head, and no q_idx.
 Q_IDX = sympy.Symbol("q_idx", integer=True, nonnegative=True)
 KV_IDX = sympy.Symbol("kv_idx", integer=True, nonnegative=True)
+D_IDX = sympy.Symbol("d_idx", integer=True, nonnegative=True)
 Q_LEN = sympy.Symbol("q_len", integer=True, positive=True)
 KV_LEN = sympy.Symbol("kv_len", integer=True, positive=True)
 
@@ -74,6 +78,9 @@ class AttentionSpec:
     factor: what the probability at (n.., q_idx, kv_idx) is multiplied by after the softmax; None for 1. A boolean one
         is the same for a whole row, and a row where it is false gives 0, even one without a key.
     dropout: the probability with which a weight is dropped, 0 <= dropout < 1.
+    key, value: the element of k, of v at (n.., kv_idx, d_idx) as a function of the one that is stored, `Element`, and
+        of captured tensors: how a quantised cache is read. It is computed in `compute_dtype` and rounded to
+        `product_dtype`, or `probs_dtype`. None where those hold what is stored, and it is used as it is.
     """
 
     batch_axes: int
@@ -89,6 +96,8 @@ class AttentionSpec:
     sink: Expr | None = None
     factor: Expr | None = None
     dropout: float = 0.0
+    key: Expr | None = None
+    value: Expr | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.batch_axes <= MAX_BATCH_AXES:
@@ -101,6 +110,8 @@ class AttentionSpec:
             raise ValueError("a sink takes part in a softmax, and the normaliser is 'none'")
         if self.factor is not None and self.factor.dtype == torch.bool and KV_IDX in free_symbols(self.factor):
             raise ValueError("a boolean factor decides over whole rows, and this one differs along the keys")
+        if any(Q_IDX in free_symbols(e) for e in (self.key, self.value) if e is not None):
+            raise ValueError("keys and values are the same for all queries, and a program of them uses q_idx")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a probability below 1, got {self.dropout}")
         rank = self.batch_axes + 2
@@ -111,7 +122,7 @@ class AttentionSpec:
 
     @functools.cached_property
     def _hash(self) -> int:
-        programs = (self.score, self.sink, self.factor)
+        programs = (self.score, self.sink, self.factor, self.key, self.value)
         return hash((self.batch_axes, programs, self.captured, self.product_dtype, self.probs_dtype, self.out_order))
 
     def __hash__(self) -> int:
@@ -120,8 +131,12 @@ class AttentionSpec:
 
     @property
     def programs(self) -> tuple[Expr, ...]:
-        """Every expression of the spec."""
+        """Every expression over queries and keys."""
         return tuple(e for e in (self.score, self.sink, self.factor) if e is not None)
+
+    def shares_stored(self, axis: int) -> bool:
+        """Whether the programs of keys and values are the same along batch axis number `axis`."""
+        return not any(batch_symbol(axis) in free_symbols(e) for e in (self.key, self.value) if e is not None)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -148,6 +163,8 @@ class AttentionSpec:
                 "sink": None if self.sink is None else to_text(self.sink),
                 "factor": None if self.factor is None else to_text(self.factor),
                 "dropout": self.dropout,
+                "key": None if self.key is None else to_text(self.key),
+                "value": None if self.value is None else to_text(self.value),
             }
         )
         return fields.replace('"', "'")
@@ -182,6 +199,8 @@ def _parse_spec(text: str) -> AttentionSpec:
         sink=optional("sink"),
         factor=optional("factor"),
         dropout=fields["dropout"],
+        key=optional("key"),
+        value=optional("value"),
     )
 
 
@@ -197,7 +216,8 @@ def _dtype(name: str) -> torch.dtype:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Text form: Python expression syntax, over q_idx, kv_idx, n0.., q_len, kv_len, size0.., score (the product) and t0[..]
+# Text form: Python expression syntax, over q_idx, kv_idx, d_idx, n0.., q_len, kv_len, size0.., qk (the product), x (the
+# stored element) and t0[..]
 
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
@@ -210,6 +230,8 @@ def to_text(expr: Expr) -> str:
     match expr:
         case Product(slot=slot):
             return "qk" if slot == 0 else f"qk{slot}"
+        case Element():
+            return "x"
         case Const(value=value):
             return repr(value) if isinstance(value, bool) or math.isfinite(value) else f"{'-' if value < 0 else ''}inf"
         case Index(value=value):
@@ -276,6 +298,8 @@ def parse(text: str, captured: tuple[torch.dtype, ...] = (), score_dtype: torch.
                 return pointwise("not", build(operand))
             case ast.Name(id="inf"):
                 return Const(score_dtype, math.inf)
+            case ast.Name(id="x"):
+                return Element(score_dtype)
             case ast.Name(id=name) if name.startswith("qk"):
                 return Product(score_dtype, int(name[2:] or 0))
             case ast.Name(id=name):
@@ -302,7 +326,7 @@ def parse(text: str, captured: tuple[torch.dtype, ...] = (), score_dtype: torch.
 
 
 def _symbol(name: str) -> sympy.Symbol:
-    known = {"q_idx": Q_IDX, "kv_idx": KV_IDX, "q_len": Q_LEN, "kv_len": KV_LEN}
+    known = {"q_idx": Q_IDX, "kv_idx": KV_IDX, "d_idx": D_IDX, "q_len": Q_LEN, "kv_len": KV_LEN}
     if name in known:
         return known[name]
     if name[:1] == "n" and name[1:].isdigit():

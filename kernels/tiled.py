@@ -38,7 +38,8 @@ def _attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = empty_output(call)
     if lse.numel() == 0:
         return out, lse
-    axes = Axes.of(call.batch, lambda axis: _is_shared(call.k, axis) and _is_shared(call.v, axis))
+    operands, stored_alike = (call.k, call.v), call.spec.shares_stored
+    axes = Axes.of(call.batch, lambda axis: stored_alike(axis) and all(_is_shared(x, axis) for x in operands))
     problem = axes.problem(call)
     out_rows, lse_rows = axes.rows(out), axes.rows(lse)
     if call.kv_len == 0:
@@ -122,10 +123,7 @@ class _Rows:
 
     def _visit_tile(self, keys: range, score: Expr) -> None:
         # [pairs, keys, D], [pairs, keys, Dv]
-        k, v = (
-            x[..., keys.start : keys.stop, :].to(self.q.dtype).reshape(len(self.q), len(keys), x.shape[-1])
-            for x in (self.k, self.v)
-        )
+        k, v = self._tile(self.k, keys, self.problem.spec.key), self._tile(self.v, keys, self.problem.spec.value)
         # [pairs, rows, keys]
         product = torch.bmm(self.q, k.mT)
         scores = self.problem.evaluate(score, (*self.box, keys), product).reshape(product.shape)
@@ -140,6 +138,12 @@ class _Rows:
         self.sum = self.sum * decay + probs.sum(-1, keepdim=True)
         self.acc.mul_(decay).baddbmm_(self._weights(probs, keys), v)
         self.max = row_max
+
+    def _tile(self, x: torch.Tensor, keys: range, program: Expr | None) -> torch.Tensor:
+        """Keys or values [pairs, keys, columns] in the arithmetic's own type."""
+        box = (*self.box[: x.dim() - 2], keys)
+        tile = self.problem.from_stored(x[..., keys.start : keys.stop, :], program, box)
+        return tile.reshape(len(self.q), len(keys), x.shape[-1])
 
     def _weights(self, probs: torch.Tensor, keys: range) -> torch.Tensor:
         """What multiplies the values [pairs, rows, keys]: probabilities times the spec's factor, those dropped 0."""

@@ -55,6 +55,29 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def from_stored(
+    x, n0, n1, n2, n3, kv_idx, q_len, kv_len, sizes, captured, captured_strides,
+    PROGRAM: tl.constexpr, KEYS_END: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Keys or values [block_kv, block] of a tile of stored ones, with zeros behind the last column and key.
+
+    Positions there repeat the last, so that no load of the program has to be masked for them.
+    """
+    BLOCK: tl.constexpr = x.shape[1]
+    columns = tl.arange(0, BLOCK)
+    d_idx = columns if COLUMNS == BLOCK else tl.minimum(columns, COLUMNS - 1)
+    key = tl.minimum(kv_idx, kv_len - 1) if KEYS_END else kv_idx
+    x = PROGRAM(
+        x.to(tl.float32), n0, n1, n2, n3, key[:, None], d_idx[None, :], q_len, kv_len, sizes, captured, captured_strides
+    )  # fmt: skip
+    if COLUMNS != BLOCK:
+        x = tl.where(columns[None, :] < COLUMNS, x, 0.0)
+    if KEYS_END:
+        x = tl.where(kv_idx[:, None] < kv_len, x, 0.0)
+    return x
+
+
+@triton.jit
 def load_columns(ptrs, columns, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """Load a tile whose rows all exist, with zeros behind the last column."""
     if COLUMNS == BLOCK:

@@ -27,6 +27,7 @@ from flashfuse.patterns.output_order import output_order
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score, settled
 from flashfuse.patterns.site import AttentionSite
+from flashfuse.patterns.stored import Side
 from flashfuse.patterns.table import Table
 from flashfuse.patterns.transforms import mapped_axes
 
@@ -55,7 +56,8 @@ def assemble(
         _check_plain(lifter, term.dot.lhs, term.dot.rhs, roles, node)
         _check_plain(lifter, term.dot.rhs, term.dot.lhs, roles, node)
     dtype = score.dot.dtype
-    value_options = _options(lifter, value_side, frozenset(), values.dtype, node, "values", False)
+    stored = _stored(lifter, roles, (roles.j, roles.d), values.dtype, node)
+    value_options = _options(lifter, value_side, frozenset(), values.dtype, node, "values", False, stored)
     options = [*_product_options(lifter, score, roles, node), (value_options, (roles.j, roles.d))]
     layout = Layout(lifter, roles, (score.program, *end.programs.values()), options)
     *factors, v = layout.chosen
@@ -66,13 +68,15 @@ def assemble(
     axes = layout.batch
     if len(axes) + mapped_axes(raw_value(node)) > MAX_BATCH_AXES:
         raise Refused("transform", f"with the axes of vmap there are more than {MAX_BATCH_AXES} batch axes", node)
-    programs = {"score": program, **{name: layout.substitute(e) for name, e in end.programs.items()}}
+    of_elements = {"key": factors[1].program, "value": v.program}
+    further = {**end.programs, **{name: e for name, e in of_elements.items() if e is not None}}
+    programs = {"score": program, **{name: layout.substitute(e) for name, e in further.items()}}
     captured = _captured(programs.values())
     _check_captured(lifter, captured, node)
     q_len = lifter.ranges[roles.i] if roles.i is not None else sympy.Integer(1)
     kv_len = lifter.ranges[roles.j]
     finished, sizes = named([*programs.values()], axes, roles, captured, q_len, kv_len)
-    product_dtype = _product_dtype({reading.load.dtype for reading in factors}, dtype)
+    product_dtype = _product_dtype({r.load.dtype if r.program is None else dtype for r in factors}, dtype)
     terms = [
         (
             layout.operand(q, (*axes, roles.i, term.dot.axis), product_dtype, term.factor),
@@ -98,6 +102,8 @@ def assemble(
         sink=parts.get("sink"),
         factor=parts.get("factor"),
         dropout=0.0 if end.dropout is None else end.dropout.tensor.p,
+        key=parts.get("key"),
+        value=parts.get("value"),
     )
     return AttentionSite(
         node=node,
@@ -181,7 +187,9 @@ def _product_options(lifter: Lifter, score: Score, roles: Roles, node: fx.Node) 
         dot = term.dot
         shared = free_symbols(dot.lhs) & free_symbols(dot.rhs) - {dot.axis}
         q = _options(lifter, dot.lhs, shared, dot.dtype, node, "queries", scaled)
-        k = _options(lifter, dot.rhs, shared, dot.dtype, node, "keys", scaled)
+        # The program of keys is one of the spec, so of several products' none has one.
+        stored = _stored(lifter, roles, (roles.j, dot.axis), dot.dtype, node) if scaled else None
+        k = _options(lifter, dot.rhs, shared, dot.dtype, node, "keys", scaled, stored)
         found += [(q, (roles.i, dot.axis)), (k, (roles.j, dot.axis))]
     return found
 
@@ -194,11 +202,21 @@ def _options(
     node: fx.Node,
     what: str,
     scaled: bool,
+    stored: Side | None = None,
 ) -> list[Reading]:
-    found = readings(lifter, side, shared, dtype, node, scaled)
+    found = readings(lifter, side, shared, dtype, node, scaled, stored)
     if not found:
         raise Refused("mutation", f"the {what} are written in place before the attention's output is computed", node)
     return found
+
+
+def _stored(
+    lifter: Lifter, roles: Roles, axes: Sequence[sympy.Symbol | None], dtype: torch.dtype, node: fx.Node
+) -> Side:
+    """Where the elements of keys or values are looked for, whose row and column are `axes`."""
+    present = frozenset(a for a in axes if a is not None)
+    own = frozenset(a for a in present if lifter.ranges.get(a, 1) != 1)
+    return Side(own, present | frozenset(roles.batch), dtype, node)
 
 
 def _scaled(program: Expr, factor: Expr) -> Expr:

@@ -16,10 +16,11 @@ from torch import fx
 
 from flashfuse.kernels.expr import Expr, Index, Load, free_symbols, walk
 from flashfuse.kernels.spec import MAX_BATCH_AXES
+from flashfuse.kernels.stored import holds
 from flashfuse.patterns.axes import Roles, fold, folds, moved, radix, substituted
 from flashfuse.patterns.indexing import resimplify
 from flashfuse.patterns.lift import Lifter
-from flashfuse.patterns.operand import Reading, exactly_promotes, sizes_of
+from flashfuse.patterns.operand import Reading, sizes_of
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.site import Operand
 from flashfuse.patterns.views import Step, view_plan
@@ -40,9 +41,7 @@ class Layout:
         self.ranges = lifter.ranges
         self.mapping: dict[sympy.Symbol, sympy.Expr] = {}
         self.parts: dict[sympy.Symbol, tuple[sympy.Symbol, ...]] = {b: (b,) for b in roles.batch}
-        inside = [e for program in programs for e in walk(program)]
-        reads = [i for e in inside if isinstance(e, Load) for i in e.indices]
-        self._split_for(reads + [e.value for e in inside if isinstance(e, Index)])
+        self._split_for([i for program in programs for i in _indices(program)])
         self.chosen = tuple(self._choose(found, own) for found, own in options)
 
     @property
@@ -58,8 +57,8 @@ class Layout:
         steps = self._plan(reading.load, axes)
         if steps is None:
             raise _no_view(reading)
-        kept = reading.load.dtype if exactly_promotes(reading.load.dtype, dtype) else dtype
-        return Operand(reading.load.tensor, steps, kept, factor)
+        as_read = reading.program is not None or holds(dtype, reading.load.dtype)
+        return Operand(reading.load.tensor, steps, reading.load.dtype if as_read else dtype, factor)
 
     def substitute(self, expr: Expr) -> Expr:
         """The expression over the axes after splitting."""
@@ -72,7 +71,8 @@ class Layout:
             if not own <= free_symbols(reading.load):
                 continue
             before = self.mapping, self.parts
-            if self._split_for(reading.load.indices) and self._plan(reading.load, (*self.batch, *own_axes)) is not None:
+            indices = [*reading.load.indices, *([] if reading.program is None else _indices(reading.program))]
+            if self._split_for(indices) and self._plan(reading.load, (*self.batch, *own_axes)) is not None:
                 return reading
             self.mapping, self.parts = before
         raise _no_view(found[0])
@@ -101,6 +101,13 @@ class Layout:
 
     def _plan(self, load: Load, axes: Sequence[sympy.Symbol | None]) -> tuple[Step, ...] | None:
         return view_plan(substituted(load.indices, self.mapping, self.ranges), sizes_of(load), axes, self.ranges)
+
+
+def _indices(program: Expr) -> list[sympy.Expr]:
+    """Where a program reads, and what it computes from positions."""
+    inside = list(walk(program))
+    reads = [i for e in inside if isinstance(e, Load) for i in e.indices]
+    return reads + [e.value for e in inside if isinstance(e, Index)]
 
 
 def _no_view(reading: Reading) -> Refused:

@@ -9,7 +9,7 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 from flashfuse.kernels.expr import Expr, Gather, Index, Load, free_symbols, gather
 from flashfuse.kernels.normal import rewrite
-from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, batch_symbol, size_symbol
+from flashfuse.kernels.spec import D_IDX, KV_IDX, KV_LEN, Q_IDX, Q_LEN, batch_symbol, size_symbol
 from flashfuse.patterns.axes import Roles
 
 # What the text of a program has no form for, or what would be computed again for every element.
@@ -26,6 +26,9 @@ def named(
 ) -> tuple[list[Expr], tuple[sympy.Expr, ...]]:
     """The programs over the spec's own names, and the graph sizes that its size0, size1, .. stand for."""
     names: dict[sympy.Symbol, sympy.Expr] = {a: batch_symbol(n) for n, a in enumerate(axes)} | {roles.j: KV_IDX}
+    names[roles.r] = D_IDX
+    if roles.d is not None:
+        names[roles.d] = D_IDX
     if roles.i is not None:
         names[roles.i] = Q_IDX
     programs, computed = _with_sizes_computed(programs, frozenset(names))

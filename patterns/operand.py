@@ -18,24 +18,50 @@ from flashfuse.kernels.normal import pointwise
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.graph import shape, tensor
 from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.stored import Side, stored_readings
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One place an operand can be read: the load there, and the scalar factors passed on the way."""
+    """One place an operand can be read: the load there, and the scalar factors passed on the way.
+
+    program: what the operand's element is of the one that is read there, `Element`; None where it is that one.
+    """
 
     load: Load
     factors: tuple[Expr, ...]
+    program: Expr | None = None
 
 
 def readings(
-    lifter: Lifter, side: Expr, shared: frozenset[sympy.Symbol], dtype: torch.dtype, site: fx.Node, scaled: bool
+    lifter: Lifter,
+    side: Expr,
+    shared: frozenset[sympy.Symbol],
+    dtype: torch.dtype,
+    site: fx.Node,
+    scaled: bool,
+    stored: Side | None = None,
 ) -> list[Reading]:
     """Places where an operand of a product can be read, nearest first.
 
     `shared` are the symbols a scalar factor may depend on (it must be the same for every element of a row of the
     product and of its column), `scaled` whether factors may be passed at all, `dtype` the product's element type.
+    `stored` says that programs of stored elements may be passed, too, where no gradient is to come back through them.
     """
+    found, behind = _plain_readings(lifter, side, shared, dtype, site, scaled)
+    if not found or behind is None or stored is None or lifter.history:
+        return found
+    expr, factors = behind
+    types = (reading.load.dtype for reading in found)
+    element_bytes = min((t if exactly_promotes(t, dtype) else dtype).itemsize for t in types)
+    further = stored_readings(lifter, expr, stored, element_bytes)
+    return found + [Reading(load, factors, program) for load, program in further]
+
+
+def _plain_readings(
+    lifter: Lifter, side: Expr, shared: frozenset[sympy.Symbol], dtype: torch.dtype, site: fx.Node, scaled: bool
+) -> tuple[list[Reading], tuple[Expr, tuple[Expr, ...]] | None]:
+    """Readings of the operand's own elements; what lies behind the last and the factors until there, if anything."""
     found: list[Reading] = []
     factors: tuple[Expr, ...] = ()
     expr, rounded = side, False
@@ -45,25 +71,25 @@ def readings(
             expr, rounded = expr.args[0], True
             continue
         if isinstance(expr, Pointwise) and rounded:
-            return found
+            return found, (expr, factors)
         if isinstance(expr, Pointwise):
             passed = _without_factor(expr, shared) if scaled else None
             if passed is None:
-                return found
+                return found, (expr, factors)
             expr, factor = passed
             factors = (*factors, factor)
             continue
         if not isinstance(expr, Load):
-            return found
+            return found, None
         assert isinstance(expr.tensor, fx.Node)
         if not rounded and not exactly_promotes(expr.dtype, dtype):
-            return found
+            return found, (expr, factors)
         if lifter.writer_before(expr.tensor, site) is None:
             found.append(Reading(expr, factors))
         try:
             expr = lifter.expand(expr)
         except CannotLift:
-            return found
+            return found, None
 
 
 def exactly_promotes(source: torch.dtype, target: torch.dtype) -> bool:

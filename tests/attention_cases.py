@@ -66,8 +66,14 @@ def make_call(
     factor: str | None = None,
     dropout: float = 0.0,
     seed: int = 0x123456789ABCDEF,
+    key: str | None = None,
+    value: str | None = None,
+    stored: torch.dtype | None = None,
 ) -> Call:
-    """A call with random operands: q of `q_shape`, k and v of the same batch axes unless `k_batch`, `v_batch` say."""
+    """A call with random operands: q of `q_shape`, k and v of the same batch axes unless `k_batch`, `v_batch` say.
+
+    stored: the element type of k and v, by default `dtype`. Integers use the whole of their range.
+    """
     *batch, q_len, head_dim = q_shape
     kv_len = q_len if kv_len is None else kv_len
     types = tuple(c.dtype for c in captured)
@@ -91,18 +97,26 @@ def make_call(
         sink=program(sink),
         factor=program(factor),
         dropout=dropout,
+        key=program(key),
+        value=program(value),
     )
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
+    def held(*shape: int) -> torch.Tensor:
+        if stored is None or stored.is_floating_point:
+            return random(*shape).to(stored or dtype)
+        limits = torch.iinfo(stored)
+        return torch.randint(limits.min, limits.max + 1, shape, generator=generator, dtype=stored)
+
     k_batch = batch if k_batch is None else k_batch
     return Call(
         spec,
         random(*q_shape),
-        random(*k_batch, kv_len, head_dim),
-        random(*(k_batch if v_batch is None else v_batch), kv_len, head_dim if value_dim is None else value_dim),
+        held(*k_batch, kv_len, head_dim),
+        held(*(k_batch if v_batch is None else v_batch), kv_len, head_dim if value_dim is None else value_dim),
         list(captured),
         [*batch, *sizes],
         seed=torch.tensor(seed) if dropout else None,

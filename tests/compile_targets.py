@@ -23,7 +23,10 @@ DEVICES = {
     "sm100": (Device("cuda", 100, 232448), GPUTarget("cuda", 100, 32)),
     "gfx942": (Device("hip", 0, 65536), GPUTarget("hip", "gfx942", 64)),
 }
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
+POINTERS = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1", torch.int8: "*i8",
+    torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
+}  # fmt: skip
 
 
 def source_of(
@@ -34,11 +37,13 @@ def source_of(
     ranged: bool,
     filled: bool = False,
     parts: bool = True,
+    stored: torch.dtype | None = None,
     ones: Sequence[str] = (),
 ) -> ASTSource:
     """The kernel as the launcher would specialise it for aligned operands with contiguous rows.
 
     ranged: for a call with `kv_ranges`. filled: with rows that may see every key. parts: with several splits of keys.
+    stored: the element type of k and v, by default the output's.
     ones: numbers that are 1.
     """
     signature: dict[str, Any] = {}
@@ -66,7 +71,8 @@ def source_of(
             signature[name] = ("*fp32",) * arguments["NUM_SUMS"]
         elif name.endswith("_ptr"):
             wide = name in ("lse_ptr", "rows_ptr", "parts_ptr") or (name == "dt_ptr" and arguments["BY_DISTANCE"])
-            signature[name] = POINTERS[spec.compute_dtype if wide else spec.out_dtype]
+            narrow = stored if name in ("k_ptr", "v_ptr") else None
+            signature[name] = POINTERS[spec.compute_dtype if wide else narrow or spec.out_dtype]
             aligned.append((i,))
         elif name == "captured":
             signature[name] = tuple(POINTERS[c] for c in spec.captured)

@@ -21,6 +21,7 @@ ALLOWED = {
         "flashfuse.kernels.expr",
         "flashfuse.kernels.normal",
         "flashfuse.kernels.operators",
+        "flashfuse.kernels.stored",
     ),
     "fusion": ("flashfuse",),
 }

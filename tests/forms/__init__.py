@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from . import additive, data_masks, dropping, normalisers, padding, positional, products, relative, shaping, tables
+from . import (
+    additive,
+    data_masks,
+    dropping,
+    normalisers,
+    padding,
+    positional,
+    products,
+    relative,
+    shaping,
+    stored,
+    tables,
+)
 from .decoys import DECOYS, Decoy
 from .form import Form, Sizes, Spelling, exact, module
 
@@ -17,6 +29,7 @@ FORMS: tuple[Form, ...] = (
     *products.FORMS,
     *normalisers.FORMS,
     *dropping.FORMS,
+    *stored.FORMS,
 )
 
 

@@ -104,7 +104,7 @@ class Expect:
     sites: how many attentions the code holds.
     normaliser, empty_row: the spec's; None where it does not matter.
     dropout: the probability.
-    sink, factor: occurs in the text of that program, which is "none" where the spec has none.
+    sink, factor, key, value: occurs in the text of that program, which is "none" where the spec has none.
     """
 
     score: tuple[str, ...] = (r"qk \* 0\.3535",)
@@ -115,6 +115,8 @@ class Expect:
     empty_row: str | None = None
     sink: str = "none"
     factor: str = "none"
+    key: str = "none"
+    value: str = "none"
     dropout: float = 0.0
 
 

@@ -46,7 +46,8 @@ def check(site: AttentionSite, form: Form) -> None:
     for pattern in expect.score:
         assert re.search(pattern, score_of(spec)), f"{pattern!r} is not in the score {score_of(spec)}"
     assert re.match(expect.mask, mask), f"the mask is {mask!r}"
-    for program, pattern in ((spec.sink, expect.sink), (spec.factor, expect.factor)):
+    for name in ("sink", "factor", "key", "value"):
+        program, pattern = getattr(spec, name), getattr(expect, name)
         text = "none" if program is None else to_text(program)
         assert re.search(pattern, text), f"{text!r}, expected {pattern!r}"
     assert (spec.normaliser, spec.dropout) == (expect.normaliser, expect.dropout)
