@@ -4,9 +4,9 @@
     python -m benchmarks.decode_model --device cpu --tiny   # the same code at sizes for a CPU, whose times mean nothing
 
 transformers' LlamaModel, 8 layers, hidden 2048, 32 heads and 8 key/value heads, bf16, its cache of 16384 slots full but
-for the tokens to come, or one sixteenth of it; one new token a row and step. Written eagerly or calling SDPA, under two of torch.compile's
-modes. Peers take turns in shuffled rounds; a figure is printed only when the result is right: its error against float32
-is at most twice eager's.
+for the tokens to come, or one sixteenth of it; one new token a row and step. Written eagerly or calling SDPA, under two
+of torch.compile's modes. Peers take turns in shuffled rounds; a figure is printed only when the result is right: its
+error against float32 is at most twice eager's.
 """
 
 from __future__ import annotations

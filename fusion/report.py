@@ -129,7 +129,7 @@ def merge(reports: list[Report], graph: str) -> Report:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, AttentionSpec):
-        return json.loads(value.to_text())
+        return value.fields()
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):

@@ -143,31 +143,32 @@ class AttentionSpec:
         """Element type of scores, running maximum, sum and accumulator."""
         return torch.float64 if self.product_dtype == torch.float64 else torch.float32
 
+    def fields(self) -> dict[str, Any]:
+        """The spec as values that JSON has, its expressions written as maths."""
+        return {
+            "score": to_text(self.score),
+            "batch_axes": self.batch_axes,
+            "captured": [_name(d) for d in self.captured],
+            "num_sizes": self.num_sizes,
+            "product_dtype": _name(self.product_dtype),
+            "probs_dtype": _name(self.probs_dtype),
+            "out_dtype": _name(self.out_dtype),
+            "empty_row": self.empty_row,
+            "out_order": list(self.out_order),
+            "normaliser": self.normaliser,
+            "sink": None if self.sink is None else to_text(self.sink),
+            "factor": None if self.factor is None else to_text(self.factor),
+            "dropout": self.dropout,
+            "key": None if self.key is None else to_text(self.key),
+            "value": None if self.value is None else to_text(self.value),
+        }
+
     def to_text(self) -> str:
-        """The spec as one line whose expressions are written as maths; `from_text` reads it back.
+        """`fields` as one line; `from_text` reads it back.
 
         It is JSON in single quotes, which C++ that Inductor writes can hold in a string as it is.
         """
-        fields = json.dumps(
-            {
-                "score": to_text(self.score),
-                "batch_axes": self.batch_axes,
-                "captured": [_name(d) for d in self.captured],
-                "num_sizes": self.num_sizes,
-                "product_dtype": _name(self.product_dtype),
-                "probs_dtype": _name(self.probs_dtype),
-                "out_dtype": _name(self.out_dtype),
-                "empty_row": self.empty_row,
-                "out_order": list(self.out_order),
-                "normaliser": self.normaliser,
-                "sink": None if self.sink is None else to_text(self.sink),
-                "factor": None if self.factor is None else to_text(self.factor),
-                "dropout": self.dropout,
-                "key": None if self.key is None else to_text(self.key),
-                "value": None if self.value is None else to_text(self.value),
-            }
-        )
-        return fields.replace('"', "'")
+        return json.dumps(self.fields()).replace('"', "'")
 
     @staticmethod
     def from_text(text: str) -> AttentionSpec:

@@ -129,7 +129,7 @@ def test_spec_is_that_of_the_function() -> None:
     """The operator itself adds the mapped axis, so the program is what stands in the function."""
     (site,) = assert_same(gradients_of_each_example).sites
     assert site.spec.batch_axes == 1
-    assert '"((qk * 0.3) + t0[n0, q_idx, kv_idx])"' in site.spec.to_text()
+    assert site.spec.fields()["score"] == "((qk * 0.3) + t0[n0, q_idx, kv_idx])"
 
 
 # --------------------------------------------------------------------------------------------------------------------
