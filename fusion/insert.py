@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -41,7 +41,17 @@ def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, f
     new_output.meta = copy.copy(old_output.meta)
     made = fx.GraphModule(module, graph, module.__class__.__name__)
     made.meta = dict(module.meta)
+    _copy_sources(module, made, copied)
     return made, copied
+
+
+def _copy_sources(module: fx.GraphModule, made: fx.GraphModule, copied: Mapping[fx.Node, fx.Node]) -> None:
+    """Where inputs come from, which Dynamo keeps outside of `meta`; without it none counts as static in CUDA graphs."""
+    if hasattr(module, "_param_name_to_source"):
+        made._param_name_to_source = module._param_name_to_source
+    for node in module.graph.find_nodes(op="placeholder"):
+        if hasattr(node, "_dynamo_source"):
+            copied[node]._dynamo_source = node._dynamo_source
 
 
 class Inserter:

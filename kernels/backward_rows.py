@@ -11,6 +11,8 @@ from flashfuse.kernels.tiles import batch_pointer, load_columns, tile_pointers
 ROWS_BLOCK: tl.constexpr = tl.constexpr(128)
 # From this size on what a shift loses by its rounding is no exponent.
 HUGE: tl.constexpr = tl.constexpr(1e9)
+# What float32 leaves of log2(e).
+LOG2_E_LOW: tl.constexpr = tl.constexpr(1.92596298909109e-08)
 MINUS_SHIFT: tl.constexpr = tl.constexpr(0)
 SHARE: tl.constexpr = tl.constexpr(1)
 DELTA: tl.constexpr = tl.constexpr(2)
@@ -72,13 +74,23 @@ def attention_rows_backward_kernel(
     exists = offs_q < q_len
     logarithm = tl.where(exists, log_sum * LOG2_E + lost, float("inf"))
     tl.store(rows_ptrs + MINUS_SHIFT * planes, -(shift if APART else shift + logarithm))
-    tl.store(rows_ptrs + SHARE * planes, tl.exp2(-logarithm))
+    tl.store(rows_ptrs + SHARE * planes, tl.where(exists, _exp_minus(log_sum, lost), 0.0))
     tl.store(rows_ptrs + DELTA * planes, tl.where(exists, delta, 0.0))
     tl.store(rows_ptrs + LARGEST * planes, tl.where(exists, largest, float("inf")))
     if SINK is not None:
         sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
         exponent = (sink - largest - log_sum) * LOG2_E
         tl.store(rows_ptrs + SINK_GRAD * planes, tl.where(exists, -tl.exp2(exponent) * delta, 0.0))
+
+
+@triton.jit
+def _exp_minus(log_sum, lost):
+    """exp(-log_sum) 2^-lost, to the last digit: the rounding of log2(e) log_sum, in its whole part, would be a factor."""
+    power = tl.fma(log_sum, tl.full(log_sum.shape, LOG2_E, tl.float32), 0.0)
+    rest = tl.fma(log_sum, tl.full(log_sum.shape, LOG2_E, tl.float32), -power) + (log_sum * LOG2_E_LOW + lost)
+    whole = tl.floor(power)
+    share = tl.exp2(-((power - whole) + rest)) * tl.exp2(-whole)
+    return tl.where(log_sum == float("inf"), 0.0, share)
 
 
 @triton.jit

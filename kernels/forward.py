@@ -283,6 +283,8 @@ def _attend(
         if LARGE_SCORES:
             # The difference first: it is exact, where the rounding of a large product would be in the exponent.
             subtracted = tl.where(new_max == float("-inf"), 0.0, new_max)
+            # Rounded as the maximum is: a score that is a product would become one operation with the difference.
+            score += 0.0
             # [block_q, block_kv]
             p = tl.exp2((score - subtracted[:, None]) * LOG2_SCALE)
             correction = tl.exp2((row_max - subtracted) * LOG2_SCALE)
@@ -331,13 +333,14 @@ def _largest_score(row_max, row_shift, LOG2_SCALE: tl.constexpr, LARGE_SCORES: t
     """
     if LARGE_SCORES:
         SCALE: tl.constexpr = LOG2_SCALE * LN2
-        largest = row_max * SCALE
+        # By itself: what is subtracted from it would become one operation with the product.
+        largest = tl.fma(row_max, tl.full(row_max.shape, SCALE, row_max.dtype), 0.0)
         for i in tl.static_range(len(FILLS)):
             largest = tl.where(row_max == FILLS[i][0], FILLS[i][1], largest)
         lost = tl.fma(row_max, tl.full(row_max.shape, SCALE, row_max.dtype), -largest) * LOG2_E
         return largest, tl.where(largest > -LARGE, tl.where(largest > LARGE, 0.0, lost), 0.0)
     else:
-        largest = row_shift * LN2
+        largest = tl.fma(row_shift, tl.full(row_shift.shape, LN2, row_shift.dtype), 0.0)
         lost = tl.fma(largest, tl.full(largest.shape, -LOG2_E, largest.dtype), row_shift)
         return largest, tl.where(largest > -LARGE, lost, 0.0)
 
