@@ -85,7 +85,7 @@ def attention_rows_backward_kernel(
 
 @triton.jit
 def _exp_minus(log_sum, lost):
-    """exp(-log_sum) 2^-lost, to the last digit: the rounding of log2(e) log_sum, in its whole part, would be a factor."""
+    """exp(-log_sum) 2^-lost, to the last digit: what rounding loses of log2(e) log_sum would be a factor of all."""
     power = tl.fma(log_sum, tl.full(log_sum.shape, LOG2_E, tl.float32), 0.0)
     rest = tl.fma(log_sum, tl.full(log_sum.shape, LOG2_E, tl.float32), -power) + (log_sum * LOG2_E_LOW + lost)
     whole = tl.floor(power)
