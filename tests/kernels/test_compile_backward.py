@@ -123,10 +123,14 @@ def test_compiles_within_limits(
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "shared", "most"), [(64, False, 0), (128, False, 0), (64, True, 64), (128, True, 512)]
+    ("head_dim", "shared", "most"), [(64, False, 0), (128, False, 0), (64, True, 192), (128, True, 512)]
 )
 def test_the_pass_by_keys_keeps_its_sums_in_registers(head_dim: int, shared: bool, most: int, tmp_path: Path) -> None:
-    """It spilled 672 bytes at head dim 128, the most of them for a loop over the one position that has the keys."""
+    """It spilled 672 bytes at head dim 128, the most of them for a loop over the one position that has the keys.
+
+    Where several positions share the keys, some is spilled outside of the loop over queries by the tiles that are the
+    fastest where none do.
+    """
     spec = AttentionSpec(2, parse(PROGRAMS["causal"][0], ()), (), 0, BF16, BF16, BF16, "nan", (0, 1, 2, 3))
     arguments = dict(arguments_of("keys", spec, head_dim, "sm90", False) or {})
     options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
