@@ -21,7 +21,7 @@ def tagged(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     key = "aot_inductor.metadata"
     given = options.get(key, torch._inductor.config.aot_inductor.metadata)
-    return {**options, key: {**given, "flashfuse": sources()}}
+    return {**options, key: {**(given or {}), "flashfuse": sources()}}
 
 
 @functools.cache

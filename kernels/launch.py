@@ -232,7 +232,16 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 def precision_of(spec: AttentionSpec) -> str:
     """How float32 products are formed: TF32 where torch's own matrix products may use it."""
     widest = max(spec.product_dtype.itemsize, spec.probs_dtype.itemsize)
-    return "tf32" if widest == 4 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if widest == 4 and allows_tf32() else "ieee"
+
+
+def allows_tf32() -> bool:
+    """Whether torch's own float32 matrix products may use TF32."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        # It was set by the newer name, beside which torch does not tell the older one.
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def subtracts_scores(spec: AttentionSpec, program: ScoreProgram, precision: str) -> bool:

@@ -32,6 +32,8 @@ MASK_GRANULE = 64
 HUGE_FILL = -1e30
 # exp(-FILL_MARGIN) vanishes beside 1 even when summed over 2**31 keys, in float64 too.
 FILL_MARGIN = 128.0
+# By more than this the inner score of a fill is not off the fill divided by the scale, both rounded to float32.
+FILL_ROUNDING = 2.0**-20
 LARGEST = torch.finfo(torch.float32).max
 
 # A key that every row may attend to, if any does: in any attention, and where there are no more queries than keys.
@@ -86,7 +88,8 @@ class MaskStructure:
         if fill is None or fill == -math.inf:
             return None
         if fill > HUGE_FILL:
-            return (fill + FILL_MARGIN) / scale
+            threshold = (fill + FILL_MARGIN) / scale
+            return threshold + FILL_ROUNDING * abs(threshold)
         return None if self.keeps_key(fewer_queries) else max(fill / scale, -LARGEST) / 2
 
     def keeps_key(self, fewer_queries: bool = False) -> bool:

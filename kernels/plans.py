@@ -13,6 +13,7 @@ import torch
 from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # type: ignore[attr-defined]
 
 from flashfuse.kernels.call import AttentionCall
+from flashfuse.kernels.launch import allows_tf32
 from flashfuse.kernels.launch_decode import prepare_any
 from flashfuse.kernels.prepared import LSE, OUT, Prepared, empty_on
 from flashfuse.kernels.relaunch import ALIGNMENT, Again, facts, launched
@@ -56,8 +57,8 @@ class CallSite:
     """
 
     def __init__(self) -> None:
-        self._layout: Any = None
-        self._plan: Plan | None = None
+        # In one piece, so that threads which call here take turns with it.
+        self._last: tuple[Any, Plan] | None = None
 
     def __call__(
         self,
@@ -73,14 +74,14 @@ class CallSite:
         """The operator `flashfuse::attention`, see `ops`."""
         tensors = [q, k, v, *captured, *[x for x in (kv_ranges, seed) if x is not None]]
         layout = [(x.shape, x.stride(), x.data_ptr() % ALIGNMENT == 0) for x in tensors], sizes
-        if layout != self._layout:
-            self._layout, self._plan = layout, None
-        if self._plan is None:
-            # There is one from the second call on, unless torch computes this.
-            self._plan = _plans.get(_key(q, k, v, captured, sizes, spec, kv_ranges, seed))
-        if self._plan is None:
-            return attention(q, k, v, captured, sizes, spec, kv_ranges, seed)
-        prepared, launches = self._plan
+        last = self._last
+        if last is None or layout != last[0]:
+            # There is a plan from the second call on, unless torch computes this.
+            plan = _plans.get(_key(q, k, v, captured, sizes, spec, kv_ranges, seed))
+            if plan is None:
+                return attention(q, k, v, captured, sizes, spec, kv_ranges, seed)
+            last = self._last = layout, plan
+        prepared, launches = last[1]
         empty = _empty_strided_cuda if q.is_cuda else _empty_strided_cpu
         return _run(launches, prepared.arguments(q, k, v, captured, kv_ranges, seed, empty))
 
@@ -103,7 +104,7 @@ def _key(
 ) -> Hashable:
     """All that the plan of a call follows from."""
     # The setting decides how float32 products are formed.
-    settings = spec, torch.backends.cuda.matmul.allow_tf32
+    settings = spec, allows_tf32()
     further = (x if x is None else _layout(x) for x in (kv_ranges, seed))
     return (*settings, *further, *sizes, *map(_layout, (q, k, v, *captured)))
 

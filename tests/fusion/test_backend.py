@@ -263,6 +263,13 @@ def test_caches_know_whose_operators_a_graph_calls(
     assert known == [(False, ours), (True, ours), (False, {"mine": "1"})]
 
 
+def test_metadata_may_be_none(qkv: tuple[torch.Tensor, ...]) -> None:
+    """Inductor takes it; flashfuse gave up the rewrite."""
+    options = {"aot_inductor.metadata": None, "flashfuse.strict": True}
+    torch.compile(attention, backend="flashfuse", options=options)(*qkv)
+    flashfuse.reports()[0].assert_fused(sites=1)
+
+
 def test_fingerprint_is_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = fingerprint.sources()
     (tmp_path / "changed.py").write_text("x = 1")

@@ -84,6 +84,14 @@ def test_a_sink_beside_huge_fills(name: str, fill: float, sink: float, dtype: to
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("fill", [-1e12, -1e29])
+@pytest.mark.parametrize("scale", [0.3, 96**-0.5])
+def test_rows_that_see_only_a_scaled_fill(scale: float, fill: float, kernel: str) -> None:
+    """Large as it is, its quotient by the scale was rounded past the threshold below which skipped keys are visited."""
+    check(make_call(f"where(kv_idx > 500, qk, {fill}) * {scale}", (2, 2, 8), 133), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("sink", [-1e30, 0.5])
 def test_fills_that_add_up(sink: float, kernel: str) -> None:
     """Two masks give a fill of their own, which has its own share beside a sink."""

@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -151,6 +153,38 @@ def test_a_call_site_gives_what_the_operator_gives() -> None:
         for mine, expected in zip(site(*seeded.arguments), attention(*seeded.arguments), strict=True):
             assert torch.equal(mine, expected)
             assert (mine.stride(), mine.dtype) == (expected.stride(), expected.dtype)
+
+
+def test_threads_share_a_call_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that looked up its plan while another called left it beside the other's layout, for all later calls."""
+    site, (short, long) = plans.CallSite(), (make_call("qk * 0.3", (2, n, 16), 30).to(DEVICE) for n in (20, 24))
+    for call in (short, long):
+        attention(*call.arguments)
+    key, others = plans._key, [long]
+
+    def interrupted(*arguments: Any) -> Any:
+        if others:
+            site(*others.pop().arguments)
+        return key(*arguments)
+
+    monkeypatch.setattr(plans, "_key", interrupted)
+    for call in (short, long, short, long):
+        assert torch.equal(site(*call.arguments)[0], attention(*call.arguments)[0])
+
+
+def test_tf32_by_its_newer_name() -> None:
+    """Once torch has been told by that, it does not tell by the older one, and every call failed."""
+    code = """
+import torch
+from flashfuse.kernels.launch import allows_tf32
+found = [allows_tf32()]
+for name in ("tf32", "ieee"):
+    torch.backends.cuda.matmul.fp32_precision = name
+    found.append(allows_tf32())
+print(found)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "[False, True, False]", run.stderr
 
 
 @pytest.mark.gpu
