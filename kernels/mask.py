@@ -88,8 +88,7 @@ class MaskStructure:
         if fill is None or fill == -math.inf:
             return None
         if fill > HUGE_FILL:
-            threshold = (fill + FILL_MARGIN) / scale
-            return threshold + FILL_ROUNDING * abs(threshold)
+            return max(fill + FILL_MARGIN, fill * (1.0 - FILL_ROUNDING)) / scale
         return None if self.keeps_key(fewer_queries) else max(fill / scale, -LARGEST) / 2
 
     def keeps_key(self, fewer_queries: bool = False) -> bool:

@@ -119,7 +119,7 @@ def test_compiles_within_limits(
         report = assembler_report(ptx, limits.arch, tmp_path)
         spilled = max((int(n) for n in re.findall(r"(\d+) bytes spill stores", report)), default=0)
         assert "serialized" not in report, "matrix instructions are serialised"
-        assert spilled <= 512
+        assert spilled <= 700
 
 
 @pytest.mark.parametrize(
