@@ -18,6 +18,7 @@ import functools
 import gc
 import itertools
 import json
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ def one_row(
     decoder.rewind(part)
     nexts = {name: functools.partial(decoder.next, compiled[name], part) for name in right}
     times = measure_cold(nexts, ROUNDS, device)
-    return recovered(dataclasses.replace(row, ms={name: sorted(t)[len(t) // 2] for name, t in times.items()}))
+    return recovered(dataclasses.replace(row, ms={name: statistics.median(t) for name, t in times.items()}))
 
 
 def show(row: Row) -> None:

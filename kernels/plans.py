@@ -77,9 +77,11 @@ class CallSite:
         last = self._last
         if last is None or layout != last[0]:
             # There is a plan from the second call on, unless torch computes this.
-            plan = _plans.get(_key(q, k, v, captured, sizes, spec, kv_ranges, seed))
+            key = _key(q, k, v, captured, sizes, spec, kv_ranges, seed)
+            plan = _plans.get(key)
             if plan is None:
-                return attention(q, k, v, captured, sizes, spec, kv_ranges, seed)
+                call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
+                return _first(key, call)
             last = self._last = layout, plan
         prepared, launches = last[1]
         empty = _empty_strided_cuda if q.is_cuda else _empty_strided_cpu

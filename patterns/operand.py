@@ -16,6 +16,7 @@ from torch import fx
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, free_symbols
 from flashfuse.kernels.normal import pointwise
 from flashfuse.kernels.operators import ROUNDINGS
+from flashfuse.kernels.stored import holds
 from flashfuse.patterns.graph import shape, tensor
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.stored import Side, stored_readings
@@ -96,7 +97,7 @@ def exactly_promotes(source: torch.dtype, target: torch.dtype) -> bool:
     """Whether every value of `source` is a value of `target`."""
     if not source.is_floating_point or source.itemsize < 2:
         return source == target
-    return torch.promote_types(source, target) == target
+    return holds(target, source)
 
 
 def _without_factor(expr: Pointwise, shared: frozenset[sympy.Symbol]) -> tuple[Expr, Expr] | None:

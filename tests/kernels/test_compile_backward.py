@@ -58,7 +58,7 @@ CASES = [
     ("sm90", "bias", 64, BF16),
     ("sm90", "alibi", 128, BF16),
     ("sm90", "padding", 80, BF16),
-    *((device, "distances", 64, BF16) for device in ("sm80", "sm90", "gfx942")),
+    *((device, "distances", 64, BF16) for device in ("sm80", "sm90", "sm100", "gfx942")),
     ("sm80", "buckets", 128, BF16),
     ("sm90", "buckets", 128, BF16),
     ("sm90", "distances", 64, FP32),
@@ -66,7 +66,7 @@ CASES = [
     ("gfx942", "causal", 64, BF16),
     ("sm90", "causal", 64, FP32),
     ("sm90", "added", 64, FP32),
-    *((device, "dropout", dim, BF16) for device, dim in (("sm80", 64), ("sm90", 128), ("sm100", 128), ("gfx942", 64))),
+    *((device, "dropout", dim, BF16) for device in ("sm80", "sm90", "sm100", "gfx942") for dim in (64, 128)),
 ]
 if os.environ.get("FLASHFUSE_FULL_TABLE") == "1":
     CASES = list(itertools.product(DEVICES, PROGRAMS, (16, 64, 80, 128, 256, 512), (BF16, FP32)))
@@ -119,7 +119,8 @@ def test_compiles_within_limits(
         report = assembler_report(ptx, limits.arch, tmp_path)
         spilled = max((int(n) for n in re.findall(r"(\d+) bytes spill stores", report)), default=0)
         assert "serialized" not in report, "matrix instructions are serialised"
-        assert spilled <= 700
+        # Masked tiles of the keys' pass spill some of what finite fills take beside a mask of data.
+        assert spilled <= (700 if name == "keys" and limits.arch == 90 else 512)
 
 
 @pytest.mark.parametrize(
