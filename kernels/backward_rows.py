@@ -1,18 +1,14 @@
-"""The numbers of rows that the backward kernels share: what a row subtracts, the logarithm of its sum, its delta."""
+"""The numbers of rows that the backward kernels share: what a row subtracts, the inverse of its sum, its delta."""
 
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.forward import LARGE, LARGEST_FLOAT32, LOG2_E
+from flashfuse.kernels.forward import HUGE, LARGE, LARGEST_FLOAT32, LOG2_E
 from flashfuse.kernels.tiles import batch_pointer, load_columns, tile_pointers
 
 # The planes of `rows_ptr` [ROW_PLANES, batch positions, rows_len]: whole blocks of rows, so that tiles of them are read
 # without a mask; those behind the last query give 0.
 ROWS_BLOCK: tl.constexpr = tl.constexpr(128)
-# From this size on what a shift loses by its rounding is no exponent.
-HUGE: tl.constexpr = tl.constexpr(1e9)
-# What float32 leaves of log2(e).
-LOG2_E_LOW: tl.constexpr = tl.constexpr(1.92596298909109e-08)
 MINUS_SHIFT: tl.constexpr = tl.constexpr(0)
 SHARE: tl.constexpr = tl.constexpr(1)
 DELTA: tl.constexpr = tl.constexpr(2)
@@ -30,7 +26,7 @@ def attention_rows_backward_kernel(
     """delta_i = sum_d grad_id out_id, and what makes a probability of a score; 0 unless ROW_KEPT.
 
     See `backward._probabilities`. The gradient of SINK is -exp(sink - lse) delta. lse is a pair, see `ops`.
-    APART: whether the shift and the sum's logarithm stay two numbers, of which the second becomes a factor.
+    APART: whether the shift and the sum stay two numbers, or the sum's logarithm becomes part of the shift.
     """
     q_tiles = rows_length(q_len) // BLOCK_Q
     position = tl.program_id(0) // q_tiles
@@ -48,17 +44,17 @@ def attention_rows_backward_kernel(
     delta = tl.sum(grad * out, 1)
     lse_ptrs = lse_ptr + 2 * (position.to(tl.int64) * q_len + q_idx)
     largest = tl.load(lse_ptrs)
-    log_sum = tl.load(lse_ptrs + 1)
+    row_sum = tl.load(lse_ptrs + 1)
 
-    # A logarithm of inf makes the probability 0 of a row without any key; NaN stays.
+    # A sum of inf makes the probability 0 of a row without any key; NaN stays.
     empty = largest == float("-inf")
-    log_sum = tl.where(empty & (log_sum == log_sum), float("inf"), log_sum)
+    row_sum = tl.where(row_sum == 0, float("inf"), row_sum)
     largest = tl.where(empty, 0.0, largest)
     if ROW_KEPT is not None:
         kept = ROW_KEPT(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides) != 0
-        log_sum = tl.where(kept, log_sum, float("inf"))
+        row_sum = tl.where(kept, row_sum, float("inf"))
         delta = tl.where(kept, delta, 0.0)
-    # What the shift loses by its rounding is in the logarithm, see `forward._largest_score`.
+    # What the shift loses by its rounding is in the sum, see `forward._largest_score`.
     if SLACK is None:
         # Only a sink is as large as that, beside which every probability is 0.
         shift = _finite(largest * LOG2_E)
@@ -72,25 +68,15 @@ def attention_rows_backward_kernel(
     planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * rows_length(q_len)
     rows_ptrs = rows_ptr + position.to(tl.int64) * rows_length(q_len) + offs_q
     exists = offs_q < q_len
-    logarithm = tl.where(exists, log_sum * LOG2_E + lost, float("inf"))
-    tl.store(rows_ptrs + MINUS_SHIFT * planes, -(shift if APART else shift + logarithm))
-    tl.store(rows_ptrs + SHARE * planes, tl.where(exists, _exp_minus(log_sum, lost), 0.0))
+    row_sum = tl.where(exists, row_sum, float("inf"))
+    tl.store(rows_ptrs + MINUS_SHIFT * planes, -(shift if APART else shift + (tl.log2(row_sum) + lost)))
+    tl.store(rows_ptrs + SHARE * planes, tl.div_rn(tl.exp2(-lost), row_sum))
     tl.store(rows_ptrs + DELTA * planes, tl.where(exists, delta, 0.0))
     tl.store(rows_ptrs + LARGEST * planes, tl.where(exists, largest, float("inf")))
     if SINK is not None:
         sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
-        exponent = (sink - largest - log_sum) * LOG2_E
-        tl.store(rows_ptrs + SINK_GRAD * planes, tl.where(exists, -tl.exp2(exponent) * delta, 0.0))
-
-
-@triton.jit
-def _exp_minus(log_sum, lost):
-    """exp(-log_sum) 2^-lost, to the last digit: what rounding loses of log2(e) log_sum would be a factor of all."""
-    power = tl.fma(log_sum, tl.full(log_sum.shape, LOG2_E, tl.float32), 0.0)
-    rest = tl.fma(log_sum, tl.full(log_sum.shape, LOG2_E, tl.float32), -power) + (log_sum * LOG2_E_LOW + lost)
-    whole = tl.floor(power)
-    share = tl.exp2(-((power - whole) + rest)) * tl.exp2(-whole)
-    return tl.where(log_sum == float("inf"), 0.0, share)
+        prob = tl.div_rn(tl.exp2((sink - largest) * LOG2_E), row_sum)
+        tl.store(rows_ptrs + SINK_GRAD * planes, tl.where(exists, -prob * delta, 0.0))
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Gradients of the attention operator in plain PyTorch, with memory linear in the sequence.
 
 Probabilities are made again, a tile at a time, from q, k and the saved log-sum-exp. With s = score(q . k),
-p = exp(s - lse), w = factor * p and out = sum_j w_j v_j, of each query row:
+p = exp(s - m) / l with lse = (m, l), w = factor * p and out = sum_j w_j v_j, of each query row:
 
     dv_j += w_j dout,    dw_j = dout . v_j,    ds_j = p_j (factor_j dw_j - delta),    delta = dout . out
     dq += ds_j slope_j k_j,    dk_j += ds_j slope_j q,    slope = d score / d (q . k)
@@ -138,19 +138,19 @@ class _Rows:
         pairs = math.prod(self.shape[: len(self.outer)])
         self.lead = (pairs, math.prod(self.shape) // pairs)
         self.q, self.grad_out, out, lse = map(self._flat, (self.problem.q, *whole.rows))
-        self.max, log_sum = lse.split(1, -1)
+        self.max, total = lse.split(1, -1)
         kept = self._kept()
         if kept is not None:
             # A row that was dropped is 0, whatever its probabilities would have been.
             self.grad_out = self.grad_out.masked_fill(~kept, 0.0)
-            log_sum = log_sum.masked_fill(~kept, math.inf)
+            total = total.masked_fill(~kept, math.inf)
         self.delta = (self.grad_out * out).sum(-1, keepdim=True)
         if self.problem.spec.dropout:
             # What is kept is scaled on its way to the output, so its gradient is on its way back.
             self.grad_out = self.grad_out * keep_scale(self.problem.spec.dropout)
         # exp(score - shift) * share is the probability: 0 or NaN in rows without a key.
         self.shift = self.max.masked_fill(self.max == -math.inf, 0.0)
-        self.share = torch.exp(-log_sum)
+        self.share = total.reciprocal().masked_fill(total == 0, 0.0)
         self.dq = torch.zeros_like(self.q)
 
     def _flat(self, x: torch.Tensor) -> torch.Tensor:

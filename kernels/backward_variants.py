@@ -197,7 +197,7 @@ def _slack(spec: AttentionSpec, program: BackwardProgram) -> float | None:
 
 
 def _apart(spec: AttentionSpec, program: BackwardProgram) -> bool:
-    """Whether a row's shift and logarithm stay two numbers: their sum is rounded where half a digit of it shows."""
+    """Whether a row's shift and sum stay two numbers: beside its logarithm a shift is rounded where half a digit shows."""
     return _slack(spec, program) is not None or torch.float32 in (spec.product_dtype, spec.probs_dtype)
 
 

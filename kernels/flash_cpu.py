@@ -164,7 +164,7 @@ def attend(problem: Problem, program: AdditiveProgram, box: Box) -> tuple[torch.
         if bool(((lse.abs() > _LARGE_LSE) & ((lse - sink).abs() < _LARGE_LSE)).any()):
             return None
         out, lse = out * torch.sigmoid(lse - sink).unsqueeze(-1), torch.logaddexp(lse, sink)
-    return out, torch.stack([lse, torch.zeros_like(lse)], -1)
+    return out, torch.stack([lse, torch.ones_like(lse)], -1)
 
 
 def _four_dims(x: torch.Tensor, batch: tuple[int, ...]) -> torch.Tensor:

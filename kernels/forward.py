@@ -20,8 +20,10 @@ from flashfuse.kernels.tiles import (
     tile_pointers,
 )
 
-# From this size on a unit in the last place of a score is one or more, no correction of a logarithm.
+# From this size on a unit in the last place of a score is one or more, no correction of an exponent.
 LARGE: tl.constexpr = tl.constexpr(1e7)
+# From this size on what a shift loses by its rounding is no exponent.
+HUGE: tl.constexpr = tl.constexpr(1e9)
 LARGEST_FLOAT32: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -44,7 +46,7 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)),  s_ij = score(q_i . k_j, n, i, j)
 
-    lse is stored as the row's largest score and the logarithm of the sum of exp(s_ij - largest), see `ops`.
+    lse is stored as the row's largest score and the sum of exp(s_ij - largest), see `ops`.
 
     SINK adds exp(sink(n, i)) to the sum, FACTOR or ROW_FACTOR multiplies exp(s_ij - lse_i), and rows that are not
     ROW_KEPT become 0; where the score is not NORMALISED, out_i = sum_j s_ij v_j. With a seed what multiplies v_j is
@@ -211,7 +213,7 @@ def finish(
     """
     # Rows without any key.
     empty = row_sum == 0
-    largest, log_sum = row_sum, row_sum
+    largest, lse_sum = row_sum, row_sum
     if NORMALISED:
         largest, lost = _largest_score(row_max, row_shift, LOG2_SCALE, LARGE_SCORES, FILLS)
         if SINK is not None:
@@ -220,11 +222,11 @@ def finish(
                 # What eager code multiplies by a weight of 0 is NaN already.
                 acc = tl.where(empty[:, None], float("nan"), acc)
             acc, row_sum, largest, lost = _with_sink(acc, row_sum, largest, lost, sink)
-        log_sum = tl.log(tl.where(row_sum == 0, 1.0, row_sum)) + lost * LN2
+        lse_sum = row_sum * tl.exp2(lost)
         if not ZERO_EMPTY_ROWS:
-            log_sum = tl.where(empty, float("nan"), log_sum)
+            lse_sum = tl.where(empty, float("nan"), lse_sum)
     tl.store(lse_ptrs, largest, mask=stored)
-    tl.store(lse_ptrs + 1, log_sum, mask=stored)
+    tl.store(lse_ptrs + 1, lse_sum, mask=stored)
 
     out = acc
     if NORMALISED:
@@ -342,7 +344,7 @@ def _largest_score(row_max, row_shift, LOG2_SCALE: tl.constexpr, LARGE_SCORES: t
     else:
         largest = tl.fma(row_shift, tl.full(row_shift.shape, LN2, row_shift.dtype), 0.0)
         lost = tl.fma(largest, tl.full(largest.shape, -LOG2_E, largest.dtype), row_shift)
-        return largest, tl.where(largest > -LARGE, lost, 0.0)
+        return largest, tl.where((largest > -LARGE) & (largest < HUGE), lost, 0.0)
 
 
 @triton.jit

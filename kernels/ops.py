@@ -6,11 +6,11 @@
 q: [N.., Tq, D], k: [N.., Tkv, D], v: [N.., Tkv, Dv], broadcast over the batch axes N..; `sizes` are the batch sizes
 followed by size0, size1, .. of the score program; `spec` is `AttentionSpec.to_text()`. out: [N.., Tq, Dv].
 
-lse: [N.., Tq, 2], what makes a probability of a score again: exp(score - lse[.., 0] - lse[.., 1]). Their sum is the
-natural logarithm of the sum of exp(score), the sink's included. It is a pair because a huge fill absorbs the
-logarithm: lse[.., 0] is the row's largest score (where nothing is huge, any number near it) and lse[.., 1] the
-logarithm of the sum of exp(score - lse[.., 0]). A row without a key has (-inf, 0), or beside a sink (sink, 0); where
-its output is NaN for that reason, NaN as the second. Without a normaliser it is (0, 0).
+lse: [N.., Tq, 2], the log-sum-exp of a row's scores as (m, l), which make a probability of a score again:
+exp(score - m) / l. m is the row's largest score (where nothing is huge, any number near it), the sink's included, and l
+the sum of exp(score - m): their one number m + log(l) has no room for the logarithm beside a huge fill, and rounds it
+several times worse than l is rounded beside others. A row without a key has (-inf, 0), or beside a sink (sink, 1);
+where its output is NaN for that reason, NaN as the second. Without a normaliser it is (0, 0).
 
 kv_ranges: int32 [N'.., at least ceil(Tq / MASK_BLOCK), 4], N' broadcasting to N: the `bounds.KvRange` of each
 MASK_BLOCK queries under a mask that depends on data. Without it every key that positions alone do not rule out is

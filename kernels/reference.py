@@ -59,7 +59,7 @@ def attention_reference(
     else:
         columns = scores if spec.sink is None else torch.cat([scores, values(spec.sink, 1)], dim=-1)
         empty = (scores == -torch.inf).all(-1, keepdim=True)
-        lse = _log_sum_exp(columns)
+        lse = _largest_and_sum(columns)
         if spec.empty_row == "zero":
             # Before the softmax as well, or its gradient would be NaN.
             columns = columns.masked_fill(empty, 0.0)
@@ -67,7 +67,8 @@ def attention_reference(
         if kv_len:
             gives = 0.0 if spec.empty_row == "zero" else torch.nan
             probs = probs.masked_fill(empty, gives)
-            lse = torch.stack([lse[..., 0], lse[..., 1].masked_fill(empty.squeeze(-1), gives)], -1)
+            if spec.empty_row == "nan":
+                lse = torch.stack([lse[..., 0], lse[..., 1].masked_fill(empty.squeeze(-1), gives)], -1)
     if spec.factor is not None:
         factor = values(spec.factor, kv_len)
         probs = probs.masked_fill(factor == 0, 0.0) if spec.factor.dtype == torch.bool else probs * factor
@@ -79,9 +80,8 @@ def attention_reference(
     return (out, lse) if dtype else (out.to(spec.out_dtype), lse)
 
 
-def _log_sum_exp(columns: torch.Tensor) -> torch.Tensor:
-    """The operator's pair [.., 2] of scores [.., columns]: the largest, and log(sum(exp(score - largest)))."""
+def _largest_and_sum(columns: torch.Tensor) -> torch.Tensor:
+    """The operator's pair [.., 2] of scores [.., columns]: the largest, and sum(exp(score - largest))."""
     largest = columns.amax(-1) if columns.shape[-1] else columns.new_full(columns.shape[:-1], -torch.inf)
     shift = largest.masked_fill(largest == -torch.inf, 0.0)
-    total = torch.exp(columns - shift.unsqueeze(-1)).sum(-1)
-    return torch.stack([largest, total.masked_fill(total == 0, 1.0).log()], -1)
+    return torch.stack([largest, torch.exp(columns - shift.unsqueeze(-1)).sum(-1)], -1)

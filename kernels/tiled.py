@@ -44,7 +44,7 @@ def _attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     out_rows, lse_rows = axes.rows(out), axes.rows(lse)
     if call.kv_len == 0:
         lse_rows[..., 0] = _lse_without_keys(problem, tuple(map(range, lse_rows.shape[:-1])))
-        lse_rows[..., 1] = 0.0
+        lse_rows[..., 1] = 0.0 if problem.spec.sink is None else 1.0
         return out.zero_(), lse
     program = flash_cpu.additive_program(problem)
     width = max(call.head_dim, call.value_dim)
@@ -186,5 +186,6 @@ class _Rows:
         out = acc / total
         if spec.empty_row == "zero":
             out = out.masked_fill(row_max == -math.inf, 0.0)
-        log_total = total.log().masked_fill(empty, 0.0 if spec.empty_row == "zero" else math.nan)
-        return out, torch.cat([row_max, log_total], -1)
+        if spec.empty_row == "nan":
+            total = total.masked_fill(empty, math.nan)
+        return out, torch.cat([row_max, total], -1)
