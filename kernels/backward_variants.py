@@ -175,11 +175,37 @@ def pairs_constants(
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
         "BY_DISTANCE": program.pair_terms[number].by_distance is not None,
-        "PAIR_GRAD": program.pair_grads[number],
+        "PAIR_GRAD": program.pair_grads[number][0],
         "PAIR_SCALE": program.pair_terms[number].scale,
         "SKIPS": program.skips,
         "KV_BOUNDS": program.forward.kv_bounds,
         "FILL_THRESHOLD": program.fill_threshold,
+    }
+
+
+def dense_constants(
+    spec: AttentionSpec,
+    program: BackwardProgram,
+    number: int,
+    head_dim: int,
+    value_dim: int,
+    launch: Launch,
+    shared: bool = False,
+) -> Mapping[str, Any]:
+    """Of the kernel that writes the gradient of pair term `number` by rows; shared: by several batch positions."""
+    masked, full = program.pair_grads[number]
+    return {
+        **_shared_constants(spec, program, head_dim, value_dim, launch),
+        "PAIR_GRAD_MASKED": masked,
+        "PAIR_GRAD_FULL": full,
+        "PAIR_SCALE": program.pair_terms[number].scale,
+        "SHARED": shared,
+        "STAGES": launch.num_stages,
+        "GRADS_FULL": program.derivatives.score_and_grad_full,
+        "FACTOR_FULL": program.forward.factor_full,
+        "KV_BOUNDS": program.forward.kv_bounds,
+        "FILL_THRESHOLD": program.fill_threshold,
+        "LONGEST_FIRST": program.forward.longest_first,
     }
 
 

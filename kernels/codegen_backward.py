@@ -7,6 +7,7 @@ gives the sums with the tile in them, one for each read of a captured tensor who
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class BackwardProgram:
     row_terms, key_terms, pair_terms: the gradients of reads, by what is left when the kernels have summed.
     row_sums, key_sums: for tiles that may meet a mask or the end of the keys and for others, the function that adds a
         tile to the sums; None where there are none.
-    pair_grads: the function of a tile for each pair term.
+    pair_grads: for each pair term the functions of tiles that may meet a mask or the end of the keys, and of others.
     corrected: the terms of rows and pairs that hold ds. Summed over all keys, or in buckets of pairs by whoever made
         the tensor, delta's own rounding does not average out. So the kernel that passes by query tile also sums ds,
         which that rounding alone keeps from 0, and p * slope for each term of rows; pairs wait for the right delta.
@@ -85,7 +86,7 @@ class BackwardProgram:
     pair_terms: tuple[Term, ...]
     row_sums: tuple[Any, Any]
     key_sums: tuple[Any, Any]
-    pair_grads: tuple[Any, ...]
+    pair_grads: tuple[tuple[Any, Any], ...]
     corrected: tuple[Term, ...]
     fill_threshold: float | None
 
@@ -124,7 +125,9 @@ def load_backward(
         pair_terms=pair_terms,
         row_sums=(function("row_sums_masked"), function("row_sums_full")),
         key_sums=(function("key_sums_masked"), function("key_sums_full")),
-        pair_grads=tuple(function(f"pair_grad{i}") for i in range(len(pair_terms))),
+        pair_grads=tuple(
+            (function(f"pair_grad{i}_masked"), function(f"pair_grad{i}_full")) for i in range(len(pair_terms))
+        ),
         corrected=_corrected(spec, (*row_terms, *pair_terms)),
         fill_threshold=_fill_threshold(spec, ranged, fewer_queries),
     )
@@ -203,10 +206,10 @@ def _generate(
             body = _sums_body(terms, variant, spec, correct)
             arguments = f"sums, ds, of_factor, p, {TILE_ARGUMENTS}"
             parts.append(_function(f"{name}_{variant}", arguments, terms, body))
-    for i, term in enumerate(pair_terms):
-        lines, (slope,) = tile_values([term.masked], spec.compute_dtype, keys_end=True)
+    for (i, term), variant in itertools.product(enumerate(pair_terms), ("masked", "full")):
+        lines, (slope,) = tile_values([getattr(term, variant)], spec.compute_dtype, keys_end=variant == "masked")
         body = indented([*lines, f"return through({term.grad}, {slope})"])
-        parts.append(_function(f"pair_grad{i}", f"ds, of_factor, {TILE_ARGUMENTS}", [term], body))
+        parts.append(_function(f"pair_grad{i}_{variant}", f"ds, of_factor, {TILE_ARGUMENTS}", [term], body))
     return finished("".join(parts), spec.product_dtype)
 
 

@@ -70,7 +70,7 @@ def source_of(
         elif name == "sums_ptrs":
             signature[name] = ("*fp32",) * arguments["NUM_SUMS"]
         elif name.endswith("_ptr"):
-            wide = name in ("lse_ptr", "rows_ptr", "parts_ptr") or (name == "dt_ptr" and arguments["BY_DISTANCE"])
+            wide = name in ("lse_ptr", "rows_ptr", "parts_ptr") or (name == "dt_ptr" and arguments.get("BY_DISTANCE"))
             narrow = stored if name in ("k_ptr", "v_ptr") else None
             signature[name] = POINTERS[spec.compute_dtype if wide else narrow or spec.out_dtype]
             aligned.append((i,))
