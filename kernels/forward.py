@@ -274,8 +274,10 @@ def _attend(
         )  # fmt: skip
     k = k.to(PRODUCT_DTYPE)
     # [block_q, block_kv]
-    qk = product(q, tl.trans(k), PRECISION)
-    score = SCORE(qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides)
+    score, qk = SCORE(
+        q, tl.trans(k), PRECISION, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured,
+        captured_strides,
+    )  # fmt: skip
 
     if NORMALISED:
         # [block_q]

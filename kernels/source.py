@@ -33,8 +33,11 @@ from flashfuse.kernels.spec import D_IDX, KV_IDX, MAX_BATCH_AXES, Q_IDX, batch_s
 
 Guards = tuple[Expr, ...]
 
-# What a generated function takes: one of a tile of products, of the rows of a tile, of a tile of keys or values.
-TILE_ARGUMENTS = "qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, strides"
+# What a generated function takes: one of a tile of products, of the rows [block_q, block_d] and columns [block_d,
+# block_kv] that make one, of the rows of a tile, of a tile of keys or values.
+_POSITIONS = "n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, strides"
+TILE_ARGUMENTS = f"qk, {_POSITIONS}"
+OPERANDS_ARGUMENTS = f"q, k, PRECISION: tl.constexpr, {_POSITIONS}"
 ROW_ARGUMENTS = "n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, strides"
 STORED_ARGUMENTS = "x, n0, n1, n2, n3, kv_idx, d_idx, q_len, kv_len, sizes, captured, strides"
 
@@ -48,11 +51,24 @@ def tile_body(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool
     return indented([*lines, f"return {', '.join(results)}"])
 
 
+def operands_body(program: Expr, float_dtype: torch.dtype, keys_end: bool) -> str:
+    """Statements that return (value of the program on a tile, the tile of products `qk`), which they form themselves.
+
+    What is read comes first: reads are under way while the product is formed. And Triton lays out the rows of a tile as
+    the last of reads and products has its tile laid out, which costs shuffles and spills where that is a read.
+    """
+    writer = Writer([program], float_dtype, keys_end)
+    result = writer.emit(program) if _products(program) else writer.filled(program, "qk.shape")
+    before = [line for line, of_product in writer.lines if not of_product]
+    after = [line for line, of_product in writer.lines if of_product]
+    return indented([*before, "qk = product(q, k, PRECISION)", *after, f"return {result}, qk"])
+
+
 def tile_values(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool) -> tuple[list[str], list[str]]:
     """Statements, and the texts of the programs' values after them, each in the shape of the tile `qk`."""
     writer = Writer(programs, float_dtype, keys_end)
     results = [writer.emit(p) if _products(p) else writer.filled(p, "qk.shape") for p in programs]
-    return writer.lines, results
+    return writer.texts, results
 
 
 def row_body(program: Expr) -> str:
@@ -62,14 +78,14 @@ def row_body(program: Expr) -> str:
     """
     writer = Writer([program], torch.float32, keys_end=False)
     result = writer.filled(program, "q_idx.shape")
-    return indented([*writer.lines, f"return {result}"])
+    return indented([*writer.texts, f"return {result}"])
 
 
 def stored_body(program: Expr) -> str:
     """Statements that return the value of a program of keys or values on a tile `x` of stored elements, in float32."""
     writer = Writer([program], torch.float32, keys_end=False)
     result = writer.filled(program, "x.shape")
-    return indented([*writer.lines, f"return {result}"])
+    return indented([*writer.texts, f"return {result}"])
 
 
 def is_row(program: Expr) -> bool:
@@ -86,14 +102,21 @@ def indented(lines: Iterable[str]) -> str:
 
 
 class Writer:
-    """Emits statements for programs; `lines` collects the named intermediate values."""
+    """Emits statements for programs.
+
+    lines: the named intermediate values in order, and whether each depends on the tile of products.
+    """
 
     def __init__(self, programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool) -> None:
-        self.lines: list[str] = []
+        self.lines: list[tuple[str, bool]] = []
         self._float = f"tl.{str(float_dtype).removeprefix('torch.')}"
         self._keys_end = keys_end
         self._uses = Counter(e for program in programs for e in walk(program))
         self._names: dict[tuple[Expr, Guards], str] = {}
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for text, _ in self.lines]
 
     def filled(self, program: Expr, shape: str) -> str:
         """The text of a value spread over `shape`."""
@@ -112,7 +135,7 @@ class Writer:
         if not read and not (isinstance(expr, Pointwise) and self._uses[expr] > 1):
             return text
         name = f"t{expr.tensor}_{len(self.lines)}" if isinstance(expr, (Load, Gather)) else f"x{len(self.lines)}"
-        self.lines.append(f"{name} = {text}")
+        self.lines.append((f"{name} = {text}", _products(expr)))
         self._names[key] = name
         return name
 
