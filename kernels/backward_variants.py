@@ -18,11 +18,12 @@ from flashfuse.kernels.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class BackwardLaunch:
-    """Tiles and resources of the kernels that pass by key tile, by query tile, and by pairs."""
+    """Tiles and resources of the kernels that pass by key tile, by query tile, and by pairs; dense: those by their rows."""
 
     keys: Launch
     queries: Launch
     pairs: Launch
+    dense: Launch
 
     def shared_bytes(self, shape: Shape) -> int:
         """Shared memory of the largest: resident and pipelined operands, and tiles of gradients as operands."""
@@ -32,6 +33,8 @@ class BackwardLaunch:
             (self.keys, self.keys.block_kv, self.keys.block_q, 2),
             (self.queries, self.queries.block_q, self.queries.block_kv, 1),
             (self.pairs, 0, self.pairs.block_q + self.pairs.block_kv, 1),
+            # Gradients of other batch positions are read as captured elements are.
+            (self.dense, self.dense.block_q, self.dense.block_kv, self.dense.num_stages),
         ):
             stages = max(launch.num_stages, 1)
             pair = launch.block_q * launch.block_kv
@@ -58,8 +61,13 @@ class Row:
 def _row(
     head_dim: int, element_bytes: int, backend: str, arch: int, *tiles: tuple[int, int, int, int], alone: bool = False
 ) -> Row:
-    """tiles: (block_q, block_kv, num_warps, num_stages) for keys, queries and pairs."""
-    return Row(head_dim, element_bytes, backend, arch, BackwardLaunch(*(Launch(*t) for t in tiles)), alone)
+    """tiles: (block_q, block_kv, num_warps, num_stages) for keys, queries and pairs.
+
+    Pairs by their rows take the tile of the queries: they load more beside keys and values, and hold no sum.
+    """
+    keys, queries, pairs = (Launch(*t) for t in tiles)
+    dense = replace(queries, num_stages=min(queries.num_stages, 2))
+    return Row(head_dim, element_bytes, backend, arch, BackwardLaunch(keys, queries, pairs, dense), alone)
 
 
 # The first row that applies and fits in shared memory is used. On sm_90 head dims to 256 have the fastest measured
@@ -95,7 +103,7 @@ def choose_backward(device: Device, shape: Shape) -> BackwardLaunch | None:
     """The launch for a shape on a device, None where no tile fits. Short queries take fewer rows."""
     rows = max(16, triton.next_power_of_2(shape.q_len))
     for row in TABLE:
-        tiles = (row.launch.keys, row.launch.queries, row.launch.pairs)
+        tiles = (row.launch.keys, row.launch.queries, row.launch.pairs, row.launch.dense)
         launch = BackwardLaunch(*(replace(tile, block_q=min(tile.block_q, rows)) for tile in tiles))
         if (
             max(shape.block_d, shape.block_dv) <= row.head_dim

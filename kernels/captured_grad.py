@@ -49,15 +49,18 @@ class CapturedGradients:
         return targets
 
     def _pairs(self, term: Term) -> torch.Tensor | None:
-        """Zeros [n.., q_len, kv_len] over the elements that the term's read reads."""
+        """[n.., q_len, kv_len] over the elements that the term's read reads; the others are 0."""
         assert isinstance(term.read, Load)
         slot = _slot(term.read)
-        target = torch.zeros_like(self.call.captured[slot])
-        if self._terms_of(slot) == 1:
+        alone = self._terms_of(slot) == 1
+        target = torch.empty_like(self.call.captured[slot], dtype=None if alone else torch.float32)
+        view = owned_view(target, term.read, self._tile(self.call.q_len, self.call.kv_len))
+        # Kernels write every element of the view.
+        if view is not None and view.numel() < target.numel():
+            target.zero_()
+        if alone:
             self.total[slot] = target
-        else:
-            target = torch.zeros_like(target, dtype=torch.float32)
-        return owned_view(target, term.read, self._tile(self.call.q_len, self.call.kv_len))
+        return view
 
     def _distances(self, read: Load | Gather, tiles: Launch) -> DistanceSums:
         """Sums by distance for a read over `DISTANCE`."""

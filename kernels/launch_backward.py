@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from flashfuse.kernels.backward import attention_keys_backward_kernel, attention_queries_backward_kernel
+from flashfuse.kernels.backward_dense import attention_dense_backward_kernel
 from flashfuse.kernels.backward_pairs import attention_pairs_backward_kernel
 from flashfuse.kernels.backward_rows import DELTA, ROWS_BLOCK, SINK_GRAD, attention_rows_backward_kernel
 from flashfuse.kernels.backward_tiled import attention_backward_tiled
 from flashfuse.kernels.backward_variants import (
     BackwardLaunch,
     choose_backward,
+    dense_constants,
     keys_constants,
     pairs_constants,
     queries_constants,
@@ -35,6 +37,9 @@ from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec
 
 # Numbers kept for each row beside the log-sum-exp: see `backward`.
 ROW_PLANES = 5
+# Batch positions that may share a pair's gradient where that is added up in the tensor's own type: the sums of three
+# are rounded as much as the three themselves, of which eager code adds up rounded ones.
+MOST_ADDED = 3
 # Elements of the output that one program of the rows kernel reads.
 ROW_ELEMENTS = 8192
 
@@ -105,7 +110,12 @@ class _Backward:
         if left is not None and targets:
             rows[DELTA.value][..., : self.call.q_len] += left
         for i, (term, target) in enumerate(zip(self.program.pair_terms, targets, strict=True)):
-            self._pairs(rows, i, target.tiles if isinstance(target, DistanceSums) else target)
+            if isinstance(target, DistanceSums):
+                self._pairs(rows, i, target.tiles)
+            elif self._sharing(target) <= MOST_ADDED:
+                self._dense(rows, i, target)
+            else:
+                self._pairs(rows, i, target)
             self.gradients.add_pair(term, target)
         return [found[at] if at < 3 else self.gradients.result(at - 3) for at in wanted]
 
@@ -201,18 +211,37 @@ class _Backward:
         return total + rows[SINK_GRAD.value][..., : self.call.q_len] if self._needs_sink else total
 
     def _pairs(self, rows: torch.Tensor, number: int, target: torch.Tensor) -> None:
-        """Write the gradients of one read at pairs."""
-        tiles, owned = self.launch.pairs, tuple(target.shape[:-2])
-        spec, head_dim, value_dim = self.call.spec, self.call.head_dim, self.call.value_dim
-        variant = pairs_constants(spec, self.program, number, head_dim, value_dim, tiles)
-        arguments = (
-            self.call.q, self.call.k, self.call.v, self.grad_out, rows, self.call.kv_ranges, self.call.seed, target,
-            *self._strides(self.call.q, self.call.k, self.call.v, self.grad_out, self.call.kv_ranges, target),
-            *_padded(owned), *_padded(_loop(self.call.batch, owned)), *self._program_arguments,
+        """Write the gradients of one read at pairs, or its sums by distance, by tiles of pairs."""
+        tiles = self.launch.pairs
+        variant = pairs_constants(
+            self.call.spec, self.program, number, self.call.head_dim, self.call.value_dim, tiles
         )  # fmt: skip
         row_tiles, column_tiles = -(-target.shape[-2] // tiles.block_q), -(-target.shape[-1] // tiles.block_kv)
-        programs = math.prod(owned) * row_tiles * column_tiles
-        launched((KernelLaunch(attention_pairs_backward_kernel, programs, variant),), arguments)
+        programs = math.prod(target.shape[:-2]) * row_tiles * column_tiles
+        launch = KernelLaunch(attention_pairs_backward_kernel, programs, variant)
+        launched((launch,), self._pair_arguments(rows, target))
+
+    def _dense(self, rows: torch.Tensor, number: int, target: torch.Tensor) -> None:
+        """Write the gradients of one read at pairs, by rows."""
+        tiles, shared = self.launch.dense, self._sharing(target) > 1
+        variant = dense_constants(
+            self.call.spec, self.program, number, self.call.head_dim, self.call.value_dim, tiles, shared
+        )  # fmt: skip
+        programs = math.prod(target.shape[:-2]) * -(-self.call.q_len // tiles.block_q)
+        launch = KernelLaunch(attention_dense_backward_kernel, programs, variant)
+        launched((launch,), self._pair_arguments(rows, target))
+
+    def _sharing(self, target: torch.Tensor) -> int:
+        """How many batch positions share a pair's gradient."""
+        return math.prod(_loop(self.call.batch, tuple(target.shape[:-2])))
+
+    def _pair_arguments(self, rows: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
+        call, owned = self.call, tuple(target.shape[:-2])
+        return (
+            call.q, call.k, call.v, self.grad_out, rows, call.kv_ranges, call.seed, target,
+            *self._strides(call.q, call.k, call.v, self.grad_out, call.kv_ranges, target),
+            *_padded(owned), *_padded(_loop(call.batch, owned)), *self._program_arguments,
+        )  # fmt: skip
 
     @property
     def _program_arguments(self) -> tuple[Any, ...]:

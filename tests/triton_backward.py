@@ -28,7 +28,7 @@ RUNS = pytest.mark.skipif(
 
 SMALL = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=2)
 WIDE, TALL = replace(SMALL, block_kv=32), replace(SMALL, block_q=32)
-TILES = BackwardLaunch(keys=WIDE, queries=TALL, pairs=SMALL)
+TILES = BackwardLaunch(keys=WIDE, queries=TALL, pairs=SMALL, dense=WIDE)
 LARGE = Launch(block_q=64, block_kv=64, num_warps=4, num_stages=1)
 # So few numbers that one gradient of the output says little about theirs.
 FEW = 2

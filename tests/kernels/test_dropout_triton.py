@@ -31,7 +31,7 @@ from flashfuse.kernels.philox import kept_scales
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=1)
-TILES = BackwardLaunch(keys=replace(SMALL, block_kv=32), queries=replace(SMALL, block_kv=32), pairs=SMALL)
+TILES = BackwardLaunch(keys=replace(SMALL, block_kv=32), queries=replace(SMALL, block_kv=32), pairs=SMALL, dense=SMALL)
 
 
 @triton.jit
