@@ -24,7 +24,7 @@ from flashfuse.kernels.distances import by_distance
 from flashfuse.kernels.expr import Expr, Gather, Load, free_symbols
 from flashfuse.kernels.mask import kernel_spec, mask_of
 from flashfuse.kernels.modules import finished, load_module
-from flashfuse.kernels.normal import const
+from flashfuse.kernels.normal import const, number
 from flashfuse.kernels.query_ranges import query_bounds
 from flashfuse.kernels.scale import inner_score, unscaled
 from flashfuse.kernels.source import TILE_ARGUMENTS, indented, is_row, tile_values
@@ -208,7 +208,7 @@ def _generate(
             parts.append(_function(f"{name}_{variant}", arguments, terms, body))
     for (i, term), variant in itertools.product(enumerate(pair_terms), ("masked", "full")):
         lines, (slope,) = tile_values([getattr(term, variant)], spec.compute_dtype, keys_end=variant == "masked")
-        body = indented([*lines, f"return through({term.grad}, {slope})"])
+        body = indented([*lines, f"return {_times(term.grad, getattr(term, variant), slope)}"])
         parts.append(_function(f"pair_grad{i}_{variant}", f"ds, of_factor, {TILE_ARGUMENTS}", [term], body))
     return finished("".join(parts), spec.product_dtype)
 
@@ -220,11 +220,16 @@ def _corrected(spec: AttentionSpec, terms: Sequence[Term]) -> tuple[Term, ...]:
 def _sums_body(terms: Sequence[Term], variant: str, spec: AttentionSpec, corrected: Sequence[Term]) -> str:
     slopes = [getattr(term, variant) for term in terms]
     lines, values = tile_values(slopes, spec.compute_dtype, keys_end=variant == "masked")
-    found = [f"through({term.grad}, {value})" for term, value in zip(terms, values, strict=True)]
-    found += [f"through(p, {value})" for term, value in zip(terms, values, strict=True) if term in corrected]
+    found = [_times(term.grad, *of, value) for term, *of, value in zip(terms, slopes, values, strict=True)]
+    found += [_times("p", *of, value) for term, *of, value in zip(terms, slopes, values, strict=True) if term in corrected]
     found += ["ds"] if corrected else []
     summed = (f"sums[{i}] + tl.sum({value}, 1)" for i, value in enumerate(found))
     return indented([*lines, f"return ({', '.join(summed)},)"])
+
+
+def _times(grad: str, slope: Expr, text: str) -> str:
+    """The text of a gradient times a slope."""
+    return grad if number(slope) == 1 else f"through({grad}, {text})"
 
 
 def _function(name: str, arguments: str, terms: Sequence[Term], body: str) -> str:
