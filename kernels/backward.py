@@ -176,17 +176,20 @@ def _take_queries(
     grad = load_keys(grad_ptrs, offs_q, q_len, MASKED, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
     # What scores wait for is read beforehand, and what only gradients wait for afterwards: registers are scarce.
     shifts = load_shifts(rows_base + q_start, planes, tl.arange(0, BLOCK_Q), 0, SCALE, SLACK, APART, NORMALISED)
+    # [block_kv, block_q]
+    qk = product(k, tl.trans(q), PRECISION)
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
     kept = None
     if DROP_LEAST is not None:
         kept = tl.trans(kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE))
-    # [block_kv, block_q]; a key behind the last one has a row of its own, which is not stored.
-    w, p, slope, factor, qk = tile_weights(
-        k, tl.trans(q), kept, shifts, row_factor[None, :], q_idx[None, :], kv_idx[:, None], n0, n1, n2, n3, q_len, kv_len, sizes,
-        captured, captured_strides, GRADS, FACTOR, False, SCALE, SLACK, APART, NORMALISED, PRECISION,
+    # A key behind the last one has a row of its own, which is not stored.
+    w, p, slope, factor = tile_weights(
+        qk, kept, shifts, row_factor[None, :], q_idx[None, :], kv_idx[:, None], n0, n1, n2, n3, q_len, kv_len, sizes,
+        captured, captured_strides, GRADS, FACTOR, False, SCALE, SLACK, APART, NORMALISED,
     )  # fmt: skip
+    # Not before the weights: beside two products there would be no registers for them.
     dw = product(v, tl.trans(grad), PRECISION)
     delta = load_delta(rows_base + q_start, planes, tl.arange(0, BLOCK_Q), 0, NORMALISED)
     dqk, ds, of_factor = tile_gradients(
@@ -328,14 +331,15 @@ def _take_keys(
     # [block_kv, block_d], [block_kv, block_dv]
     k = load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     v = load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+    # [block_q, block_kv]
+    qk = product(q, tl.trans(k), PRECISION)
     kept = None
     if DROP_LEAST is not None:
         kept = kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
     SUMMED_END: tl.constexpr = KEYS_END and SUMS is not None
-    # [block_q, block_kv]
-    _, p, slope, factor, qk = tile_weights(
-        q, tl.trans(k), kept, shifts, row_factor[:, None], q_idx[:, None], kv_idx[None, :], n0, n1, n2, n3, q_len, kv_len, sizes,
-        captured, captured_strides, GRADS, FACTOR, SUMMED_END, SCALE, SLACK, APART, NORMALISED, PRECISION,
+    _, p, slope, factor = tile_weights(
+        qk, kept, shifts, row_factor[:, None], q_idx[:, None], kv_idx[None, :], n0, n1, n2, n3, q_len, kv_len, sizes,
+        captured, captured_strides, GRADS, FACTOR, SUMMED_END, SCALE, SLACK, APART, NORMALISED,
     )  # fmt: skip
     dw = product(grad, tl.trans(v), PRECISION)
     dqk, ds, of_factor = tile_gradients(
@@ -352,20 +356,18 @@ def _take_keys(
 
 @triton.jit
 def tile_weights(
-    a, b, kept, shifts, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
-    GRADS: tl.constexpr, FACTOR: tl.constexpr, KEYS_END: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr,
-    APART: tl.constexpr, NORMALISED: tl.constexpr, PRECISION: tl.constexpr,
+    qk, kept, shifts, row_factor, q_idx, kv_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
+    GRADS: tl.constexpr, FACTOR: tl.constexpr, KEYS_END: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
-    """(w, p, slope, factor, product) of a tile of products a b: w is what v is multiplied by, s the inner score.
+    """(w, p, slope, factor) of a tile of products: w is what v is multiplied by, s the inner score.
 
         p = exp(SCALE s - lse),  w = factor p,  slope = d s / d product
 
     kept: what dropout multiplies w by, None without it. row_factor: the factor unless FACTOR gives one for each pair.
     Where the score is not NORMALISED, p = s. KEYS_END: whether p and factor have to be 0 behind the last key.
     """
-    s, slope, qk = GRADS(
-        a, b, PRECISION, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides
-    )  # fmt: skip
+    s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
     p = _probabilities(s, shifts, SCALE, SLACK, APART) if NORMALISED else s
     if KEYS_END:
         p = tl.where(kv_idx < kv_len, p, 0.0)
@@ -375,7 +377,7 @@ def tile_weights(
         if KEYS_END:
             factor = tl.where(kv_idx < kv_len, factor, 0.0)
     w = (p if kept is None else p * kept) * factor
-    return w, p, slope, factor, qk
+    return w, p, slope, factor
 
 
 @triton.jit

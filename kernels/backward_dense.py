@@ -158,13 +158,14 @@ def _write_pairs(
     k = load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     v = load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
     before = tl.load(dt_ptrs, mask=stored & added, other=0.0).to(tl.float32) if SHARED else 0.0
+    # [block_q, block_kv]
+    qk = product(q, tl.trans(k), PRECISION)
     kept = None
     if DROP_LEAST is not None:
         kept = kept_scales(draw, q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
-    # [block_q, block_kv]
-    _w, p, slope, factor, qk = tile_weights(
-        q, tl.trans(k), kept, shifts, row_factor[:, None], q_idx[:, None], kv_idx[None, :], n0, n1, n2, n3, q_len, kv_len, sizes,
-        captured, captured_strides, GRADS, FACTOR, KEYS_END, SCALE, SLACK, APART, NORMALISED, PRECISION,
+    _w, p, slope, factor = tile_weights(
+        qk, kept, shifts, row_factor[:, None], q_idx[:, None], kv_idx[None, :], n0, n1, n2, n3, q_len, kv_len, sizes,
+        captured, captured_strides, GRADS, FACTOR, KEYS_END, SCALE, SLACK, APART, NORMALISED,
     )  # fmt: skip
     dw = product(grad, tl.trans(v), PRECISION)
     _dqk, ds, of_factor = tile_gradients(

@@ -107,6 +107,8 @@ def attention_pairs_backward_kernel(
             k = load_keys(k_ptrs, offs_kv, kv_len, True, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
             v_ptrs = tile_pointers(batch_pointer(v_ptr, v_strides, m0, m1, m2, m3), offs_kv, offs_dv, v_strides)
             v = load_keys(v_ptrs, offs_kv, kv_len, True, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+            # [block_q, block_kv]
+            qk = product(q, tl.trans(k), PRECISION)
             shifts = load_shifts(rows_base, planes, offs_q, 1, SCALE, SLACK, APART, NORMALISED)
             delta = load_delta(rows_base, planes, offs_q, 1, NORMALISED)
             row_factor = row_factor_of(
@@ -115,11 +117,10 @@ def attention_pairs_backward_kernel(
             kept = None
             if DROP_LEAST is not None:
                 kept = kept_scales((seed, position), q_idx, kv_start, BLOCK_KV, DROP_LEAST, KEEP_SCALE)
-            # [block_q, block_kv]
-            _w, p, slope, factor, qk = tile_weights(
-                q, tl.trans(k), kept, shifts, row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3, q_len,
+            _w, p, slope, factor = tile_weights(
+                qk, kept, shifts, row_factor[:, None], q_idx[:, None], offs_kv[None, :], m0, m1, m2, m3, q_len,
                 kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED, True, SCALE, SLACK, APART,
-                NORMALISED, PRECISION,
+                NORMALISED,
             )  # fmt: skip
             dw = product(grad, tl.trans(v), PRECISION)
             _dqk, ds, of_factor = tile_gradients(

@@ -166,8 +166,8 @@ def generate(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool = Fa
         inner = pointwise("where", pointwise("lt", index(KV_IDX), index(KV_LEN)), inner, behind)
     full = unscaled(mask.unmasked if ranged else mask.full, scale)
     bodies = {
-        "masked_body": operands_body([inner], spec.compute_dtype, keys_end=True),
-        "full_body": operands_body([full], spec.compute_dtype, keys_end=False),
+        "masked_body": operands_body(inner, spec.compute_dtype, keys_end=True),
+        "full_body": operands_body(full, spec.compute_dtype, keys_end=False),
         "bounds_body": bounds_body(mask.bounds, spec.compute_dtype),
     }
     source = _TEMPLATE.format(

@@ -220,8 +220,9 @@ def _corrected(spec: AttentionSpec, terms: Sequence[Term]) -> tuple[Term, ...]:
 def _sums_body(terms: Sequence[Term], variant: str, spec: AttentionSpec, corrected: Sequence[Term]) -> str:
     slopes = [getattr(term, variant) for term in terms]
     lines, values = tile_values(slopes, spec.compute_dtype, keys_end=variant == "masked")
-    found = [_times(term.grad, *of, value) for term, *of, value in zip(terms, slopes, values, strict=True)]
-    found += [_times("p", *of, value) for term, *of, value in zip(terms, slopes, values, strict=True) if term in corrected]
+    parts = list(zip(terms, slopes, values, strict=True))
+    found = [_times(term.grad, slope, value) for term, slope, value in parts]
+    found += [_times("p", slope, value) for term, slope, value in parts if term in corrected]
     found += ["ds"] if corrected else []
     summed = (f"sums[{i}] + tl.sum({value}, 1)" for i, value in enumerate(found))
     return indented([*lines, f"return ({', '.join(summed)},)"])

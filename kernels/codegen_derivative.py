@@ -1,6 +1,7 @@
 """Write the derivatives of an attention's programs as Triton functions, for a backward kernel.
 
-They come in a module of their own. As in the forward's functions, s is the inner score, score = scale * s, and the derivatives of the score are `scale` times those of
+They come in a module of their own and take the arguments of the forward's functions, so that a kernel can call both on
+one tile. As there, s is the inner score, score = scale * s, and the derivatives of the score are `scale` times those of
 s. The gradient of a captured tensor is what its reads scatter: at every (n.., q_idx, kv_idx) the gradient of the score
 times d score / d read is added to the element that was read.
 """
@@ -18,15 +19,7 @@ from flashfuse.kernels.expr import Expr, Product, walk
 from flashfuse.kernels.mask import mask_of
 from flashfuse.kernels.modules import finished, load_module
 from flashfuse.kernels.scale import inner_score, unscaled
-from flashfuse.kernels.source import (
-    OPERANDS_ARGUMENTS,
-    ROW_ARGUMENTS,
-    TILE_ARGUMENTS,
-    is_row,
-    operands_body,
-    row_body,
-    tile_body,
-)
+from flashfuse.kernels.source import ROW_ARGUMENTS, TILE_ARGUMENTS, is_row, row_body, tile_body
 from flashfuse.kernels.spec import AttentionSpec, to_text
 
 
@@ -48,7 +41,7 @@ class LeafDerivative:
 class DerivativeProgram:
     """What a backward kernel compiles in for one attention.
 
-    score_and_grad_masked, score_and_grad_full: rows and columns of a tile -> (s, ds / d product, the tile of products).
+    score_and_grad_masked, score_and_grad_full: tile of products -> (s, ds / d product).
     reads: ds / d read, for every distinct read of a floating-point tensor in the score.
     sink, factor: the derivatives of these programs, empty where the spec has none.
     scale: score = scale * s.
@@ -124,10 +117,7 @@ def generate_derivatives(spec: AttentionSpec, ranged: bool = False) -> tuple[str
     mask = mask_of(spec)
     full = unscaled(mask.full, scale)
     unmasked = unscaled(mask.unmasked, scale) if ranged else full
-    functions = []
-    for variant, formulas, keys_end in (("masked", _with_product(inner), True), ("full", _with_product(unmasked), False)):
-        body = operands_body(list(formulas.values()), spec.compute_dtype, keys_end)
-        functions.append(_function(f"score_and_grad_{variant}", OPERANDS_ARGUMENTS, formulas, body))
+    functions = [*_tiles("score_and_grad", _with_product(inner), _with_product(unmasked), spec)]
     # An added mask that is zero throughout a tile has a gradient there all the same.
     for i, leaf in enumerate(_reads(inner)):
         functions += _tiles(f"score_grad{i}", _derivative("s", inner, leaf), _derivative("s", full, leaf), spec)

@@ -51,17 +51,17 @@ def tile_body(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool
     return indented([*lines, f"return {', '.join(results)}"])
 
 
-def operands_body(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool) -> str:
-    """Statements that return (values of programs on a tile.., the tile of products `qk`), which they form themselves.
+def operands_body(program: Expr, float_dtype: torch.dtype, keys_end: bool) -> str:
+    """Statements that return (value of the program on a tile, the tile of products `qk`), which they form themselves.
 
     What is read comes first: reads are under way while the product is formed. And Triton lays out the rows of a tile as
     the last of reads and products has its tile laid out, which costs shuffles and spills where that is a read.
     """
-    writer = Writer(programs, float_dtype, keys_end)
-    results = [writer.emit(p) if _products(p) else writer.filled(p, "qk.shape") for p in programs]
+    writer = Writer([program], float_dtype, keys_end)
+    result = writer.emit(program) if _products(program) else writer.filled(program, "qk.shape")
     before = [line for line, of_product in writer.lines if not of_product]
     after = [line for line, of_product in writer.lines if of_product]
-    return indented([*before, "qk = product(q, k, PRECISION)", *after, f"return {', '.join(results)}, qk"])
+    return indented([*before, "qk = product(q, k, PRECISION)", *after, f"return {result}, qk"])
 
 
 def tile_values(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool) -> tuple[list[str], list[str]]:

@@ -127,10 +127,7 @@ def backward_tile_kernel(
     rows, columns = tl.minimum(offsets, q_len - 1)[:, None], offsets[None, :]
     at = (n0 * BLOCK + offsets[:, None]) * BLOCK + columns
     qk = tl.load(qk_ptr + at)
-    ones = (offsets[:, None] == offsets[None, :]).to(tl.float32)
-    value, grad, qk = SCORE_AND_GRAD(
-        qk, ones, "ieee", n0, n0, n0, n0, rows, columns, q_len, kv_len, sizes, captured, strides
-    )  # fmt: skip
+    value, grad = SCORE_AND_GRAD(qk, n0, n0, n0, n0, rows, columns, q_len, kv_len, sizes, captured, strides)
     value += grad
     for i in tl.static_range(len(READ_GRADS)):
         value += READ_GRADS[i](qk, n0, n0, n0, n0, rows, columns, q_len, kv_len, sizes, captured, strides)

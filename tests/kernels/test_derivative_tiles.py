@@ -60,17 +60,7 @@ def tile_kernel(
         value = FUNCTION(n0, zero, zero, zero, q_idx, q_len, kv_len, sizes, captured, strides)
         tl.store(out_ptr + at, tl.broadcast_to(value[:, None], at.shape))
     elif KIND == "pair":
-        # The products of rows, which hold them, and columns of one 1 each.
-        inner = tl.arange(0, 16)
-        held = tl.load(
-            qk_ptr + (n0 * q_len + rows) * kv_len + kv_start + inner[None, :],
-            mask=(inner < BLOCK)[None, :] & (kv_start + inner < kv_len)[None, :], other=0.0,
-        )  # fmt: skip
-        ones = (inner[:, None] == offsets[None, :]).to(tl.float32)
-        first, second, formed = FUNCTION(
-            held, ones, "ieee", n0, zero, zero, zero, rows, columns, q_len, kv_len, sizes, captured, strides
-        )  # fmt: skip
-        tl.device_assert(formed == qk)
+        first, second = FUNCTION(qk, n0, zero, zero, zero, rows, columns, q_len, kv_len, sizes, captured, strides)
         tl.store(out_ptr + at, first)
         tl.store(second_ptr + at, second)
     else:
