@@ -174,10 +174,10 @@ def _take_queries(
     q = load_columns(q_ptrs, tl.arange(0, BLOCK_D)[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     grad_ptrs = tile_pointers(grad_base + first * grad_strides[4], row, tl.arange(0, BLOCK_DV), grad_strides)
     grad = load_keys(grad_ptrs, offs_q, q_len, MASKED, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
-    # What scores wait for is read beforehand, and what only gradients wait for afterwards: registers are scarce.
-    shifts = load_shifts(rows_base + q_start, planes, tl.arange(0, BLOCK_Q), 0, SCALE, SLACK, APART, NORMALISED)
-    # [block_kv, block_q]
+    # [block_kv, block_q]; numbers of rows are read, and the second product formed, when they are needed and not before:
+    # registers are scarce.
     qk = product(k, tl.trans(q), PRECISION)
+    shifts = load_shifts(rows_base + q_start, planes, tl.arange(0, BLOCK_Q), 0, SCALE, SLACK, APART, NORMALISED)
     row_factor = row_factor_of(
         q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
     )  # fmt: skip
@@ -189,7 +189,6 @@ def _take_queries(
         qk, kept, shifts, row_factor[None, :], q_idx[None, :], kv_idx[:, None], n0, n1, n2, n3, q_len, kv_len, sizes,
         captured, captured_strides, GRADS, FACTOR, False, SCALE, SLACK, APART, NORMALISED,
     )  # fmt: skip
-    # Not before the weights: beside two products there would be no registers for them.
     dw = product(v, tl.trans(grad), PRECISION)
     delta = load_delta(rows_base + q_start, planes, tl.arange(0, BLOCK_Q), 0, NORMALISED)
     dqk, ds, of_factor = tile_gradients(

@@ -1,7 +1,7 @@
 """The gradient of a captured tensor with an element for each pair that few batch positions share: a dense bias.
 
-One pass by query tile, as for the gradient of the queries, after it: by then delta is right to the last digit. A tile of
-ds is written as it is found; positions that share the tensor come one after the other, and add to what is there.
+One pass by query tile, as for the gradient of the queries, and after that: by then delta is right to the last digit. A
+tile of gradients is written as it is found; positions that share the tensor come one after the other, and add to it.
 """
 
 import triton

@@ -18,7 +18,10 @@ from flashfuse.kernels.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class BackwardLaunch:
-    """Tiles and resources of the kernels that pass by key tile, by query tile, and by pairs; dense: those by their rows."""
+    """Tiles and resources of the kernels that pass by key tile, by query tile, and by pairs.
+
+    dense: by the rows of pairs, see `backward_dense`.
+    """
 
     keys: Launch
     queries: Launch

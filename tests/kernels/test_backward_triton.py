@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 
 from triton_backward import RUNS, backward, check, check_ranged, noise
 
+from flashfuse.kernels.launch_backward import MOST_ADDED
+
 pytestmark = RUNS
 
 FP32_MIN = torch.finfo(torch.float32).min
@@ -89,6 +91,26 @@ def test_rows_of_a_bias_in_half_precision() -> None:
     grad = grad_out(call)
     exact, eager = (rows(reference_gradients(call, [grad], [3], dtype)) for dtype in (torch.float64, None))
     assert_close_to_exact(rows(backward(call, grad, [3]))[None], eager, exact)
+
+
+@pytest.mark.parametrize("batch", [1, MOST_ADDED, MOST_ADDED + 1])
+def test_positions_that_share_a_bias(batch: int) -> None:
+    """Few add to what is stored, which is rounded each time; more are added up first. Never in another order."""
+    call = make_call(
+        "where(kv_idx <= q_idx, qk * 0.3 + t0[q_idx, kv_idx], -inf)", (batch, 37, 16), 45, captured=[noise(37, 45)],
+        dtype=torch.float16,
+    )  # fmt: skip
+    for one, other in zip(check(call), backward(call, grad_out(call), range(4)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_rows_of_a_bias_without_a_key() -> None:
+    """All keys of rows that see nothing above an added fill have gradients, behind tiles that hold none."""
+    score = "qk * 0.3 + t0[n1, q_idx, kv_idx] + where(kv_idx <= q_idx - 9, 0.0, -10000.0)"
+    call = make_call(score, (B, H, S, 16), KV_LEN, captured=[noise(H, S, KV_LEN)])
+    of_bias = check(call)[3]
+    assert (of_bias[:, 0, -1] != 0).all()
+    assert (of_bias[:, 20, 16:] == 0).all()
 
 
 @pytest.mark.parametrize("fill", ["-inf", repr(FP32_MIN), "-1e31", "-10000.0"])

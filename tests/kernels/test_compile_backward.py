@@ -20,11 +20,11 @@ triton = pytest.importorskip("triton")
 
 from compile_targets import DEVICES, accumulators, assembler_report, source_of  # noqa: E402
 
-from flashfuse.kernels import backward, backward_pairs  # noqa: E402
+from flashfuse.kernels import backward, backward_dense, backward_pairs  # noqa: E402
 from flashfuse.kernels import backward_variants as variants  # noqa: E402
 from flashfuse.kernels.backward_rows import attention_rows_backward_kernel  # noqa: E402
 from flashfuse.kernels.codegen_backward import load_backward  # noqa: E402
-from flashfuse.kernels.launch import shape_of  # noqa: E402
+from flashfuse.kernels.launch import Launch, shape_of  # noqa: E402
 from flashfuse.kernels.mask import mask_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -48,6 +48,7 @@ KERNELS = {
     "keys": backward.attention_keys_backward_kernel,
     "queries": backward.attention_queries_backward_kernel,
     "pairs": backward_pairs.attention_pairs_backward_kernel,
+    "dense": backward_dense.attention_dense_backward_kernel,
 }
 # What keys that no two batch positions share are passed over.
 LOOPS = ("loop_0", "loop_1", "loop_2", "loop_3")
@@ -83,6 +84,11 @@ def arguments_of(name: str, spec: AttentionSpec, head_dim: int, device: str, ran
         return variants.queries_constants(spec, program, head_dim, head_dim, launch.queries)
     if not program.pair_terms:
         return None
+    if name == "dense":
+        by_distance = program.pair_terms[0].by_distance is not None
+        return (
+            None if by_distance else variants.dense_constants(spec, program, 0, head_dim, head_dim, launch.dense, True)
+        )
     return variants.pairs_constants(spec, program, 0, head_dim, head_dim, launch.pairs)
 
 
@@ -102,7 +108,7 @@ def test_compiles_within_limits(
     arguments = dict(found)
     options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
     filled = load_backward(spec, (False,) * len(captured), ranged).fill_threshold is not None
-    ones = LOOPS if name == "keys" else ()
+    ones = LOOPS if name in ("keys", "dense") else ()
     source = source_of(KERNELS[name], spec, ranks, arguments, ranged, filled, ones=ones)
     kernel = triton.compile(source, target=target, options=options)
 
@@ -140,6 +146,43 @@ def test_the_pass_by_keys_keeps_its_sums_in_registers(head_dim: int, shared: boo
     ptx = triton.compile(source, target=DEVICES["sm90"][1], options=options).asm["ptx"]
     report = assembler_report(ptx, 90, tmp_path)
     assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)) <= most
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_gradient_of_a_bias_by_rows(shared: bool, tmp_path: Path) -> None:
+    """Of tiles that meet no mask, everything is loaded ahead: by pairs, the bias waited for each of 1038 instructions.
+
+    The gradients of another batch position are loaded ahead too, and the registers hold it all.
+    """
+    text, captured, ranks = "qk * 0.125 + t0[0, n1, q_idx, kv_idx]", (BF16,), (4,)
+    spec = AttentionSpec(2, parse(text, captured), captured, 0, BF16, BF16, BF16, "nan", (0, 1, 2, 3))
+    program = load_backward(spec, (True,))
+    launch = variants.choose_backward(DEVICES["sm90"][0], shape_of(spec, 4096, 128, 128))
+    assert launch is not None
+    arguments = dict(variants.dense_constants(spec, program, 0, 128, 128, launch.dense, shared))
+    options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
+    ones = [loop for loop in LOOPS if not (shared and loop == "loop_0")]
+    source = source_of(KERNELS["dense"], spec, ranks, arguments, False, ones=ones)
+    kernel = triton.compile(source, target=DEVICES["sm90"][1], options=options)
+    loop = next(part for part in kernel.asm["ttgir"].split("scf.for") if "warp_group_dot " in part)
+    body = loop[: loop.index("scf.yield")]
+    assert body.count("async_copy_global_to_local") == (4 if shared else 3), "keys, values, bias, gradients"
+    assert "tt.load" not in body
+    report = assembler_report(kernel.asm["ptx"], 90, tmp_path)
+    assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)) <= (128 if shared else 0)
+
+
+def test_the_pass_by_keys_has_registers_for_a_bias(tmp_path: Path) -> None:
+    """It spilled 484 bytes in tiles of 64 x 128, since it held both products and all numbers of rows at once."""
+    text, captured, ranks = "qk * 0.125 + t0[0, n1, q_idx, kv_idx]", (BF16,), (4,)
+    spec = AttentionSpec(2, parse(text, captured), captured, 0, BF16, BF16, BF16, "nan", (0, 1, 2, 3))
+    program = load_backward(spec, (True,))
+    arguments = dict(variants.keys_constants(spec, program, 128, 128, Launch(64, 128, 8, 3)))
+    options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
+    source = source_of(KERNELS["keys"], spec, ranks, arguments, False, ones=LOOPS)
+    ptx = triton.compile(source, target=DEVICES["sm90"][1], options=options).asm["ptx"]
+    report = assembler_report(ptx, 90, tmp_path)
+    assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)) <= 160
 
 
 def test_query_tiles_start_where_key_tiles_do() -> None:
