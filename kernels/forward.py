@@ -8,6 +8,7 @@ nothing but a finite fill, whose probabilities are then spread over all keys as 
 import triton
 import triton.language as tl
 
+from flashfuse.kernels.elementary import scaled_exp2
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import (
     batch_pointer,
@@ -291,7 +292,7 @@ def _attend(
             score += 0.0
             # [block_q, block_kv]
             p = tl.exp2((score - subtracted[:, None]) * LOG2_SCALE)
-            correction = tl.exp2((row_max - subtracted) * LOG2_SCALE)
+            correction = scaled_exp2(row_max - subtracted, LOG2_SCALE)
         else:
             subtracted = tl.where(new_max == float("-inf"), 0.0, new_shift)
             # [block_q, block_kv]
