@@ -64,12 +64,12 @@ class Row:
 def _row(
     head_dim: int, element_bytes: int, backend: str, arch: int, *tiles: tuple[int, int, int, int], alone: bool = False
 ) -> Row:
-    """tiles: (block_q, block_kv, num_warps, num_stages) for keys, queries and pairs.
+    """tiles: (block_q, block_kv, num_warps, num_stages) for keys, queries, pairs and rows of pairs.
 
-    Pairs by their rows take the tile of the queries: they load more beside keys and values, and hold no sum.
+    Without the last, rows of pairs take the tile of the queries: they load more beside keys and values, and hold no sum.
     """
-    keys, queries, pairs = (Launch(*t) for t in tiles)
-    dense = replace(queries, num_stages=min(queries.num_stages, 2))
+    keys, queries, pairs, *given = (Launch(*t) for t in tiles)
+    dense = given[0] if given else replace(queries, num_stages=min(queries.num_stages, 2))
     return Row(head_dim, element_bytes, backend, arch, BackwardLaunch(keys, queries, pairs, dense), alone)
 
 

@@ -182,7 +182,7 @@ def test_the_pass_by_keys_has_registers_for_a_bias(tmp_path: Path) -> None:
     source = source_of(KERNELS["keys"], spec, ranks, arguments, False, ones=LOOPS)
     ptx = triton.compile(source, target=DEVICES["sm90"][1], options=options).asm["ptx"]
     report = assembler_report(ptx, 90, tmp_path)
-    assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)) <= 160
+    assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)) <= 256
 
 
 def test_query_tiles_start_where_key_tiles_do() -> None:
