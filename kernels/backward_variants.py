@@ -66,7 +66,7 @@ def _row(
 ) -> Row:
     """tiles: (block_q, block_kv, num_warps, num_stages) for keys, queries, pairs and rows of pairs.
 
-    Without the last, rows of pairs take the tile of the queries: they load more beside keys and values, and hold no sum.
+    Without the last, rows of pairs take the tile of the queries: they load more, and hold no sum.
     """
     keys, queries, pairs, *given = (Launch(*t) for t in tiles)
     dense = given[0] if given else replace(queries, num_stages=min(queries.num_stages, 2))
