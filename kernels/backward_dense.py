@@ -1,7 +1,7 @@
-"""The gradient of a captured tensor with an element for each pair that few batch positions share: a dense bias.
+"""The gradient of a captured tensor with an element for each pair of each batch position: a dense bias of its own.
 
 One pass by query tile, as for the gradient of the queries, and after that: by then delta is right to the last digit. A
-tile of gradients is written as it is found; positions that share the tensor come one after the other, and add to it.
+tile of gradients is written as it is found.
 """
 
 import triton
@@ -20,31 +20,25 @@ from flashfuse.kernels.tiles import (
     tile_pointers,
 )
 
-_BATCH = [f"batch_{axis}" for axis in range(4)]
-_LOOP = [f"loop_{axis}" for axis in range(4)]
 
-
-@triton.jit(do_not_specialize=[*_BATCH, "q_len", "kv_len", "sizes"], do_not_specialize_on_alignment=_LOOP)
+@triton.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])
 def attention_dense_backward_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, seed_ptr, dt_ptr,
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dt_strides,
-    batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
-    q_len, kv_len, sizes, captured, captured_strides,
+    batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     PAIR_GRAD_MASKED: tl.constexpr, PAIR_GRAD_FULL: tl.constexpr, PAIR_SCALE: tl.constexpr,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
     SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, BOUNDED: tl.constexpr,
-    FILL_THRESHOLD: tl.constexpr, SHARED: tl.constexpr, LONGEST_FIRST: tl.constexpr,
+    FILL_THRESHOLD: tl.constexpr, LONGEST_FIRST: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dt_ij = PAIR_SCALE * sum_n PAIR_GRAD(n, i, j) over the batch positions n that share the element.
+    """dt_nij = PAIR_SCALE * PAIR_GRAD(n, i, j)
 
-    One program owns BLOCK_Q rows of dt at one of batch_0 * .. * batch_3 positions, and passes over the keys once for
-    each of the loop_0 * .. * loop_3 positions that share them (of each axis one of the two is 1). SHARED: whether those
-    are several. Tiles that none of the positions visits are zeros.
+    One program owns BLOCK_Q rows of dt at one of batch_0 * .. * batch_3 positions. Tiles that it skips are zeros.
     """
     q_tiles = tl.cdiv(q_len, BLOCK_Q)
     tile = tl.program_id(0) % q_tiles
@@ -63,89 +57,80 @@ def attention_dense_backward_kernel(
     dt_base = batch_pointer(dt_ptr, dt_strides, n0, n1, n2, n3)
     dt_ptrs = tile_pointers(dt_base, offs_q, tl.arange(0, BLOCK_KV), dt_strides)
 
-    for shared in tl.range(0, loop_0 * loop_1 * loop_2 * loop_3):
-        s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
-        m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
-        position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
-        planes = (batch_0 * loop_0).to(tl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3
-        planes *= rows_length(q_len)
-        rows_base = rows_ptr + position.to(tl.int64) * rows_length(q_len)
-        draw = (seed, position)
+    position = ((n0 * batch_1 + n1) * batch_2 + n2) * batch_3 + n3
+    planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * rows_length(q_len)
+    rows_base = rows_ptr + position.to(tl.int64) * rows_length(q_len)
+    draw = (seed, position)
 
-        # [block_q, block_d], [block_q, block_dv]
-        q_ptrs = tile_pointers(batch_pointer(q_ptr, q_strides, m0, m1, m2, m3), q_idx, offs_d, q_strides)
-        q = load_columns(q_ptrs, offs_d[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
-        grad_ptrs = tile_pointers(batch_pointer(grad_ptr, grad_strides, m0, m1, m2, m3), q_idx, offs_dv, grad_strides)
-        grad = load_keys(grad_ptrs, offs_q, q_len, True, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
-        shifts = load_shifts(rows_base, planes, offs_q, 1, SCALE, SLACK, APART, NORMALISED)
-        delta = load_delta(rows_base, planes, offs_q, 1, NORMALISED)
-        row_factor = row_factor_of(
-            q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
+    # [block_q, block_d], [block_q, block_dv]
+    q_ptrs = tile_pointers(batch_pointer(q_ptr, q_strides, n0, n1, n2, n3), q_idx, offs_d, q_strides)
+    q = load_columns(q_ptrs, offs_d[None, :], HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
+    grad_ptrs = tile_pointers(batch_pointer(grad_ptr, grad_strides, n0, n1, n2, n3), q_idx, offs_dv, grad_strides)
+    grad = load_keys(grad_ptrs, offs_q, q_len, True, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
+    shifts = load_shifts(rows_base, planes, offs_q, 1, SCALE, SLACK, APART, NORMALISED)
+    delta = load_delta(rows_base, planes, offs_q, 1, NORMALISED)
+    row_factor = row_factor_of(
+        q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, ROW_FACTOR
+    )  # fmt: skip
+    # [block_kv, block_d], [block_kv, block_dv]
+    keys = tl.arange(0, BLOCK_KV)
+    k_ptrs = tile_pointers(batch_pointer(k_ptr, k_strides, n0, n1, n2, n3), keys, offs_d, k_strides)
+    v_ptrs = tile_pointers(batch_pointer(v_ptr, v_strides, n0, n1, n2, n3), keys, offs_dv, v_strides)
+
+    # Key positions at whole tiles: start <= full_start <= full_end <= end.
+    start, full_start, full_end, end = KV_BOUNDS(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes)
+    if ranges_ptr is not None:
+        ranges = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
+        ranges = range_pointers(ranges, ranges_strides, q_start, q_len, BLOCK_Q)
+        start, full_start, full_end, end = narrowed(start, full_start, full_end, end, ranges, ranges_strides[5])
+    if FILL_THRESHOLD is not None:
+        # Rows that saw nothing above the fill have gradients through all keys.
+        filled = sees_every_key(rows_base, planes, offs_q, FILL_THRESHOLD) > 0
+        start = tl.where(filled, 0, start)
+        end = tl.where(filled, kv_len, end)
+    start = start // BLOCK_KV * BLOCK_KV
+    end = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
+    full_start = tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end)
+    full_end = tl.maximum(full_end // BLOCK_KV * BLOCK_KV, full_start)
+
+    tiles_behind = tl.cdiv(tl.maximum(kv_len - end, 0), BLOCK_KV)
+    for i in tl.range(0, start // BLOCK_KV + tiles_behind):
+        kv_start = tl.where(i * BLOCK_KV < start, 0, end - start) + i * BLOCK_KV
+        stored = exists[:, None] & (kv_start + keys < kv_len)[None, :]
+        zeros = tl.zeros([BLOCK_Q, BLOCK_KV], dt_ptr.dtype.element_ty)
+        tl.store(dt_ptrs + kv_start.to(tl.int64) * dt_strides[5], zeros, mask=stored)
+
+    for kv_start in tl.range(full_start, full_end, BLOCK_KV, num_stages=STAGES):
+        _write_pairs(
+            dt_ptrs, exists, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides,
+            dt_strides, kv_start, q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
+            PAIR_GRAD_FULL, PAIR_SCALE, GRADS_FULL, FACTOR_FULL, False, SCALE, SLACK, APART, NORMALISED,
+            BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
-        # [block_kv, block_d], [block_kv, block_dv]
-        keys = tl.arange(0, BLOCK_KV)
-        k_ptrs = tile_pointers(batch_pointer(k_ptr, k_strides, m0, m1, m2, m3), keys, offs_d, k_strides)
-        v_ptrs = tile_pointers(batch_pointer(v_ptr, v_strides, m0, m1, m2, m3), keys, offs_dv, v_strides)
 
-        # Key positions at whole tiles: start <= full_start <= full_end <= end.
-        start, full_start, full_end, end = KV_BOUNDS(q_start, q_stop, m0, m1, m2, m3, q_len, kv_len, sizes)
-        if ranges_ptr is not None:
-            ranges = batch_pointer(ranges_ptr, ranges_strides, m0, m1, m2, m3)
-            ranges = range_pointers(ranges, ranges_strides, q_start, q_len, BLOCK_Q)
-            start, full_start, full_end, end = narrowed(start, full_start, full_end, end, ranges, ranges_strides[5])
-        if FILL_THRESHOLD is not None:
-            # Rows that saw nothing above the fill have gradients through all keys.
-            filled = sees_every_key(rows_base, planes, offs_q, FILL_THRESHOLD) > 0
-            start = tl.where(filled, 0, start)
-            end = tl.where(filled, kv_len, end)
-        start = start // BLOCK_KV * BLOCK_KV
-        end = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
-        full_start = tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end)
-        full_end = tl.maximum(full_end // BLOCK_KV * BLOCK_KV, full_start)
-        added = shared > 0 if SHARED else False
-
-        if not added:
-            tiles_behind = tl.cdiv(tl.maximum(kv_len - end, 0), BLOCK_KV)
-            for i in tl.range(0, start // BLOCK_KV + tiles_behind):
-                kv_start = tl.where(i * BLOCK_KV < start, 0, end - start) + i * BLOCK_KV
-                stored = exists[:, None] & (kv_start + keys < kv_len)[None, :]
-                zeros = tl.zeros([BLOCK_Q, BLOCK_KV], dt_ptr.dtype.element_ty)
-                tl.store(dt_ptrs + kv_start.to(tl.int64) * dt_strides[5], zeros, mask=stored)
-
-        for kv_start in tl.range(full_start, full_end, BLOCK_KV, num_stages=STAGES):
-            _write_pairs(
-                dt_ptrs, exists, added, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides,
-                dt_strides, kv_start, q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides,
-                PAIR_GRAD_FULL, PAIR_SCALE, GRADS_FULL, FACTOR_FULL, False, SHARED, SCALE, SLACK, APART, NORMALISED,
-                BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
-            )  # fmt: skip
-
-        tiles_before = (full_start - start) // BLOCK_KV
-        tiles_behind = (end - full_end) // BLOCK_KV
-        for i in tl.range(0, tiles_before + tiles_behind, num_stages=STAGES):
-            kv_start = tl.where(i < tiles_before, start, full_end - tiles_before * BLOCK_KV) + i * BLOCK_KV
-            _write_pairs(
-                dt_ptrs, exists, added, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides,
-                dt_strides, kv_start, q_idx, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides,
-                PAIR_GRAD_MASKED, PAIR_SCALE, GRADS_MASKED, FACTOR_MASKED, True, SHARED, SCALE, SLACK, APART,
-                NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
-            )  # fmt: skip
-        if SHARED:
-            # What one thread has written another may add to.
-            tl.debug_barrier()
+    tiles_before = (full_start - start) // BLOCK_KV
+    tiles_behind = (end - full_end) // BLOCK_KV
+    for i in tl.range(0, tiles_before + tiles_behind, num_stages=STAGES):
+        kv_start = tl.where(i < tiles_before, start, full_end - tiles_before * BLOCK_KV) + i * BLOCK_KV
+        _write_pairs(
+            dt_ptrs, exists, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides,
+            dt_strides, kv_start, q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
+            PAIR_GRAD_MASKED, PAIR_SCALE, GRADS_MASKED, FACTOR_MASKED, True, SCALE, SLACK, APART,
+            NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+        )  # fmt: skip
 
 
 @triton.jit
 def _write_pairs(
-    dt_ptrs, exists, added, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, dt_strides,
+    dt_ptrs, exists, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, dt_strides,
     kv_start, q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     PAIR_GRAD: tl.constexpr, PAIR_SCALE: tl.constexpr, GRADS: tl.constexpr, FACTOR: tl.constexpr,
-    KEYS_END: tl.constexpr, SHARED: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr,
+    KEYS_END: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr,
     NORMALISED: tl.constexpr, BOUNDED: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: its gradients are stored, or added to those that are."""
+    """One tile of keys."""
     BLOCK_KV: tl.constexpr = k_ptrs.shape[0]
     BLOCK_D: tl.constexpr = k_ptrs.shape[1]
     BLOCK_DV: tl.constexpr = v_ptrs.shape[1]
@@ -157,7 +142,6 @@ def _write_pairs(
     # [block_kv, block_d], [block_kv, block_dv], [block_q, block_kv]
     k = load_keys(k_ptrs + key * k_strides[4], kv_idx, kv_len, KEYS_END, HEAD_DIM, BLOCK_D).to(PRODUCT_DTYPE)
     v = load_keys(v_ptrs + key * v_strides[4], kv_idx, kv_len, KEYS_END, VALUE_DIM, BLOCK_DV).to(PROBS_DTYPE)
-    before = tl.load(dt_ptrs, mask=stored & added, other=0.0).to(tl.float32) if SHARED else 0.0
     # [block_q, block_kv]
     qk = product(q, tl.trans(k), PRECISION)
     kept = None
@@ -175,4 +159,4 @@ def _write_pairs(
         ds, of_factor, qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured,
         captured_strides,
     )  # fmt: skip
-    tl.store(dt_ptrs, (dt * PAIR_SCALE + before).to(dt_ptrs.dtype.element_ty), mask=stored)
+    tl.store(dt_ptrs, (dt * PAIR_SCALE).to(dt_ptrs.dtype.element_ty), mask=stored)

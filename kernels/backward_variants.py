@@ -81,7 +81,7 @@ TABLE = (
     _row(64, 2, "cuda", 90, (64, 128, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
     # Of a tile of 64 queries by 64 keys the loads take longer than the products.
     _row(128, 2, "cuda", 90, (64, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), alone=True),
-    _row(128, 2, "cuda", 90, (32, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
+    _row(128, 2, "cuda", 90, (32, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)),
     _row(128, 2, "cuda", 90, (32, 128, 8, 2), (64, 64, 4, 2), (128, 64, 8, 1)),
     _row(256, 2, "cuda", 90, (64, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1), alone=True),
     _row(256, 2, "cuda", 90, (32, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1)),
@@ -203,16 +203,14 @@ def dense_constants(
     head_dim: int,
     value_dim: int,
     launch: Launch,
-    shared: bool = False,
 ) -> Mapping[str, Any]:
-    """Of the kernel that writes the gradient of pair term `number` by rows; shared: by several batch positions."""
+    """Of the kernel that writes the gradient of pair term `number` by rows."""
     masked, full = program.pair_grads[number]
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
         "PAIR_GRAD_MASKED": masked,
         "PAIR_GRAD_FULL": full,
         "PAIR_SCALE": program.pair_terms[number].scale,
-        "SHARED": shared,
         "STAGES": launch.num_stages,
         "GRADS_FULL": program.derivatives.score_and_grad_full,
         "FACTOR_FULL": program.forward.factor_full,

@@ -291,8 +291,8 @@ def _attend(
             # Rounded as the maximum is: a score that is a product would become one operation with the difference.
             score += 0.0
             # [block_q, block_kv]
-            p = tl.exp2((score - subtracted[:, None]) * LOG2_SCALE)
-            lowered = row_max - subtracted
+            below, lowered = score - subtracted[:, None], row_max - subtracted
+            p = scaled_exp2(below, LOG2_SCALE) if q.dtype == tl.float32 else tl.exp2(below * LOG2_SCALE)
             correction = scaled_exp2(lowered, LOG2_SCALE) if q.dtype == tl.float32 else tl.exp2(lowered * LOG2_SCALE)
         else:
             subtracted = tl.where(new_max == float("-inf"), 0.0, new_shift)

@@ -37,9 +37,6 @@ from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec
 
 # Numbers kept for each row beside the log-sum-exp: see `backward`.
 ROW_PLANES = 5
-# Batch positions that may share a pair's gradient where that is added up in the tensor's own type: the sums of three
-# are rounded as much as the three themselves, of which eager code adds up rounded ones.
-MOST_ADDED = 3
 # Elements of the output that one program of the rows kernel reads.
 ROW_ELEMENTS = 8192
 
@@ -112,7 +109,7 @@ class _Backward:
         for i, (term, target) in enumerate(zip(self.program.pair_terms, targets, strict=True)):
             if isinstance(target, DistanceSums):
                 self._pairs(rows, i, target.tiles)
-            elif self._sharing(target) <= MOST_ADDED:
+            elif tuple(target.shape[:-2]) == self.call.batch:
                 self._dense(rows, i, target)
             else:
                 self._pairs(rows, i, target)
@@ -218,29 +215,26 @@ class _Backward:
         )  # fmt: skip
         row_tiles, column_tiles = -(-target.shape[-2] // tiles.block_q), -(-target.shape[-1] // tiles.block_kv)
         programs = math.prod(target.shape[:-2]) * row_tiles * column_tiles
-        launch = KernelLaunch(attention_pairs_backward_kernel, programs, variant)
-        launched((launch,), self._pair_arguments(rows, target))
+        owned = tuple(target.shape[:-2])
+        arguments = (
+            *self._pair_operands(rows, target), *_padded(owned), *_padded(_loop(self.call.batch, owned)),
+            *self._program_arguments,
+        )  # fmt: skip
+        launched((KernelLaunch(attention_pairs_backward_kernel, programs, variant),), arguments)
 
     def _dense(self, rows: torch.Tensor, number: int, target: torch.Tensor) -> None:
-        """Write the gradients of one read at pairs, by rows."""
-        tiles, shared = self.launch.dense, self._sharing(target) > 1
-        variant = dense_constants(
-            self.call.spec, self.program, number, self.call.head_dim, self.call.value_dim, tiles, shared
-        )  # fmt: skip
-        programs = math.prod(target.shape[:-2]) * -(-self.call.q_len // tiles.block_q)
-        launch = KernelLaunch(attention_dense_backward_kernel, programs, variant)
-        launched((launch,), self._pair_arguments(rows, target))
+        """Write the gradients of one read at pairs that no batch positions share, by rows."""
+        call, tiles = self.call, self.launch.dense
+        variant = dense_constants(call.spec, self.program, number, call.head_dim, call.value_dim, tiles)
+        arguments = (*self._pair_operands(rows, target), *_padded(call.batch), *self._program_arguments)
+        programs = math.prod(call.batch) * -(-call.q_len // tiles.block_q)
+        launched((KernelLaunch(attention_dense_backward_kernel, programs, variant),), arguments)
 
-    def _sharing(self, target: torch.Tensor) -> int:
-        """How many batch positions share a pair's gradient."""
-        return math.prod(_loop(self.call.batch, tuple(target.shape[:-2])))
-
-    def _pair_arguments(self, rows: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
-        call, owned = self.call, tuple(target.shape[:-2])
+    def _pair_operands(self, rows: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
+        call = self.call
         return (
             call.q, call.k, call.v, self.grad_out, rows, call.kv_ranges, call.seed, target,
             *self._strides(call.q, call.k, call.v, self.grad_out, call.kv_ranges, target),
-            *_padded(owned), *_padded(_loop(call.batch, owned)), *self._program_arguments,
         )  # fmt: skip
 
     @property

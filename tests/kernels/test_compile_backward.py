@@ -86,9 +86,7 @@ def arguments_of(name: str, spec: AttentionSpec, head_dim: int, device: str, ran
         return None
     if name == "dense":
         by_distance = program.pair_terms[0].by_distance is not None
-        return (
-            None if by_distance else variants.dense_constants(spec, program, 0, head_dim, head_dim, launch.dense, True)
-        )
+        return None if by_distance else variants.dense_constants(spec, program, 0, head_dim, head_dim, launch.dense)
     return variants.pairs_constants(spec, program, 0, head_dim, head_dim, launch.pairs)
 
 
@@ -108,7 +106,7 @@ def test_compiles_within_limits(
     arguments = dict(found)
     options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
     filled = load_backward(spec, (False,) * len(captured), ranged).fill_threshold is not None
-    ones = LOOPS if name in ("keys", "dense") else ()
+    ones = LOOPS if name == "keys" else ()
     source = source_of(KERNELS[name], spec, ranks, arguments, ranged, filled, ones=ones)
     kernel = triton.compile(source, target=target, options=options)
 
@@ -148,28 +146,23 @@ def test_the_pass_by_keys_keeps_its_sums_in_registers(head_dim: int, shared: boo
     assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)) <= most
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_the_gradient_of_a_bias_by_rows(shared: bool, tmp_path: Path) -> None:
-    """Of tiles that meet no mask, everything is loaded ahead: by pairs, the bias waited for each of 1038 instructions.
-
-    The gradients of another batch position are loaded ahead too, and the registers hold it all.
-    """
-    text, captured, ranks = "qk * 0.125 + t0[0, n1, q_idx, kv_idx]", (BF16,), (4,)
+def test_the_gradient_of_a_bias_by_rows(tmp_path: Path) -> None:
+    """Of tiles that meet no mask all is loaded ahead: by pairs, the bias waited for each of 1038 instructions."""
+    text, captured, ranks = "qk * 0.125 + t0[n0, n1, q_idx, kv_idx]", (BF16,), (4,)
     spec = AttentionSpec(2, parse(text, captured), captured, 0, BF16, BF16, BF16, "nan", (0, 1, 2, 3))
     program = load_backward(spec, (True,))
     launch = variants.choose_backward(DEVICES["sm90"][0], shape_of(spec, 4096, 128, 128))
     assert launch is not None
-    arguments = dict(variants.dense_constants(spec, program, 0, 128, 128, launch.dense, shared))
+    arguments = dict(variants.dense_constants(spec, program, 0, 128, 128, launch.dense))
     options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
-    ones = [loop for loop in LOOPS if not (shared and loop == "loop_0")]
-    source = source_of(KERNELS["dense"], spec, ranks, arguments, False, ones=ones)
+    source = source_of(KERNELS["dense"], spec, ranks, arguments, False)
     kernel = triton.compile(source, target=DEVICES["sm90"][1], options=options)
     loop = next(part for part in kernel.asm["ttgir"].split("scf.for") if "warp_group_dot " in part)
     body = loop[: loop.index("scf.yield")]
-    assert body.count("async_copy_global_to_local") == (4 if shared else 3), "keys, values, bias, gradients"
+    assert body.count("async_copy_global_to_local") == 3, "keys, values, bias"
     assert "tt.load" not in body
     report = assembler_report(kernel.asm["ptx"], 90, tmp_path)
-    assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)) <= (128 if shared else 0)
+    assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)) == 0
 
 
 def test_the_pass_by_keys_has_registers_for_a_bias(tmp_path: Path) -> None:
