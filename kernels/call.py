@@ -66,6 +66,15 @@ class AttentionCall:
         """Every tensor that may have a gradient: q, k, v and the captured ones, in this order."""
         return (self.q, self.k, self.v, *self.captured)
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Every tensor, in the order in which kernels are told them: q, k, v, kv_ranges, seed and the captured ones."""
+        return (self.q, self.k, self.v, self.kv_ranges, self.seed, *self.captured)
+
+    @property
+    def is_on_one_device(self) -> bool:
+        return all(x is None or x.device == self.device for x in self.tensors)
+
     def on_one_device(self) -> AttentionCall:
         """With everything on q's device: torch lets a scalar on the CPU stand beside tensors elsewhere."""
         captured = [c if c.device == self.device else c.to(self.device, non_blocking=True) for c in self.captured]
