@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -67,8 +68,8 @@ class AttentionCall:
         return (self.q, self.k, self.v, *self.captured)
 
     @property
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """Every tensor, in the order in which kernels are told them: q, k, v, kv_ranges, seed and the captured ones."""
+    def tensors(self) -> tuple[Any, ...]:
+        """Every tensor, or None where there is none: q, k, v, kv_ranges, seed and the captured ones."""
         return (self.q, self.k, self.v, self.kv_ranges, self.seed, *self.captured)
 
     @property

@@ -100,7 +100,9 @@ class CapturedProgram:
 
     def pair_targets(self, tiles: Launch) -> list[PairTarget] | None:
         """One for each pair term; None where a read has no owner: two positions read one element, or one outside."""
-        found = [self._pairs(t) if t.by_distance is None else self._distances(t, tiles) for t in self.program.pair_terms]
+        found = [
+            self._pairs(t) if t.by_distance is None else self._distances(t, tiles) for t in self.program.pair_terms
+        ]
         return None if None in found else [target for target in found if target is not None]
 
     def _pairs(self, term: Term) -> PairTarget | None:

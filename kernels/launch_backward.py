@@ -12,7 +12,6 @@ import torch
 
 from flashfuse.kernels.backward import attention_keys_backward_kernel, attention_queries_backward_kernel
 from flashfuse.kernels.backward_pairs import attention_pairs_backward_kernel
-from flashfuse.kernels.backward_ranges import filled_rows_kernel, query_ranges_kernel
 from flashfuse.kernels.backward_rows import ROWS_BLOCK, attention_rows_backward_kernel
 from flashfuse.kernels.backward_tiled import attention_backward_tiled
 from flashfuse.kernels.backward_variants import (
@@ -28,14 +27,11 @@ from flashfuse.kernels.captured_grad import CapturedProgram, PairTarget
 from flashfuse.kernels.captured_reads import unsupported
 from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
 from flashfuse.kernels.launch import choose_launch, device_of, padded, shape_of
+from flashfuse.kernels.launch_ranges import filled_rows, query_ranges
 from flashfuse.kernels.prepared import Buffer, KernelLaunch, empty_on, start, strides_of
-from flashfuse.kernels.prepared_backward import Gradient, Launched, PreparedBackward
+from flashfuse.kernels.prepared_backward import Found, Gradient, Launched, PreparedBackward
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec
 
-# Queries that one program of the kernel for filled rows reads at a time; key tiles, and blocks of queries at a time, of a
-# program that turns ranges round.
-FILLED_BLOCK = 2048
-RANGES_TILES, RANGES_BLOCKS = 16, 64
 # Numbers kept for each row beside the log-sum-exp: see `backward`.
 ROW_PLANES = 5
 # Elements of the output that one program of the rows kernel reads.
@@ -118,21 +114,21 @@ class _Preparation:
         by_queries = dq is not None or program.num_row_sums > 0
         by_keys = dk is not None or dv is not None or bool(program.key_terms)
         rows_len = -(-call.q_len // ROWS_BLOCK.value) * ROWS_BLOCK.value
-        normalised = call.spec.normaliser == "softmax"
+        threshold = program.fill_threshold
         return PreparedBackward(
             spec=call.spec,
             program=program,
             captured=self.captured,
             wanted=wanted,
-            rows=self._rows(rows_len) if normalised else None,
+            rows=self._rows(rows_len) if call.spec.normaliser == "softmax" else None,
             row_numbers=_float32(ROW_PLANES, *rows_batch, rows_len),
             of_sink=self.captured.of_sink,
             with_sink=self._with_sink,
             queries=self._queries(dq) if by_queries else None,
             dq=dq,
             row_sums=(_float32(*rows_batch, call.q_len),) * program.num_row_sums,
-            ranges=self._ranges() if by_keys and call.kv_ranges is not None else None,
-            filled=self._filled() if by_keys and program.fill_threshold is not None else None,
+            ranges=self._ranges,
+            filled=None if threshold is None else filled_rows(rows_batch, call.q_len, threshold),
             keys=self._keys(owned, dk, dv) if by_keys else None,
             dk=dk,
             dv=dv,
@@ -161,7 +157,7 @@ class _Preparation:
         call, tiles = self.call, self.launch.keys
         contiguous = 1 in (call.q.stride(-2), self.grad_out.stride(-2))
         variant = keys_constants(call.spec, self.program, call.head_dim, call.value_dim, tiles, contiguous)
-        ranges = None if call.kv_ranges is None else _meta(self._ranges_buffer())
+        ranges = None if self._ranges is None else _meta(self._ranges.buffer)
         numbers = (
             *self._strides(call.k, call.v, self.grad_out, ranges, *map(_written, (dk, dv))),
             *_padded(owned), *_padded(_loop(call.batch, owned)), *self._lengths,
@@ -178,28 +174,13 @@ class _Preparation:
             owned[axis] = 1
         return tuple(owned)
 
-    def _ranges_buffer(self) -> Buffer:
-        """The queries that visit each key tile, int32 [N'.., key tiles, 4]."""
-        assert self.call.kv_ranges is not None
-        tiles = -(-self.call.kv_len // self.launch.keys.block_kv)
-        return Buffer.contiguous((*self.call.kv_ranges.shape[:-2], tiles, 4), torch.int32)
-
-    def _ranges(self) -> tuple[Buffer, Launched]:
-        """The kernel that turns ranges round, and what it writes."""
-        call, buffer = self.call, self._ranges_buffer()
-        assert call.kv_ranges is not None
-        *batch, tiles, _ = buffer.size
-        variant = {"BLOCK_KV": self.launch.keys.block_kv, "TILES": RANGES_TILES, "BLOCKS": RANGES_BLOCKS}
-        numbers = (strides_of(call.kv_ranges, call.batch), *_padded(tuple(batch)), call.q_len, call.kv_len)
-        programs = math.prod(batch) * -(-tiles // RANGES_TILES)
-        return buffer, Launched(KernelLaunch(query_ranges_kernel, programs, variant), numbers)
-
-    def _filled(self) -> tuple[Buffer, Launched]:
-        """The kernel that finds the queries that see every key, and what it writes, int32 [N.., 2]."""
-        call, threshold = self.call, self.program.fill_threshold
-        variant = {"FILL_THRESHOLD": None if threshold == -math.inf else threshold, "BLOCK_Q": FILLED_BLOCK}
-        launch = KernelLaunch(filled_rows_kernel, math.prod(call.batch), variant)
-        return Buffer.contiguous((*call.batch, 2), torch.int32), Launched(launch, (call.q_len,))
+    @functools.cached_property
+    def _ranges(self) -> Found | None:
+        """What turns the ranges of keys round, where there are some."""
+        call = self.call
+        if call.kv_ranges is None:
+            return None
+        return query_ranges(call.kv_ranges, call.q_len, call.kv_len, self.launch.keys.block_kv)
 
     def _queries(self, dq: Gradient | None) -> Launched:
         """The kernel that passes by query tile."""

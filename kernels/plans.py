@@ -1,8 +1,8 @@
 """Operators where kernels are compiled: a call like an earlier one goes straight to its kernels.
 
-What a call needs beside its tensors (validation, tiles, strides, what Triton specialises on, where gradients go) follows
-from their element types, sizes, strides and alignment. It is worked out for the first call that has them, and kept as a
-plan.
+What a call needs beside its tensors (validation, tiles, strides, what Triton specialises on, where gradients go)
+follows from their element types, sizes, strides and alignment. It is worked out for the first call that has them, and
+kept as a plan.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`PreparedBackward`: a backward pass but for its tensors, as launches of kernels and what torch adds up between them."""
+"""`PreparedBackward`: a backward pass but for its tensors, as launches of kernels and what torch adds up between."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ class Launched(NamedTuple):
     launch: KernelLaunch
     numbers: tuple[Any, ...]
     captured_strides: tuple[tuple[int, ...], ...] | None = None
+
+
+class Found(NamedTuple):
+    """What a kernel makes of one tensor."""
+
+    buffer: Buffer
+    launched: Launched
 
 
 class Gradient(NamedTuple):
@@ -60,8 +67,8 @@ class PreparedBackward:
     queries: Launched | None
     dq: Gradient | None
     row_sums: tuple[Buffer, ...]
-    ranges: tuple[Buffer, Launched] | None
-    filled: tuple[Buffer, Launched] | None
+    ranges: Found | None
+    filled: Found | None
     keys: Launched | None
     dk: Gradient | None
     dv: Gradient | None
@@ -116,7 +123,7 @@ class _Run:
         if self.of.keys is not None:
             self._keys(self.of.keys, rows)
         if left is not None and self.of.pairs:
-            rows[DELTA.value][..., : self.q.shape[-2]] += left
+            rows[DELTA.value][..., : self.q.shape[-2]].add_(left)
         for launched, target in zip(self.of.pairs, self.of.targets, strict=True):
             whole = self.empty(*target.whole).zero_()
             written = target.written(whole)
@@ -156,7 +163,7 @@ class _Run:
 
     def _keys(self, launched: Launched, rows: torch.Tensor) -> None:
         """The gradients of k and v and those of reads at keys."""
-        ranges, filled = self._asked(self.of.ranges, self.kv_ranges), self._asked(self.of.filled, self.lse)
+        ranges, filled = self._found(self.of.ranges, self.kv_ranges), self._found(self.of.filled, self.lse)
         dk, dv, sums = self._new(self.of.dk), self._new(self.of.dv), self._sums(self.of.key_sums)
         self._launch(
             launched, self.q, self.k, self.v, self.grad_out, rows, ranges, self.seed, filled, dk, dv, sums
@@ -170,13 +177,11 @@ class _Run:
         launch, numbers, strides = launched
         self.start(launch, (*tensors, *numbers) if strides is None else (*tensors, *numbers, self.captured, strides))
 
-    def _asked(self, asked: tuple[Buffer, Launched] | None, of: torch.Tensor | None) -> torch.Tensor | None:
-        """What a kernel finds in one tensor."""
+    def _found(self, asked: Found | None, of: torch.Tensor | None) -> torch.Tensor | None:
         if asked is None:
             return None
-        buffer, launched = asked
-        found = self.empty(*buffer)
-        self._launch(launched, of, found)
+        found = self.empty(*asked.buffer)
+        self._launch(asked.launched, of, found)
         return found
 
     def _new(self, gradient: Gradient | None) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ reads: over 100 us where strides are many. Those are functions of a few facts, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch

@@ -157,7 +157,10 @@ def test_a_call_site_gives_what_the_operator_gives() -> None:
 
 def test_threads_share_a_call_site(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that looked up its plan while another called left it beside the other's layout, for all later calls."""
-    site, (short, long) = plans.CallSite(plans.attention), (make_call("qk * 0.3", (2, n, 16), 30).to(DEVICE) for n in (20, 24))
+    site, (short, long) = (
+        plans.CallSite(plans.attention),
+        (make_call("qk * 0.3", (2, n, 16), 30).to(DEVICE) for n in (20, 24)),
+    )
     for call in (short, long):
         attention(*call.arguments)
     key, others = plans.Operator.key, [long]
