@@ -23,12 +23,14 @@ from flashfuse.kernels.modules import finished, load_module
 from flashfuse.kernels.normal import index, pointwise
 from flashfuse.kernels.scale import LARGE, Fill, fills_of, inner_score, unscaled
 from flashfuse.kernels.source import (
+    OPERANDS_ARGUMENTS,
     ROW_ARGUMENTS,
     STORED_ARGUMENTS,
     TILE_ARGUMENTS,
     Writer,
     indented,
     is_row,
+    operands_body,
     row_body,
     stored_body,
     tile_body,
@@ -40,8 +42,8 @@ from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, AttentionSpec, batch_s
 class ScoreProgram:
     """The compiled-in part of one attention.
 
-    score_masked, score_full: tile of products -> tile of inner scores, for tiles that meet a mask or the end of the
-        keys, and for those that do not.
+    score_masked, score_full: tiles of queries and keys -> tile of inner scores, tile of products, for tiles that meet a
+        mask or the end of the keys, and for those that do not.
     kv_bounds: query tile -> (start, full_start, full_end, end), see `mask.KvRange`.
     scale: score = scale * inner score.
     fill_threshold: rows whose largest inner score is not above it must see the skipped keys; None when none ever must.
@@ -164,15 +166,15 @@ def generate(spec: AttentionSpec, ranged: bool = False, fewer_queries: bool = Fa
         inner = pointwise("where", pointwise("lt", index(KV_IDX), index(KV_LEN)), inner, behind)
     full = unscaled(mask.unmasked if ranged else mask.full, scale)
     bodies = {
-        "masked_body": tile_body([inner], spec.compute_dtype, keys_end=True),
-        "full_body": tile_body([full], spec.compute_dtype, keys_end=False),
+        "masked_body": operands_body(inner, spec.compute_dtype, keys_end=True),
+        "full_body": operands_body(full, spec.compute_dtype, keys_end=False),
         "bounds_body": bounds_body(mask.bounds, spec.compute_dtype),
     }
     source = _TEMPLATE.format(
         score=to_text(spec.score),
         mask=mask.describe(),
         scale=scale,
-        arguments=TILE_ARGUMENTS,
+        arguments=OPERANDS_ARGUMENTS,
         masked=to_text(inner),
         full=to_text(full),
         **bodies,

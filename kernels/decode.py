@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from flashfuse.kernels.elementary import scaled_exp2
 from flashfuse.kernels.forward import finish, key_tiles, visit, visit_skipped
 from flashfuse.kernels.tiles import batch_pointer, load_columns, tile_pointers
 
@@ -313,7 +314,7 @@ def _shift(score, LOG2_SCALE: tl.constexpr):
 def _decay(row_max, new_max, LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr):
     """What sums relative to `row_max` are multiplied by to be relative to `new_max`, as from tile to tile."""
     if LARGE_SCORES:
-        return tl.exp2((row_max - tl.where(new_max == float("-inf"), 0.0, new_max)) * LOG2_SCALE)
+        return scaled_exp2(row_max - tl.where(new_max == float("-inf"), 0.0, new_max), LOG2_SCALE)
     else:
         subtracted = tl.where(new_max == float("-inf"), 0.0, _shift(new_max, LOG2_SCALE))
         return tl.exp2(_shift(row_max, LOG2_SCALE) - subtracted)

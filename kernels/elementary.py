@@ -25,6 +25,20 @@ def bounded_tanh(x):
 
 
 @triton.jit
+def scaled_exp2(x, SCALE: tl.constexpr):
+    """2 ** (SCALE x) for x <= 0, to half a unit in the last place or so.
+
+    An instruction's own 2 ** x is off by some units, and for x < -1 always to one side: as a factor of sums, from tile to
+    tile, that adds up. Within half of 0 it is better, and whole powers are exact.
+    """
+    scale = tl.full(x.shape, SCALE, x.dtype)
+    scaled = tl.fma(x, scale, 0.0)
+    whole = tl.floor(scaled + 0.5)
+    rest = (scaled - whole) + tl.fma(x, scale, -scaled)
+    return tl.where(scaled < -2000.0, 0.0, tl.exp2(rest) * tl.exp2(whole))
+
+
+@triton.jit
 def power(x, N: tl.constexpr):
     """x ** N for a whole N > 0."""
     result = x

@@ -8,6 +8,7 @@ nothing but a finite fill, whose probabilities are then spread over all keys as 
 import triton
 import triton.language as tl
 
+from flashfuse.kernels.elementary import scaled_exp2
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import (
     batch_pointer,
@@ -274,8 +275,10 @@ def _attend(
         )  # fmt: skip
     k = k.to(PRODUCT_DTYPE)
     # [block_q, block_kv]
-    qk = product(q, tl.trans(k), PRECISION)
-    score = SCORE(qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured, captured_strides)
+    score, qk = SCORE(
+        q, tl.trans(k), PRECISION, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured,
+        captured_strides,
+    )  # fmt: skip
 
     if NORMALISED:
         # [block_q]
@@ -289,7 +292,7 @@ def _attend(
             score += 0.0
             # [block_q, block_kv]
             p = tl.exp2((score - subtracted[:, None]) * LOG2_SCALE)
-            correction = tl.exp2((row_max - subtracted) * LOG2_SCALE)
+            correction = scaled_exp2(row_max - subtracted, LOG2_SCALE)
         else:
             subtracted = tl.where(new_max == float("-inf"), 0.0, new_shift)
             # [block_q, block_kv]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import triton.language as tl
 from flashfuse.kernels import dropout
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen import ScoreProgram, load_program
-from flashfuse.kernels.expr import Load, free_symbols, loads
+from flashfuse.kernels.expr import Gather, Load, free_symbols, loads
 from flashfuse.kernels.forward import attention_forward_kernel
 from flashfuse.kernels.prepared import KernelLaunch, Prepared
 from flashfuse.kernels.spec import KV_IDX, MAX_BATCH_AXES, Q_IDX, AttentionSpec
@@ -30,7 +30,8 @@ class Shape:
 
     block_d, block_dv: padded head dims; element_bytes: of the wider product's operands; captured_bytes: of the captured
     elements loaded for each (query, key) pair, which the pipeline keeps in shared memory; drop_bytes: of
-    the mark that dropout makes for each pair, which passes through it from the threads that draw to those that use it.
+    the mark that dropout makes for each pair, which passes through it from the threads that draw to those that use it;
+    looked_up: whether elements are looked up for each pair, which wait for their positions.
     """
 
     q_len: int
@@ -39,6 +40,7 @@ class Shape:
     element_bytes: int
     captured_bytes: int
     drop_bytes: int = 0
+    looked_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ TABLE = (
     # Matrix instructions of one warp: query tile and accumulator share the registers.
     Row(64, 2, "cuda", 80, Launch(128, 64, 8, 3)),
     Row(64, 2, "cuda", 80, Launch(128, 64, 8, 2)),
+    Row(128, 2, "cuda", 80, Launch(128, 32, 8, 2), captured=True),
     Row(128, 2, "cuda", 80, Launch(128, 64, 8, 2)),
     Row(128, 2, "cuda", 80, Launch(128, 32, 8, 2)),
     Row(256, 2, "cuda", 80, Launch(64, 64, 8, 2)),
@@ -130,7 +133,7 @@ def choose_launch(device: Device, shape: Shape, table: Sequence[Row] = TABLE) ->
             and shape.element_bytes <= row.element_bytes
             and row.backend in ("", device.backend)
             and device.arch >= row.arch
-            and (shape.captured_bytes > 0 or not row.captured)
+            and (shape.captured_bytes > 0 or shape.looked_up or not row.captured)
             and (row.max_rows is None or rows <= row.max_rows)
             and launch.shared_bytes(shape) <= device.shared_bytes
         ):
@@ -198,20 +201,17 @@ def constants(
 
 def shape_of(spec: AttentionSpec, q_len: int, head_dim: int, value_dim: int) -> Shape:
     """The properties of an attention that its launch depends on."""
+    reads = dict.fromkeys(read for program in spec.programs for read in loads(program))
+    of_pairs = [read for read in reads if {Q_IDX, KV_IDX} <= free_symbols(read)]
     return Shape(
         q_len=q_len,
         block_d=padded(head_dim),
         block_dv=padded(value_dim),
         element_bytes=max(spec.product_dtype.itemsize, spec.probs_dtype.itemsize),
-        captured_bytes=sum(tile.dtype.itemsize for tile in _pipelined(spec)),
+        captured_bytes=sum(read.dtype.itemsize for read in of_pairs if isinstance(read, Load)),
         drop_bytes=4 if spec.dropout else 0,
+        looked_up=any(isinstance(read, Gather) for read in of_pairs),
     )
-
-
-def _pipelined(spec: AttentionSpec) -> Iterable[Load]:
-    """What is read for each (query, key) pair and copied ahead into shared memory; look-ups wait for positions."""
-    reads = dict.fromkeys(read for program in spec.programs for read in loads(program))
-    return (read for read in reads if isinstance(read, Load) and {Q_IDX, KV_IDX} <= free_symbols(read))
 
 
 @functools.lru_cache(maxsize=4096)

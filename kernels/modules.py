@@ -18,6 +18,8 @@ import torch
 # What a generated text may use beyond Triton's own language.
 _IMPORTS = {
     "libdevice.": "from triton.language.extra import libdevice",
+    "load_along(": "from flashfuse.kernels.tiles import load_along",
+    "product(": "from flashfuse.kernels.tiles import product",
     "power(": "from flashfuse.kernels.elementary import power",
     "tanh(": "from flashfuse.kernels.elementary import tanh",
     "through(": "from flashfuse.kernels.elementary import through",

@@ -33,8 +33,11 @@ from flashfuse.kernels.spec import D_IDX, KV_IDX, MAX_BATCH_AXES, Q_IDX, batch_s
 
 Guards = tuple[Expr, ...]
 
-# What a generated function takes: one of a tile of products, of the rows of a tile, of a tile of keys or values.
-TILE_ARGUMENTS = "qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, strides"
+# What a generated function takes: one of a tile of products, of the rows [block_q, block_d] and columns [block_d,
+# block_kv] that make one, of the rows of a tile, of a tile of keys or values.
+_POSITIONS = "n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, strides"
+TILE_ARGUMENTS = f"qk, {_POSITIONS}"
+OPERANDS_ARGUMENTS = f"q, k, PRECISION: tl.constexpr, {_POSITIONS}"
 ROW_ARGUMENTS = "n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, strides"
 STORED_ARGUMENTS = "x, n0, n1, n2, n3, kv_idx, d_idx, q_len, kv_len, sizes, captured, strides"
 
@@ -48,11 +51,47 @@ def tile_body(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool
     return indented([*lines, f"return {', '.join(results)}"])
 
 
+def operands_body(program: Expr, float_dtype: torch.dtype, keys_end: bool) -> str:
+    """Statements that return (value of the program on a tile, the tile of products `qk`), which they form themselves.
+
+    Scattered reads come first, and all under a mask: Triton lays out the rows of a tile as the last of products and
+    reads has its tile laid out, and as such a read has it, a row's largest score takes shuffles through all lanes.
+    Other tiles are copied to shared memory ahead of time.
+    """
+    writer = Writer([program], float_dtype, keys_end)
+    result = writer.emit(program) if _products(program) else writer.filled(program, "qk.shape")
+    first = {e for _, value in writer.lines if keys_end or _is_scattered(value) for e in walk(value)}
+    before = [text for text, e in writer.lines if not _products(e) and (e in first or not loads(e))]
+    after = [text for text, _ in writer.lines if text not in before]
+    return indented([*before, "qk = product(q, k, PRECISION)", *after, f"return {result}, qk"])
+
+
+def _is_scattered(expr: Expr) -> bool:
+    """Whether an expression reads an element for each pair, those of neighbouring keys not known to be side by side."""
+    if not isinstance(expr, (Load, Gather)) or not {Q_IDX, KV_IDX} <= free_symbols(expr):
+        return False
+    last = _places(expr)[-1]
+    return not (isinstance(last, Index) and not {Q_IDX, KV_IDX} & (last.value - KV_IDX).free_symbols)
+
+
+def _lanes_along(read: Load | Gather) -> str | None:
+    """The positions along which neighbours are read from the same row of a tensor, if the others choose its row."""
+    *outer, last = map(free_symbols, _places(read))
+    rows = frozenset().union(*outer) & {Q_IDX, KV_IDX}
+    if len(rows) != 1 or not {Q_IDX, KV_IDX} <= last:
+        return None
+    return "q_idx" if KV_IDX in rows else "kv_idx"
+
+
+def _places(read: Load | Gather) -> Sequence[Expr]:
+    return read.at if isinstance(read, Gather) else [index(i) for i in read.indices]
+
+
 def tile_values(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool) -> tuple[list[str], list[str]]:
     """Statements, and the texts of the programs' values after them, each in the shape of the tile `qk`."""
     writer = Writer(programs, float_dtype, keys_end)
     results = [writer.emit(p) if _products(p) else writer.filled(p, "qk.shape") for p in programs]
-    return writer.lines, results
+    return writer.texts, results
 
 
 def row_body(program: Expr) -> str:
@@ -62,14 +101,14 @@ def row_body(program: Expr) -> str:
     """
     writer = Writer([program], torch.float32, keys_end=False)
     result = writer.filled(program, "q_idx.shape")
-    return indented([*writer.lines, f"return {result}"])
+    return indented([*writer.texts, f"return {result}"])
 
 
 def stored_body(program: Expr) -> str:
     """Statements that return the value of a program of keys or values on a tile `x` of stored elements, in float32."""
     writer = Writer([program], torch.float32, keys_end=False)
     result = writer.filled(program, "x.shape")
-    return indented([*writer.lines, f"return {result}"])
+    return indented([*writer.texts, f"return {result}"])
 
 
 def is_row(program: Expr) -> bool:
@@ -86,14 +125,21 @@ def indented(lines: Iterable[str]) -> str:
 
 
 class Writer:
-    """Emits statements for programs; `lines` collects the named intermediate values."""
+    """Emits statements for programs.
+
+    lines: the statements that name intermediate values, in order, and those values.
+    """
 
     def __init__(self, programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool) -> None:
-        self.lines: list[str] = []
+        self.lines: list[tuple[str, Expr]] = []
         self._float = f"tl.{str(float_dtype).removeprefix('torch.')}"
         self._keys_end = keys_end
         self._uses = Counter(e for program in programs for e in walk(program))
         self._names: dict[tuple[Expr, Guards], str] = {}
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for text, _ in self.lines]
 
     def filled(self, program: Expr, shape: str) -> str:
         """The text of a value spread over `shape`."""
@@ -112,7 +158,7 @@ class Writer:
         if not read and not (isinstance(expr, Pointwise) and self._uses[expr] > 1):
             return text
         name = f"t{expr.tensor}_{len(self.lines)}" if isinstance(expr, (Load, Gather)) else f"x{len(self.lines)}"
-        self.lines.append(f"{name} = {text}")
+        self.lines.append((f"{name} = {text}", expr))
         self._names[key] = name
         return name
 
@@ -191,15 +237,17 @@ class Writer:
         masks = [self.emit(g) for g in used]
         if self._keys_end and KV_IDX in positions and "(kv_idx < kv_len)" not in masks:
             masks.append("(kv_idx < kv_len)")
-        masked = f", mask={' & '.join(masks)}, other=0" if masks else ""
         widened = f".to({self._float})" if load.dtype.is_floating_point else ""
+        along = _lanes_along(load) if positions else None
+        if along:
+            return f"load_along({address}, {' & '.join(masks) or None}, {along}){widened}"
+        masked = f", mask={' & '.join(masks)}, other=0" if masks else ""
         return f"tl.load({address}{masked}){widened}"
 
     def _offsets(self, load: Load | Gather, guards: Guards) -> list[str]:
         """The terms of the address: scalars first, and terms in both positions last."""
         terms: list[tuple[int, str]] = []
-        places = load.at if isinstance(load, Gather) else [index(i) for i in load.indices]
-        for axis, at in enumerate(places):
+        for axis, at in enumerate(_places(load)):
             stride = f"strides[{load.tensor}][{axis}]"
             if isinstance(at, Index):
                 terms += [(_position_rank(t), _offset(t, stride)) for t in sympy.Add.make_args(sympy.expand(at.value))]

@@ -96,3 +96,19 @@ def load_keys(ptrs, kv_idx, kv_len, KEYS_END: tl.constexpr, COLUMNS: tl.constexp
         return tl.load(ptrs, mask=kv_idx[:, None] < kv_len, other=0.0)
     else:
         return tl.load(ptrs, mask=(kv_idx[:, None] < kv_len) & (columns < COLUMNS), other=0.0)
+
+
+@triton.jit
+def load_along(pointers, mask, positions):
+    """A tile of elements, 0 where not `mask`, by threads of which neighbours take neighbouring `positions`.
+
+    positions: [rows, 1] or [1, columns], of those of the tile that lie close together in memory.
+    """
+    if positions.shape[1] != 1:
+        return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0)
+    pointers = tl.trans(pointers)
+    if mask is None:
+        return tl.trans(tl.load(pointers))
+    else:
+        mask = tl.trans(tl.full(pointers.shape[::-1], True, tl.int1) & mask)
+        return tl.trans(tl.load(pointers, mask=mask, other=0))

@@ -102,6 +102,26 @@ def test_full_tiles_load_without_masks() -> None:
     assert "n0.to(tl.int64) * strides[0][0] + q_idx.to(tl.int64) * strides[0][1] + kv_idx" in full
 
 
+def test_scattered_reads_come_before_the_product() -> None:
+    """Behind it they decided how rows are laid out: 2500 instructions a tile instead of 710."""
+    skewed, dense = "t0[n0, kv_idx - q_idx + 9]", "t0[n0, q_idx, kv_idx]"
+    for read in (skewed, dense, "t0[n0, q_idx, kv_idx // 8]", "t0[kv_idx, q_idx]"):
+        _, source = generate(make_spec(f"qk + {read}", torch.float32))
+        masked, full = source.split("def score_full")
+        assert (full.index("load(") < full.index("product(q, k")) == (read != dense), read
+        # Under a mask nothing is copied ahead of time.
+        assert masked.index("tl.load(") < masked.index("product(q, k"), read
+
+
+def test_threads_next_to_each_other_read_from_one_row() -> None:
+    """A look-up in rows of keys was made by threads along the keys: 32 rows of memory for each of its instructions."""
+    bucket = "min(max(q_idx - kv_idx + 16, 0), 31)"
+    for read, along in (("t0[n0, kv_idx, {}]", "q_idx"), ("t0[n0, q_idx, {}]", "kv_idx"), ("t0[n0, {}]", None)):
+        _, source = generate(make_spec(f"qk + {read.format(bucket)}", torch.float32))
+        assert ("load_along" in source) == (along is not None)
+        assert along is None or f"None, {along})" in source
+
+
 def test_a_load_that_where_discards_is_masked() -> None:
     _, source = generate(make_spec("qk + where(kv_idx < size0, t0[kv_idx], 0.0)", torch.float32, num_sizes=1))
     assert "mask=(kv_idx < sizes[0])" in source.split("def score_full")[1]

@@ -32,6 +32,13 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "added": ("qk * 0.125 + where(kv_idx <= q_idx, 0.0, -10000.0)", (), ()),
     "causal": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (), ()),
     "bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[0, n1, q_idx, kv_idx], -inf)", (torch.bfloat16,), (4,)),
+    "distances": ("qk * 0.125 + t0[n1, kv_idx - q_idx + (q_len - 1)]", (torch.bfloat16,), (2,)),
+    "disentangled": (
+        "qk * 0.1 + t0[n0, q_idx, min(max(q_idx - kv_idx + 16, 0), 31)]"
+        " + t0[n0, kv_idx, min(max(q_idx - kv_idx + 16, 0), 31)]",
+        (torch.bfloat16,),
+        (3,),
+    ),
     "rounded": ("qk * 0.125 + to_bfloat16(t0[n1] * to_float(kv_idx - q_idx))", (torch.float32,), (1,)),
     "sink": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (torch.bfloat16,), (1,)),
     "factor": ("where(t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)", (torch.bool,), (2,)),
@@ -47,6 +54,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     "sigmoid": {"normaliser": "none", "factor": "t0[n1]"},
 }
 BF16, FP32 = torch.bfloat16, torch.float32
+SHUFFLES = 64
 
 CASES = [
     ("sm80", "causal", 128, BF16),
@@ -56,6 +64,7 @@ CASES = [
     ("sm90", "bias", 128, BF16),
     ("sm90", "padding", 80, BF16),
     ("sm90", "rounded", 128, BF16),
+    *((device, program, 128, BF16) for device in ("sm80", "sm90") for program in ("distances", "disentangled")),
     ("sm90", "sink", 128, BF16),
     ("sm90", "factor", 128, BF16),
     ("sm90", "sigmoid", 128, BF16),
@@ -99,6 +108,10 @@ def test_compiles_within_limits(device: str, program: str, head_dim: int, dtype:
     if dtype == BF16:
         instruction = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[limits.arch]
         assert instruction in ptx
+    if limits.arch in (80, 90):
+        # Rows lie in four threads each, as products leave them: two steps for each row and reduction. As a scattered
+        # read has its tile, a row lies in 32.
+        assert ptx.count("shfl.sync") <= SHUFFLES
     if program == "rounded":
         # Converting one at a time would double the work of the unit that exp2 runs on.
         assert "cvt.rn.bf16x2.f32" in ptx
