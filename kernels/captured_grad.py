@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,15 +49,18 @@ class PairTarget(NamedTuple):
 class CapturedProgram:
     """What the gradients of captured tensors follow from beside the tensors.
 
-    needs: for each captured tensor, whether its gradient is wanted. results: their gradients.
+    needs: for each captured tensor, whether its gradient is wanted. results: their gradients; totals: in float32.
+    weights: for each term of rows, which of the sums by rows corrects it; None where it needs none.
     rows, keys, pairs, distances: all batch positions with those of queries, of keys, or of both; a query or key axis of
         length 1 stands for one that has been summed over. They hold no tensors.
-    sink, factor: what is read by these programs.
+    sink, factor: what is read by these programs. reads: what is read by any.
     """
 
     program: BackwardProgram
     needs: Sequence[bool]
     results: tuple[Buffer, ...]
+    totals: tuple[Buffer, ...]
+    weights: tuple[int | None, ...]
     rows: Tile
     keys: Tile
     pairs: Tile
@@ -80,10 +84,14 @@ class CapturedProgram:
             sizes = size_values(spec, q_len, kv_len, call.sizes)
             return Tile((*batch, *axes), sizes, (), (), torch.float32, call.device)
 
+        # Behind the terms' own sums, in their order.
+        behind = itertools.count(len(program.row_terms))
         return CapturedProgram(
             program=program,
             needs=needs,
             results=tuple(Buffer.like(torch.empty_like(c, device=META)) for c in call.captured),
+            totals=tuple(Buffer.contiguous(c.shape, torch.float32) for c in call.captured),
+            weights=tuple(next(behind) if term in program.corrected else None for term in program.row_terms),
             rows=over((Q_IDX, range(q_len)), (KV_IDX, range(1))),
             keys=over((Q_IDX, range(1)), (KV_IDX, range(kv_len))),
             pairs=over((Q_IDX, range(q_len)), (KV_IDX, range(kv_len))),
@@ -155,12 +163,9 @@ class CapturedGradients:
 
     def add_rows(self, sums: Sequence[torch.Tensor], left: torch.Tensor | None) -> None:
         """sums: [N.., q_len] each, what the kernel has summed over keys; left: what rounding has left in delta."""
-        terms = self.of.program.row_terms
-        corrected = [term for term in terms if term in self.of.program.corrected]
-        weights = dict(zip(corrected, sums[len(terms) :], strict=False))
-        for term, found in zip(terms, sums, strict=False):
-            if left is not None and term in weights:
-                found = found - torch.where(weights[term] == 0, 0.0, left * weights[term])
+        for term, found, at in zip(self.of.program.row_terms, sums, self.of.weights, strict=False):
+            if left is not None and at is not None:
+                found = found - torch.where(sums[at] == 0, 0.0, left * sums[at])
             values = found.unsqueeze(-1) * term.scale
             if term.read is None:
                 self._add_program(self.of.factor, values)
@@ -201,8 +206,7 @@ class CapturedGradients:
 
     def _total(self, slot: int) -> torch.Tensor:
         if slot not in self.total:
-            size = self.of.results[slot].size
-            self.total[slot] = self.empty(*Buffer.contiguous(size, torch.float32)).zero_()
+            self.total[slot] = self.empty(*self.of.totals[slot]).zero_()
         return self.total[slot]
 
 

@@ -89,7 +89,7 @@ def names(idle: IdleDriver) -> list[str]:
 def test_a_backward_starts_its_kernels(
     make: Any, kernels: list[str], others: set[str], idle: IdleDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What follows from layouts was worked out each time, and documents took 30 operators of torch: up to 0.8 ms."""
+    """What follows from layouts was worked out each time, and documents took 30 operators of torch: up to 0.5 ms."""
     arguments, site = backward_arguments(make()), plans.CallSite(plans.attention_backward)
     plans.attention_backward(*arguments)
     assert names(idle) == kernels
