@@ -28,8 +28,8 @@ def bounded_tanh(x):
 def scaled_exp2(x, SCALE: tl.constexpr):
     """2 ** (SCALE x) for x <= 0, to half a unit in the last place or so.
 
-    An instruction's own 2 ** x is off by some units, and for x < -1 always to one side: as a factor of sums, from tile to
-    tile, that adds up. Within half of 0 it is better, and whole powers are exact.
+    An instruction's own 2 ** x is off by some units, and for x < -1 mostly to one side: as a factor of sums, from tile
+    to tile, that adds up. Within half of 0 it is better, and whole powers are exact.
     """
     scale = tl.full(x.shape, SCALE, x.dtype)
     scaled = tl.fma(x, scale, 0.0)

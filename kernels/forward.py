@@ -292,7 +292,8 @@ def _attend(
             score += 0.0
             # [block_q, block_kv]
             p = tl.exp2((score - subtracted[:, None]) * LOG2_SCALE)
-            correction = scaled_exp2(row_max - subtracted, LOG2_SCALE)
+            lowered = row_max - subtracted
+            correction = scaled_exp2(lowered, LOG2_SCALE) if q.dtype == tl.float32 else tl.exp2(lowered * LOG2_SCALE)
         else:
             subtracted = tl.where(new_max == float("-inf"), 0.0, new_shift)
             # [block_q, block_kv]

@@ -54,24 +54,22 @@ def tile_body(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool
 def operands_body(program: Expr, float_dtype: torch.dtype, keys_end: bool) -> str:
     """Statements that return (value of the program on a tile, the tile of products `qk`), which they form themselves.
 
-    Scattered reads come first, and all under a mask: Triton lays out the rows of a tile as the last of products and
-    reads has its tile laid out, and as such a read has it, a row's largest score takes shuffles through all lanes.
-    Other tiles are copied to shared memory ahead of time.
+    Reads come first: Triton lays out the rows of a tile as the last of products and reads has its tile laid out, and as
+    a read has it, a row's largest score takes shuffles through all lanes. Tiles that are copied ahead of time stay.
     """
     writer = Writer([program], float_dtype, keys_end)
     result = writer.emit(program) if _products(program) else writer.filled(program, "qk.shape")
-    first = {e for _, value in writer.lines if keys_end or _is_scattered(value) for e in walk(value)}
+    reads = [e for _, e in writer.lines if isinstance(e, (Load, Gather)) and (keys_end or not _is_copied_ahead(e))]
+    first = {e for read in reads for e in walk(read)}
     before = [text for text, e in writer.lines if not _products(e) and (e in first or not loads(e))]
     after = [text for text, _ in writer.lines if text not in before]
     return indented([*before, "qk = product(q, k, PRECISION)", *after, f"return {result}, qk"])
 
 
-def _is_scattered(expr: Expr) -> bool:
-    """Whether an expression reads an element for each pair, those of neighbouring keys not known to be side by side."""
-    if not isinstance(expr, (Load, Gather)) or not {Q_IDX, KV_IDX} <= free_symbols(expr):
-        return False
-    last = _places(expr)[-1]
-    return not (isinstance(last, Index) and not {Q_IDX, KV_IDX} & (last.value - KV_IDX).free_symbols)
+def _is_copied_ahead(read: Load | Gather) -> bool:
+    """Whether Triton may copy a read to shared memory ahead of time: of pairs, those of neighbouring keys together."""
+    last = _places(read)[-1] if {Q_IDX, KV_IDX} <= free_symbols(read) else None
+    return isinstance(last, Index) and not {Q_IDX, KV_IDX} & (last.value - KV_IDX).free_symbols
 
 
 def _lanes_along(read: Load | Gather) -> str | None:

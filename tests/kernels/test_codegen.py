@@ -102,10 +102,10 @@ def test_full_tiles_load_without_masks() -> None:
     assert "n0.to(tl.int64) * strides[0][0] + q_idx.to(tl.int64) * strides[0][1] + kv_idx" in full
 
 
-def test_scattered_reads_come_before_the_product() -> None:
+def test_reads_that_are_not_copied_ahead_come_before_the_product() -> None:
     """Behind it they decided how rows are laid out: 2500 instructions a tile instead of 710."""
     skewed, dense = "t0[n0, kv_idx - q_idx + 9]", "t0[n0, q_idx, kv_idx]"
-    for read in (skewed, dense, "t0[n0, q_idx, kv_idx // 8]", "t0[kv_idx, q_idx]"):
+    for read in (skewed, dense, "t0[n0, q_idx, kv_idx // 8]", "t0[kv_idx, q_idx]", "t0[n0, kv_idx]"):
         _, source = generate(make_spec(f"qk + {read}", torch.float32))
         masked, full = source.split("def score_full")
         assert (full.index("load(") < full.index("product(q, k")) == (read != dense), read
