@@ -1,6 +1,6 @@
-"""How Inductor's compiled graphs call the attention operator: at a `CallSite`, and not through torch's dispatcher.
+"""How Inductor's compiled graphs call the attention operators: at a `CallSite`, and not through torch's dispatcher.
 
-The dispatcher takes the host about as long as the rest of the call, and a compiled graph has nothing to ask of it:
+The dispatcher takes the host about as long as the rest of a call, and a compiled graph has nothing to ask of it:
 devices are known, and gradients are part of the graph.
 """
 
@@ -29,28 +29,30 @@ class AttentionKernel(ir.FallbackKernel):
         """Write the call."""
         device = self.get_device()
         if not V.graph.cpp_wrapper and device is not None and device.type in DEVICES:
-            self.python_kernel_name = _call_site(wrapper)
+            assert isinstance(self.op_overload, torch._ops.OpOverload)
+            self.python_kernel_name = _call_site(wrapper, self.op_overload)
         super().codegen(wrapper)
 
 
-def _call_site(wrapper: PythonWrapperCodegen) -> str:
+def _call_site(wrapper: PythonWrapperCodegen, op: torch._ops.OpOverload) -> str:
     """The name of a new call site in the module that is written."""
-    name = f"attention_{wrapper.next_kernel_suffix()}"
+    operator = op.name().split("::")[1]
+    name = f"{operator}_{wrapper.next_kernel_suffix()}"
     # Only the outermost wrapper writes the module's header.
     while isinstance(wrapper, SubgraphPythonWrapperCodegen):
         wrapper = wrapper.parent_wrapper
-    wrapper.add_import_once("from flashfuse.kernels.plans import CallSite")
-    wrapper.header.writeline(f"{name} = CallSite()")
+    wrapper.add_import_once("from flashfuse.kernels import plans as attention_plans")
+    wrapper.header.writeline(f"{name} = attention_plans.CallSite(attention_plans.{operator})")
     return name
 
 
 @functools.cache
 def install() -> None:
     """Tell Inductor of it, once in a process."""
-    op = torch.ops.flashfuse.attention.default
+    for op in (torch.ops.flashfuse.attention.default, torch.ops.flashfuse.attention_backward.default):
+        add_needs_realized_inputs(op)
+        register_lowering(op, type_promotion_kind=None)(functools.partial(_lower, op))
 
-    def lower(*args: Any, **kwargs: Any) -> Any:
-        return pytree.tree_map_only(ir.IRNode, ir.TensorBox.create, AttentionKernel.create(op, *args, **kwargs))
 
-    add_needs_realized_inputs(op)
-    register_lowering(op, type_promotion_kind=None)(lower)
+def _lower(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    return pytree.tree_map_only(ir.IRNode, ir.TensorBox.create, AttentionKernel.create(op, *args, **kwargs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -65,6 +66,15 @@ class AttentionCall:
     def operands(self) -> tuple[torch.Tensor, ...]:
         """Every tensor that may have a gradient: q, k, v and the captured ones, in this order."""
         return (self.q, self.k, self.v, *self.captured)
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """Every tensor, or None where there is none: q, k, v, kv_ranges, seed and the captured ones."""
+        return (self.q, self.k, self.v, self.kv_ranges, self.seed, *self.captured)
+
+    @property
+    def is_on_one_device(self) -> bool:
+        return all(x is None or x.device == self.device for x in self.tensors)
 
     def on_one_device(self) -> AttentionCall:
         """With everything on q's device: torch lets a scalar on the CPU stand beside tensors elsewhere."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import sympy
 import torch
@@ -17,145 +19,202 @@ from flashfuse.kernels.distances import DISTANCE, DistanceSums
 from flashfuse.kernels.evaluate import Tile, evaluate, scatter_add, size_values
 from flashfuse.kernels.expr import Expr, Gather, Load, free_symbols
 from flashfuse.kernels.launch import Launch
+from flashfuse.kernels.prepared import Buffer, Empty
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, batch_symbol
 
 # From so many programs on, one for each distance of tiles, batch positions that share distances are passed over.
 ENOUGH_PROGRAMS = 512
 
+META = torch.device("meta")
+# The reads of a program whose gradient is wanted, each with the program's derivative by it.
+Slopes = tuple[tuple[Load | Gather, Expr], ...]
 
-@dataclass(frozen=True, eq=False)
-class CapturedGradients:
-    """Accumulates the gradients of the captured tensors for which `needs` says so, of one call.
 
-    total: by slot, the gradients so far, in float32 unless one term writes all of it.
+class PairTarget(NamedTuple):
+    """Where a kernel writes the gradients of one read at pairs: all of a view, of size 1 on axes to be summed over.
+
+    whole: what it is a view of, zeros elsewhere. view: without memory. is_total: whether `whole` is the tensor's
+        gradient then, and not a part.
     """
 
-    call: AttentionCall
+    term: Term
+    whole: Buffer
+    view: torch.Tensor
+    is_total: bool
+
+    def whole_by(self, empty: Empty) -> torch.Tensor:
+        whole = empty(*self.whole)
+        # Sums by distance overlap as a view of theirs.
+        covered = self.term.by_distance is None and self.view.numel() == whole.numel()
+        return whole if covered else whole.zero_()
+
+    def written(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset())
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedProgram:
+    """What the gradients of captured tensors follow from beside the tensors.
+
+    needs: for each captured tensor, whether its gradient is wanted. results: their gradients; totals: in float32.
+    weights: for each term of rows, which of the sums by rows corrects it; None where it needs none.
+    rows, keys, pairs, distances: all batch positions with those of queries, of keys, or of both; a query or key axis of
+        length 1 stands for one that has been summed over. They hold no tensors.
+    sink, factor: what is read by these programs. reads: what is read by any.
+    """
+
     program: BackwardProgram
     needs: Sequence[bool]
-    total: dict[int, torch.Tensor] = field(default_factory=dict)
+    results: tuple[Buffer, ...]
+    totals: tuple[Buffer, ...]
+    weights: tuple[int | None, ...]
+    rows: Tile
+    keys: Tile
+    pairs: Tile
+    distances: Tile
+    sink: Slopes
+    factor: Slopes
+    reads: tuple[Load | Gather, ...]
 
-    def pair_targets(self, tiles: Launch) -> list[torch.Tensor | DistanceSums] | None:
-        """For each pair term what its kernel writes, of size 1 on axes to be summed over: see `_pairs`, `_distances`.
+    @staticmethod
+    def of(call: AttentionCall, program: BackwardProgram, needs: Sequence[bool]) -> CapturedProgram:
+        spec, q_len, kv_len = call.spec, call.q_len, call.kv_len
 
-        None where a term's read has no owner: two positions read one element, or one outside the tensor.
-        """
-        targets: list[torch.Tensor | DistanceSums] = []
-        for term in self.program.pair_terms:
-            target = self._pairs(term) if term.by_distance is None else self._distances(term.by_distance, tiles)
-            if target is None:
-                return None
-            targets.append(target)
-        return targets
+        def wanted(of: Expr) -> Iterator[Load | Gather]:
+            return (leaf for leaf in leaves(of) if isinstance(leaf, (Load, Gather)) and needs[_slot(leaf)])
 
-    def _pairs(self, term: Term) -> torch.Tensor | None:
-        """[n.., q_len, kv_len] over the elements that the term's read reads; the others are 0."""
-        assert isinstance(term.read, Load)
-        slot = _slot(term.read)
-        alone = self._terms_of(slot) == 1
-        target = torch.empty_like(self.call.captured[slot], dtype=None if alone else torch.float32)
-        view = owned_view(target, term.read, self._tile(self.call.q_len, self.call.kv_len))
-        # Kernels write every element of the view.
-        if view is not None and view.numel() < target.numel():
-            target.zero_()
-        if alone:
-            self.total[slot] = target
-        return view
+        def slopes(of: Expr | None) -> Slopes:
+            return () if of is None else tuple((leaf, derivative(of, leaf)) for leaf in wanted(of))
 
-    def _distances(self, read: Load | Gather, tiles: Launch) -> DistanceSums:
-        """Sums by distance for a read over `DISTANCE`."""
-        call, symbols = self.call, free_symbols(read)
-        owned = [size if batch_symbol(axis) in symbols else 1 for axis, size in enumerate(call.batch)]
-        apart = -(-call.q_len // tiles.block_kv) + -(-call.kv_len // tiles.block_kv)
-        for axis in reversed(range(len(owned))):
-            if math.prod(owned) * apart >= ENOUGH_PROGRAMS:
-                break
-            owned[axis] = call.batch[axis]
-        return DistanceSums.zeros(owned, call.q_len, call.kv_len, tiles.block_q, tiles.block_kv, call.device)
+        def over(*axes: tuple[sympy.Symbol, range]) -> Tile:
+            batch = tuple((batch_symbol(axis), range(size)) for axis, size in enumerate(call.batch))
+            sizes = size_values(spec, q_len, kv_len, call.sizes)
+            return Tile((*batch, *axes), sizes, (), (), torch.float32, call.device)
 
-    def add_pair(self, term: Term, target: torch.Tensor | DistanceSums) -> None:
-        """Take in what the kernel has written, unless it is the total already."""
-        if isinstance(target, DistanceSums):
-            assert term.by_distance is not None
-            distances = range(1 - self.call.q_len, self.call.kv_len)
-            tile = self._over((Q_IDX, range(1)), (DISTANCE, distances))
-            scatter_add(self._total(_slot(term.by_distance)), term.by_distance, target.sums(), tile)
-            return
-        assert isinstance(term.read, Load)
-        if self._terms_of(_slot(term.read)) > 1:
-            scatter_add(self._total(_slot(term.read)), term.read, target, self._tile(self.call.q_len, self.call.kv_len))
-
-    def add_rows(self, sums: Sequence[torch.Tensor], left: torch.Tensor | None) -> None:
-        """sums: [N.., q_len] each, what the kernel has summed over keys; left: what rounding has left in delta."""
-        terms = self.program.row_terms
-        corrected = [term for term in terms if term in self.program.corrected]
-        weights = dict(zip(corrected, sums[len(terms) :], strict=False))
-        for term, found in zip(terms, sums, strict=False):
-            if left is not None and term in weights:
-                found = found - torch.where(weights[term] == 0, 0.0, left * weights[term])
-            self._add_rows(term, found)
-
-    def _add_rows(self, term: Term, sums: torch.Tensor) -> None:
-        tile = self._tile(self.call.q_len, 1)
-        values = sums.unsqueeze(-1) * term.scale
-        if term.read is not None:
-            self._add(term.read, values, tile)
-        elif self.call.spec.factor is not None:
-            self._add_program(self.call.spec.factor, values, tile)
-
-    def add_keys(self, term: Term, sums: torch.Tensor) -> None:
-        """sums: [N.., kv_len], the term's gradients summed over queries."""
-        assert term.read is not None
-        self._add(term.read, sums.unsqueeze(-2) * term.scale, self._tile(1, self.call.kv_len))
-
-    def add_sink(self, grad: torch.Tensor) -> None:
-        """grad: [N.., q_len], the gradient of the sink."""
-        assert self.call.spec.sink is not None
-        self._add_program(self.call.spec.sink, grad.unsqueeze(-1), self._tile(self.call.q_len, 1))
+        # Behind the terms' own sums, in their order.
+        behind = itertools.count(len(program.row_terms))
+        return CapturedProgram(
+            program=program,
+            needs=needs,
+            results=tuple(Buffer.like(torch.empty_like(c, device=META)) for c in call.captured),
+            totals=tuple(Buffer.contiguous(c.shape, torch.float32) for c in call.captured),
+            weights=tuple(next(behind) if term in program.corrected else None for term in program.row_terms),
+            rows=over((Q_IDX, range(q_len)), (KV_IDX, range(1))),
+            keys=over((Q_IDX, range(1)), (KV_IDX, range(kv_len))),
+            pairs=over((Q_IDX, range(q_len)), (KV_IDX, range(kv_len))),
+            distances=over((Q_IDX, range(1)), (DISTANCE, range(1 - q_len, kv_len))),
+            sink=slopes(spec.sink),
+            factor=slopes(spec.factor) if any(term.read is None for term in program.row_terms) else (),
+            reads=tuple(leaf for of in spec.programs for leaf in wanted(of)),
+        )
 
     @property
     def of_sink(self) -> bool:
         """Whether the sink reads a tensor whose gradient is wanted."""
-        return self.call.spec.sink is not None and any(True for _ in self._wanted(self.call.spec.sink))
+        return bool(self.sink)
+
+    def pair_targets(self, tiles: Launch) -> list[PairTarget] | None:
+        """One for each pair term; None where a read has no owner: two positions read one element, or one outside."""
+        found = [
+            self._pairs(t) if t.by_distance is None else self._distances(t, tiles) for t in self.program.pair_terms
+        ]
+        return None if None in found else [target for target in found if target is not None]
+
+    def _pairs(self, term: Term) -> PairTarget | None:
+        """[n.., q_len, kv_len] over the elements that the term's read reads."""
+        assert isinstance(term.read, Load)
+        is_total = sum(_slot(read) == _slot(term.read) for read in self.reads) == 1
+        size, strides, dtype = self.results[_slot(term.read)]
+        whole = torch.empty_strided(size, strides, dtype=dtype if is_total else torch.float32, device=META)
+        view = owned_view(whole, term.read, self.pairs)
+        return None if view is None else PairTarget(term, Buffer.like(whole), view, is_total)
+
+    def _distances(self, term: Term, tiles: Launch) -> PairTarget:
+        """Sums by distance, see `DistanceSums`."""
+        *batch, (_, queries), (_, keys) = self.pairs.axes
+        assert term.by_distance is not None
+        symbols = free_symbols(term.by_distance)
+        owned = [len(positions) if symbol in symbols else 1 for symbol, positions in batch]
+        apart = -(-len(queries) // tiles.block_kv) + -(-len(keys) // tiles.block_kv)
+        for axis in reversed(range(len(owned))):
+            if math.prod(owned) * apart >= ENOUGH_PROGRAMS:
+                break
+            owned[axis] = len(batch[axis][1])
+        sums = DistanceSums.zeros(owned, len(queries), len(keys), tiles.block_q, tiles.block_kv, META)
+        return PairTarget(term, Buffer.like(sums.skewed), sums.tiles, False)
+
+
+@dataclass(eq=False, slots=True)
+class CapturedGradients:
+    """Accumulates the gradients of one call's captured tensors.
+
+    total: by slot, the gradients so far, in float32 unless one term writes all of it.
+    """
+
+    of: CapturedProgram
+    captured: tuple[torch.Tensor, ...]
+    empty: Empty
+    total: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def add_pair(self, target: PairTarget, whole: torch.Tensor, written: torch.Tensor) -> None:
+        """Take in what the kernel has written."""
+        read, by_distance = target.term.read, target.term.by_distance
+        assert read is not None
+        if target.is_total:
+            self.total[_slot(read)] = whole
+        elif by_distance is None:
+            self._scatter(read, written, self.of.pairs)
+        else:
+            (_, queries), (_, keys) = self.of.pairs.axes[-2:]
+            self._scatter(by_distance, DistanceSums(whole, len(queries), len(keys)).sums(), self.of.distances)
+
+    def add_rows(self, sums: Sequence[torch.Tensor], left: torch.Tensor | None) -> None:
+        """sums: [N.., q_len] each, what the kernel has summed over keys; left: what rounding has left in delta."""
+        for term, found, at in zip(self.of.program.row_terms, sums, self.of.weights, strict=False):
+            if left is not None and at is not None:
+                found = found - torch.where(sums[at] == 0, 0.0, left * sums[at])
+            values = found.unsqueeze(-1) * term.scale
+            if term.read is None:
+                self._add_program(self.of.factor, values)
+            else:
+                self._add(term.read, values, self.of.rows)
+
+    def add_keys(self, term: Term, sums: torch.Tensor) -> None:
+        """sums: [N.., kv_len], the term's gradients summed over queries."""
+        assert term.read is not None
+        self._add(term.read, sums.unsqueeze(-2) * term.scale, self.of.keys)
+
+    def add_sink(self, grad: torch.Tensor) -> None:
+        """grad: [N.., q_len], the gradient of the sink."""
+        self._add_program(self.of.sink, grad.unsqueeze(-1))
 
     def result(self, slot: int) -> torch.Tensor:
         """The gradient in the tensor's element type and, where that is dense, memory order."""
-        total = self._total(slot)
-        like = torch.empty_like(self.call.captured[slot])
-        return total if total.dtype == like.dtype and total.stride() == like.stride() else like.copy_(total)
+        total, (size, strides, dtype) = self._total(slot), self.of.results[slot]
+        if (total.stride(), total.dtype) == (strides, dtype):
+            return total
+        return self.empty(size, strides, dtype).copy_(total)
 
-    def _add_program(self, program: Expr, values: torch.Tensor, tile: Tile) -> None:
+    def _add_program(self, slopes: Slopes, values: torch.Tensor) -> None:
         """Take in the gradient `values` of a program of rows."""
-        for leaf in self._wanted(program):
-            self._add(leaf, values * evaluate(derivative(program, leaf), tile), tile)
+        tile = replace(self.of.rows, captured=self.captured)
+        for leaf, slope in slopes:
+            self._add(leaf, values * evaluate(slope, tile), tile)
 
     def _add(self, read: Load | Gather, values: torch.Tensor, tile: Tile) -> None:
-        shape = [len(positions) for _, positions in tile.axes]
-        scatter_add(self._total(_slot(read)), read, values.expand(shape), tile)
+        """Take in what each position gives; values are the same along axes of size 1."""
+        self._scatter(read, values.expand([len(positions) for _, positions in tile.axes]), tile)
+
+    def _scatter(self, read: Load | Gather, values: torch.Tensor, tile: Tile) -> None:
+        """Take in values that have been summed over axes of size 1."""
+        if isinstance(read, Gather):
+            tile = replace(tile, captured=self.captured)
+        scatter_add(self._total(_slot(read)), read, values, tile)
 
     def _total(self, slot: int) -> torch.Tensor:
         if slot not in self.total:
-            self.total[slot] = torch.zeros(self.call.captured[slot].shape, dtype=torch.float32, device=self.call.device)
+            self.total[slot] = self.empty(*self.of.totals[slot]).zero_()
         return self.total[slot]
-
-    def _wanted(self, program: Expr) -> Iterator[Load | Gather]:
-        for leaf in leaves(program):
-            if isinstance(leaf, (Load, Gather)) and self.needs[_slot(leaf)]:
-                yield leaf
-
-    def _terms_of(self, slot: int) -> int:
-        return sum(_slot(leaf) == slot for program in self.call.spec.programs for leaf in self._wanted(program))
-
-    def _tile(self, q_len: int, kv_len: int) -> Tile:
-        """All positions; an axis of length 1 stands for one that has been summed over."""
-        return self._over((Q_IDX, range(q_len)), (KV_IDX, range(kv_len)))
-
-    def _over(self, *axes: tuple[sympy.Symbol, range]) -> Tile:
-        """All batch positions and two more axes."""
-        call = self.call
-        batch = tuple((batch_symbol(axis), range(size)) for axis, size in enumerate(call.batch))
-        sizes = size_values(call.spec, call.q_len, call.kv_len, call.sizes)
-        return Tile((*batch, *axes), sizes, (), call.captured, torch.float32, call.device)
 
 
 def _slot(read: Load | Gather) -> int:

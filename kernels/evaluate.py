@@ -240,16 +240,32 @@ def _gathered(tensor: torch.Tensor, positions: Sequence[torch.Tensor]) -> torch.
 
 def strided(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None:
     """The load as a view of `tensor`: None when an index is not affine or leaves the tensor, or it runs backwards."""
-    symbols = tuple(symbol for symbol, _ in tile.axes)
-    offset = tensor.storage_offset()
-    strides = [0] * len(symbols)
-    for index, extent, stride in zip(load.indices, tensor.shape, tensor.stride(), strict=True):
+    sizes = tuple(tile.sizes.items())
+    view = _view(load.indices, tuple(tensor.shape), tensor.stride(), tile.axes, sizes)
+    if view is None:
+        return None
+    shape, strides, offset = view
+    return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
+
+
+@functools.lru_cache(maxsize=4096)
+def _view(
+    indices: tuple[sympy.Expr, ...],
+    extents: tuple[int, ...],
+    outer: tuple[int, ...],
+    axes: tuple[tuple[sympy.Symbol, range], ...],
+    sizes: tuple[tuple[sympy.Symbol, int], ...],
+) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
+    """(shape, strides, offset) of `strided`, of a tensor of the sizes `extents` and the strides `outer`."""
+    symbols = tuple(symbol for symbol, _ in axes)
+    offset, strides = 0, [0] * len(symbols)
+    for index, extent, stride in zip(indices, extents, outer, strict=True):
         form = affine(index, symbols)
         if form is None:
             return None
-        constant, *coefficients = (int(evaluate_index(part, tile.sizes)) for part in form)
+        constant, *coefficients = (int(evaluate_index(part, dict(sizes))) for part in form)
         first = last = start = constant
-        for axis, (coefficient, (_, positions)) in enumerate(zip(coefficients, tile.axes, strict=True)):
+        for axis, (coefficient, (_, positions)) in enumerate(zip(coefficients, axes, strict=True)):
             if not positions:
                 return None
             ends = coefficient * positions[0], coefficient * positions[-1]
@@ -260,8 +276,8 @@ def strided(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None
         offset += start * stride
     if any(stride < 0 for stride in strides):
         return None
-    shape = [len(positions) if stride else 1 for stride, (_, positions) in zip(strides, tile.axes, strict=True)]
-    return tensor.as_strided(shape, strides, offset)
+    shape = tuple(len(positions) if stride else 1 for stride, (_, positions) in zip(strides, axes, strict=True))
+    return shape, tuple(strides), offset
 
 
 @functools.lru_cache(maxsize=4096)

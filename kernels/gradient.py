@@ -22,7 +22,7 @@ from flashfuse.kernels.autograd import register_formula
 from flashfuse.kernels.backward_tiled import attention_backward_tiled
 from flashfuse.kernels.batching import vmap_attention_backward
 from flashfuse.kernels.call import AttentionCall
-from flashfuse.kernels.output import empty_gradients, needed_places
+from flashfuse.kernels.output import empty_gradients, needed_operands
 from flashfuse.kernels.spec import AttentionSpec
 
 Kernel = Callable[..., list[torch.Tensor]]
@@ -35,53 +35,47 @@ _library.define(
 )
 
 
-def _on_device(choose: Callable[[], Kernel]) -> Kernel:
-    """The implementation on one device, by the kernel that `choose` finds at the call."""
-
-    def attention_backward(
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-        spec: str,
-        kv_ranges: torch.Tensor | None,
-        seed: torch.Tensor | None,
-        needs: Sequence[bool],
-    ) -> list[torch.Tensor]:
-        call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
-        if call.spec.key is not None or call.spec.value is not None:
-            raise RuntimeError("flashfuse::attention_backward: no gradients behind programs of stored elements")
-        found = choose()(call.on_one_device(), grad_out, out, lse, needs)
-        wanted = (call.operands[at] for at in needed_places(call, needs))
-        return [x.to(like.device) for x, like in zip(found, wanted, strict=True)]
-
-    return attention_backward
+def _attention_backward_tiled(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kv_ranges: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """In plain PyTorch, on any device."""
+    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
+    wanted = needed_operands(call, needs)
+    found = attention_backward_tiled(call.on_one_device(), grad_out, out, lse, needs)
+    return [x.to(like.device) for x, like in zip(found, wanted, strict=True)]
 
 
 @functools.cache
-def _triton_kernel() -> Kernel | None:
+def _attention_backward_triton() -> Kernel | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    from flashfuse.kernels.launch_backward import attention_backward
+    from flashfuse.kernels.plans import attention_backward
 
     return attention_backward
 
 
-def _cpu_kernel() -> Kernel:
+def _attention_backward_cpu(*arguments: Any) -> list[torch.Tensor]:
     interpret = os.environ.get("TRITON_INTERPRET") == "1"
-    return (_triton_kernel() if interpret else None) or attention_backward_tiled
+    return ((_attention_backward_triton() if interpret else None) or _attention_backward_tiled)(*arguments)
 
 
-def _cuda_kernel() -> Kernel:
-    return _triton_kernel() or attention_backward_tiled
+def _attention_backward_cuda(*arguments: Any) -> list[torch.Tensor]:
+    return (_attention_backward_triton() or _attention_backward_tiled)(*arguments)
 
 
-_library.impl("attention_backward", _on_device(_cpu_kernel), "CPU")
-_library.impl("attention_backward", _on_device(_cuda_kernel), "CUDA")
+_library.impl("attention_backward", _attention_backward_cpu, "CPU")
+_library.impl("attention_backward", _attention_backward_cuda, "CUDA")
 
 
 @torch.library.register_fake("flashfuse::attention_backward", lib=_library)

@@ -34,6 +34,13 @@ def needed_places(call: AttentionCall, needs: Sequence[bool]) -> list[int]:
     return [at for at, need in zip(floating, needs, strict=True) if need]
 
 
+def needed_operands(call: AttentionCall, needs: Sequence[bool]) -> list[torch.Tensor]:
+    """The operands whose gradients are needed. Raises RuntimeError where there are none of them."""
+    if call.spec.key is not None or call.spec.value is not None:
+        raise RuntimeError("flashfuse::attention_backward: no gradients behind programs of stored elements")
+    return [call.operands[at] for at in needed_places(call, needs)]
+
+
 def empty_gradients(call: AttentionCall, needs: Sequence[bool]) -> dict[int, torch.Tensor]:
     """Uninitialised gradients of `needed_places`, by place.
 

@@ -1,100 +1,143 @@
-"""The attention operator where kernels are compiled: a call like an earlier one goes straight to its kernel.
+"""Operators where kernels are compiled: a call like an earlier one goes straight to its kernels.
 
-What a call needs beside its tensors (validation, tiles, strides, what Triton specialises on) follows from their element
-types, sizes, strides and alignment. It is worked out for the first call that has them, and kept as a plan.
+What a call needs beside its tensors (validation, tiles, strides, what Triton specialises on, where gradients go)
+follows from their element types, sizes, strides and alignment. It is worked out for the first call that has them, and
+kept as a plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # type: ignore[attr-defined]
 
+from flashfuse.kernels.backward_tiled import attention_backward_tiled
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.launch import allows_tf32
+from flashfuse.kernels.launch_backward import prepare_backward
 from flashfuse.kernels.launch_decode import prepare_any
-from flashfuse.kernels.prepared import LSE, OUT, Prepared, empty_on
+from flashfuse.kernels.output import needed_operands
+from flashfuse.kernels.prepared import Empty, KernelLaunch, Start, empty_on
 from flashfuse.kernels.relaunch import ALIGNMENT, Again, facts, launched
 from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
 
-Outputs = tuple[torch.Tensor, torch.Tensor]
-Plan = tuple[Prepared, tuple[Again, ...]]
+Tensors = Sequence[torch.Tensor | None]
+Result = TypeVar("Result")
+Made = TypeVar("Made", covariant=True)
 
 # A growing cache leaves one for every length.
 MAX_PLANS = 512
-_plans: dict[Hashable, Plan] = {}
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    spec: str,
-    kv_ranges: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-) -> Outputs:
-    """The operator `flashfuse::attention`, see `ops`."""
-    key = _key(q, k, v, captured, sizes, spec, kv_ranges, seed)
-    plan = _plans.get(key)
-    if plan is None:
-        return _first(key, AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed))
-    prepared, launches = plan
-    with torch.cuda.device_of(q):
-        return _run(launches, prepared.arguments(q, k, v, captured, kv_ranges, seed, empty_on(q.device)))
+class Prepares(Protocol[Made]):
+    """A call but for its tensors: makes the results, and starts kernels in an order that is always the same."""
+
+    def compute(self, empty: Empty, start: Start, *tensors: Any) -> Made:
+        """On the current device."""
 
 
-class CallSite:
-    """One place in a compiled graph where the operator is called: a call like the last one there is launched at once.
+@dataclass(frozen=True, eq=False)
+class Plan(Generic[Result]):
+    """A prepared call and what launches each of its kernels again."""
+
+    prepared: Prepares[Result]
+    launches: tuple[Again, ...]
+
+    def __call__(self, empty: Empty, tensors: Tensors) -> Result:
+        again = iter(self.launches)
+        return self.prepared.compute(empty, lambda _, arguments: next(again)(arguments), *tensors)
+
+
+def _planned(prepared: Prepares[Result], tensors: Sequence[Any]) -> tuple[Result, Plan[Result]]:
+    """What the first call gives, and the plan for others."""
+    launches: list[Again] = []
+
+    def start(launch: KernelLaunch, arguments: tuple[Any, ...]) -> None:
+        launches.append(launched(launch, arguments))
+
+    with torch.cuda.device_of(tensors[0]):
+        found = prepared.compute(empty_on(tensors[0].device), start, *tensors)
+    return found, Plan(prepared, tuple(launches))
+
+
+@dataclass(frozen=True, eq=False)
+class Operator(Generic[Result]):
+    """An operator that keeps plans.
+
+    split: the tensors of a call, and all other arguments, which a plan follows from as they are.
+    first: what a call gives, and its plan, or None where there is none: torch computes it, or tensors have to be moved
+        for it. Raises RuntimeError where the call is not valid.
+    plans: by all they follow from.
+    """
+
+    split: Callable[..., tuple[Tensors, tuple[Hashable, ...]]]
+    first: Callable[..., tuple[Result, Plan[Result] | None]]
+    plans: dict[Hashable, Plan[Result]] = field(default_factory=dict)
+
+    def __call__(self, *arguments: Any) -> Result:
+        tensors, others = self.split(*arguments)
+        key = self.key(tensors, others)
+        plan = self.plans.get(key)
+        if plan is None:
+            return self.leave_plan(key, arguments)
+        with torch.cuda.device_of(arguments[0]):
+            return plan(empty_on(arguments[0].device), tensors)
+
+    def key(self, tensors: Tensors, others: tuple[Hashable, ...]) -> Hashable:
+        """All that the plan of a call follows from; a setting decides how float32 products are formed."""
+        return (allows_tf32(), *others, *map(_layout, tensors))
+
+    def leave_plan(self, key: Hashable, arguments: tuple[Any, ...]) -> Result:
+        """The first call with its key."""
+        found, plan = self.first(*arguments)
+        if plan is not None:
+            if len(self.plans) >= MAX_PLANS:
+                self.plans.clear()
+            self.plans[key] = plan
+        return found
+
+
+class CallSite(Generic[Result]):
+    """One place in a compiled graph where an operator is called: a call like the last one there is launched at once.
 
     Elsewhere torch's dispatcher comes first and a plan is looked up, which together take several times longer. In a
     compiled graph a place has tensors of one device, which is the current one, and of one element type each; and the
     graph is for one setting of what else a plan depends on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, operator: Operator[Result]) -> None:
+        self._operator = operator
         # In one piece, so that threads which call here take turns with it.
-        self._last: tuple[Any, Plan] | None = None
+        self._last: tuple[Any, Plan[Result]] | None = None
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-        spec: str,
-        kv_ranges: torch.Tensor | None = None,
-        seed: torch.Tensor | None = None,
-    ) -> Outputs:
-        """The operator `flashfuse::attention`, see `ops`."""
-        tensors = [q, k, v, *captured, *[x for x in (kv_ranges, seed) if x is not None]]
-        layout = [(x.shape, x.stride(), x.data_ptr() % ALIGNMENT == 0) for x in tensors], sizes
+    def __call__(self, *arguments: Any) -> Result:
+        """The operator."""
+        tensors, others = self._operator.split(*arguments)
+        layout = [None if x is None else (x.shape, x.stride(), x.data_ptr() % ALIGNMENT == 0) for x in tensors], others
         last = self._last
         if last is None or layout != last[0]:
             # There is a plan from the second call on, unless torch computes this.
-            key = _key(q, k, v, captured, sizes, spec, kv_ranges, seed)
-            plan = _plans.get(key)
+            key = self._operator.key(tensors, others)
+            plan = self._operator.plans.get(key)
             if plan is None:
-                call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
-                return _first(key, call)
+                return self._operator.leave_plan(key, arguments)
             last = self._last = layout, plan
-        prepared, launches = last[1]
-        empty = _empty_strided_cuda if q.is_cuda else _empty_strided_cpu
-        return _run(launches, prepared.arguments(q, k, v, captured, kv_ranges, seed, empty))
+        return last[1](_empty_strided_cuda if arguments[0].is_cuda else _empty_strided_cpu, tensors)
 
 
-def _run(launches: Sequence[Again], arguments: tuple[Any, ...]) -> Outputs:
-    for again in launches:
-        again(arguments)
-    return arguments[OUT], arguments[LSE]
+def _layout(x: torch.Tensor | None) -> Hashable:
+    return None if x is None else (x.device, x.shape, x.stride(), facts(x))
 
 
-def _key(
+# --------------------------------------------------------------------------------------------------------------------
+# The two operators
+
+
+def _split(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -103,31 +146,73 @@ def _key(
     spec: str,
     kv_ranges: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
-) -> Hashable:
-    """All that the plan of a call follows from."""
-    # The setting decides how float32 products are formed.
-    settings = spec, allows_tf32()
-    further = (x if x is None else _layout(x) for x in (kv_ranges, seed))
-    return (*settings, *further, *sizes, *map(_layout, (q, k, v, *captured)))
+) -> tuple[Tensors, tuple[Hashable, ...]]:
+    return [q, k, v, kv_ranges, seed, *captured], (spec, *sizes)
 
 
-def _layout(x: torch.Tensor) -> Hashable:
-    return x.device, x.shape, x.stride(), facts(x)
-
-
-def _first(key: Hashable, call: AttentionCall) -> Outputs:
-    """The first call with its key, which leaves a plan for the next. Raises RuntimeError where it is not valid."""
+def _first(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kv_ranges: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], Plan | None]:
+    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
     call.check()
     call.check_sizes()
     moved = call.on_one_device()
     prepared = prepare_any(moved)
     if prepared is None:
-        return attention_tiled(moved)
-    arguments = prepared.of_call(moved)
-    with torch.cuda.device_of(moved.q):
-        launches = launched(prepared.launches, arguments)
-    if all(x is None or x.device == call.device for x in (*call.captured, call.kv_ranges, call.seed)):
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        _plans[key] = prepared, launches
-    return arguments[OUT], arguments[LSE]
+        return attention_tiled(moved), None
+    found, plan = _planned(prepared, moved.tensors)
+    return found, plan if call.is_on_one_device else None
+
+
+def _split_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kv_ranges: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensors, tuple[Hashable, ...]]:
+    return [grad_out, out, lse, q, k, v, kv_ranges, seed, *captured], (spec, tuple(needs), *sizes)
+
+
+def _first_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kv_ranges: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[list[torch.Tensor], Plan | None]:
+    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
+    wanted = needed_operands(call, needs)
+    moved = call.on_one_device()
+    prepared = prepare_backward(moved, grad_out, out, lse, needs)
+    if prepared is None:
+        found, plan = attention_backward_tiled(moved, grad_out, out, lse, needs), None
+    else:
+        found, plan = _planned(prepared, (grad_out, out, lse, *moved.tensors))
+    found = [x.to(like.device) for x, like in zip(found, wanted, strict=True)]
+    return found, plan if call.is_on_one_device else None
+
+
+attention = Operator(_split, _first)
+attention_backward = Operator(_split_backward, _first_backward)

@@ -1,4 +1,4 @@
-"""`Prepared`: a call of the operator but for its tensors, as the launches of kernels that compute it."""
+"""A call of an operator but for its tensors: the launches of kernels that compute it, and the tensors they write."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.spec import MAX_BATCH_AXES
 
-OUT, LSE = 3, 4
-
 # What makes an uninitialised tensor of a size, strides and an element type.
 Empty = Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]
 
@@ -26,19 +24,45 @@ class KernelLaunch(NamedTuple):
     variant: Mapping[str, Any]
 
 
+# What launches a kernel with its arguments: tensors, numbers, None and tuples of them.
+Start = Callable[[KernelLaunch, tuple[Any, ...]], None]
+
+
+def start(launch: KernelLaunch, arguments: tuple[Any, ...]) -> None:
+    """As Triton launches."""
+    kernel, programs, variant = launch
+    kernel[(programs,)](*arguments, **variant)
+
+
+class Buffer(NamedTuple):
+    """What `Empty` makes a tensor of."""
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def like(x: torch.Tensor) -> Buffer:
+        return Buffer(tuple(x.shape), x.stride(), x.dtype)
+
+    @staticmethod
+    def contiguous(size: Sequence[int], dtype: torch.dtype) -> Buffer:
+        return Buffer.like(torch.empty(tuple(size), dtype=dtype, device="meta"))
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """All that follows from the element types, sizes and strides of a call's tensors.
+    """All that follows from the element types, sizes and strides of an attention's tensors.
 
     launches: one after the other, with the same arguments.
-    out, lse: (size, strides, element type). workspace: how many numbers of lse's type the kernels leave for each other,
-    0 for none; None for a kernel that knows of no such thing.
+    workspace: how many numbers of lse's type the kernels leave for each other, 0 for none; None for a kernel that knows
+    of no such thing.
     numbers: the arguments between the tensors and the captured tensors.
     """
 
     launches: tuple[KernelLaunch, ...]
-    out: tuple[Any, ...]
-    lse: tuple[Any, ...]
+    out: Buffer
+    lse: Buffer
     workspace: int | None
     numbers: tuple[Any, ...]
     captured_strides: tuple[tuple[int, ...], ...]
@@ -53,42 +77,38 @@ class Prepared:
         strides = (strides_of(x, call.batch) for x in (call.q, call.k, call.v, out, ranges))
         return Prepared(
             launches=launches,
-            out=(tuple(out.shape), out.stride(), out.dtype),
-            lse=(tuple(lse.shape), lse.stride(), lse.dtype),
+            out=Buffer.like(out),
+            lse=Buffer.like(lse),
             workspace=workspace,
             numbers=(*strides, *lengths, call.program_sizes),
             captured_strides=tuple(c.stride() for c in call.captured),
         )
 
-    def arguments(
+    def compute(
         self,
+        empty: Empty,
+        start: Start,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
         kv_ranges: torch.Tensor | None,
         seed: torch.Tensor | None,
-        empty: Empty,
-    ) -> tuple[Any, ...]:
-        """The kernels' arguments, with new outputs at places OUT and LSE: what `empty` made."""
+        *captured: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """New `out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of a call on the current device, from `call.tensors`."""
         out, lse = empty(*self.out), empty(*self.lse)
         parts: tuple[torch.Tensor | None, ...] = ()
         if self.workspace is not None:
             parts = (empty((self.workspace,), (1,), self.lse[2]) if self.workspace else None,)
-        reads = tuple(captured)
-        return q, k, v, out, lse, kv_ranges, seed, *parts, *self.numbers, reads, self.captured_strides
-
-    def of_call(self, call: AttentionCall) -> tuple[Any, ...]:
-        """The kernels' arguments for a call."""
-        return self.arguments(call.q, call.k, call.v, call.captured, call.kv_ranges, call.seed, empty_on(call.device))
+        arguments = (q, k, v, out, lse, kv_ranges, seed, *parts, *self.numbers, captured, self.captured_strides)
+        for launch in self.launches:
+            start(launch, arguments)
+        return out, lse
 
     def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of a call."""
-        arguments = self.of_call(call)
+        """`out` and `lse` of a call, launched as Triton does."""
         with torch.cuda.device_of(call.q):
-            for kernel, programs, variant in self.launches:
-                kernel[(programs,)](*arguments, **variant)
-        return arguments[OUT], arguments[LSE]
+            return self.compute(empty_on(call.device), start, *call.tensors)
 
 
 def empty_on(device: torch.device) -> Empty:

@@ -1,21 +1,18 @@
 """Which queries a tile of keys is visited by: the bounds of `mask.MaskStructure` with queries and keys exchanged.
 
 The backward pass sums over the queries of a key. A predicate over positions says as much about the queries of a key
-tile as about the keys of a query tile, once its symbols are exchanged; key ranges found from data are turned round.
+tile as about the keys of a query tile, once its symbols are exchanged.
 """
 
 from __future__ import annotations
 
 import functools
 
-import torch
-
 from flashfuse.kernels.bounds import BoundsProgram, Reader, Span
 from flashfuse.kernels.expr import Expr
-from flashfuse.kernels.mask import MASK_BLOCK, mask_of
+from flashfuse.kernels.mask import mask_of
 from flashfuse.kernels.normal import conjuncts, substitute
 from flashfuse.kernels.predicate import normal
-from flashfuse.kernels.ranges import hull_and_run
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec
 
 _EXCHANGED = {Q_IDX: KV_IDX, KV_IDX: Q_IDX, Q_LEN: KV_LEN, KV_LEN: Q_LEN}
@@ -45,22 +42,3 @@ def query_bounds(spec: AttentionSpec) -> BoundsProgram:
 def exchanged(predicate: Expr) -> Expr:
     """The predicate with queries and keys in each other's place."""
     return normal(substitute(predicate, _EXCHANGED))
-
-
-def query_ranges(kv_ranges: torch.Tensor, q_len: int, kv_len: int, block: int) -> torch.Tensor:
-    """The queries that visit each `block` keys, int32 [N.., ceil(kv_len / block), 4], as `KvRange`s of queries.
-
-    kv_ranges: [N.., at least ceil(q_len / MASK_BLOCK), 4], the keys that each block of queries visits. The result holds
-    all visiting blocks, and the first run of blocks of which each key of the tile is in the full range.
-    """
-    blocks = -(-q_len // MASK_BLOCK)
-    # [N.., 1, blocks of queries] each
-    start, full_start, full_end, end = kv_ranges[..., None, :blocks, :].unbind(-1)
-    # [key tiles, 1]
-    first = torch.arange(0, kv_len, block, device=kv_ranges.device)[:, None]
-    last = (first + block).clamp(max=kv_len)
-    some = (start < last) & (end > first)
-    every = some & (full_start <= first) & (full_end >= last)
-    number = torch.arange(blocks, device=kv_ranges.device)
-    ranges = torch.stack(hull_and_run(some, every, number), -1) * MASK_BLOCK
-    return ranges.clamp(max=q_len).to(torch.int32)

@@ -6,7 +6,7 @@ reads: over 100 us where strides are many. Those are functions of a few facts, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -23,19 +23,14 @@ MAX_INSTANCES = 4096
 _instances: dict[Hashable, tuple[CompiledKernel, tuple[Any, ...]]] = {}
 
 
-def launched(launches: Sequence[KernelLaunch], arguments: tuple[Any, ...]) -> tuple[Again, ...]:
-    """Launch one kernel after the other with the same arguments: tensors, numbers, None and tuples of them.
+def launched(launch: KernelLaunch, arguments: tuple[Any, ...]) -> Again:
+    """Launch a kernel with arguments: tensors, numbers, None and tuples of them.
 
-    Returns what launches them again, each for arguments with the same `facts`, on the current device.
+    Returns what launches it again, for arguments with the same `facts`, on the current device.
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    given = (device, *map(facts, arguments))
-    return tuple(_launched(launch, arguments, given) for launch in launches)
-
-
-def _launched(launch: KernelLaunch, arguments: tuple[Any, ...], given: Hashable) -> Again:
     kernel, programs, variant = launch
-    key = (kernel, given, *variant.values())
+    key = (kernel, device, *map(facts, arguments), *variant.values())
     instance = _instances.get(key)
     if instance is not None:
         again = _again(programs, *instance)

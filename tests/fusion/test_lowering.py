@@ -11,7 +11,10 @@ from torch._inductor.utils import run_and_get_code
 import flashfuse
 from flashfuse import lowering
 
+plans = pytest.importorskip("flashfuse.kernels.plans")
+
 OPERATOR = "torch.ops.flashfuse.attention.default("
+SITE = "CallSite(attention_plans.attention)"
 GPU = torch.cuda.is_available()
 
 
@@ -36,19 +39,20 @@ class RecordedSite:
 
     made: list[RecordedSite]
 
-    def __init__(self) -> None:
+    def __init__(self, operator: Any) -> None:
         self.made.append(self)
         self.calls = 0
+        self.is_backward = operator is plans.attention_backward
 
     def __call__(self, *arguments: Any) -> Any:
         self.calls += 1
-        return torch.ops.flashfuse.attention(*arguments)
+        ops = torch.ops.flashfuse
+        return (ops.attention_backward if self.is_backward else ops.attention)(*arguments)
 
 
 @pytest.fixture
 def sites(monkeypatch: pytest.MonkeyPatch) -> list[RecordedSite]:
     """The CPU is treated as a GPU is."""
-    plans = pytest.importorskip("flashfuse.kernels.plans")
     RecordedSite.made = []
     monkeypatch.setattr(lowering, "DEVICES", ("cpu",))
     monkeypatch.setattr(plans, "CallSite", RecordedSite)
@@ -67,7 +71,7 @@ def test_each_attention_has_a_site(sites: list[RecordedSite], dynamic: bool, cpp
 
 
 def test_gradients(sites: list[RecordedSite]) -> None:
-    """The forward is called at sites in training too, also when a checkpoint runs it again in the backward."""
+    """Forward and backward are called at sites in training, also when a checkpoint runs one again in the other."""
     run = torch.compile(checkpointed, backend="flashfuse")
     with torch.enable_grad():
         inputs, same = ([x.requires_grad_() for x in qkv()] for _ in range(2))
@@ -75,7 +79,8 @@ def test_gradients(sites: list[RecordedSite]) -> None:
             y.data.copy_(x.data)
         run(*inputs).sum().backward()
         two_layers(*same).sum().backward()
-    assert [site.calls for site in sites] == [1, 1, 1, 1]
+    assert [site.calls for site in sites] == [1] * 6
+    assert sum(site.is_backward for site in sites) == 2
     for x, y in zip(inputs, same, strict=True):
         torch.testing.assert_close(x.grad, y.grad)
 
@@ -105,8 +110,24 @@ def test_a_gpu_calls_sites(mode: str) -> None:
     inputs = [x.cuda() for x in qkv()]
     out, (code,) = run_and_get_code(run, *inputs)
     assert OPERATOR not in code.replace(f"'{OPERATOR[:-1]}'", "")
-    assert code.count("= CallSite()") == 2
+    assert code.count(SITE) == 2
     torch.testing.assert_close(out, two_layers(*inputs))
     for _ in range(3):
         other = [torch.randn_like(x) for x in inputs]
         torch.testing.assert_close(run(*other), two_layers(*other))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_a_gpu_calls_sites_in_the_backward() -> None:
+    run = torch.compile(two_layers, backend="flashfuse")
+    with torch.enable_grad():
+        for _ in range(3):
+            inputs, same = ([x.cuda().requires_grad_() for x in qkv()] for _ in range(2))
+            for x, y in zip(inputs, same, strict=True):
+                y.data.copy_(x.data)
+            _, codes = run_and_get_code(lambda x: run(*x).sum().backward(), inputs)
+            two_layers(*same).sum().backward()
+            for x, y in zip(inputs, same, strict=True):
+                torch.testing.assert_close(x.grad, y.grad)
+    assert not any("torch.ops.flashfuse.attention_backward.default(" in code.replace("'", "") for code in codes)

@@ -4,6 +4,7 @@ FLASHFUSE_FULL_TABLE=1 compiles every head dim and element type of the launch ta
 """
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -19,12 +20,15 @@ from flashfuse.kernels.spec import AttentionSpec, parse
 triton = pytest.importorskip("triton")
 
 from compile_targets import DEVICES, accumulators, assembler_report, source_of  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
 from flashfuse.kernels import backward, backward_dense, backward_pairs  # noqa: E402
 from flashfuse.kernels import backward_variants as variants  # noqa: E402
+from flashfuse.kernels.backward_ranges import filled_rows_kernel, query_ranges_kernel  # noqa: E402
 from flashfuse.kernels.backward_rows import attention_rows_backward_kernel  # noqa: E402
 from flashfuse.kernels.codegen_backward import load_backward  # noqa: E402
 from flashfuse.kernels.launch import Launch, shape_of  # noqa: E402
+from flashfuse.kernels.launch_ranges import filled_rows, query_ranges  # noqa: E402
 from flashfuse.kernels.mask import mask_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -200,3 +204,23 @@ def test_the_numbers_of_rows(score: str, fills: int, device: str) -> None:
     assert len(arguments["FILLS"]) == fills
     source = source_of(attention_rows_backward_kernel, spec, (2,), arguments, ranged=False)
     assert triton.compile(source, target=DEVICES[device][1]).asm["ttgir"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_the_pass_by_keys_asks_of_data_compiles(device: str) -> None:
+    """With ranges laid out in any way, and with a fill and without."""
+    numbers = (*(f"batch_{axis}" for axis in range(4)), "q_len", "kv_len")
+    for name, kernel, found in (
+        ("ranges", query_ranges_kernel, query_ranges(torch.zeros(2, 1, 4, 4, dtype=torch.int32), 200, 200, 64)),
+        ("filled", filled_rows_kernel, filled_rows((2, 3), 200, -1e4)),
+        ("filled", filled_rows_kernel, filled_rows((2, 3), 200, -math.inf)),
+    ):
+        assert found.launched.launch.kernel is kernel
+        pointers = {"lse_ptr": "*fp32"} if name == "filled" else {"kv_ranges_strides": ("i64",) * 6}
+        signature = {
+            argument: pointers.get(argument, "i32" if argument in numbers else "*i32") for argument in kernel.arg_names
+        }
+        variant = found.launched.launch.variant
+        signature |= dict.fromkeys(variant, "constexpr")
+        constant = {(kernel.arg_names.index(argument),): value for argument, value in variant.items()}
+        assert triton.compile(ASTSource(kernel, signature, constant), target=DEVICES[device][1]).asm

@@ -243,7 +243,7 @@ def test_same_bits_each_time() -> None:
 
 def test_the_operator_takes_them() -> None:
     """By the table, in several splits, and again by a plan for another call."""
-    plans._plans.clear()
+    plans.attention.plans.clear()
     call = grouped(BOTTOM_RIGHT, 2, 300, 4, dtype=torch.float16).to(DEVICE)
     prepared = prepare_any(call)
     assert prepared is not None
@@ -252,7 +252,7 @@ def test_the_operator_takes_them() -> None:
     for _ in range(2):
         for one, other in zip(torch.ops.flashfuse.attention(*call.arguments), expected, strict=True):
             assert torch.equal(one, other)
-    assert len(plans._plans) == 1
+    assert len(plans.attention.plans) == 1
     check(call, None, None)
 
 

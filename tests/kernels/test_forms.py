@@ -31,7 +31,7 @@ SHORT = Sizes(batch=2, heads=2, q_len=20, kv_len=20)
 def _small_tiles_and_nan_filled_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An element that the kernel does not write stays NaN."""
     monkeypatch.setattr(launcher, "choose_launch", lambda *args: TILES)
-    plans._plans.clear()
+    plans.attention.plans.clear()
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

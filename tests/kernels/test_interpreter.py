@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 NAMES = (
     "forward", "decode", "plans", "normalisers", "ranged", "derivative_tiles", "forms", "backward_triton",
-    "distances_triton", "dropout_triton", "stored_triton", "extremes",
+    "backward_plans", "backward_ranges", "distances_triton", "dropout_triton", "stored_triton", "extremes",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ attention = torch.ops.flashfuse.attention
 
 @pytest.fixture(autouse=True)
 def _no_plans_and_nan_filled_outputs() -> Iterator[None]:
-    plans._plans.clear()
+    plans.attention.plans.clear()
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -53,7 +53,7 @@ def test_a_plan_serves_other_tensors() -> None:
     same(call)
     other = call.on([torch.randn_like(x) for x in call.operands])
     same(other)
-    assert len(plans._plans) == 1
+    assert len(plans.attention.plans) == 1
     assert not torch.equal(attention(*call.arguments)[0], attention(*other.arguments)[0])
 
 
@@ -87,27 +87,27 @@ def test_a_plan_is_for_layouts(place: int, change: Any) -> None:
     except RuntimeError as error:
         with pytest.raises(RuntimeError, match=str(error)[:30].replace("[", ".")):
             attention(*other.arguments)
-        assert len(plans._plans) == 1
+        assert len(plans.attention.plans) == 1
         return
     if other.captured[0].shape[0] == 1:
         # Reads outside of a tensor take its nearest element.
         return
     same(other)
-    assert len(plans._plans) == 2
+    assert len(plans.attention.plans) == 2
 
 
 def test_sizes_and_specs_are_part_of_the_key() -> None:
     for scale in (0.3, 0.4):
         same(make_call(f"qk * {scale} + to_float(size0)", (2, 3, 40, 16), 50, sizes=[7]).to(DEVICE))
     same(make_call("qk * 0.3 + to_float(size0)", (2, 3, 40, 16), 50, sizes=[8]).to(DEVICE))
-    assert len(plans._plans) == 3
+    assert len(plans.attention.plans) == 3
 
 
 def test_a_plan_serves_other_seeds() -> None:
     first, second = (replace(biased(dropout=0.5), seed=torch.tensor(seed, device=DEVICE)) for seed in (1, 2))
     same(first)
     same(second)
-    assert len(plans._plans) == 1
+    assert len(plans.attention.plans) == 1
     assert not torch.equal(attention(*first.arguments)[0], attention(*second.arguments)[0])
 
 
@@ -130,19 +130,19 @@ def test_ranges_are_no_captured_tensor() -> None:
 def test_calls_without_a_launch_have_no_plan() -> None:
     for call in (biased(dtype=torch.float64), make_call("qk", (2, 0, 16), 5), make_call("qk", (2, 4, 16), 0)):
         attention(*call.to(DEVICE).arguments)
-    assert not plans._plans
+    assert not plans.attention.plans
 
 
 def test_old_plans_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "MAX_PLANS", 2)
     for q_len in (20, 21, 22):
         same(make_call("qk * 0.3", (2, q_len, 16), 30).to(DEVICE))
-    assert len(plans._plans) <= 2
+    assert len(plans.attention.plans) <= 2
 
 
 def test_a_call_site_gives_what_the_operator_gives() -> None:
     """Whatever it was called with before: new elements, sizes, addresses that vectors cannot be loaded from, seeds."""
-    site = plans.CallSite()
+    site = plans.CallSite(plans.attention)
     first = biased(dropout=0.5)
     moved = first.on([_shifted(x) for x in first.operands])
     longer = make_call("qk * 0.3 + t0[n1, q_idx, kv_idx]", (2, 3, 44, 16), 50, captured=[torch.randn(3, 44, 50)])
@@ -157,17 +157,20 @@ def test_a_call_site_gives_what_the_operator_gives() -> None:
 
 def test_threads_share_a_call_site(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that looked up its plan while another called left it beside the other's layout, for all later calls."""
-    site, (short, long) = plans.CallSite(), (make_call("qk * 0.3", (2, n, 16), 30).to(DEVICE) for n in (20, 24))
+    site, (short, long) = (
+        plans.CallSite(plans.attention),
+        (make_call("qk * 0.3", (2, n, 16), 30).to(DEVICE) for n in (20, 24)),
+    )
     for call in (short, long):
         attention(*call.arguments)
-    key, others = plans._key, [long]
+    key, others = plans.Operator.key, [long]
 
     def interrupted(*arguments: Any) -> Any:
         if others:
             site(*others.pop().arguments)
         return key(*arguments)
 
-    monkeypatch.setattr(plans, "_key", interrupted)
+    monkeypatch.setattr(plans.Operator, "key", interrupted)
     for call in (short, long, short, long):
         assert torch.equal(site(*call.arguments)[0], attention(*call.arguments)[0])
 
@@ -217,4 +220,4 @@ def test_a_growing_cache_has_plans_of_its_own() -> None:
     """Each length is another call to the operator, right whatever the last one was."""
     for kv_len in (30, 31, 48, 49):
         same(make_call("qk * 0.3", (2, 20, 16), kv_len).to(DEVICE))
-    assert len(plans._plans) == 4
+    assert len(plans.attention.plans) == 4

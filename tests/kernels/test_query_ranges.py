@@ -8,8 +8,8 @@ import torch
 from flashfuse.kernels.bounds import Q_START, Q_STOP, KvRange
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
 from flashfuse.kernels.expr import Expr
-from flashfuse.kernels.mask import MASK_BLOCK, mask_of
-from flashfuse.kernels.query_ranges import query_bounds, query_ranges
+from flashfuse.kernels.mask import mask_of
+from flashfuse.kernels.query_ranges import query_bounds
 from flashfuse.kernels.spec import KV_LEN, Q_LEN, AttentionSpec, parse
 
 Q, KV, BLOCK = 37, 45, 8
@@ -62,25 +62,3 @@ def test_bounds_by_positions(mask: str) -> None:
 def test_bounds_are_tight(mask: str, first_keys: KvRange) -> None:
     bounds = query_bounds(spec_of(f"where({MASKS[mask]}, qk, -inf)"))
     assert bounds.kv_range({Q_START: 0, Q_STOP: BLOCK, Q_LEN: KV, KV_LEN: Q}) == first_keys
-
-
-def test_ranges_turned_round() -> None:
-    """Every pair of a query block and a key tile that meet is kept, and full only where the whole tile is."""
-    q_len, kv_len, block = 3 * MASK_BLOCK - 5, 250, 32
-    generator = torch.Generator().manual_seed(0)
-    edges = (torch.rand(2, 4, 4, generator=generator) * kv_len).int().sort(-1).values
-    edges[0, 1] = 0
-    found = query_ranges(edges, q_len, kv_len, block)
-    assert found.shape == (2, -(-kv_len // block), 4)
-    assert found.dtype == torch.int32
-    for n in range(2):
-        for tile, (start, full_start, full_end, end) in enumerate(found[n].tolist()):
-            first, last = tile * block, min(tile * block + block, kv_len)
-            assert 0 <= start <= full_start <= full_end <= end <= q_len
-            for number, (visited, full, full_stop, stop) in enumerate(edges[n, :3].tolist()):
-                position = number * MASK_BLOCK
-                if visited < last and stop > first:
-                    assert start <= position < end
-                if full_start <= position < full_end:
-                    assert full <= first
-                    assert last <= full_stop

@@ -1,0 +1,195 @@
+"""`PreparedBackward`: a backward pass but for its tensors, as launches of kernels and what torch adds up between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from flashfuse.kernels.backward_rows import DELTA, SINK_GRAD
+from flashfuse.kernels.captured_grad import CapturedGradients, CapturedProgram, PairTarget
+from flashfuse.kernels.codegen_backward import BackwardProgram
+from flashfuse.kernels.prepared import Buffer, Empty, KernelLaunch, Start
+from flashfuse.kernels.spec import AttentionSpec
+
+
+class Launched(NamedTuple):
+    """The launch of a kernel whose arguments are tensors, and then numbers that follow from their layouts.
+
+    captured_strides: where the captured tensors and their strides come last.
+    """
+
+    launch: KernelLaunch
+    numbers: tuple[Any, ...]
+    captured_strides: tuple[tuple[int, ...], ...] | None = None
+
+
+class Found(NamedTuple):
+    """What a kernel makes of one tensor."""
+
+    buffer: Buffer
+    launched: Launched
+
+
+class Gradient(NamedTuple):
+    """The gradient of an operand, and what a kernel writes of it: the same, or one for each position that shares it."""
+
+    own: Buffer
+    written: Buffer
+
+    def finished(self, found: torch.Tensor, empty: Empty) -> torch.Tensor:
+        """The operand's gradient, from what the kernel has written."""
+        return found if self.own is self.written else empty(*self.own).copy_(found.sum_to_size(self.own.size))
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedBackward:
+    """All that follows from the element types, sizes and strides of a call's tensors.
+
+    wanted: the places of the operands whose gradients are needed.
+    rows: None without a softmax, where `row_numbers` are not read.
+    of_sink, with_sink: whether gradients of sinks are wanted, and whether the kernel makes them.
+    queries, keys: None where nothing of that pass is needed. dq, dk, dv: None where it is not wanted.
+    ranges, filled: what the pass by keys asks of data, where it does.
+    pairs: a launch for each of the targets.
+    """
+
+    spec: AttentionSpec
+    program: BackwardProgram
+    captured: CapturedProgram
+    wanted: tuple[int, ...]
+    rows: Launched | None
+    row_numbers: Buffer
+    of_sink: bool
+    with_sink: bool
+    queries: Launched | None
+    dq: Gradient | None
+    row_sums: tuple[Buffer, ...]
+    ranges: Found | None
+    filled: Found | None
+    keys: Launched | None
+    dk: Gradient | None
+    dv: Gradient | None
+    key_sums: tuple[Buffer, ...]
+    pairs: tuple[Launched, ...]
+    targets: tuple[PairTarget, ...]
+
+    def compute(
+        self,
+        empty: Empty,
+        start: Start,
+        grad_out: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_ranges: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        *captured: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """The wanted gradients, on the current device."""
+        gradients = CapturedGradients(self.captured, captured, empty)
+        # vmap leaves what it does not map at stride 0.
+        run = _Run(self, empty, start, grad_out, out, lse.contiguous(), q, k, v, kv_ranges, seed, captured, gradients)
+        return run.gradients()
+
+
+@dataclass(eq=False, slots=True)
+class _Run:
+    """One backward pass. found: the gradients of q, k and v so far, by place."""
+
+    of: PreparedBackward
+    empty: Empty
+    start: Start
+    grad_out: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    kv_ranges: torch.Tensor | None
+    seed: torch.Tensor | None
+    captured: tuple[torch.Tensor, ...]
+    of_captured: CapturedGradients
+    found: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def gradients(self) -> list[torch.Tensor]:
+        rows, left = self._rows(), None
+        if self.of.queries is not None:
+            left = self._queries(self.of.queries, rows)
+        if self.of.keys is not None:
+            self._keys(self.of.keys, rows)
+        if left is not None and self.of.pairs:
+            rows[DELTA.value][..., : self.q.shape[-2]].add_(left)
+        for launched, target in zip(self.of.pairs, self.of.targets, strict=True):
+            whole = target.whole_by(self.empty)
+            written = target.written(whole)
+            self._launch(
+                launched, self.q, self.k, self.v, self.grad_out, rows, self.kv_ranges, self.seed, written
+            )  # fmt: skip
+            self.of_captured.add_pair(target, whole, written)
+        return [self.found[at] if at < 3 else self.of_captured.result(at - 3) for at in self.of.wanted]
+
+    def _rows(self) -> torch.Tensor:
+        """The numbers of rows; the log-sum-exps, unused, where there is no softmax."""
+        if self.of.rows is None:
+            return self.lse
+        rows = self.empty(*self.of.row_numbers)
+        self._launch(self.of.rows, self.grad_out, self.out, self.lse, rows)
+        if self.of.of_sink:
+            self.of_captured.add_sink(self._of_sinks(rows))
+        return rows
+
+    def _of_sinks(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[SINK_GRAD.value][..., : self.q.shape[-2]]
+
+    def _queries(self, launched: Launched, rows: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of q and those of reads at queries; what rounding the output has left in delta, [N.., Tq]: but
+        for it the gradients of a row's scores add up to 0."""
+        dq, sums = self._new(self.of.dq), self._sums(self.of.row_sums)
+        self._launch(
+            launched, self.q, self.k, self.v, self.grad_out, rows, self.kv_ranges, self.seed, dq, sums
+        )  # fmt: skip
+        left = None
+        if self.of.program.corrected:
+            left = sums[-1] + self._of_sinks(rows) if self.of.with_sink else sums[-1]
+        if sums:
+            self.of_captured.add_rows(sums, left)
+        self._keep(0, self.of.dq, dq)
+        return left
+
+    def _keys(self, launched: Launched, rows: torch.Tensor) -> None:
+        """The gradients of k and v and those of reads at keys."""
+        ranges, filled = self._found(self.of.ranges, self.kv_ranges), self._found(self.of.filled, self.lse)
+        dk, dv, sums = self._new(self.of.dk), self._new(self.of.dv), self._sums(self.of.key_sums)
+        self._launch(
+            launched, self.q, self.k, self.v, self.grad_out, rows, ranges, self.seed, filled, dk, dv, sums
+        )  # fmt: skip
+        for term, found in zip(self.of.program.key_terms, sums, strict=True):
+            self.of_captured.add_keys(term, found)
+        self._keep(1, self.of.dk, dk)
+        self._keep(2, self.of.dv, dv)
+
+    def _launch(self, launched: Launched, *tensors: Any) -> None:
+        launch, numbers, strides = launched
+        self.start(launch, (*tensors, *numbers) if strides is None else (*tensors, *numbers, self.captured, strides))
+
+    def _found(self, asked: Found | None, of: torch.Tensor | None) -> torch.Tensor | None:
+        if asked is None:
+            return None
+        found = self.empty(*asked.buffer)
+        self._launch(asked.launched, of, found)
+        return found
+
+    def _new(self, gradient: Gradient | None) -> torch.Tensor | None:
+        return None if gradient is None else self.empty(*gradient.written)
+
+    def _keep(self, place: int, gradient: Gradient | None, found: torch.Tensor | None) -> None:
+        if gradient is not None and found is not None:
+            self.found[place] = gradient.finished(found, self.empty)
+
+    def _sums(self, buffers: Sequence[Buffer]) -> tuple[torch.Tensor, ...]:
+        return tuple([self.empty(*buffer) for buffer in buffers])
