@@ -207,9 +207,8 @@ class CapturedGradients:
 
     def _scatter(self, read: Load | Gather, values: torch.Tensor, tile: Tile) -> None:
         """Take in values that have been summed over axes of size 1."""
-        if isinstance(read, Gather):
-            tile = replace(tile, captured=self.captured)
-        scatter_add(self._total(_slot(read)), read, values, tile)
+        # A tile keeps the positions it has made, which are tensors of this call's.
+        scatter_add(self._total(_slot(read)), read, values, replace(tile, captured=self.captured))
 
     def _total(self, slot: int) -> torch.Tensor:
         if slot not in self.total:

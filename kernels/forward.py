@@ -23,7 +23,7 @@ from flashfuse.kernels.tiles import (
 
 # From this size on a unit in the last place of a score is one or more, no correction of an exponent.
 LARGE: tl.constexpr = tl.constexpr(1e7)
-# From this size on what a shift loses by its rounding is no exponent.
+# From this size on what a shift loses by its rounding is no exponent, and gradients are NaN.
 HUGE: tl.constexpr = tl.constexpr(1e9)
 LARGEST_FLOAT32: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -348,7 +348,7 @@ def _largest_score(row_max, row_shift, LOG2_SCALE: tl.constexpr, LARGE_SCORES: t
     else:
         largest = tl.fma(row_shift, tl.full(row_shift.shape, LN2, row_shift.dtype), 0.0)
         lost = tl.fma(largest, tl.full(largest.shape, -LOG2_E, largest.dtype), row_shift)
-        return largest, tl.where((largest > -LARGE) & (largest < HUGE), lost, 0.0)
+        return largest, tl.where(largest < HUGE, tl.where(largest > -LARGE, lost, 0.0), float("nan"))
 
 
 @triton.jit
@@ -358,8 +358,9 @@ def _with_sink(acc, row_sum, largest, lost, sink):
     Differences of scores first, so that equal ones differ by 0 however large they are.
     """
     decides = sink > largest
+    known = tl.where(lost == lost, lost, 0.0)
     with_sink = tl.maximum(largest, sink)
     subtracted = tl.where(with_sink == float("-inf"), 0.0, with_sink)
-    decay = tl.exp2((largest - subtracted) * LOG2_E + tl.where(decides, lost, 0.0))
-    row_sum = row_sum * decay + tl.exp2((sink - subtracted) * LOG2_E - tl.where(decides, 0.0, lost))
+    decay = tl.exp2((largest - subtracted) * LOG2_E + tl.where(decides, known, 0.0))
+    row_sum = row_sum * decay + tl.exp2((sink - subtracted) * LOG2_E - tl.where(decides, 0.0, known))
     return acc * decay[:, None], row_sum, with_sink, tl.where(decides, 0.0, lost)
