@@ -1,5 +1,6 @@
 """Settings every test runs under."""
 
+import itertools
 import os
 
 import pytest
@@ -20,5 +21,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: each is a process of its own, and the workers would wait for one that started last."""
-    items.sort(key=lambda item: item.path.name != "test_interpreter.py")
+    """The longest, each a process of its own, first and shared out: a worker starts with an equal run of the list."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [item for item in items if item.path.name == "test_interpreter.py"]
+    others = iter([item for item in items if item.path.name != "test_interpreter.py"])
+    share = -(-len(items) // workers)
+    items[:] = [
+        item
+        for worker in range(workers)
+        for item in (*long[worker::workers], *itertools.islice(others, share - len(long[worker::workers])))
+    ]

@@ -132,7 +132,7 @@ def test_compiles_within_limits(
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "shared", "most"), [(64, False, 0), (128, False, 0), (64, True, 192), (128, True, 512)]
+    ("head_dim", "shared", "most"), [(64, False, 0), (128, False, 0), (64, True, 192), (128, True, 544)]
 )
 def test_the_pass_by_keys_keeps_its_sums_in_registers(head_dim: int, shared: bool, most: int, tmp_path: Path) -> None:
     """It spilled 672 bytes at head dim 128, the most of them for a loop over the one position that has the keys.

@@ -40,7 +40,7 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...], dict[st
     "sigmoid": ("sigmoid(qk * 0.125)", (torch.float32,), (2,), {"normaliser": "none", "factor": "t0[n1, n2]"}),
 }
 BF16, FP32 = torch.bfloat16, torch.float32
-SHUFFLES = 64
+SHUFFLES = 128
 # A group of four query heads, of eight with eight queries.
 FEW, MANY = 4, 64
 # What the launcher sees to be 1 for them.
