@@ -37,15 +37,15 @@ def attention_keys_backward_kernel(
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, QUERY_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, BOUNDED: tl.constexpr,
-    FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
+    SCALE: tl.constexpr, SLOPE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
+    MASKED_WHERE: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, ROWS_CONTIGUOUS: tl.constexpr,
 ):  # fmt: skip
-    """dk_j = sum_i ds_ij slope_ij q_i,  dv_j = sum_i w_ij grad_i, over the queries of all batch positions that share j.
+    """dk_j = SLOPE sum_i ds_ij slope_ij q_i,  dv_j = sum_i w_ij grad_i, over the queries of all positions that share j.
 
     One program owns BLOCK_KV keys of one of batch_0 * .. * batch_3 positions, and passes over the loop_0 * .. * loop_3
     positions that share them (of each axis one of the two is 1). ranges_ptr [n.., key tiles, 4] narrows the queries,
@@ -98,7 +98,7 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                 kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL,
-                FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST,
+                FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, SLACK, APART, NORMALISED, MASKED_WHERE, DROP_LEAST,
                 KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
             )  # fmt: skip
 
@@ -109,7 +109,7 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                 kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST,
+                FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, MASKED_WHERE, DROP_LEAST,
                 KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
             )  # fmt: skip
 
@@ -125,8 +125,9 @@ def attention_keys_backward_kernel(
                 dk, dv, sums = _take_queries(
                     dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                     kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED,
-                    FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST,
-                    KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
+                    FACTOR_MASKED, ROW_FACTOR, SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, MASKED_WHERE,
+                    DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q,
+                    ROWS_CONTIGUOUS,
                 )  # fmt: skip
 
         for i in tl.static_range(NUM_SUMS):
@@ -135,7 +136,7 @@ def attention_keys_backward_kernel(
     if dk_ptr is not None:
         dk_ptrs = tile_pointers(batch_pointer(dk_ptr, dk_strides, n0, n1, n2, n3), offs_kv, offs_d, dk_strides)
         stored = inside[:, None] & (offs_d[None, :] < HEAD_DIM)
-        tl.store(dk_ptrs, (dk * SCALE).to(dk_ptr.dtype.element_ty), mask=stored)
+        tl.store(dk_ptrs, (dk * SLOPE).to(dk_ptr.dtype.element_ty), mask=stored)
     if dv_ptr is not None:
         dv_ptrs = tile_pointers(batch_pointer(dv_ptr, dv_strides, n0, n1, n2, n3), offs_kv, offs_dv, dv_strides)
         stored = inside[:, None] & (offs_dv[None, :] < VALUE_DIM)
@@ -147,7 +148,7 @@ def _take_queries(
     dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start, kv_start, kv_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, SUMS: tl.constexpr, MASKED: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, BOUNDED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, MASKED_WHERE: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS_CONTIGUOUS: tl.constexpr,
@@ -192,7 +193,7 @@ def _take_queries(
     dw = product(v, tl.trans(grad), PRECISION)
     delta = load_delta(rows_base + q_start, planes, tl.arange(0, BLOCK_Q), 0, NORMALISED)
     dqk, ds, of_factor = tile_gradients(
-        dw, p, slope, factor, kept, delta, kv_idx[:, None], kv_len, False, MASKED, BOUNDED, NORMALISED
+        dw, p, slope, factor, kept, delta, kv_idx[:, None], kv_len, False, MASKED, MASKED_WHERE, NORMALISED
     )  # fmt: skip
     dv = _added_product(dv, w.to(PROBS_DTYPE), grad, PRECISION)
     dk = _added_product(dk, dqk.to(PRODUCT_DTYPE), q, PRECISION)
@@ -210,8 +211,8 @@ def attention_queries_backward_kernel(
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dq_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
-    BOUNDED: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr, SLOPE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
+    MASKED_WHERE: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
     LONGEST_FIRST: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -219,7 +220,7 @@ def attention_queries_backward_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
-    """dq_i = sum_j ds_ij slope_ij k_j.
+    """dq_i = SLOPE sum_j ds_ij slope_ij k_j.
 
     One program owns BLOCK_Q queries of one batch position, and visits the keys that the forward visits. sums_ptrs
     [n.., q_len] take the gradients of reads.
@@ -273,7 +274,7 @@ def attention_queries_backward_kernel(
         dq, sums = _take_keys(
             dq, sums, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
             n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, SUMS_FULL,
-            False, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
+            False, SCALE, SLACK, APART, NORMALISED, MASKED_WHERE, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
             PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
@@ -284,7 +285,7 @@ def attention_queries_backward_kernel(
         dq, sums = _take_keys(
             dq, sums, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
             n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
-            SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
+            SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, MASKED_WHERE, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
             PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
@@ -297,7 +298,7 @@ def attention_queries_backward_kernel(
             dq, sums = _take_keys(
                 dq, sums, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start,
                 q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, FACTOR_MASKED,
-                SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, BOUNDED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
+                SUMS_MASKED, True, SCALE, SLACK, APART, NORMALISED, MASKED_WHERE, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE,
                 PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
 
@@ -307,7 +308,7 @@ def attention_queries_backward_kernel(
     if dq_ptr is not None:
         dq_ptrs = tile_pointers(batch_pointer(dq_ptr, dq_strides, n0, n1, n2, n3), offs_q, offs_d, dq_strides)
         stored = stored[:, None] & (offs_d[None, :] < HEAD_DIM)
-        tl.store(dq_ptrs, (dq * SCALE).to(dq_ptr.dtype.element_ty), mask=stored)
+        tl.store(dq_ptrs, (dq * SLOPE).to(dq_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -315,7 +316,7 @@ def _take_keys(
     dq, sums, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
     n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS: tl.constexpr, FACTOR: tl.constexpr, SUMS: tl.constexpr, KEYS_END: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, BOUNDED: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, MASKED_WHERE: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -342,7 +343,7 @@ def _take_keys(
     )  # fmt: skip
     dw = product(grad, tl.trans(v), PRECISION)
     dqk, ds, of_factor = tile_gradients(
-        dw, p, slope, factor, kept, delta, kv_idx[None, :], kv_len, KEYS_END, KEYS_END, BOUNDED, NORMALISED
+        dw, p, slope, factor, kept, delta, kv_idx[None, :], kv_len, KEYS_END, KEYS_END, MASKED_WHERE, NORMALISED
     )  # fmt: skip
     dq = _added_product(dq, dqk.to(PRODUCT_DTYPE), k, PRECISION)
     if SUMS is not None:
@@ -361,7 +362,7 @@ def tile_weights(
 ):  # fmt: skip
     """(w, p, slope, factor) of a tile of products: w is what v is multiplied by, s the inner score.
 
-        p = exp(SCALE s - lse),  w = factor p,  slope = d s / d product
+        p = exp(SCALE s - lse),  w = factor p,  SLOPE slope = d score / d product
 
     kept: what dropout multiplies w by, None without it. row_factor: the factor unless FACTOR gives one for each pair.
     Where the score is not NORMALISED, p = s. KEYS_END: whether p and factor have to be 0 behind the last key.
@@ -382,24 +383,28 @@ def tile_weights(
 @triton.jit
 def tile_gradients(
     dw, p, slope, factor, kept, delta, kv_idx, kv_len,
-    KEYS_END: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, NORMALISED: tl.constexpr,
+    KEYS_END: tl.constexpr, MASKED: tl.constexpr, MASKED_WHERE: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
-    """(ds * slope, ds, p * dw), the gradients of the product, of the inner score and of the factor, of a tile.
+    """(ds * slope, ds, p * dw), the gradients of the product but for SLOPE, of the score and of the factor, of a tile.
 
         ds = p (factor dw - delta)
 
     See `tile_weights`. Where the score is not NORMALISED, ds = factor dw. KEYS_END: whether the first two have to be 0
-    behind the last key. MASKED: whether a slope may be 0 for a mask. BOUNDED: whether slopes are finite.
+    behind the last key. MASKED: whether a mask may have made the score, see `DerivativeProgram.masked_where`.
     """
     if kept is not None:
         dw = dw * kept
     dp = dw * factor
     ds = p * (dp - delta) if NORMALISED else dp
+    dqk = ds * slope
     if KEYS_END:
         ds = tl.where(kv_idx < kv_len, ds, 0.0)
-    dqk = ds * slope
-    if MASKED:
-        dqk = tl.where(slope == 0, 0.0, dqk) if BOUNDED else through(ds, slope)
+    if MASKED and MASKED_WHERE == "probability":
+        dqk = tl.where((p == 0) | (kv_idx >= kv_len) if KEYS_END else p == 0, 0.0, dqk)
+    elif MASKED and MASKED_WHERE == "product":
+        dqk = through(ds, slope)
+    else:
+        dqk = tl.where(slope == 0, 0.0, ds * slope) if MASKED else ds * slope
     return dqk, ds, p * dw
 
 
@@ -408,7 +413,8 @@ def _probabilities(s, shifts, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: t
     """exp(SCALE s - lse), from what `load_shifts` gives.
 
     The difference from the shift is rounded once, so that scores far from 0 keep theirs. Large ones are subtracted as
-    they are, and those within the slack of the largest count as equal to it.
+    they are, and those within the slack of the largest count as equal to it; the sum's logarithm is taken from what is
+    left, where the digits that this costs do not show.
     """
     minus_shift, share, slack = shifts
     if SLACK is None:
@@ -417,7 +423,7 @@ def _probabilities(s, shifts, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: t
         below = s + minus_shift
         if SLACK > 0:
             below = tl.where(below >= slack, 0.0, below)
-        below *= SCALE * LOG2_E
+        below = below * (SCALE * LOG2_E) if APART else tl.fma(below, SCALE * LOG2_E, share)
     return tl.exp2(below) * share if APART else tl.exp2(below)
 
 

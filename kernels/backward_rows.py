@@ -26,7 +26,8 @@ def attention_rows_backward_kernel(
     """delta_i = sum_d grad_id out_id, and what makes a probability of a score; 0 unless ROW_KEPT.
 
     See `backward._probabilities`. The gradient of SINK is -exp(sink - lse) delta. lse is a pair, see `ops`.
-    APART: whether the shift and the sum stay two numbers, or the sum's logarithm becomes part of the shift.
+    APART: whether the sum stays a number, or its logarithm becomes part of the exponent: of the shift, if that is no
+    inner score (SLACK).
     """
     q_tiles = rows_length(q_len) // BLOCK_Q
     position = tl.program_id(0) // q_tiles
@@ -69,8 +70,9 @@ def attention_rows_backward_kernel(
     rows_ptrs = rows_ptr + position.to(tl.int64) * rows_length(q_len) + offs_q
     exists = offs_q < q_len
     row_sum = tl.where(exists, row_sum, float("inf"))
-    tl.store(rows_ptrs + MINUS_SHIFT * planes, -(shift if APART else shift + (tl.log2(row_sum) + lost)))
-    tl.store(rows_ptrs + SHARE * planes, tl.div_rn(tl.exp2(-lost), row_sum))
+    log_sum = tl.log2(row_sum) + lost
+    tl.store(rows_ptrs + MINUS_SHIFT * planes, -(shift if APART or SLACK is not None else shift + log_sum))
+    tl.store(rows_ptrs + SHARE * planes, tl.div_rn(tl.exp2(-lost), row_sum) if APART else -log_sum)
     tl.store(rows_ptrs + DELTA * planes, tl.where(exists, delta, 0.0))
     tl.store(rows_ptrs + LARGEST * planes, tl.where(exists, largest, float("inf")))
     if SINK is not None:
@@ -110,13 +112,14 @@ def load_shifts(
     """(minus_shift, share, slack) of rows at `offs_q`, which may lie behind the last one, with an axis of size 1.
 
     shift: the largest inner score where some are large (SLACK), else the largest score in base 2. share: what the
-    exponential is multiplied by, where they are APART. From `slack` on a difference from the shift is 0.
+    exponential is multiplied by where they are APART, else its logarithm. From `slack` on a difference from the shift
+    is 0.
     """
     minus_shift = tl.zeros(offs_q.shape, tl.float32)
     share, slack = minus_shift, minus_shift
     if NORMALISED:
         minus_shift = tl.load(rows_base + MINUS_SHIFT * planes + offs_q)
-        if APART:
+        if APART or SLACK is not None:
             share = tl.load(rows_base + SHARE * planes + offs_q)
         if SLACK is not None:
             size = tl.abs(minus_shift)

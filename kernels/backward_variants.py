@@ -134,7 +134,7 @@ def rows_constants(
         "SCALE": program.derivatives.scale,
         "SLACK": _slack(spec, program),
         "FILLS": program.forward.fills,
-        "APART": _apart(spec, program),
+        "APART": _apart(spec),
         "VALUE_DIM": value_dim,
         "BLOCK_DV": padded(value_dim),
         "BLOCK_Q": block_q,
@@ -153,6 +153,7 @@ def keys_constants(
     masked, full = program.key_sums
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
+        "SLOPE": program.derivatives.slope,
         "QUERY_BOUNDS": program.query_bounds,
         "ROWS_CONTIGUOUS": rows_contiguous,
         "GRADS_FULL": program.derivatives.score_and_grad_full,
@@ -170,6 +171,7 @@ def queries_constants(
     masked, full = program.row_sums
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
+        "SLOPE": program.derivatives.slope,
         "KV_BOUNDS": program.forward.kv_bounds,
         "FILL_THRESHOLD": program.fill_threshold,
         "LONGEST_FIRST": program.forward.longest_first,
@@ -233,9 +235,9 @@ def _slack(spec: AttentionSpec, program: BackwardProgram) -> float | None:
     return 2.0**-26 if spec.product_dtype == torch.float32 else 0.0
 
 
-def _apart(spec: AttentionSpec, program: BackwardProgram) -> bool:
-    """Whether a row's shift and sum stay two numbers: a shift with the sum's logarithm is rounded where digits show."""
-    return _slack(spec, program) is not None or torch.float32 in (spec.product_dtype, spec.probs_dtype)
+def _apart(spec: AttentionSpec) -> bool:
+    """Whether a row's sum stays a number: an exponent with its logarithm in it is rounded where digits show."""
+    return torch.float32 in (spec.product_dtype, spec.probs_dtype)
 
 
 def _shared_constants(
@@ -246,9 +248,9 @@ def _shared_constants(
         "GRADS_MASKED": program.derivatives.score_and_grad_masked,
         "SCALE": program.derivatives.scale,
         "SLACK": _slack(spec, program),
-        "APART": _apart(spec, program),
+        "APART": _apart(spec),
         "NORMALISED": normalised,
-        "BOUNDED": program.derivatives.bounded,
+        "MASKED_WHERE": program.derivatives.masked_where,
         "FACTOR_MASKED": program.forward.factor_masked,
         # The rows kernel has taken rows that are not kept out of a softmax.
         "ROW_FACTOR": program.forward.row_factor or (None if normalised else program.forward.row_kept),

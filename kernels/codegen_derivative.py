@@ -9,15 +9,17 @@ times d score / d read is added to the element that was read.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flashfuse.kernels.derivative import Leaf, derivative, is_finite, leaves
-from flashfuse.kernels.expr import Expr, Product, walk
+from flashfuse.kernels.expr import Expr, Gather, Load, Pointwise, Product, walk
 from flashfuse.kernels.mask import mask_of
 from flashfuse.kernels.modules import finished, load_module
+from flashfuse.kernels.normal import const, number, pointwise
 from flashfuse.kernels.scale import inner_score, unscaled
 from flashfuse.kernels.source import ROW_ARGUMENTS, TILE_ARGUMENTS, is_row, row_body, tile_body
 from flashfuse.kernels.spec import AttentionSpec, to_text
@@ -41,11 +43,15 @@ class LeafDerivative:
 class DerivativeProgram:
     """What a backward kernel compiles in for one attention.
 
-    score_and_grad_masked, score_and_grad_full: tile of products -> (s, ds / d product).
+    score_and_grad_masked, score_and_grad_full: tile of products -> (s, d score / d product divided by `slope`).
     reads: ds / d read, for every distinct read of a floating-point tensor in the score.
     sink, factor: the derivatives of these programs, empty where the spec has none.
     scale: score = scale * s.
-    bounded: whether ds / d product is finite everywhere.
+    slope: the derivative of the score with respect to the product, where one number is all there is of it beside
+        masks: a sum is multiplied by it at its end. Else `scale`.
+    masked_where: what tells the scores whose gradient a mask takes away. "slope": it is 0 there. "probability": it is 0
+        there, and the slope is that of other scores; where masks are of data, so that nothing read has to be kept.
+        "product": the slope is 0 there, and elsewhere may be infinite.
     path: the generated source.
     """
 
@@ -55,7 +61,8 @@ class DerivativeProgram:
     sink: tuple[LeafDerivative, ...]
     factor: tuple[LeafDerivative, ...]
     scale: float
-    bounded: bool
+    slope: float
+    masked_where: str
     path: Path
 
 
@@ -77,6 +84,7 @@ def load_derivatives(spec: AttentionSpec, ranged: bool = False) -> DerivativePro
         return tuple(LeafDerivative(leaf, *functions(f"{name}_grad{i}")) for i, leaf in enumerate(of))
 
     scale, inner = inner_score(spec)
+    slope = derivative(inner, _product_of(inner))
     masked, full = functions("score_and_grad")
     return DerivativeProgram(
         score_and_grad_masked=masked,
@@ -85,7 +93,8 @@ def load_derivatives(spec: AttentionSpec, ranged: bool = False) -> DerivativePro
         sink=() if spec.sink is None else derivatives("sink", leaves(spec.sink)),
         factor=() if spec.factor is None else derivatives("factor", leaves(spec.factor)),
         scale=scale,
-        bounded=is_finite(derivative(inner, _product_of(inner))),
+        slope=scale * _only_number(slope),
+        masked_where=_masked_where(spec),
         path=path,
     )
 
@@ -117,7 +126,10 @@ def generate_derivatives(spec: AttentionSpec, ranged: bool = False) -> tuple[str
     mask = mask_of(spec)
     full = unscaled(mask.full, scale)
     unmasked = unscaled(mask.unmasked, scale) if ranged else full
-    functions = [*_tiles("score_and_grad", _with_product(inner), _with_product(unmasked), spec)]
+    divisor = _only_number(derivative(inner, _product_of(inner)))
+    sloped = _inside(inner) if _masked_where(spec) == "probability" else inner
+    masked = {**_with_product(sloped, divisor), "s": inner}
+    functions = [*_tiles("score_and_grad", masked, _with_product(unmasked, divisor), spec)]
     # An added mask that is zero throughout a tile has a gradient there all the same.
     for i, leaf in enumerate(_reads(inner)):
         functions += _tiles(f"score_grad{i}", _derivative("s", inner, leaf), _derivative("s", full, leaf), spec)
@@ -135,8 +147,57 @@ def _derivative(name: str, program: Expr, leaf: Leaf) -> Formulas:
     return {f"d{name}/d{to_text(leaf)}": derivative(program, leaf)}
 
 
-def _with_product(score: Expr) -> Formulas:
-    return {"s": score, **_derivative("s", score, _product_of(score))}
+def _with_product(score: Expr, divisor: float) -> Formulas:
+    name = "ds/dqk" if divisor == 1.0 else f"ds/dqk / {divisor!r}"
+    return {"s": score, name: _divided(derivative(score, _product_of(score)), divisor)}
+
+
+def _masked_where(spec: AttentionSpec) -> str:
+    _, inner = inner_score(spec)
+    if mask_of(spec).depends_on_data and spec.normaliser == "softmax":
+        inside = _inside(inner)
+        slope = derivative(inside, _product_of(inside))
+        if inside is not inner and is_finite(slope) and not any(map(_is_guarded, walk(slope))):
+            return "probability"
+    return "slope" if is_finite(derivative(inner, _product_of(inner))) else "product"
+
+
+def _is_guarded(expr: Expr) -> bool:
+    """Whether an expression is 0 or outside its tensor somewhere, which a mask may keep it from."""
+    return isinstance(expr, (Load, Gather)) or (isinstance(expr, Pointwise) and expr.op == "where")
+
+
+def _inside(score: Expr) -> Expr:
+    """The score where no mask has made it -inf."""
+    match score:
+        case Pointwise(op="where", args=(_, left, right)) if -math.inf in (number(left), number(right)):
+            return _inside(right if number(left) == -math.inf else left)
+    return score
+
+
+def _only_number(slope: Expr) -> float:
+    """The number that a slope is where it is not 0, if that is one number; else 1."""
+    numbers = {found for found in _numbers(slope) if found != 0}
+    found = numbers.pop() if len(numbers) == 1 else None
+    return 1.0 if found is None or not math.isfinite(found) else found
+
+
+def _numbers(slope: Expr) -> Iterator[float | None]:
+    match slope:
+        case Pointwise(op="where", args=(_, left, right)):
+            yield from _numbers(left)
+            yield from _numbers(right)
+        case _:
+            yield number(slope)
+
+
+def _divided(slope: Expr, divisor: float) -> Expr:
+    """slope / divisor, for a divisor that is the `_only_number` of a slope or 1."""
+    match slope:
+        case Pointwise(op="where", args=(condition, left, right), dtype=dtype):
+            return pointwise("where", condition, _divided(left, divisor), _divided(right, divisor), dtype=dtype)
+    found = number(slope)
+    return slope if found is None or divisor == 1.0 else const(found / divisor, dtype=slope.dtype)
 
 
 def _product_of(score: Expr) -> Product:

@@ -15,7 +15,7 @@ from flashfuse.kernels.spec import MAX_BATCH_AXES
 # Key tiles of one program that turns ranges round, and the blocks of queries that it reads at a time.
 RANGES_TILES, RANGES_BLOCKS = 16, 64
 # Queries that one program of the kernel for filled rows reads at a time.
-FILLED_BLOCK = 2048
+FILLED_BLOCK = 8192
 
 
 def query_ranges(kv_ranges: torch.Tensor, q_len: int, kv_len: int, block_kv: int) -> Found:
@@ -37,6 +37,6 @@ def filled_rows(batch: Sequence[int], q_len: int, threshold: float) -> Found:
 
     threshold: see `BackwardProgram.fill_threshold`.
     """
-    variant = {"FILL_THRESHOLD": None if threshold == -math.inf else threshold, "BLOCK_Q": FILLED_BLOCK}
+    variant = {"FILL_THRESHOLD": None if threshold == -math.inf else threshold, "BLOCK_Q": FILLED_BLOCK, "num_warps": 8}
     launch = KernelLaunch(filled_rows_kernel, math.prod(batch), variant)
     return Found(Buffer.contiguous((*batch, 2), torch.int32), Launched(launch, (q_len,)))

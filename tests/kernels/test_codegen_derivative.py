@@ -53,6 +53,24 @@ def test_value_and_derivative_share_what_they_share() -> None:
     assert "ds/dt0[q_idx, kv_idx] = " in function(source, "score_grad0_masked")
 
 
+@pytest.mark.parametrize(
+    ("text", "slope"),
+    [
+        ("qk * 0.125", 0.125),
+        ("where(kv_idx <= q_idx, qk * 0.25 + t0[kv_idx], -inf)", 0.25),
+        ("where(kv_idx <= q_idx, qk * 0.25 + t0[kv_idx], qk * 0.5)", 1.0),
+        ("where(kv_idx <= q_idx, qk * 0.25 + t0[kv_idx], qk * t0[kv_idx])", 1.0),
+        ("tanh(qk + t0[kv_idx]) * 50.0", 50.0),
+    ],
+)
+def test_a_slope_of_one_number_is_left_to_the_end_of_a_sum(text: str, slope: float) -> None:
+    """An operation less for each score; where branches differ, a slope is a function of the pair."""
+    derivatives = load_derivatives(make_spec(text, torch.float32))
+    assert derivatives.slope == slope
+    body = function(derivatives.path.read_text(), "score_and_grad_full")
+    assert (f"/ {slope}" in body) == (slope != 1.0 and derivatives.scale == 1.0)
+
+
 def test_only_what_has_a_derivative_gets_a_function() -> None:
     captured = (torch.float32, torch.bool, torch.int64)
     spec = make_spec("where(t1[kv_idx], qk + t0[t2[q_idx]] * t0[kv_idx], -inf)", *captured)

@@ -131,7 +131,7 @@ def test_programs(name: str, variant: str, place: tuple[int, int, int], normalis
     scale, inner = inner_score(spec)
     score, grad = inputs.run(getattr(derivatives, f"score_and_grad_{variant}"), "pair")
     inputs.check(score, inner)
-    inputs.check(grad, derivative(inner, Product(torch.float32, 0)))
+    inputs.check(grad * (derivatives.slope / scale), derivative(inner, Product(torch.float32, 0)))
     assert derivatives.scale == scale
     assert [d.leaf for d in derivatives.reads] == [e for e in leaves(inner) if not isinstance(e, Product)]
     for of in derivatives.reads:
