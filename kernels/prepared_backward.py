@@ -44,6 +44,19 @@ class Gradient(NamedTuple):
         return found if self.own is self.written else empty(*self.own).copy_(found.sum_to_size(self.own.size))
 
 
+class OnePass(NamedTuple):
+    """The gradients of q, k and v by one kernel, see `hopper_backward`.
+
+    sums: those of the gradient of q, [positions, Tq, D], which start at 0; `scaled` makes the gradient of them.
+    operands: descriptors of q, k, v, the output's gradient, the gradients of k and v, and the sums, without tensors.
+    """
+
+    sums: Buffer
+    operands: tuple[Any, ...]
+    one_pass: Launched
+    scaled: Launched
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedBackward:
     """All that follows from the element types, sizes and strides of a call's tensors.
@@ -51,6 +64,7 @@ class PreparedBackward:
     wanted: the places of the operands whose gradients are needed.
     rows: None without a softmax, where `row_numbers` are not read.
     of_sink, with_sink: whether gradients of sinks are wanted, and whether the kernel makes them.
+    one_pass: in the place of queries and keys, None where there is none.
     queries, keys: None where nothing of that pass is needed. dq, dk, dv: None where it is not wanted.
     ranges, filled: what the pass by keys asks of data, where it does.
     pairs: a launch for each of the targets.
@@ -64,6 +78,7 @@ class PreparedBackward:
     row_numbers: Buffer
     of_sink: bool
     with_sink: bool
+    one_pass: OnePass | None
     queries: Launched | None
     dq: Gradient | None
     row_sums: tuple[Buffer, ...]
@@ -118,6 +133,8 @@ class _Run:
 
     def gradients(self) -> list[torch.Tensor]:
         rows, left = self._rows(), None
+        if self.of.one_pass is not None:
+            self._one_pass(self.of.one_pass, rows)
         if self.of.queries is not None:
             left = self._queries(self.of.queries, rows)
         if self.of.keys is not None:
@@ -145,6 +162,16 @@ class _Run:
 
     def _of_sinks(self, rows: torch.Tensor) -> torch.Tensor:
         return rows[SINK_GRAD.value][..., : self.q.shape[-2]]
+
+    def _one_pass(self, of: OnePass, rows: torch.Tensor) -> None:
+        """The gradients of q, k and v."""
+        sums = self.empty(*of.sums).zero_()
+        dq, dk, dv = self._new(self.of.dq), self._new(self.of.dk), self._new(self.of.dv)
+        tensors = (self.q, self.k, self.v, self.grad_out, dk, dv, sums)
+        self._launch(of.one_pass, *map(_described, of.operands, tensors), rows)
+        self._launch(of.scaled, sums, dq)
+        for place, gradient, found in ((0, self.of.dq, dq), (1, self.of.dk, dk), (2, self.of.dv, dv)):
+            self._keep(place, gradient, found)
 
     def _queries(self, launched: Launched, rows: torch.Tensor) -> torch.Tensor | None:
         """The gradient of q and those of reads at queries; what rounding the output has left in delta, [N.., Tq]: but
@@ -193,3 +220,10 @@ class _Run:
 
     def _sums(self, buffers: Sequence[Buffer]) -> tuple[torch.Tensor, ...]:
         return tuple([self.empty(*buffer) for buffer in buffers])
+
+
+def _described(descriptor: Any, x: torch.Tensor | None) -> Any:
+    """The descriptor of one tensor. What its class would ask of it was asked when the call was prepared."""
+    found = object.__new__(type(descriptor))
+    found.__dict__ = {**descriptor.__dict__, "base": x}
+    return found

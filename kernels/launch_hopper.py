@@ -1,0 +1,211 @@
+"""Prepare the one pass of `hopper_backward` for a call: whether it takes it, and how its operands are described."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+
+from flashfuse.kernels.call import AttentionCall
+from flashfuse.kernels.codegen_backward import BackwardProgram
+from flashfuse.kernels.codegen_hopper import load_hopper
+from flashfuse.kernels.launch import Device, padded, precision_of, shape_of, subtracts_scores
+from flashfuse.kernels.prepared import Buffer, KernelLaunch, strides_of
+from flashfuse.kernels.prepared_backward import Gradient, Launched, OnePass
+from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec
+
+# Off until it has passed tests/kernels/test_hopper_backward_gpu.py on a GPU: so far it has been compiled and not run.
+HOPPER_BACKWARD = False
+
+# Gluon is experimental: another release may read the kernel otherwise.
+TRITON_RELEASE = "3.6."
+# Shared memory of the program with the most.
+SHARED_BYTES = 200 * 1024
+# Columns of a tile, and the queries beside them: what registers and shared memory hold.
+BLOCK_Q = {64: 128, 128: 64}
+# Batch axes of a tensor map, which has five axes.
+BATCH_AXES = 3
+# Bytes that a tensor map's strides are multiples of.
+STRIDE_BYTES = 16
+# Positions whose keys and values stay in the cache while tiles with the same number of queries run.
+MAX_SPREAD = 8
+# Elements of dq that one program multiplies by the slope.
+SCALED_ELEMENTS = 8192
+
+
+def takes(
+    device: Device,
+    call: AttentionCall,
+    grad_out: torch.Tensor,
+    program: BackwardProgram,
+    wanted: Sequence[int],
+    gradients: Sequence[Gradient | None],
+    deterministic: bool,
+) -> bool:
+    """Whether the one pass computes this: the gradients of q, k and v, and no others.
+
+    gradients: of q, k and v. deterministic: whether results have to be the same from run to run, as its dq is not.
+    """
+    found = [gradient for gradient in gradients if gradient is not None]
+    operands = (call.q, call.k, call.v, grad_out)
+    return (
+        (device.backend, device.arch) == ("cuda", 90)
+        and device.shared_bytes >= SHARED_BYTES
+        and not deterministic
+        and tuple(wanted) == (0, 1, 2)
+        and all(gradient.own is gradient.written for gradient in found)
+        and len(call.batch) <= BATCH_AXES
+        and _takes_program(call.spec, program)
+        and call.kv_ranges is None
+        and block_of(call.head_dim, call.value_dim) is not None
+        # The sums of dq have rows of this many float32.
+        and call.head_dim % 4 == 0
+        and call.q.shape[:-2] == grad_out.shape[:-2] == torch.Size(call.batch)
+        and all(x.dtype == call.spec.product_dtype for x in operands)
+        and all(x.data_ptr() % STRIDE_BYTES == 0 and _has_map(x.shape, x.stride(), x.itemsize) for x in operands)
+        and all(_has_map(own.size, own.strides, own.dtype.itemsize) for own, _ in found)
+    )
+
+
+def _takes_program(spec: AttentionSpec, program: BackwardProgram) -> bool:
+    """Whether its numbers are those that the kernel reads, and none is read or drawn for each pair."""
+    shape = shape_of(spec, 1, 1, 1)
+    return (
+        spec.product_dtype in (torch.float16, torch.bfloat16)
+        and spec.probs_dtype == spec.product_dtype
+        and spec.normaliser == "softmax"
+        and spec.key is None
+        and spec.value is None
+        and not spec.dropout
+        and (shape.captured_bytes, shape.looked_up) == (0, False)
+        and program.forward.factor_masked is None
+        and program.forward.row_factor is None
+        and program.fill_threshold is None
+        and program.derivatives.masked_where != "product"
+        and not subtracts_scores(spec, program.forward, precision_of(spec))
+    )
+
+
+def block_of(head_dim: int, value_dim: int) -> int | None:
+    """The columns of a tile, None where there is no such tile, or less than half of it would be in use."""
+    columns = {padded(head_dim), padded(value_dim)}
+    return max(columns) if columns <= set(BLOCK_Q) else None
+
+
+def _has_map(size: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Whether TMA reads a tensor: rows of neighbours, and no two of the others in one place."""
+    outer = [stride for n, stride in zip(size[:-1], strides[:-1], strict=True) if n > 1]
+    return strides[-1] == 1 and all(stride > 0 and stride * itemsize % STRIDE_BYTES == 0 for stride in outer)
+
+
+def hopper_constants(
+    spec: AttentionSpec, program: BackwardProgram, block: int, fewer_queries: bool, positions: int
+) -> Mapping[str, Any]:
+    """Compile-time arguments and options; positions: how many own keys."""
+    from flashfuse.kernels.hopper_backward import MAX_REGISTERS
+
+    functions = load_hopper(spec, fewer_queries)
+    return {
+        "GRADS_MASKED": functions.score_and_grad_masked,
+        "GRADS_FULL": functions.score_and_grad_full,
+        "QUERY_BOUNDS": functions.query_bounds,
+        "SCALE": program.derivatives.scale,
+        "SLOPE": program.derivatives.slope,
+        "BLOCK_D": block,
+        "BLOCK_Q": BLOCK_Q[block],
+        "SPREAD": math.gcd(MAX_SPREAD, positions) if program.forward.longest_first else 1,
+        "num_warps": 4,
+        "maxnreg": MAX_REGISTERS,
+    }
+
+
+def prepare_one_pass(
+    device: Device,
+    call: AttentionCall,
+    grad_out: torch.Tensor,
+    program: BackwardProgram,
+    wanted: Sequence[int],
+    gradients: tuple[Gradient | None, Gradient | None, Gradient | None],
+) -> OnePass | None:
+    """What computes the gradients of q, k and v; None where the plain passes do. `gradients`: where those go."""
+    dq, dk, dv = gradients
+    if not HOPPER_BACKWARD or not triton.__version__.startswith(TRITON_RELEASE):
+        return None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if not takes(device, call, grad_out, program, wanted, gradients, deterministic):
+        return None
+    block = block_of(call.head_dim, call.value_dim)
+    if block is None or dq is None or dk is None or dv is None:
+        return None
+    # It takes Gluon, which the other kernels do without.
+    from flashfuse.kernels.hopper_backward import BLOCK_KV, GROUP_KV, attention_hopper_backward_kernel
+
+    owned = tuple(dk.own.size[:-2])
+    positions, rows = math.prod(owned), BLOCK_Q[block]
+    sums = Buffer.contiguous((math.prod(call.batch), call.q_len, call.head_dim), torch.float32)
+    variant = hopper_constants(call.spec, program, block, call.q_len <= call.kv_len, positions)
+    programs = positions * -(-call.kv_len // BLOCK_KV.value)
+    loop = (1 if mine == size else size for size, mine in zip(call.batch, owned, strict=True))
+    numbers = (*_padded(owned), *_padded(loop), call.q_len, call.kv_len, call.program_sizes)
+    strides = tuple(c.stride() for c in call.captured)
+    operands = (
+        *(_described(Buffer.like(x), rows, block) for x in (call.q,)),
+        *(_described(Buffer.like(x), GROUP_KV.value, block) for x in (call.k, call.v)),
+        _described(Buffer.like(grad_out), rows, block),
+        *(_described(x.own, GROUP_KV.value, block) for x in (dk, dv)),
+        _described(sums, 64, 64, batch_axes=1),
+    )
+    return OnePass(
+        sums=sums,
+        operands=operands,
+        one_pass=Launched(KernelLaunch(attention_hopper_backward_kernel, programs, variant), numbers, strides),
+        scaled=_scaled(call, program, dq),
+    )
+
+
+def _scaled(call: AttentionCall, program: BackwardProgram, dq: Gradient) -> Launched:
+    """The kernel that makes the gradient of q of its sums."""
+    from flashfuse.kernels.hopper_backward import scaled_rows_kernel
+
+    block = padded(call.head_dim)
+    rows = SCALED_ELEMENTS // block
+    variant = {"SLOPE": program.derivatives.slope, "HEAD_DIM": call.head_dim, "BLOCK_D": block, "BLOCK_Q": rows}
+    written = torch.empty_strided(dq.own.size, dq.own.strides, device="meta")
+    numbers = (strides_of(written, call.batch), *_padded(call.batch), call.q_len)
+    programs = math.prod(call.batch) * -(-call.q_len // rows)
+    return Launched(KernelLaunch(scaled_rows_kernel, programs, variant), numbers)
+
+
+def _described(of: Buffer, rows: int, columns: int, batch_axes: int = BATCH_AXES) -> Any:
+    """How TMA sees tensors like this one, [n.., rows, columns], a tile at a time; without a tensor yet."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    more = batch_axes - (len(of.size) - 2)
+    size = (*of.size[:-2], *(1,) * more, *of.size[-2:])
+    strides = (*of.strides[:-2], *(1,) * more, *of.strides[-2:])
+    # Along an axis of size 1 nothing is ever skipped, and any stride has to do.
+    least = STRIDE_BYTES // of.dtype.itemsize
+    allowed = (least if n == 1 else stride for n, stride in zip(size[:-1], strides[:-1], strict=True))
+    block = [*(1,) * batch_axes, rows, columns]
+    dtype = getattr(gl, str(of.dtype).removeprefix("torch."))
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(_Like(of.dtype), list(size), [*allowed, 1], block, layout)
+
+
+class _Like:
+    """In the place of a tensor."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return 0
+
+
+def _padded(sizes: Any) -> tuple[int, ...]:
+    found = tuple(sizes)
+    return (*found, *(1,) * (MAX_BATCH_AXES - len(found)))
