@@ -25,7 +25,7 @@ def attention_rows_backward_kernel(
 ):  # fmt: skip
     """delta_i = sum_d grad_id out_id, and what makes a probability of a score; 0 unless ROW_KEPT.
 
-    See `backward._probabilities`. The gradient of SINK is -exp(sink - lse) delta. lse is a pair, see `ops`.
+    See `backward.probabilities`. The gradient of SINK is -exp(sink - lse) delta. lse is a pair, see `ops`.
     APART: whether the sum stays a number, or its logarithm becomes part of the exponent: of the shift, if that is no
     inner score (SLACK).
     """
@@ -122,9 +122,15 @@ def load_shifts(
         if APART or SLACK is not None:
             share = tl.load(rows_base + SHARE * planes + offs_q)
         if SLACK is not None:
-            size = tl.abs(minus_shift)
-            slack = tl.where(size >= LARGE / SCALE, size * -SLACK, float("inf"))
+            slack = slack_of(minus_shift, SCALE, SLACK)
     return tl.expand_dims(minus_shift, AXIS), tl.expand_dims(share, AXIS), tl.expand_dims(slack, AXIS)
+
+
+@triton.jit
+def slack_of(minus_shift, SCALE: tl.constexpr, SLACK: tl.constexpr):
+    """From where on a difference from the shift is 0."""
+    size = tl.abs(minus_shift)
+    return tl.where(size >= LARGE / SCALE, size * -SLACK, float("inf"))
 
 
 @triton.jit

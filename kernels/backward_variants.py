@@ -132,7 +132,7 @@ def rows_constants(
         "SINK": program.forward.sink if with_sink else None,
         "ROW_KEPT": program.forward.row_kept,
         "SCALE": program.derivatives.scale,
-        "SLACK": _slack(spec, program),
+        "SLACK": slack_in(spec, program),
         "FILLS": program.forward.fills,
         "APART": _apart(spec),
         "VALUE_DIM": value_dim,
@@ -222,7 +222,7 @@ def dense_constants(
     }
 
 
-def _slack(spec: AttentionSpec, program: BackwardProgram) -> float | None:
+def slack_in(spec: AttentionSpec, program: BackwardProgram) -> float | None:
     """How far below a row's largest score another may be, as a part of it, and count as equal to it when a score is
     found again from scale * score; None where none is large.
 
@@ -247,7 +247,7 @@ def _shared_constants(
     return {
         "GRADS_MASKED": program.derivatives.score_and_grad_masked,
         "SCALE": program.derivatives.scale,
-        "SLACK": _slack(spec, program),
+        "SLACK": slack_in(spec, program),
         "APART": _apart(spec),
         "NORMALISED": normalised,
         "MASKED_WHERE": program.derivatives.masked_where,

@@ -33,10 +33,10 @@ class HopperProgram:
 
 
 @functools.lru_cache(maxsize=1024)
-def load_hopper(spec: AttentionSpec, fewer_queries: bool) -> HopperProgram:
+def load_hopper(spec: AttentionSpec, ranged: bool, fewer_queries: bool) -> HopperProgram:
     """Generate, write and import the functions of a spec, as `load_backward` does."""
     spec = kernel_spec(spec, fewer_queries)
-    derivatives = _module("derivatives", *generate_derivatives(spec))
+    derivatives = _module("derivatives", *generate_derivatives(spec, ranged))
     bounds = _module("backward", *backward_source(spec))
     return HopperProgram(
         derivatives("score_and_grad_masked"), derivatives("score_and_grad_full"), bounds("query_bounds")

@@ -21,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashfuse.kernels.backward_rows import DELTA, MINUS_SHIFT, batch_position, rows_length
-from flashfuse.kernels.forward import LOG2_E
+from flashfuse.kernels.backward import probabilities
+from flashfuse.kernels.backward_rows import DELTA, MINUS_SHIFT, SHARE, batch_position, rows_length, slack_of
 from flashfuse.kernels.tiles import batch_pointer, tile_pointers
 
 # Keys of a group of warps, and of a program. Shapes of matrix instructions: no table chooses them.
@@ -43,11 +43,12 @@ MAX_REGISTERS = 168
     do_not_specialize_on_alignment=["loop_0", "loop_1", "loop_2", "loop_3"],
 )
 def attention_hopper_backward_kernel(
-    q_desc, k_desc, v_desc, grad_desc, dk_desc, dv_desc, dq_desc, rows_ptr,
-    batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
+    q_desc, k_desc, v_desc, grad_desc, dk_desc, dv_desc, dq_desc, rows_ptr, ranges_ptr, filled_ptr,
+    ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
-    SCALE: gl.constexpr, SLOPE: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk_j = SLOPE sum_i ds_ij slope_ij q_i,  dv_j = sum_i p_ij grad_i,  dq_i += sum_j ds_ij slope_ij k_j.
 
@@ -68,9 +69,9 @@ def attention_hopper_backward_kernel(
     # Two slots, by [half of the queries,] group of warps.
     ds_s = gl.allocate_shared_memory(dtype, [4 * HALVES, GROUP_KV, HALF], PAIRS)
     dq_s = gl.allocate_shared_memory(gl.float32, [2, 64, 64], SUMS)
-    # Of each stage the shifts of the halves, then their deltas.
+    # Of each stage the shifts of the halves, then their deltas and, where there is slack, their shares.
     rows_s = gl.allocate_shared_memory(
-        gl.float32, [2 * STAGES * HALVES, HALF], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.float32, [4 * STAGES * HALVES, HALF], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )  # fmt: skip
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -85,18 +86,19 @@ def attention_hopper_backward_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                0, written, q_s, k_s, v_s, grad_s, rows_s, barriers, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1,
-                loop_2, loop_3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, GRADS_FULL,
-                QUERY_BOUNDS, SCALE, SLOPE, BLOCK_D, BLOCK_Q, SPREAD,
+                0, written, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr, ranges_strides,
+                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
+                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_multiply, (
-                1, written, q_s, k_s, v_s, grad_s, rows_s, barriers, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1,
-                loop_2, loop_3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, GRADS_FULL,
-                QUERY_BOUNDS, SCALE, SLOPE, BLOCK_D, BLOCK_Q, SPREAD,
+                1, written, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr, ranges_strides,
+                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
+                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_load, (
-                q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, barriers, batch_0, batch_1,
-                batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, QUERY_BOUNDS, BLOCK_Q, SPREAD,
+                q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr,
+                filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len,
+                kv_len, sizes, QUERY_BOUNDS, SLACK, BLOCK_Q, SPREAD,
             )),
         ],
         [4, 1],
@@ -120,15 +122,30 @@ def _owned(batch_0, batch_1, batch_2, batch_3, kv_len, SPREAD: gl.constexpr):
 
 @gluon.jit
 def _visited(
-    kv_start, n0, n1, n2, n3, q_len, kv_len, sizes, QUERY_BOUNDS: gl.constexpr, BLOCK_Q: gl.constexpr
+    kv_start, position, n0, n1, n2, n3, ranges_ptr, filled_ptr, ranges_strides, q_len, kv_len, sizes,
+    QUERY_BOUNDS: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
-    """(start, full_start, full_end, end) at whole tiles of queries, as in `backward`."""
+    """(start, full_start, full_end, end) at whole tiles of queries, as in `backward`.
+
+    Queries that see every key lie within too, and so do those between: a mask is evaluated there.
+    """
     kv_stop = gl.minimum(kv_start + BLOCK_KV, kv_len)
     start, full_start, full_end, end = QUERY_BOUNDS(kv_start, kv_stop, n0, n1, n2, n3, kv_len, q_len, sizes)
+    if ranges_ptr is not None:
+        ranges = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3) + kv_start // BLOCK_KV * ranges_strides[4]
+        end = gl.minimum(end, gl.load(ranges + 3 * ranges_strides[5]))
+        start = gl.minimum(gl.maximum(start, gl.load(ranges)), end)
+        full_start = gl.maximum(gl.maximum(start, full_start), gl.load(ranges + ranges_strides[5]))
+        full_end = gl.minimum(gl.minimum(full_end, gl.load(ranges + 2 * ranges_strides[5])), end)
     start = start // BLOCK_Q * BLOCK_Q
     end = gl.cdiv(end, BLOCK_Q) * BLOCK_Q
     full_start = gl.minimum(gl.cdiv(full_start, BLOCK_Q) * BLOCK_Q, end)
     full_end = gl.where(kv_start + BLOCK_KV <= kv_len, full_end // BLOCK_Q * BLOCK_Q, full_start)
+    if filled_ptr is not None:
+        first = gl.load(filled_ptr + 2 * position)
+        stop = gl.load(filled_ptr + 2 * position + 1)
+        start = gl.minimum(start, first // BLOCK_Q * BLOCK_Q)
+        end = gl.maximum(end, gl.cdiv(stop, BLOCK_Q) * BLOCK_Q)
     return start, full_start, gl.maximum(full_end, full_start), end
 
 
@@ -144,9 +161,9 @@ def _next_stage(stage, phase):
 
 @gluon.jit
 def _load(
-    q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, barriers,
-    batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes,
-    QUERY_BOUNDS: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr,
+    ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes,
+    QUERY_BOUNDS: gl.constexpr, SLACK: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """Keys and values once, and tiles of queries with their gradients and numbers as slots become free."""
     keys_full, full, empty = barriers
@@ -165,7 +182,10 @@ def _load(
         s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
         m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
         position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
-        start, _, _, end = _visited(kv_start, m0, m1, m2, m3, q_len, kv_len, sizes, QUERY_BOUNDS, BLOCK_Q)
+        start, _, _, end = _visited(
+            kv_start, position, m0, m1, m2, m3, ranges_ptr, filled_ptr, ranges_strides, q_len, kv_len, sizes,
+            QUERY_BOUNDS, BLOCK_Q,
+        )  # fmt: skip
         for q_start in range(start, end, BLOCK_Q):
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), q_desc.block_type.nbytes + grad_desc.block_type.nbytes)
@@ -175,8 +195,11 @@ def _load(
             for half in gl.static_range(HALVES):
                 shifts = gl.load(numbers + MINUS_SHIFT * planes + half * HALF + row)
                 deltas = gl.load(numbers + DELTA * planes + half * HALF + row)
-                rows_s.index(2 * HALVES * stage + half).store(shifts)
-                rows_s.index(2 * HALVES * stage + HALVES + half).store(deltas)
+                rows_s.index(4 * HALVES * stage + half).store(shifts)
+                rows_s.index(4 * HALVES * stage + HALVES + half).store(deltas)
+                if SLACK is not None:
+                    shares = gl.load(numbers + SHARE * planes + half * HALF + row)
+                    rows_s.index(4 * HALVES * stage + 2 * HALVES + half).store(shares)
             gl.thread_barrier()
             mbarrier.arrive(full.index(stage), count=1)
             stage, phase = _next_stage(stage, phase)
@@ -195,10 +218,11 @@ def _load_rows(desc, n0, n1, n2, row, barrier, slot):
 
 @gluon.jit
 def _multiply(
-    GROUP: gl.constexpr, written, q_s, k_s, v_s, grad_s, rows_s, barriers,
+    GROUP: gl.constexpr, written, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr, ranges_strides,
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
     captured_strides, GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
-    SCALE: gl.constexpr, SLOPE: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk, dv of the 64 keys of one group, and half of what the program's 128 keys add to dq."""
     keys_full, full, empty = barriers
@@ -211,8 +235,6 @@ def _multiply(
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
     kv_start, n0, n1, n2, n3 = _owned(batch_0, batch_1, batch_2, batch_3, kv_len, SPREAD)
     kv_start += GROUP * GROUP_KV
-    k = k_s.index(GROUP)
-    v = v_s.index(GROUP)
     dk = gl.zeros([GROUP_KV, BLOCK_D], gl.float32, SUMS)
     dv = gl.zeros([GROUP_KV, BLOCK_D], gl.float32, SUMS)
     nothing = gl.zeros([GROUP_KV, HALF], gl.float32, SCORES)
@@ -225,13 +247,19 @@ def _multiply(
         m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
         position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
         start, full_start, full_end, end = _visited(
-            kv_start - GROUP * GROUP_KV, m0, m1, m2, m3, q_len, kv_len, sizes, QUERY_BOUNDS, BLOCK_Q
-        )
+            kv_start - GROUP * GROUP_KV, position, m0, m1, m2, m3, ranges_ptr, filled_ptr, ranges_strides, q_len,
+            kv_len, sizes, QUERY_BOUNDS, BLOCK_Q,
+        )  # fmt: skip
+        at = (m0, m1, m2, m3, q_len, kv_len, sizes)
         for q_start in range(start, end, BLOCK_Q):
             masked = (q_start < full_start) | (q_start >= full_end)
+            # Addresses that follow from a number of the loop are not kept in registers, which would spill.
+            here = _opaque(0)
+            k = k_s.index(GROUP + here)
+            v = v_s.index(GROUP + here)
             q = q_s.index(stage)
             grad = grad_s.index(stage)
-            numbers = 2 * HALVES * stage
+            numbers = 4 * HALVES * stage
             mbarrier.wait(full.index(stage), phase)
             if HALVES == 2:
                 # The products of the second half run under the exponentials of the first.
@@ -244,8 +272,8 @@ def _multiply(
                 qk_1 = warpgroup_mma(k, q_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 qk = warpgroup_mma_wait(num_outstanding=2, deps=(qk,))
                 w, p = _weights(
-                    qk, rows_s.index(numbers), masked, kv_start, q_start, m0, m1, m2, m3, q_len, kv_len, sizes,
-                    captured, captured_strides, GRADS_MASKED, GRADS_FULL, SCALE, WEIGHTS, dtype,
+                    qk, rows_s, numbers, masked, kv_start, q_start, at, captured, captured_strides,
+                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw = warpgroup_mma_wait(num_outstanding=1, deps=(dw,))
                 ds = _gradients(dw, p, rows_s.index(numbers + HALVES), masked, dtype)
@@ -255,8 +283,8 @@ def _multiply(
                 dw = warpgroup_mma(v, grad_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 qk = warpgroup_mma_wait(num_outstanding=3, deps=(qk_1,))
                 w, p = _weights(
-                    qk, rows_s.index(numbers + 1), masked, kv_start, q_start + HALF, m0, m1, m2, m3, q_len, kv_len,
-                    sizes, captured, captured_strides, GRADS_MASKED, GRADS_FULL, SCALE, WEIGHTS, dtype,
+                    qk, rows_s, numbers + 1, masked, kv_start, q_start + HALF, at, captured, captured_strides,
+                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw, dv, dk = warpgroup_mma_wait(num_outstanding=0, deps=(dw, dv, dk))
                 ds = _gradients(dw, p, rows_s.index(numbers + HALVES + 1), masked, dtype)
@@ -268,8 +296,8 @@ def _multiply(
                 dw = warpgroup_mma(v, grad.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 qk = warpgroup_mma_wait(num_outstanding=1, deps=(qk,))
                 w, p = _weights(
-                    qk, rows_s.index(numbers), masked, kv_start, q_start, m0, m1, m2, m3, q_len, kv_len, sizes,
-                    captured, captured_strides, GRADS_MASKED, GRADS_FULL, SCALE, WEIGHTS, dtype,
+                    qk, rows_s, numbers, masked, kv_start, q_start, at, captured, captured_strides,
+                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw = warpgroup_mma_wait(num_outstanding=0, deps=(dw,))
                 ds = _gradients(dw, p, rows_s.index(numbers + HALVES), masked, dtype)
@@ -282,7 +310,7 @@ def _multiply(
             fence_async_shared()
             # Who comes here has read the slot before: two are enough.
             _meet()
-            dq = _queries(ds_s, k_s, slot, GROUP, BLOCK_D, SQUARE)
+            dq = _queries(ds_s, k_s, slot, here, GROUP, BLOCK_D, SQUARE)
             dk_next = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), q_last, dk, is_async=True)
             dq, dv = warpgroup_mma_wait(num_outstanding=1, deps=(dq, dv_next))
             # One thread waits until the reduction before has read the buffer, and the others for it.
@@ -302,7 +330,7 @@ def _multiply(
             stage, phase = _next_stage(stage, phase)
             slot ^= 1
     # Through buffers that nobody else reads: the values' own, and that of dq when its last reduction has read it.
-    _store_rows(dv_desc, n0, n1, n2, kv_start, v, dv.to(dtype))
+    _store_rows(dv_desc, n0, n1, n2, kv_start, v_s.index(GROUP), dv.to(dtype))
     tma.store_wait(1)
     gl.thread_barrier()
     free = dq_s.index(GROUP)._reinterpret(dtype, [128 // BLOCK_D, GROUP_KV, BLOCK_D], SQUARE).index(0)
@@ -312,41 +340,48 @@ def _multiply(
 
 @gluon.jit
 def _weights(
-    qk, shifts, masked, kv_start, q_start, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
-    GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, SCALE: gl.constexpr, WEIGHTS: gl.constexpr,
+    qk, rows, number, masked, kv_start, q_start, at, captured, captured_strides, GRADS_MASKED: gl.constexpr,
+    GRADS_FULL: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr, HALVES: gl.constexpr, WEIGHTS: gl.constexpr,
     dtype: gl.constexpr,
 ):  # fmt: skip
-    """(p as an operand, p * slope) of a tile of products [keys, queries]; shifts: where those of rows lie.
+    """(p as an operand, p * slope) of a tile of products [keys, queries]; the numbers of its rows start at `number`.
 
     masked: whether the tile may meet a mask, or reach behind the last key or query.
     """
     if masked:
         w, p = _weights_of(
-            qk, shifts, _opaque(kv_start), q_start, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
-            GRADS_MASKED, True, SCALE, WEIGHTS, dtype,
+            qk, rows, number, _opaque(kv_start), q_start, at, captured, captured_strides, GRADS_MASKED, True, SCALE,
+            SLACK, HALVES, WEIGHTS, dtype,
         )  # fmt: skip
     else:
         w, p = _weights_of(
-            qk, shifts, kv_start, q_start, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
-            GRADS_FULL, False, SCALE, WEIGHTS, dtype,
+            qk, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS_FULL, False, SCALE, SLACK,
+            HALVES, WEIGHTS, dtype,
         )  # fmt: skip
     return w, p
 
 
 @gluon.jit
 def _weights_of(
-    qk, shifts, kv_start, q_start, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
-    GRADS: gl.constexpr, MASKED: gl.constexpr, SCALE: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr,
+    qk, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS: gl.constexpr, MASKED: gl.constexpr,
+    SCALE: gl.constexpr, SLACK: gl.constexpr, HALVES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
-    """Both are 0 behind the last key; behind the last query the shift makes them so."""
+    """Both are 0 behind the last key; behind the last query the numbers of rows make them so."""
     LAYOUT: gl.constexpr = qk.type.layout
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    n0, n1, n2, n3, q_len, kv_len, sizes = at
     kv_idx = kv_start + gl.arange(0, GROUP_KV, gl.SliceLayout(1, LAYOUT))[:, None]
-    q_idx = q_start + gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))[None, :]
+    q_idx = q_start + gl.arange(0, HALF, COLUMNS)[None, :]
     if MASKED:
         q_idx = gl.minimum(q_idx, q_len - 1)
     s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
-    shift = shifts.load(gl.SliceLayout(0, LAYOUT))[None, :]
-    p = gl.exp2(gl.fma(s, gl.full(s.shape, SCALE * LOG2_E, gl.float32, LAYOUT), shift.broadcast_to(s.shape)))
+    minus_shift = rows.index(number).load(COLUMNS)[None, :]
+    share = minus_shift
+    slack = minus_shift
+    if SLACK is not None:
+        share = rows.index(number + 2 * HALVES).load(COLUMNS)[None, :]
+        slack = slack_of(minus_shift, SCALE, SLACK)
+    p = probabilities(s, (minus_shift, share, slack), SCALE, SLACK, False)
     if MASKED:
         p = gl.where(kv_idx < kv_len, p, 0.0)
     w = gl.convert_layout(p.to(dtype), WEIGHTS)
@@ -366,12 +401,12 @@ def _gradients(dw, p, deltas, masked, dtype: gl.constexpr):
 
 @gluon.jit
 def _queries(
-    ds_s, k_s, slot, GROUP: gl.constexpr, BLOCK_D: gl.constexpr, SQUARE: gl.constexpr
+    ds_s, k_s, slot, here, GROUP: gl.constexpr, BLOCK_D: gl.constexpr, SQUARE: gl.constexpr
 ):  # fmt: skip
     """This group's half of ds k over all 128 keys, in flight: half of 128 columns, or of the rows."""
     acc = gl.zeros([64, 64], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
     for group in gl.static_range(2):
-        k = k_s.index(group)
+        k = k_s.index(group + here)
         if BLOCK_D == 128:
             ds = ds_s.index(2 * slot + group)
             k = k._reinterpret(k.dtype, [2, 64, 64], SQUARE).index(GROUP)

@@ -139,7 +139,7 @@ class _Preparation:
             queries=self._queries(dq) if by_queries else None,
             dq=dq,
             row_sums=(_float32(*rows_batch, call.q_len),) * program.num_row_sums,
-            ranges=self._ranges,
+            ranges=self._ranges if by_keys else None,
             filled=None if threshold is None else filled_rows(rows_batch, call.q_len, threshold),
             keys=self._keys(owned, dk, dv) if by_keys else None,
             dk=dk,

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import triton
 
+from flashfuse.kernels.backward_variants import slack_in
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_backward import BackwardProgram
 from flashfuse.kernels.codegen_hopper import load_hopper
-from flashfuse.kernels.launch import Device, padded, precision_of, shape_of, subtracts_scores
+from flashfuse.kernels.launch import Device, padded, shape_of
+from flashfuse.kernels.launch_ranges import query_ranges
 from flashfuse.kernels.prepared import Buffer, KernelLaunch, strides_of
 from flashfuse.kernels.prepared_backward import Gradient, Launched, OnePass
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec
@@ -59,7 +61,6 @@ def takes(
         and all(gradient.own is gradient.written for gradient in found)
         and len(call.batch) <= BATCH_AXES
         and _takes_program(call.spec, program)
-        and call.kv_ranges is None
         and block_of(call.head_dim, call.value_dim) is not None
         # The sums of dq have rows of this many float32.
         and call.head_dim % 4 == 0
@@ -83,9 +84,7 @@ def _takes_program(spec: AttentionSpec, program: BackwardProgram) -> bool:
         and (shape.captured_bytes, shape.looked_up) == (0, False)
         and program.forward.factor_masked is None
         and program.forward.row_factor is None
-        and program.fill_threshold is None
         and program.derivatives.masked_where != "product"
-        and not subtracts_scores(spec, program.forward, precision_of(spec))
     )
 
 
@@ -102,18 +101,19 @@ def _has_map(size: Sequence[int], strides: Sequence[int], itemsize: int) -> bool
 
 
 def hopper_constants(
-    spec: AttentionSpec, program: BackwardProgram, block: int, fewer_queries: bool, positions: int
+    spec: AttentionSpec, program: BackwardProgram, block: int, ranged: bool, fewer_queries: bool, positions: int
 ) -> Mapping[str, Any]:
     """Compile-time arguments and options; positions: how many own keys."""
     from flashfuse.kernels.hopper_backward import MAX_REGISTERS
 
-    functions = load_hopper(spec, fewer_queries)
+    functions = load_hopper(spec, ranged, fewer_queries)
     return {
         "GRADS_MASKED": functions.score_and_grad_masked,
         "GRADS_FULL": functions.score_and_grad_full,
         "QUERY_BOUNDS": functions.query_bounds,
         "SCALE": program.derivatives.scale,
         "SLOPE": program.derivatives.slope,
+        "SLACK": slack_in(spec, program),
         "BLOCK_D": block,
         "BLOCK_Q": BLOCK_Q[block],
         "SPREAD": math.gcd(MAX_SPREAD, positions) if program.forward.longest_first else 1,
@@ -146,10 +146,14 @@ def prepare_one_pass(
     owned = tuple(dk.own.size[:-2])
     positions, rows = math.prod(owned), BLOCK_Q[block]
     sums = Buffer.contiguous((math.prod(call.batch), call.q_len, call.head_dim), torch.float32)
-    variant = hopper_constants(call.spec, program, block, call.q_len <= call.kv_len, positions)
+    ranges, ranged, fewer_queries = None, call.kv_ranges is not None, call.q_len <= call.kv_len
+    if call.kv_ranges is not None:
+        ranges = query_ranges(call.kv_ranges, call.q_len, call.kv_len, BLOCK_KV.value)
+    of_ranges = (0,) * 6 if ranges is None else strides_of(torch.empty(ranges.buffer.size, device="meta"), call.batch)
+    variant = hopper_constants(call.spec, program, block, ranged, fewer_queries, positions)
     programs = positions * -(-call.kv_len // BLOCK_KV.value)
     loop = (1 if mine == size else size for size, mine in zip(call.batch, owned, strict=True))
-    numbers = (*_padded(owned), *_padded(loop), call.q_len, call.kv_len, call.program_sizes)
+    numbers = (of_ranges, *_padded(owned), *_padded(loop), call.q_len, call.kv_len, call.program_sizes)
     strides = tuple(c.stride() for c in call.captured)
     operands = (
         *(_described(Buffer.like(x), rows, block) for x in (call.q,)),
@@ -161,6 +165,7 @@ def prepare_one_pass(
     return OnePass(
         sums=sums,
         operands=operands,
+        ranges=ranges,
         one_pass=Launched(KernelLaunch(attention_hopper_backward_kernel, programs, variant), numbers, strides),
         scaled=_scaled(call, program, dq),
     )

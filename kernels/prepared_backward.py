@@ -49,10 +49,12 @@ class OnePass(NamedTuple):
 
     sums: those of the gradient of q, [positions, Tq, D], which start at 0; `scaled` makes the gradient of them.
     operands: descriptors of q, k, v, the output's gradient, the gradients of k and v, and the sums, without tensors.
+    ranges: what turns the ranges of keys round, for its tiles.
     """
 
     sums: Buffer
     operands: tuple[Any, ...]
+    ranges: Found | None
     one_pass: Launched
     scaled: Launched
 
@@ -165,10 +167,11 @@ class _Run:
 
     def _one_pass(self, of: OnePass, rows: torch.Tensor) -> None:
         """The gradients of q, k and v."""
+        ranges, filled = self._found(of.ranges, self.kv_ranges), self._found(self.of.filled, self.lse)
         sums = self.empty(*of.sums).zero_()
         dq, dk, dv = self._new(self.of.dq), self._new(self.of.dk), self._new(self.of.dv)
         tensors = (self.q, self.k, self.v, self.grad_out, dk, dv, sums)
-        self._launch(of.one_pass, *map(_described, of.operands, tensors), rows)
+        self._launch(of.one_pass, *map(_described, of.operands, tensors), rows, ranges, filled)
         self._launch(of.scaled, sums, dq)
         for place, gradient, found in ((0, self.of.dq, dq), (1, self.of.dk, dk), (2, self.of.dv, dv)):
             self._keep(place, gradient, found)
