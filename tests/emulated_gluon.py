@@ -20,7 +20,7 @@ from flashfuse.kernels.prepared import KernelLaunch
 
 # Seconds after which a thread that waits is taken to wait for ever.
 PATIENCE = 20.0
-ELEMENTWISE = ("exp", "exp2", "log2", "abs", "minimum", "maximum", "floor")
+ELEMENTWISE = ("exp", "exp2", "log2", "abs", "floor")
 LAYOUTS = ("SliceLayout", "BlockedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SwizzledSharedLayout")
 
 
@@ -208,6 +208,11 @@ def _elementwise(function: Any) -> Any:
     return lambda *values: tile(function(*map(torch.as_tensor, values)))
 
 
+def _chosen(with_nan: Any, without: Any) -> Any:
+    """The smaller or larger number, NaN beside another one only where asked to."""
+    return lambda x, y, propagate_nan=False: _elementwise(with_nan if propagate_nan else without)(x, y)
+
+
 def _reduced(function: Any) -> Any:
     return lambda x, axis: tile(function(torch.as_tensor(x), axis))
 
@@ -234,6 +239,9 @@ def _language(program: int) -> Any:
         fma=_elementwise(lambda x, y, z: (x.double() * y + z).float()),
         fdiv=_elementwise(torch.div),
         div_rn=_elementwise(torch.div),
+        minimum=_chosen(torch.minimum, torch.fmin),
+        maximum=_chosen(torch.maximum, torch.fmax),
+        PropagateNan=SimpleNamespace(ALL=True),
         **{name: _elementwise(getattr(torch, name)) for name in ELEMENTWISE},
         sum=_reduced(lambda x, axis: x.sum(axis)),
         max=_reduced(lambda x, axis: x.amax(axis)),

@@ -18,6 +18,7 @@ CAUSAL = "where(kv_idx <= q_idx, qk * 0.125, -inf)"
 LAST = "where(kv_idx <= q_idx + (kv_len - q_len), qk * 0.125, -inf)"
 SCORES = {"plain": PLAIN, "causal": CAUSAL, "last": LAST}
 TYPES = {"bf16": BF16, "fp16": FP16}
+# float16 where a small part of a sum might be missing: the rule is the stricter the narrower an ulp.
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -38,6 +39,8 @@ PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "cap": ("tanh(qk * 0.0025) * 50.0", {}),
     "causal-cap": ("where(kv_idx <= q_idx, tanh(qk * 0.0025) * 50.0, -inf)", {}),
     "keys": ("qk * 0.3 + t0[n1, kv_idx]", {"captured": [noise(4, 417)]}),
+    # What is read behind the last key is 0, and the probability of that infinite.
+    "low-keys": ("qk * 0.125 + t0[n1, kv_idx]", {"captured": [noise(4, 417) - 200.0]}),
     "rows": ("qk * 0.3 + t0[n1, q_idx] * to_float(kv_idx) * 0.01", {"captured": [noise(4, 301)]}),
     "padding": ("where(t0[n0, kv_idx], qk * 0.125, -inf)", {"captured": [torch.arange(417).expand(2, 417) % 3 > 0]}),
     "sink": (CAUSAL, {"sink": "t0[n1]", "captured": [noise(4)]}),
@@ -64,14 +67,14 @@ def documents(head_dim: int) -> Call:
     ids = torch.bucketize(torch.arange(600), torch.tensor([70, 230, 130, 170]).cumsum(0), right=True)
     score = "where((t0[n0, q_idx] == t0[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125, -inf)"
     captured = [ids.expand(2, 600).contiguous()]
-    return with_ranges(make_call(score, (2, 2, 600, head_dim), captured=captured, dtype=BF16))
+    return with_ranges(make_call(score, (2, 2, 600, head_dim), captured=captured, dtype=FP16))
 
 
 def padded(head_dim: int) -> Call:
     """With rows that see nothing but the fill."""
     kept = (torch.arange(600)[None] < torch.tensor([[600], [333]])) & (torch.arange(600)[None] >= 100)
     score = "where((kv_idx <= q_idx) & t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)"
-    return with_ranges(make_call(score, (2, 2, 600, head_dim), captured=[kept], dtype=BF16))
+    return with_ranges(make_call(score, (2, 2, 600, head_dim), captured=[kept], dtype=FP16))
 
 
 def heads_inside(head_dim: int) -> Call:
@@ -98,9 +101,12 @@ def _calls() -> dict[str, Callable[[], Call]]:
     for d in (64, 128):
         # Where queries see nothing their row is 0, and so is its gradient.
         for (q_len, kv_len), name in itertools.product(LENGTHS, SCORES):
-            add(f"{q_len}-{kv_len}-{name}-{d}", SCORES[name], (1, 2, q_len, d), kv_len, empty_row="zero", dtype=BF16)
+            if (q_len, name) == (1, "causal"):
+                # One key is all that is seen: gradients are 0, and what is computed rounding errors.
+                continue
+            add(f"{q_len}-{kv_len}-{name}-{d}", SCORES[name], (1, 2, q_len, d), kv_len, empty_row="zero", dtype=FP16)
         for name, (score, changes) in PROGRAMS.items():
-            add(f"{name}-{d}", score, (2, 4, 301, d), 417, dtype=BF16, **changes)
+            add(f"{name}-{d}", score, (2, 4, 301, d), 417, dtype=FP16, **changes)
         for (batch, k_batch), name in itertools.product(BATCHES, ("plain", "causal")):
             title = f"batch{'x'.join(map(str, batch))}-{'x'.join(map(str, k_batch))}-{name}-{d}"
             add(title, SCORES[name], (*batch, 330, d), 290, k_batch=k_batch, dtype=BF16)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,11 +11,12 @@ from gradient_cases import Gradients, check_gradients, differentiable, grad_out
 
 triton = pytest.importorskip("triton")
 
+from hopper_calls import BF16, CALLS, CAUSAL, PLAIN  # noqa: E402
+
 from flashfuse.kernels import launch_hopper, plans  # noqa: E402
 from flashfuse.kernels.launch import attention_forward  # noqa: E402
 from flashfuse.kernels.launch_backward import attention_backward, prepare_backward  # noqa: E402
 from flashfuse.kernels.prepared import empty_on, start  # noqa: E402
-from flashfuse.kernels.ranges import mask_ranges, ranges_program  # noqa: E402
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -26,11 +25,6 @@ pytestmark = [
     pytest.mark.skipif(not triton.__version__.startswith(launch_hopper.TRITON_RELEASE), reason="another Gluon"),
 ]
 
-BF16, FP16 = torch.bfloat16, torch.float16
-TYPES = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-PLAIN = "qk * 0.125"
-CAUSAL = "where(kv_idx <= q_idx, qk * 0.125, -inf)"
-LAST = "where(kv_idx <= q_idx + (kv_len - q_len), qk * 0.125, -inf)"
 # Launches of one small problem: what is missing between a store and a read of it shows in some.
 LAUNCHES = 30
 
@@ -43,10 +37,6 @@ def _on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plans.attention_backward.plans.clear()
     yield
     plans.attention_backward.plans.clear()
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def nan_filled(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -66,95 +56,9 @@ def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int]) -> Gradients
     return prepared.compute(nan_filled, start, grad, out, lse, *call.tensors)
 
 
-def check(call: Call) -> None:
-    check_gradients(call.to("cuda"), backward, wanted=(0, 1, 2), draws=2)
-
-
-def with_ranges(call: Call) -> Call:
-    """With the ranges of keys that a compiled graph would compute."""
-    program = ranges_program(call.spec, call.batch, call.kv_len)
-    assert program is not None
-    rank = call.spec.batch_axes
-    batch = [size if axis in program.batch else 1 for axis, size in enumerate(call.sizes[:rank])]
-    captured = [call.captured[slot] for slot in program.captured]
-    ranges = mask_ranges(captured, batch, rank, call.q_len, call.kv_len, program.needed, program.idle)
-    return call.on(call.operands, ranges)
-
-
-@TYPES
-@pytest.mark.parametrize("score", [PLAIN, CAUSAL], ids=["plain", "causal"])
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (40, 64), (80, 96), (64, 128), (128, 72)], ids=str)
-def test_head_dims(dims: tuple[int, int], score: str, dtype: torch.dtype) -> None:
-    head_dim, value_dim = dims
-    check(make_call(score, (2, 3, 640, head_dim), value_dim=value_dim, dtype=dtype))
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("score", [PLAIN, CAUSAL, LAST], ids=["plain", "causal", "last"])
-@pytest.mark.parametrize(
-    ("q_len", "kv_len"), [(577, 577), (70, 130), (300, 1000), (1000, 300), (1, 1000), (17, 3), (129, 127), (1025, 2049)]
-)
-def test_lengths(q_len: int, kv_len: int, score: str, head_dim: int) -> None:
-    """Where queries see nothing their row is 0, and so is its gradient."""
-    check(make_call(score, (1, 2, q_len, head_dim), kv_len, empty_row="zero", dtype=BF16))
-
-
-PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "window": ("where((kv_idx <= q_idx) & (kv_idx > q_idx - 100), qk * 0.125, -inf)", {}),
-    "symmetric": ("where((kv_idx <= q_idx + 50) & (kv_idx >= q_idx - 50), qk * 0.125, -inf)", {}),
-    "chunked": ("where((kv_idx <= q_idx) & (kv_idx // 64 == q_idx // 64), qk * 0.125, -inf)", {}),
-    "fill": ("where(kv_idx <= q_idx - 200, qk * 0.125, -10000.0)", {}),
-    "least-fill": (f"where(kv_idx <= q_idx - 200, qk * 0.125, {torch.finfo(torch.float32).min!r})", {}),
-    "alibi": (
-        "where(kv_idx <= q_idx, qk * 0.125 + to_float(kv_idx - q_idx) * t0[n1], -inf)",
-        {"captured": [noise(4).exp() * 0.1]},
-    ),
-    "constant-slope": ("where(kv_idx <= q_idx, qk * 0.125 + to_float(kv_idx - q_idx) * 0.01, -inf)", {}),
-    "cap": ("tanh(qk * 0.0025) * 50.0", {}),
-    "causal-cap": ("where(kv_idx <= q_idx, tanh(qk * 0.0025) * 50.0, -inf)", {}),
-    "keys": ("qk * 0.3 + t0[n1, kv_idx]", {"captured": [noise(4, 417)]}),
-    "rows": ("qk * 0.3 + t0[n1, q_idx] * to_float(kv_idx) * 0.01", {"captured": [noise(4, 301)]}),
-    "padding": ("where(t0[n0, kv_idx], qk * 0.125, -inf)", {"captured": [torch.arange(417).expand(2, 417) % 3 > 0]}),
-    "sink": (CAUSAL, {"sink": "t0[n1]", "captured": [noise(4)]}),
-}
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_programs(head_dim: int, name: str) -> None:
-    score, changes = PROGRAMS[name]
-    check(make_call(score, (2, 4, 301, head_dim), 417, dtype=BF16, **changes))
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_ranges(head_dim: int) -> None:
-    """Documents, of which the last keys have no query; and padding of a batch."""
-    ids = torch.tensor([70, 230, 130, 170]).cumsum(0)
-    documents = torch.bucketize(torch.arange(600), ids, right=True).expand(2, 600).contiguous()
-    score = "where((t0[n0, q_idx] == t0[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125, -inf)"
-    check(with_ranges(make_call(score, (2, 2, 600, head_dim), captured=[documents], dtype=BF16)))
-    kept = torch.arange(600)[None] < torch.tensor([[600], [333]])
-    score = "where((kv_idx <= q_idx) & t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)"
-    check(with_ranges(make_call(score, (2, 2, 600, head_dim), captured=[kept], dtype=BF16)))
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("score", [PLAIN, CAUSAL], ids=["plain", "causal"])
-@pytest.mark.parametrize(
-    ("batch", "k_batch"), [((2, 2, 3), (2, 2, 1)), ((2, 5), (2, 1)), ((3, 2), (1, 1)), ((3,), (3,)), ((), ())], ids=str
-)
-def test_batch_axes(batch: tuple[int, ...], k_batch: tuple[int, ...], score: str, head_dim: int) -> None:
-    check(make_call(score, (*batch, 330, head_dim), 290, k_batch=k_batch, dtype=BF16))
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_layouts(head_dim: int) -> None:
-    """Heads behind positions, as a projection gives them, and rows with some elements between."""
-    call = make_call(CAUSAL, (2, 3, 330, head_dim), dtype=BF16)
-    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (call.q, call.k, call.v))
-    check(replace(call, q=q, k=k, v=v))
-    q, k, v = (torch.nn.functional.pad(x, (0, 8))[..., :head_dim] for x in (call.q, call.k, call.v))
-    check(replace(call, q=q, k=k, v=v))
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients(name: str) -> None:
+    check_gradients(CALLS[name]().to("cuda"), backward, wanted=(0, 1, 2), draws=2)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
