@@ -189,16 +189,19 @@ def _described(of: Buffer, rows: int, columns: int, batch_axes: int = BATCH_AXES
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    more = batch_axes - (len(of.size) - 2)
-    size = (*of.size[:-2], *(1,) * more, *of.size[-2:])
-    strides = (*of.strides[:-2], *(1,) * more, *of.strides[-2:])
-    # Along an axis of size 1 nothing is ever skipped, and any stride has to do.
+    more = (1,) * (batch_axes - (len(of.size) - 2))
+    size, strides = (*of.size[:-2], *more, *of.size[-2:]), (*of.strides[:-2], *more, *of.strides[-2:])
+    # Along an axis of size 1 nothing is skipped, and its stride has to be allowed and no more: as if all lay densely.
     least = STRIDE_BYTES // of.dtype.itemsize
-    allowed = (least if n == 1 else stride for n, stride in zip(size[:-1], strides[:-1], strict=True))
+    allowed = [1]
+    inside = -(-size[-1] // least) * least
+    for n, stride in zip(reversed(size[:-1]), reversed(strides[:-1]), strict=True):
+        allowed.append(inside if n == 1 else stride)
+        inside = max(inside, n * allowed[-1])
     block = [*(1,) * batch_axes, rows, columns]
     dtype = getattr(gl, str(of.dtype).removeprefix("torch."))
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(_Like(of.dtype), list(size), [*allowed, 1], block, layout)
+    return TensorDescriptor(_Like(of.dtype), list(size), allowed[::-1], block, layout)
 
 
 class _Like:
