@@ -296,6 +296,18 @@ def test_ranges(name: str) -> None:
     assert (ranges[..., 3] < TKV).any() or (ranges[..., 0] > 0).any(), "nothing is skipped"
 
 
+def test_gradients_that_are_no_numbers_stay_in_their_document() -> None:
+    """A row's NaN reaches the keys it sees, and none that a mask of data keeps from it in the same tile."""
+    score, captured = RANGED["documents"]
+    call = make_call(score, (1, 1, TQ, 16), TKV, captured=captured)
+    grad = grad_out(call)
+    grad[..., 100, :] = torch.nan
+    _, dk, _ = backward(call, grad, range(3))
+    assert dk[..., 70:101, :].isnan().all()
+    assert dk[..., :70, :].isfinite().all()
+    assert dk[..., 101:, :].isfinite().all()
+
+
 def test_what_is_wanted_alone() -> None:
     """Each gradient by itself is the one that comes with all others."""
     score = "qk * t0[n1] + t1[kv_idx] + t2[q_idx, kv_idx]"
