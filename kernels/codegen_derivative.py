@@ -49,9 +49,9 @@ class DerivativeProgram:
     scale: score = scale * s.
     slope: the derivative of the score with respect to the product, where one number is all there is of it beside
         masks: a sum is multiplied by it at its end. Else `scale`.
-    masked_where: what tells the scores whose gradient a mask takes away. "slope": it is 0 there. "probability": it is 0
-        there, and the slope is that of other scores; where masks are of data, so that nothing read has to be kept.
-        "product": the slope is 0 there, and elsewhere may be infinite.
+    masked_where, full_where: what tells the scores whose gradient a mask takes away. "slope": it is 0 there.
+        "probability": it is 0 there, and the slope is that of other scores; where masks are of data, so that nothing
+        read has to be kept. "product": the slope is 0 there, and elsewhere may be infinite. None where no mask is left.
     path: the generated source.
     """
 
@@ -63,6 +63,7 @@ class DerivativeProgram:
     scale: float
     slope: float
     masked_where: str
+    full_where: str | None
     path: Path
 
 
@@ -95,6 +96,7 @@ def load_derivatives(spec: AttentionSpec, ranged: bool = False) -> DerivativePro
         scale=scale,
         slope=scale * _only_number(slope),
         masked_where=_masked_where(spec),
+        full_where=_masked_where(spec) if _is_masked(_unmasked(spec, ranged)) else None,
         path=path,
     )
 
@@ -125,11 +127,13 @@ def generate_derivatives(spec: AttentionSpec, ranged: bool = False) -> tuple[str
     scale, inner = inner_score(spec)
     mask = mask_of(spec)
     full = unscaled(mask.full, scale)
-    unmasked = unscaled(mask.unmasked, scale) if ranged else full
     divisor = _only_number(derivative(inner, _product_of(inner)))
-    sloped = _inside(inner) if _masked_where(spec) == "probability" else inner
-    masked = {**_with_product(sloped, divisor), "s": inner}
-    functions = [*_tiles("score_and_grad", masked, _with_product(unmasked, divisor), spec)]
+    by_probability = _masked_where(spec) == "probability"
+    masked, unmasked = (
+        {**_with_product(_inside(score) if by_probability else score, divisor), "s": score}
+        for score in (inner, _unmasked(spec, ranged))
+    )
+    functions = [*_tiles("score_and_grad", masked, unmasked, spec)]
     # An added mask that is zero throughout a tile has a gradient there all the same.
     for i, leaf in enumerate(_reads(inner)):
         functions += _tiles(f"score_grad{i}", _derivative("s", inner, leaf), _derivative("s", full, leaf), spec)
@@ -165,6 +169,18 @@ def _masked_where(spec: AttentionSpec) -> str:
 def _is_guarded(expr: Expr) -> bool:
     """Whether an expression is 0 or outside its tensor somewhere, which a mask may keep it from."""
     return isinstance(expr, (Load, Gather)) or (isinstance(expr, Pointwise) and expr.op == "where")
+
+
+def _unmasked(spec: AttentionSpec, ranged: bool) -> Expr:
+    """The inner score on tiles that meet no mask but, without ranges, those of data."""
+    scale, _ = inner_score(spec)
+    mask = mask_of(spec)
+    return unscaled(mask.unmasked if ranged else mask.full, scale)
+
+
+def _is_masked(score: Expr) -> bool:
+    """Whether somewhere a score has no gradient."""
+    return 0 in _numbers(derivative(score, _product_of(score)))
 
 
 def _inside(score: Expr) -> Expr:

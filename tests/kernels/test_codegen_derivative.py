@@ -83,7 +83,12 @@ def test_a_slope_of_one_number_is_left_to_the_end_of_a_sum(text: str, slope: flo
 )
 def test_what_tells_masked_scores(text: str, where: str) -> None:
     """A probability of 0 does where nothing but -inf is filled in, and the slope beside it reads nothing."""
-    assert load_derivatives(make_spec(text, torch.float32, torch.bool)).masked_where == where
+    spec = make_spec(text, torch.float32, torch.bool)
+    found = load_derivatives(spec)
+    assert found.masked_where == where
+    # Without ranges no tile is known to be free of a mask of data.
+    assert found.full_where == (where if "t1" in text else None)
+    assert load_derivatives(spec, ranged=True).full_where is None
 
 
 def test_only_what_has_a_derivative_gets_a_function() -> None:
