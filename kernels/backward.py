@@ -391,18 +391,15 @@ def tile_gradients(
         ds = p (factor dw - delta)
 
     See `tile_weights`. Where the score is not NORMALISED, ds = factor dw. KEYS_END: whether the first two have to be 0
-    behind the last key. MASKED_WHERE: see `DerivativeProgram.masked_where`.
+    behind the last key. MASKED_WHERE: see `DerivativeProgram.masked_where`, None where no mask is left.
     """
     if kept is not None:
         dw = dw * kept
     dp = dw * factor
     ds = p * (dp - delta) if NORMALISED else dp
-    dqk = ds * slope
     if KEYS_END:
         ds = tl.where(kv_idx < kv_len, ds, 0.0)
-    if MASKED_WHERE == "probability":
-        dqk = tl.where((p == 0) | (kv_idx >= kv_len) if KEYS_END else p == 0, 0.0, dqk)
-    elif MASKED_WHERE == "product":
+    if MASKED_WHERE == "product":
         dqk = through(ds, slope)
     else:
         dqk = tl.where(slope == 0, 0.0, ds * slope) if MASKED_WHERE == "slope" else ds * slope

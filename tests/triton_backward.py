@@ -60,7 +60,7 @@ def check(call: Call, wanted: Sequence[int] | None = None) -> Gradients:
     return check_gradients(call, backward, wanted, draws)
 
 
-def check_ranged(call: Call) -> torch.Tensor:
+def check_ranged(call: Call, wanted: Sequence[int] | None = None) -> torch.Tensor:
     """With the ranges that a compiled graph would compute; returns them."""
     q_len, kv_len, rank = call.q.shape[-2], call.k.shape[-2], call.spec.batch_axes
     program = ranges_program(call.spec, call.sizes[:rank], kv_len)
@@ -68,7 +68,7 @@ def check_ranged(call: Call) -> torch.Tensor:
     captured = [call.captured[slot] for slot in program.captured]
     batch = [size if axis in program.batch else 1 for axis, size in enumerate(call.sizes[:rank])]
     ranges = mask_ranges(captured, batch, rank, q_len, kv_len, program.needed, program.idle)
-    check_gradients(call, lambda *arguments: backward(*arguments, kv_ranges=ranges))
+    check_gradients(call, lambda *arguments: backward(*arguments, kv_ranges=ranges), wanted)
     return ranges
 
 

@@ -77,12 +77,12 @@ def test_a_slope_of_one_number_is_left_to_the_end_of_a_sum(text: str, slope: flo
         ("where(kv_idx <= q_idx, qk, -inf)", "slope"),
         ("where(t1[kv_idx], qk * t0[kv_idx], -inf)", "product"),
         ("where(t1[kv_idx], qk, -10000.0)", "slope"),
-        ("where(t1[kv_idx] & (kv_idx <= q_idx), tanh(qk * 0.1) + t0[kv_idx], -inf)", "probability"),
+        ("where(t1[kv_idx] & (kv_idx <= q_idx), tanh(qk * 0.1) + t0[kv_idx], -inf)", "slope"),
         ("where(t1[kv_idx], sqrt(qk), -inf)", "product"),
     ],
 )
 def test_what_tells_masked_scores(text: str, where: str) -> None:
-    """A probability of 0 does where nothing but -inf is filled in, and the slope beside it reads nothing."""
+    """A slope of 0 does, unless others may be infinite, and the product with it no number."""
     spec = make_spec(text, torch.float32, torch.bool)
     found = load_derivatives(spec)
     assert found.masked_where == where
