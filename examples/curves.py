@@ -4,7 +4,7 @@ A curve is smoothed by a moving average, since single batches are noise; two are
 where they are furthest apart. A compiler passes when its curve is no further from eager's than that of a second eager
 seed: so much differs from run to run with no compiler at all. Equal they cannot be, since a compiler draws other
 dropout masks from the same seed. A seed also decides weights and batches, which the compared runs share; a right
-compiler is therefore well within (a third of the way or less, when measured), and passes by no luck.
+compiler is therefore well within (less than half of the way, when measured), and passes by no luck.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot
+
+matplotlib.use("agg")
 
 WINDOWS = 10
 
@@ -36,11 +41,6 @@ def within_noise(curve: Sequence[float], eager: Sequence[float], second: Sequenc
 
 def plot(path: Path, title: str, curves: Mapping[str, Sequence[float]], eager: str) -> None:
     """Write a PNG: the smoothed curves, and below how far each is from the one called `eager`."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(8, 7), height_ratios=(2, 1), layout="constrained")
     for name, losses in curves.items():
         averages = smoothed(losses)

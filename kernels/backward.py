@@ -38,7 +38,8 @@ def attention_keys_backward_kernel(
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, QUERY_BOUNDS: tl.constexpr,
     SCALE: tl.constexpr, SLOPE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
-    MASKED_WHERE: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
+    MASKED_WHERE: tl.constexpr, FULL_WHERE: tl.constexpr,
+    FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -98,7 +99,7 @@ def attention_keys_backward_kernel(
             dk, dv, sums = _take_queries(
                 dk, dv, sums, k, v, q_base, grad_base, rows_base, draw, planes, q_strides, grad_strides, q_start,
                 kv_start, offs_kv, m0, m1, m2, m3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL,
-                FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, SLACK, APART, NORMALISED, MASKED_WHERE, DROP_LEAST,
+                FACTOR_FULL, ROW_FACTOR, SUMS_FULL, False, SCALE, SLACK, APART, NORMALISED, FULL_WHERE, DROP_LEAST,
                 KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_Q, ROWS_CONTIGUOUS,
             )  # fmt: skip
 
@@ -193,7 +194,7 @@ def _take_queries(
     dw = product(v, tl.trans(grad), PRECISION)
     delta = load_delta(rows_base + q_start, planes, tl.arange(0, BLOCK_Q), 0, NORMALISED)
     dqk, ds, of_factor = tile_gradients(
-        dw, p, slope, factor, kept, delta, kv_idx[:, None], kv_len, False, MASKED, MASKED_WHERE, NORMALISED
+        dw, p, slope, factor, kept, delta, kv_idx[:, None], kv_len, False, MASKED_WHERE, NORMALISED
     )  # fmt: skip
     dv = _added_product(dv, w.to(PROBS_DTYPE), grad, PRECISION)
     dk = _added_product(dk, dqk.to(PRODUCT_DTYPE), q, PRECISION)
@@ -212,7 +213,7 @@ def attention_queries_backward_kernel(
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
     SCALE: tl.constexpr, SLOPE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
-    MASKED_WHERE: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
+    MASKED_WHERE: tl.constexpr, FULL_WHERE: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
     LONGEST_FIRST: tl.constexpr, FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SUMS_MASKED: tl.constexpr, SUMS_FULL: tl.constexpr, NUM_SUMS: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -274,7 +275,7 @@ def attention_queries_backward_kernel(
         dq, sums = _take_keys(
             dq, sums, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides, kv_start, q_idx,
             n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides, GRADS_FULL, FACTOR_FULL, SUMS_FULL,
-            False, SCALE, SLACK, APART, NORMALISED, MASKED_WHERE, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
+            False, SCALE, SLACK, APART, NORMALISED, FULL_WHERE, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE,
             PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
@@ -343,7 +344,7 @@ def _take_keys(
     )  # fmt: skip
     dw = product(grad, tl.trans(v), PRECISION)
     dqk, ds, of_factor = tile_gradients(
-        dw, p, slope, factor, kept, delta, kv_idx[None, :], kv_len, KEYS_END, KEYS_END, MASKED_WHERE, NORMALISED
+        dw, p, slope, factor, kept, delta, kv_idx[None, :], kv_len, KEYS_END, MASKED_WHERE, NORMALISED
     )  # fmt: skip
     dq = _added_product(dq, dqk.to(PRODUCT_DTYPE), k, PRECISION)
     if SUMS is not None:
@@ -383,28 +384,25 @@ def tile_weights(
 @triton.jit
 def tile_gradients(
     dw, p, slope, factor, kept, delta, kv_idx, kv_len,
-    KEYS_END: tl.constexpr, MASKED: tl.constexpr, MASKED_WHERE: tl.constexpr, NORMALISED: tl.constexpr,
+    KEYS_END: tl.constexpr, MASKED_WHERE: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
     """(ds * slope, ds, p * dw), the gradients of the product but for SLOPE, of the score and of the factor, of a tile.
 
         ds = p (factor dw - delta)
 
     See `tile_weights`. Where the score is not NORMALISED, ds = factor dw. KEYS_END: whether the first two have to be 0
-    behind the last key. MASKED: whether a mask may have made the score, see `DerivativeProgram.masked_where`.
+    behind the last key. MASKED_WHERE: see `DerivativeProgram.masked_where`, None where no mask is left.
     """
     if kept is not None:
         dw = dw * kept
     dp = dw * factor
     ds = p * (dp - delta) if NORMALISED else dp
-    dqk = ds * slope
     if KEYS_END:
         ds = tl.where(kv_idx < kv_len, ds, 0.0)
-    if MASKED and MASKED_WHERE == "probability":
-        dqk = tl.where((p == 0) | (kv_idx >= kv_len) if KEYS_END else p == 0, 0.0, dqk)
-    elif MASKED and MASKED_WHERE == "product":
+    if MASKED_WHERE == "product":
         dqk = through(ds, slope)
     else:
-        dqk = tl.where(slope == 0, 0.0, ds * slope) if MASKED else ds * slope
+        dqk = tl.where(slope == 0, 0.0, ds * slope) if MASKED_WHERE == "slope" else ds * slope
     return dqk, ds, p * dw
 
 

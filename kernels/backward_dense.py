@@ -28,7 +28,7 @@ def attention_dense_backward_kernel(
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     PAIR_GRAD_MASKED: tl.constexpr, PAIR_GRAD_FULL: tl.constexpr, PAIR_SCALE: tl.constexpr,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
-    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr, MASKED_WHERE: tl.constexpr,
+    SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
     FILL_THRESHOLD: tl.constexpr, LONGEST_FIRST: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, FACTOR_FULL: tl.constexpr, ROW_FACTOR: tl.constexpr,
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -105,7 +105,7 @@ def attention_dense_backward_kernel(
             dt_ptrs, exists, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides,
             dt_strides, kv_start, q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
             PAIR_GRAD_FULL, PAIR_SCALE, GRADS_FULL, FACTOR_FULL, False, SCALE, SLACK, APART, NORMALISED,
-            MASKED_WHERE, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
+            DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM, VALUE_DIM,
         )  # fmt: skip
 
     tiles_before = (full_start - start) // BLOCK_KV
@@ -116,7 +116,7 @@ def attention_dense_backward_kernel(
             dt_ptrs, exists, q, grad, shifts, delta, row_factor, draw, k_ptrs, v_ptrs, k_strides, v_strides,
             dt_strides, kv_start, q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
             PAIR_GRAD_MASKED, PAIR_SCALE, GRADS_MASKED, FACTOR_MASKED, True, SCALE, SLACK, APART,
-            NORMALISED, MASKED_WHERE, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
+            NORMALISED, DROP_LEAST, KEEP_SCALE, PRODUCT_DTYPE, PROBS_DTYPE, PRECISION, HEAD_DIM,
             VALUE_DIM,
         )  # fmt: skip
 
@@ -127,7 +127,7 @@ def _write_pairs(
     kv_start, q_idx, n0, n1, n2, n3, q_len, kv_len, sizes, captured, captured_strides,
     PAIR_GRAD: tl.constexpr, PAIR_SCALE: tl.constexpr, GRADS: tl.constexpr, FACTOR: tl.constexpr,
     KEYS_END: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr,
-    NORMALISED: tl.constexpr, MASKED_WHERE: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    NORMALISED: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +154,7 @@ def _write_pairs(
     )  # fmt: skip
     dw = product(grad, tl.trans(v), PRECISION)
     _dqk, ds, of_factor = tile_gradients(
-        dw, p, slope, factor, kept, delta, kv_idx[None, :], kv_len, KEYS_END, KEYS_END, MASKED_WHERE, NORMALISED
+        dw, p, slope, factor, kept, delta, kv_idx[None, :], kv_len, KEYS_END, None, NORMALISED
     )  # fmt: skip
     dt = PAIR_GRAD(
         ds, of_factor, qk, n0, n1, n2, n3, q_idx[:, None], kv_idx[None, :], q_len, kv_len, sizes, captured,

@@ -32,7 +32,7 @@ def attention_pairs_backward_kernel(
     q_len, kv_len, sizes, captured, captured_strides,
     BY_DISTANCE: tl.constexpr, PAIR_GRAD: tl.constexpr, PAIR_SCALE: tl.constexpr, GRADS_MASKED: tl.constexpr,
     KV_BOUNDS: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
-    MASKED_WHERE: tl.constexpr, SKIPS: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
+    SKIPS: tl.constexpr, FILL_THRESHOLD: tl.constexpr,
     FACTOR_MASKED: tl.constexpr, ROW_FACTOR: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -124,7 +124,7 @@ def attention_pairs_backward_kernel(
             )  # fmt: skip
             dw = product(grad, tl.trans(v), PRECISION)
             _dqk, ds, of_factor = tile_gradients(
-                dw, p, slope, factor, kept, delta, offs_kv[None, :], kv_len, True, True, MASKED_WHERE, NORMALISED
+                dw, p, slope, factor, kept, delta, offs_kv[None, :], kv_len, True, None, NORMALISED
             )  # fmt: skip
             dt += PAIR_GRAD(
                 ds, of_factor, qk, m0, m1, m2, m3, q_idx[:, None], offs_kv[None, :], q_len, kv_len, sizes, captured,

@@ -153,7 +153,7 @@ def keys_constants(
     masked, full = program.key_sums
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
-        "SLOPE": program.derivatives.slope,
+        **_slope_constants(program),
         "QUERY_BOUNDS": program.query_bounds,
         "ROWS_CONTIGUOUS": rows_contiguous,
         "GRADS_FULL": program.derivatives.score_and_grad_full,
@@ -171,7 +171,7 @@ def queries_constants(
     masked, full = program.row_sums
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
-        "SLOPE": program.derivatives.slope,
+        **_slope_constants(program),
         "KV_BOUNDS": program.forward.kv_bounds,
         "FILL_THRESHOLD": program.fill_threshold,
         "LONGEST_FIRST": program.forward.longest_first,
@@ -240,6 +240,12 @@ def _apart(spec: AttentionSpec) -> bool:
     return torch.float32 in (spec.product_dtype, spec.probs_dtype)
 
 
+def _slope_constants(program: BackwardProgram) -> dict[str, Any]:
+    """Of the kernels that pass on what a product gets."""
+    of = program.derivatives
+    return {"SLOPE": of.slope, "MASKED_WHERE": of.masked_where, "FULL_WHERE": of.full_where}
+
+
 def _shared_constants(
     spec: AttentionSpec, program: BackwardProgram, head_dim: int, value_dim: int, launch: Launch
 ) -> dict[str, Any]:
@@ -250,7 +256,6 @@ def _shared_constants(
         "SLACK": slack_in(spec, program),
         "APART": _apart(spec),
         "NORMALISED": normalised,
-        "MASKED_WHERE": program.derivatives.masked_where,
         "FACTOR_MASKED": program.forward.factor_masked,
         # The rows kernel has taken rows that are not kept out of a softmax.
         "ROW_FACTOR": program.forward.row_factor or (None if normalised else program.forward.row_kept),

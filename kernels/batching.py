@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from flashfuse.kernels.call import Arguments, BackwardArguments
 from flashfuse.kernels.expr import Expr, Gather, Load, gather
 from flashfuse.kernels.normal import index, rewrite, substitute
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec, batch_symbol
@@ -56,67 +57,52 @@ def batched(spec: str, mapped: tuple[bool, ...]) -> str:
 def vmap_attention(
     info: Any,
     in_dims: tuple[Any, ...],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    spec: str,
-    kv_ranges: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
+    *arguments: Any,
 ) -> tuple[Any, Any]:
     """The batching rule of `flashfuse::attention`; `in_dims` has the structure of the arguments."""
-    if seed is not None:
-        arguments = (q, k, v, captured, sizes, spec, kv_ranges, seed)
+    given = Arguments(*arguments)
+    dims: Any = Arguments(*in_dims)
+    if given.seed is not None:
         return one_by_one(torch.ops.flashfuse.attention, info.batch_size, in_dims, arguments)
-    operands = [_shared(x, dim) for x, dim in zip((q, k, v), in_dims, strict=False)]
-    differing = tuple(dim is not None for dim in in_dims[3])
-    tensors = [_mapped(x, dim) for x, dim in zip(captured, in_dims[3], strict=True)]
-    ranges = () if kv_ranges is None else (_shared(kv_ranges, in_dims[6]),)
-    sizes = [info.batch_size, *sizes]
-    return torch.ops.flashfuse.attention(*operands, tensors, sizes, batched(spec, differing), *ranges), (0, 0)
+    operands = [_shared(x, dim) for x, dim in zip(given[:3], dims[:3], strict=True)]
+    differing = tuple(dim is not None for dim in dims.captured)
+    captured = [_mapped(x, dim) for x, dim in zip(given.captured, dims.captured, strict=True)]
+    ranges = () if given.kv_ranges is None else (_shared(given.kv_ranges, dims.kv_ranges),)
+    sizes = [info.batch_size, *given.sizes]
+    return torch.ops.flashfuse.attention(*operands, captured, sizes, batched(given.spec, differing), *ranges), (0, 0)
 
 
 def vmap_attention_backward(
     info: Any,
     in_dims: tuple[Any, ...],
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    spec: str,
-    kv_ranges: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    needs: Sequence[bool],
+    *arguments: Any,
 ) -> tuple[Any, Any]:
     """The batching rule of `flashfuse::attention_backward`: what a gradient is wanted of has one at each position."""
-    if seed is not None:
-        arguments = (grad_out, q, k, v, out, lse, captured, sizes, spec, kv_ranges, seed, needs)
+    given = BackwardArguments(*arguments)
+    dims: Any = BackwardArguments(*in_dims)
+    if given.seed is not None:
         return one_by_one(torch.ops.flashfuse.attention_backward, info.batch_size, in_dims, arguments)
-    size = info.batch_size
-    operands = (q, k, v, *captured)
-    flags = iter(needs)
-    wanted = [next(flags) if x.is_floating_point() else False for x in operands]
-    dims = [
+    size, flags = info.batch_size, iter(given.needs)
+    wanted = [next(flags) if x.is_floating_point() else False for x in given.call.operands]
+    operands = [
         (_everywhere(x, dim, size), 0) if want else (x, dim)
-        for x, dim, want in zip(operands, (*in_dims[1:4], *in_dims[6]), wanted, strict=True)
+        for x, dim, want in zip(given.call.operands, (dims.q, dims.k, dims.v, *dims.captured), wanted, strict=True)
     ]
-    rows = [_everywhere(x, dim, size) for x, dim in zip((grad_out, out, lse), (in_dims[0], *in_dims[4:6]), strict=True)]
-    differing = tuple(dim is not None for _, dim in dims[3:])
+    differing = tuple(dim is not None for _, dim in operands[3:])
+    q, k, v = (_shared(x, dim) for x, dim in operands[:3])
     found = torch.ops.flashfuse.attention_backward(
-        rows[0],
-        *(_shared(x, dim) for x, dim in dims[:3]),
-        *rows[1:],
-        [_mapped(x, dim) for x, dim in dims[3:]],
-        [size, *sizes],
-        batched(spec, differing),
-        None if kv_ranges is None else _shared(kv_ranges, in_dims[9]),
+        _everywhere(given.grad_out, dims.grad_out, size),
+        q,
+        k,
+        v,
+        _everywhere(given.out, dims.out, size),
+        _everywhere(given.lse, dims.lse, size),
+        [_mapped(x, dim) for x, dim in operands[3:]],
+        [size, *given.sizes],
+        batched(given.spec, differing),
+        None if given.kv_ranges is None else _shared(given.kv_ranges, dims.kv_ranges),
         None,
-        needs,
+        given.needs,
     )
     return found, [0] * len(found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -146,3 +146,44 @@ class AttentionCall:
             raise RuntimeError(
                 f"flashfuse::attention: kv_ranges must be int32 and broadcast to {wanted}, got {dtype} {found}"
             )
+
+
+class Arguments(NamedTuple):
+    """The arguments of `flashfuse::attention`, as `ops` defines them."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    captured: Sequence[torch.Tensor]
+    sizes: Sequence[int]
+    spec: str
+    kv_ranges: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+
+    @property
+    def call(self) -> AttentionCall:
+        spec = AttentionSpec.from_text(self.spec)
+        return AttentionCall(spec, self.q, self.k, self.v, self.captured, self.sizes, self.kv_ranges, self.seed)
+
+
+class BackwardArguments(NamedTuple):
+    """The arguments of `flashfuse::attention_backward`, as `gradient` defines them."""
+
+    grad_out: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    captured: Sequence[torch.Tensor]
+    sizes: Sequence[int]
+    spec: str
+    kv_ranges: torch.Tensor | None
+    seed: torch.Tensor | None
+    needs: Sequence[bool]
+
+    @property
+    def call(self) -> AttentionCall:
+        """The forward's."""
+        spec = AttentionSpec.from_text(self.spec)
+        return AttentionCall(spec, self.q, self.k, self.v, self.captured, self.sizes, self.kv_ranges, self.seed)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flashfuse.kernels.derivative import Leaf, derivative, is_finite, leaves
-from flashfuse.kernels.expr import Expr, Gather, Load, Pointwise, Product, walk
+from flashfuse.kernels.expr import Expr, Pointwise, Product, walk
 from flashfuse.kernels.mask import mask_of
 from flashfuse.kernels.modules import finished, load_module
 from flashfuse.kernels.normal import const, number, pointwise
@@ -49,9 +49,8 @@ class DerivativeProgram:
     scale: score = scale * s.
     slope: the derivative of the score with respect to the product, where one number is all there is of it beside
         masks: a sum is multiplied by it at its end. Else `scale`.
-    masked_where: what tells the scores whose gradient a mask takes away. "slope": it is 0 there. "probability": it is 0
-        there, and the slope is that of other scores; where masks are of data, so that nothing read has to be kept.
-        "product": the slope is 0 there, and elsewhere may be infinite.
+    masked_where, full_where: what takes the gradient from scores that a mask has made, on either kind of tile. "slope":
+        it is 0 there. "product": it is, and elsewhere may be infinite. None where no mask, not even of data, is left.
     path: the generated source.
     """
 
@@ -63,6 +62,7 @@ class DerivativeProgram:
     scale: float
     slope: float
     masked_where: str
+    full_where: str | None
     path: Path
 
 
@@ -85,6 +85,7 @@ def load_derivatives(spec: AttentionSpec, ranged: bool = False) -> DerivativePro
 
     scale, inner = inner_score(spec)
     slope = derivative(inner, _product_of(inner))
+    masked_where = "slope" if is_finite(slope) else "product"
     masked, full = functions("score_and_grad")
     return DerivativeProgram(
         score_and_grad_masked=masked,
@@ -94,7 +95,8 @@ def load_derivatives(spec: AttentionSpec, ranged: bool = False) -> DerivativePro
         factor=() if spec.factor is None else derivatives("factor", leaves(spec.factor)),
         scale=scale,
         slope=scale * _only_number(slope),
-        masked_where=_masked_where(spec),
+        masked_where=masked_where,
+        full_where=masked_where if _is_masked(_unmasked(spec, ranged)) else None,
         path=path,
     )
 
@@ -125,11 +127,9 @@ def generate_derivatives(spec: AttentionSpec, ranged: bool = False) -> tuple[str
     scale, inner = inner_score(spec)
     mask = mask_of(spec)
     full = unscaled(mask.full, scale)
-    unmasked = unscaled(mask.unmasked, scale) if ranged else full
     divisor = _only_number(derivative(inner, _product_of(inner)))
-    sloped = _inside(inner) if _masked_where(spec) == "probability" else inner
-    masked = {**_with_product(sloped, divisor), "s": inner}
-    functions = [*_tiles("score_and_grad", masked, _with_product(unmasked, divisor), spec)]
+    masked, unmasked = (_with_product(score, divisor) for score in (inner, _unmasked(spec, ranged)))
+    functions = [*_tiles("score_and_grad", masked, unmasked, spec)]
     # An added mask that is zero throughout a tile has a gradient there all the same.
     for i, leaf in enumerate(_reads(inner)):
         functions += _tiles(f"score_grad{i}", _derivative("s", inner, leaf), _derivative("s", full, leaf), spec)
@@ -152,27 +152,16 @@ def _with_product(score: Expr, divisor: float) -> Formulas:
     return {"s": score, name: _divided(derivative(score, _product_of(score)), divisor)}
 
 
-def _masked_where(spec: AttentionSpec) -> str:
-    _, inner = inner_score(spec)
-    if mask_of(spec).depends_on_data and spec.normaliser == "softmax":
-        inside = _inside(inner)
-        slope = derivative(inside, _product_of(inside))
-        if inside is not inner and is_finite(slope) and not any(map(_is_guarded, walk(slope))):
-            return "probability"
-    return "slope" if is_finite(derivative(inner, _product_of(inner))) else "product"
+def _unmasked(spec: AttentionSpec, ranged: bool) -> Expr:
+    """The inner score on tiles that meet no mask but, without ranges, those of data."""
+    scale, _ = inner_score(spec)
+    mask = mask_of(spec)
+    return unscaled(mask.unmasked if ranged else mask.full, scale)
 
 
-def _is_guarded(expr: Expr) -> bool:
-    """Whether an expression is 0 or outside its tensor somewhere, which a mask may keep it from."""
-    return isinstance(expr, (Load, Gather)) or (isinstance(expr, Pointwise) and expr.op == "where")
-
-
-def _inside(score: Expr) -> Expr:
-    """The score where no mask has made it -inf."""
-    match score:
-        case Pointwise(op="where", args=(_, left, right)) if -math.inf in (number(left), number(right)):
-            return _inside(right if number(left) == -math.inf else left)
-    return score
+def _is_masked(score: Expr) -> bool:
+    """Whether somewhere a score has no gradient."""
+    return 0 in _numbers(derivative(score, _product_of(score)))
 
 
 def _only_number(slope: Expr) -> float:
@@ -192,7 +181,7 @@ def _numbers(slope: Expr) -> Iterator[float | None]:
 
 
 def _divided(slope: Expr, divisor: float) -> Expr:
-    """slope / divisor, for a divisor that is the `_only_number` of a slope or 1."""
+    """slope / divisor. Unless that is 1, the slope is of numbers, of which it is the `_only_number`."""
     match slope:
         case Pointwise(op="where", args=(condition, left, right), dtype=dtype):
             return pointwise("where", condition, _divided(left, divisor), _divided(right, divisor), dtype=dtype)

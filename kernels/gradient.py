@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -21,9 +21,8 @@ import torch
 from flashfuse.kernels.autograd import register_formula
 from flashfuse.kernels.backward_tiled import attention_backward_tiled
 from flashfuse.kernels.batching import vmap_attention_backward
-from flashfuse.kernels.call import AttentionCall
+from flashfuse.kernels.call import Arguments, BackwardArguments
 from flashfuse.kernels.output import empty_gradients, needed_operands
-from flashfuse.kernels.spec import AttentionSpec
 
 Kernel = Callable[..., list[torch.Tensor]]
 
@@ -35,24 +34,11 @@ _library.define(
 )
 
 
-def _attention_backward_tiled(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    spec: str,
-    kv_ranges: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
+def _attention_backward_tiled(*arguments: Any) -> list[torch.Tensor]:
     """In plain PyTorch, on any device."""
-    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
-    wanted = needed_operands(call, needs)
-    found = attention_backward_tiled(call.on_one_device(), grad_out, out, lse, needs)
+    given = BackwardArguments(*arguments)
+    wanted = needed_operands(given.call, given.needs)
+    found = attention_backward_tiled(given.call.on_one_device(), given.grad_out, given.out, given.lse, given.needs)
     return [x.to(like.device) for x, like in zip(found, wanted, strict=True)]
 
 
@@ -79,31 +65,17 @@ _library.impl("attention_backward", _attention_backward_cuda, "CUDA")
 
 
 @torch.library.register_fake("flashfuse::attention_backward", lib=_library)
-def _fake(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    spec: str,
-    kv_ranges: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
-    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
-    return list(empty_gradients(call, needs).values())
+def _fake(*arguments: Any) -> list[torch.Tensor]:
+    given = BackwardArguments(*arguments)
+    return list(empty_gradients(given.call, given.needs).values())
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Keep what the gradients are computed from; log-sum-exps themselves have none."""
-    q, k, v, captured, sizes, spec, kv_ranges, seed = inputs
-    out, lse = output
+    given, (out, lse) = Arguments(*inputs), output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, kv_ranges, seed, *captured)
-    ctx.sizes, ctx.spec = sizes, spec
+    ctx.save_for_backward(given.q, given.k, given.v, out, lse, given.kv_ranges, given.seed, *given.captured)
+    ctx.sizes, ctx.spec = given.sizes, given.spec
 
 
 def gradients(ctx: Any, grad_out: torch.Tensor, _: torch.Tensor | None) -> tuple[Any, ...]:

@@ -24,18 +24,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from flashfuse.kernels.autograd import register_formula
 from flashfuse.kernels.batching import vmap_attention
-from flashfuse.kernels.call import AttentionCall
+from flashfuse.kernels.call import Arguments
 from flashfuse.kernels.gradient import gradients, save
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.ranges import mask_ranges
-from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
@@ -57,18 +56,9 @@ _library.define(
 _library.impl("mask_ranges", mask_ranges, "CompositeImplicitAutograd")
 
 
-def _attention_tiled(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    spec: str,
-    kv_ranges: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-) -> Outputs:
+def _attention_tiled(*arguments: Any) -> Outputs:
     """In plain PyTorch, on any device."""
-    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
+    call = Arguments(*arguments).call
     call.check()
     call.check_sizes()
     return attention_tiled(call.on_one_device())
@@ -97,17 +87,8 @@ _library.impl("attention", _attention_cuda, "CUDA")
 
 
 @torch.library.register_fake("flashfuse::attention", lib=_library)
-def _fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    spec: str,
-    kv_ranges: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-) -> Outputs:
-    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
+def _fake(*arguments: Any) -> Outputs:
+    call = Arguments(*arguments).call
     call.check()
     return empty_output(call)
 

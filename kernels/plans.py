@@ -15,14 +15,13 @@ import torch
 from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # type: ignore[attr-defined]
 
 from flashfuse.kernels.backward_tiled import attention_backward_tiled
-from flashfuse.kernels.call import AttentionCall
+from flashfuse.kernels.call import Arguments, BackwardArguments
 from flashfuse.kernels.launch import allows_tf32
 from flashfuse.kernels.launch_backward import prepare_backward
 from flashfuse.kernels.launch_decode import prepare_any
 from flashfuse.kernels.output import needed_operands
 from flashfuse.kernels.prepared import Empty, KernelLaunch, Start, empty_on
 from flashfuse.kernels.relaunch import ALIGNMENT, Again, facts, launched
-from flashfuse.kernels.spec import AttentionSpec
 from flashfuse.kernels.tiled import attention_tiled
 
 Tensors = Sequence[torch.Tensor | None]
@@ -153,17 +152,8 @@ def _split(
     return [q, k, v, kv_ranges, seed, *captured], (spec, *sizes)
 
 
-def _first(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    spec: str,
-    kv_ranges: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-) -> tuple[tuple[torch.Tensor, torch.Tensor], Plan | None]:
-    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
+def _first(*arguments: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], Plan | None]:
+    call = Arguments(*arguments).call
     call.check()
     call.check_sizes()
     moved = call.on_one_device()
@@ -191,21 +181,9 @@ def _split_backward(
     return [grad_out, out, lse, q, k, v, kv_ranges, seed, *captured], (spec, tuple(needs), *sizes)
 
 
-def _first_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    spec: str,
-    kv_ranges: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[list[torch.Tensor], Plan | None]:
-    call = AttentionCall(AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
+def _first_backward(*arguments: Any) -> tuple[list[torch.Tensor], Plan | None]:
+    given = BackwardArguments(*arguments)
+    call, grad_out, out, lse, needs = given.call, given.grad_out, given.out, given.lse, given.needs
     wanted = needed_operands(call, needs)
     moved = call.on_one_device()
     prepared = prepare_backward(moved, grad_out, out, lse, needs)

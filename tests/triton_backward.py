@@ -6,6 +6,7 @@ the tests that use this run in a process of their own, which test_interpreter.py
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,9 +43,15 @@ def backward(
     tiles: BackwardLaunch = TILES,
 ) -> Gradients:
     needs = [at in wanted for at in differentiable(call)]
-    call = replace(call, kv_ranges=kv_ranges).to(DEVICE)
-    out, lse = attention_forward(call, SMALL if kv_ranges is None else LARGE)
+    call, out, lse = _forward(call, kv_ranges)
     return attention_backward(call, grad.to(DEVICE), out, lse, needs, tiles)
+
+
+@functools.lru_cache(maxsize=1)
+def _forward(call: Call, kv_ranges: torch.Tensor | None) -> tuple[Call, torch.Tensor, torch.Tensor]:
+    """The call on the device, its output and log-sum-exps: once for all gradients of one call."""
+    call = replace(call, kv_ranges=kv_ranges).to(DEVICE)
+    return call, *attention_forward(call, SMALL if kv_ranges is None else LARGE)
 
 
 def check(call: Call, wanted: Sequence[int] | None = None) -> Gradients:
@@ -53,7 +60,7 @@ def check(call: Call, wanted: Sequence[int] | None = None) -> Gradients:
     return check_gradients(call, backward, wanted, draws)
 
 
-def check_ranged(call: Call) -> torch.Tensor:
+def check_ranged(call: Call, wanted: Sequence[int] | None = None) -> torch.Tensor:
     """With the ranges that a compiled graph would compute; returns them."""
     q_len, kv_len, rank = call.q.shape[-2], call.k.shape[-2], call.spec.batch_axes
     program = ranges_program(call.spec, call.sizes[:rank], kv_len)
@@ -61,7 +68,7 @@ def check_ranged(call: Call) -> torch.Tensor:
     captured = [call.captured[slot] for slot in program.captured]
     batch = [size if axis in program.batch else 1 for axis, size in enumerate(call.sizes[:rank])]
     ranges = mask_ranges(captured, batch, rank, q_len, kv_len, program.needed, program.idle)
-    check_gradients(call, lambda *arguments: backward(*arguments, kv_ranges=ranges))
+    check_gradients(call, lambda *arguments: backward(*arguments, kv_ranges=ranges), wanted)
     return ranges
 
 

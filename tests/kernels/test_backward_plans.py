@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 from triton_backward import DEVICE, RUNS, noise
 
 from flashfuse.kernels import ops, plans  # noqa: F401
+from flashfuse.kernels.call import BackwardArguments
 from flashfuse.kernels.launch import allows_tf32
 from flashfuse.kernels.launch_backward import attention_backward
 from flashfuse.kernels.ranges import mask_ranges, ranges_program
@@ -56,9 +57,8 @@ def arguments_of(call: Call, needs: Sequence[bool] | None = None) -> Arguments:
 
 def expected(arguments: Arguments) -> list[torch.Tensor]:
     """By the launcher, which keeps nothing."""
-    grad_out, q, k, v, out, lse, captured, sizes, spec, kv_ranges, seed, needs = arguments
-    call = Call(plans.AttentionSpec.from_text(spec), q, k, v, captured, sizes, kv_ranges, seed)
-    return attention_backward(call, grad_out, out, lse, needs)
+    given = BackwardArguments(*arguments)
+    return attention_backward(given.call, given.grad_out, given.out, given.lse, given.needs)
 
 
 def same(arguments: Arguments, run: Any = operator, by_launcher: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:

@@ -296,6 +296,37 @@ def test_ranges(name: str) -> None:
     assert (ranges[..., 3] < TKV).any() or (ranges[..., 0] > 0).any(), "nothing is skipped"
 
 
+def test_gradients_that_are_no_numbers_stay_in_their_document() -> None:
+    """A row's NaN reaches the keys it sees, and none that a mask of data keeps from it in the same tile."""
+    score, captured = RANGED["documents"]
+    call = make_call(score, (1, 1, TQ, 16), TKV, captured=captured)
+    grad = grad_out(call)
+    grad[..., 100, :] = torch.nan
+    _, dk, _ = backward(call, grad, range(3))
+    assert dk[..., 70:101, :].isnan().all()
+    assert dk[..., :70, :].isfinite().all()
+    assert dk[..., 101:, :].isfinite().all()
+
+
+@pytest.mark.parametrize("ranged", [False, True])
+def test_rows_without_a_key_under_a_mask_of_data(ranged: bool) -> None:
+    """They are NaN, and so are the gradients of values; queries and keys get none, for the mask selects."""
+    keep = torch.arange(TQ) >= 23
+    call = make_call("where((kv_idx <= q_idx) & t0[kv_idx], qk * 0.25, -inf)", (1, 1, TQ, 16), captured=[keep])
+    (check_ranged if ranged else check)(call, [0, 1])
+
+
+@pytest.mark.parametrize("mask", ["kv_idx <= q_idx", "(kv_idx <= q_idx) & (t0[q_idx] == t0[kv_idx])"])
+def test_a_score_that_is_no_number_stays_in_its_row(mask: str) -> None:
+    bias = noise(S)
+    bias[30] = torch.nan
+    captured = [torch.arange(S) // 17, bias]
+    call = make_call(f"where({mask}, qk * 0.25 + t1[q_idx], -inf)", (1, 1, S, 16), captured=captured)
+    _, dk, _ = backward(call, grad_out(call), range(3))
+    assert dk[..., 31:, :].isfinite().all()
+    assert dk[..., 17:31, :].isnan().all()
+
+
 def test_what_is_wanted_alone() -> None:
     """Each gradient by itself is the one that comes with all others."""
     score = "qk * t0[n1] + t1[kv_idx] + t2[q_idx, kv_idx]"

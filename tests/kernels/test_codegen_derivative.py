@@ -71,6 +71,26 @@ def test_a_slope_of_one_number_is_left_to_the_end_of_a_sum(text: str, slope: flo
     assert (f"/ {slope}" in body) == (slope != 1.0 and derivatives.scale == 1.0)
 
 
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("where(kv_idx <= q_idx, qk, -inf)", "slope"),
+        ("where(t1[kv_idx], qk * t0[kv_idx], -inf)", "product"),
+        ("where(t1[kv_idx], qk, -10000.0)", "slope"),
+        ("where(t1[kv_idx] & (kv_idx <= q_idx), tanh(qk * 0.1) + t0[kv_idx], -inf)", "slope"),
+        ("where(t1[kv_idx], sqrt(qk), -inf)", "product"),
+    ],
+)
+def test_what_tells_masked_scores(text: str, where: str) -> None:
+    """A slope of 0 does, unless others may be infinite, and the product with it no number."""
+    spec = make_spec(text, torch.float32, torch.bool)
+    found = load_derivatives(spec)
+    assert found.masked_where == where
+    # Without ranges no tile is known to be free of a mask of data.
+    assert found.full_where == (where if "t1" in text else None)
+    assert load_derivatives(spec, ranged=True).full_where is None
+
+
 def test_only_what_has_a_derivative_gets_a_function() -> None:
     captured = (torch.float32, torch.bool, torch.int64)
     spec = make_spec("where(t1[kv_idx], qk + t0[t2[q_idx]] * t0[kv_idx], -inf)", *captured)

@@ -94,7 +94,7 @@ def test_a_backward_starts_its_kernels(
     plans.attention_backward(*arguments)
     assert names(idle) == kernels
     monkeypatch.setattr(JITFunction, "run", None)
-    monkeypatch.setattr(plans, "AttentionCall", None)
+    monkeypatch.setattr(plans, "BackwardArguments", None)
     for run in (plans.attention_backward, site, site):
         with Recorded() as recorded:
             run(*arguments)
