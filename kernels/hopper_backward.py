@@ -48,12 +48,13 @@ def attention_hopper_backward_kernel(
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
     SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    FULL_MASKED: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk_j = SLOPE sum_i ds_ij slope_ij q_i,  dv_j = sum_i p_ij grad_i,  dq_i += sum_j ds_ij slope_ij k_j.
 
     dq_desc [positions, Tq, D] holds zeros before, and has to be multiplied by SLOPE after; the other operands are
     [n0, n1, n2, T, D]. BLOCK_D: 64 or 128 columns, behind the last of which TMA gives zeros and writes nothing.
+    FULL_MASKED: whether masks of data are left where others are not.
     SPREAD: how many positions take a tile of keys before the next is begun; a divisor of their number.
     """
     dtype: gl.constexpr = q_desc.dtype
@@ -88,12 +89,14 @@ def attention_hopper_backward_kernel(
             (_multiply, (
                 0, written, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr, ranges_strides,
                 batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
-                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, BLOCK_D, BLOCK_Q, SPREAD,
+                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED,
+                BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_multiply, (
                 1, written, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr, ranges_strides,
                 batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
-                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, BLOCK_D, BLOCK_Q, SPREAD,
+                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED,
+                BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr,
@@ -222,7 +225,7 @@ def _multiply(
     batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
     captured_strides, GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
     SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    FULL_MASKED: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk, dv of the 64 keys of one group, and half of what the program's 128 keys add to dq."""
     keys_full, full, empty = barriers
@@ -273,10 +276,10 @@ def _multiply(
                 qk = warpgroup_mma_wait(num_outstanding=2, deps=(qk,))
                 w, p = _weights(
                     qk, rows_s, numbers, masked, kv_start, q_start, at, captured, captured_strides,
-                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, HALVES, WEIGHTS, dtype,
+                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw = warpgroup_mma_wait(num_outstanding=1, deps=(dw,))
-                ds = _gradients(dw, p, rows_s.index(numbers + HALVES), masked, dtype)
+                ds = _gradients(dw, p, rows_s.index(numbers + HALVES), masked, FULL_MASKED, dtype)
                 ds_s.index(4 * slot + 2 * GROUP).store(ds)
                 dv = warpgroup_mma(w, grad_0, dv, is_async=True)
                 dk = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), q_0, dk, is_async=True)
@@ -284,10 +287,10 @@ def _multiply(
                 qk = warpgroup_mma_wait(num_outstanding=3, deps=(qk_1,))
                 w, p = _weights(
                     qk, rows_s, numbers + 1, masked, kv_start, q_start + HALF, at, captured, captured_strides,
-                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, HALVES, WEIGHTS, dtype,
+                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw, dv, dk = warpgroup_mma_wait(num_outstanding=0, deps=(dw, dv, dk))
-                ds = _gradients(dw, p, rows_s.index(numbers + HALVES + 1), masked, dtype)
+                ds = _gradients(dw, p, rows_s.index(numbers + HALVES + 1), masked, FULL_MASKED, dtype)
                 q_last = q_1
                 grad_last = grad_1
                 ds_slot = ds_s.index(4 * slot + 2 * GROUP + 1)
@@ -297,10 +300,10 @@ def _multiply(
                 qk = warpgroup_mma_wait(num_outstanding=1, deps=(qk,))
                 w, p = _weights(
                     qk, rows_s, numbers, masked, kv_start, q_start, at, captured, captured_strides,
-                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, HALVES, WEIGHTS, dtype,
+                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw = warpgroup_mma_wait(num_outstanding=0, deps=(dw,))
-                ds = _gradients(dw, p, rows_s.index(numbers + HALVES), masked, dtype)
+                ds = _gradients(dw, p, rows_s.index(numbers + HALVES), masked, FULL_MASKED, dtype)
                 q_last = q
                 grad_last = grad
                 ds_slot = ds_s.index(2 * slot + GROUP)
@@ -341,8 +344,8 @@ def _multiply(
 @gluon.jit
 def _weights(
     qk, rows, number, masked, kv_start, q_start, at, captured, captured_strides, GRADS_MASKED: gl.constexpr,
-    GRADS_FULL: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr, HALVES: gl.constexpr, WEIGHTS: gl.constexpr,
-    dtype: gl.constexpr,
+    GRADS_FULL: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr, FULL_MASKED: gl.constexpr,
+    HALVES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """(p as an operand, p * slope) of a tile of products [keys, queries]; the numbers of its rows start at `number`.
 
@@ -350,29 +353,33 @@ def _weights(
     """
     if masked:
         w, p = _weights_of(
-            qk, rows, number, _opaque(kv_start), q_start, at, captured, captured_strides, GRADS_MASKED, True, SCALE,
-            SLACK, HALVES, WEIGHTS, dtype,
+            qk, rows, number, _opaque(kv_start), q_start, at, captured, captured_strides, GRADS_MASKED, True, True,
+            SCALE, SLACK, HALVES, WEIGHTS, dtype,
         )  # fmt: skip
     else:
         w, p = _weights_of(
-            qk, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS_FULL, False, SCALE, SLACK,
-            HALVES, WEIGHTS, dtype,
+            qk, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS_FULL, False, FULL_MASKED,
+            SCALE, SLACK, HALVES, WEIGHTS, dtype,
         )  # fmt: skip
     return w, p
 
 
 @gluon.jit
 def _weights_of(
-    qk, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS: gl.constexpr, MASKED: gl.constexpr,
-    SCALE: gl.constexpr, SLACK: gl.constexpr, HALVES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr,
+    qk, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS: gl.constexpr, ENDS: gl.constexpr,
+    MASKED: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr, HALVES: gl.constexpr, WEIGHTS: gl.constexpr,
+    dtype: gl.constexpr,
 ):  # fmt: skip
-    """Both are 0 behind the last key; behind the last query the numbers of rows make them so."""
+    """Where the tile ENDS, both are 0 behind the last key; behind the last query the numbers of rows make them so.
+
+    MASKED: whether a mask may have made the score.
+    """
     LAYOUT: gl.constexpr = qk.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     n0, n1, n2, n3, q_len, kv_len, sizes = at
     kv_idx = kv_start + gl.arange(0, GROUP_KV, gl.SliceLayout(1, LAYOUT))[:, None]
     q_idx = q_start + gl.arange(0, HALF, COLUMNS)[None, :]
-    if MASKED:
+    if ENDS:
         q_idx = gl.minimum(q_idx, q_len - 1)
     s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
     minus_shift = rows.index(number).load(COLUMNS)[None, :]
@@ -382,7 +389,7 @@ def _weights_of(
         share = rows.index(number + 2 * HALVES).load(COLUMNS)[None, :]
         slack = slack_of(minus_shift, SCALE, SLACK)
     p = probabilities(s, (minus_shift, share, slack), SCALE, SLACK, False)
-    if MASKED:
+    if ENDS:
         p = gl.where(kv_idx < kv_len, p, 0.0)
     w = gl.convert_layout(p.to(dtype), WEIGHTS)
     p = gl.where(slope == 0, 0.0, p * slope) if MASKED else p * slope
@@ -390,11 +397,13 @@ def _weights_of(
 
 
 @gluon.jit
-def _gradients(dw, p, deltas, masked, dtype: gl.constexpr):
+def _gradients(dw, p, deltas, masked, FULL_MASKED: gl.constexpr, dtype: gl.constexpr):
     """ds * slope = p slope (dw - delta), but 0 where a mask has made p 0, whatever dw is."""
     delta = deltas.load(gl.SliceLayout(0, dw.type.layout))
     ds = p * (dw - delta[None, :])
-    if masked:
+    if FULL_MASKED:
+        ds = gl.where(p == 0, 0.0, ds)
+    elif masked:
         ds = gl.where(p == _opaque(0).to(gl.float32), 0.0, ds)
     return ds.to(dtype)
 

@@ -114,6 +114,7 @@ def hopper_constants(
         "SCALE": program.derivatives.scale,
         "SLOPE": program.derivatives.slope,
         "SLACK": slack_in(spec, program),
+        "FULL_MASKED": program.derivatives.full_where is not None,
         "BLOCK_D": block,
         "BLOCK_Q": BLOCK_Q[block],
         "SPREAD": math.gcd(MAX_SPREAD, positions) if program.forward.longest_first else 1,

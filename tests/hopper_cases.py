@@ -24,6 +24,7 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "cap": ("tanh(qk * 0.0025) * 50.0", (), ()),
     "causal cap": ("where(kv_idx <= q_idx, tanh(qk * 0.0025) * 50.0, -inf)", (), ()),
     "keys": ("qk * 0.125 + t0[n1, kv_idx]", (torch.float32,), (2,)),
+    "padding": ("where(t0[n0, kv_idx], qk * 0.125, -inf)", (torch.bool,), (2,)),
     "documents": (
         "where((t0[n0, q_idx] == t0[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125, -inf)",
         (torch.bool,),

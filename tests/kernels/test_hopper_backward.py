@@ -169,7 +169,7 @@ def test_three_kernels(call: Call, idle: IdleDriver, monkeypatch: pytest.MonkeyP
     assert [(x.shape, x.dtype) for x in found] == [(x.shape, FP16) for x in (call.q, call.k, call.v)]
     assert names(idle) == KERNELS
     monkeypatch.setattr(JITFunction, "run", None)
-    monkeypatch.setattr(plans, "AttentionCall", None)
+    monkeypatch.setattr(plans, "BackwardArguments", None)
     for run in (plans.attention_backward, site, site):
         run(*arguments)
         assert names(idle) == KERNELS

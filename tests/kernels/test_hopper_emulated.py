@@ -35,7 +35,7 @@ SOME = (
     "129-127-causal-64", "300-1000-last-64", "1000-300-last-128", "window-64", "symmetric-128", "fill-64",
     "least-fill-128", "alibi-64", "alibi-128", "causal-cap-64", "cap-128", "low-keys-128", "rows-64", "sink-64",
     "batch2x2x3-2x2x1-causal-64", "batch3x2-1x1-plain-128", "batch--causal-64", "documents-64", "documents-128",
-    "padded-64", "rows_apart-128", "heads_inside-64",
+    "padding-64", "padded-64", "rows_apart-128", "heads_inside-64",
 )  # fmt: skip
 
 
