@@ -19,7 +19,7 @@ from flashfuse.kernels.spec import AttentionSpec, parse
 
 triton = pytest.importorskip("triton")
 
-from compile_targets import DEVICES, accumulators, assembler_report, source_of  # noqa: E402
+from compile_targets import DEVICES, IS_LATER, accumulators, assembler_report, source_of  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from flashfuse.kernels import backward, backward_dense, backward_pairs  # noqa: E402
@@ -132,7 +132,8 @@ def test_compiles_within_limits(
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "shared", "most"), [(64, False, 0), (128, False, 0), (64, True, 192), (128, True, 544)]
+    ("head_dim", "shared", "most"),
+    [(64, False, 0), (128, False, 0), (64, True, 192), (128, True, 544 if IS_LATER else 512)],
 )
 def test_the_pass_by_keys_keeps_its_sums_in_registers(head_dim: int, shared: bool, most: int, tmp_path: Path) -> None:
     """It spilled 672 bytes at head dim 128, the most of them for a loop over the one position that has the keys.
