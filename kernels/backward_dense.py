@@ -7,8 +7,8 @@ tile of gradients is written as it is found.
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.backward import row_factor_of, tile_gradients, tile_weights
 from flashfuse.kernels.backward_rows import batch_position, load_delta, load_shifts, rows_length, sees_every_key
+from flashfuse.kernels.backward_tile import row_factor_of, tile_gradients, tile_weights
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import (
     batch_pointer,

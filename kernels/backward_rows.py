@@ -25,7 +25,7 @@ def attention_rows_backward_kernel(
 ):  # fmt: skip
     """delta_i = sum_d grad_id out_id, and what makes a probability of a score; 0 unless ROW_KEPT.
 
-    See `backward.probabilities`. The gradient of SINK is -exp(sink - lse) delta. lse is a pair, see `ops`.
+    See `backward_tile.probabilities`. The gradient of SINK is -exp(sink - lse) delta. lse is a pair, see `ops`.
     APART: whether the sum stays a number, or its logarithm becomes part of the exponent: of the shift, if that is no
     inner score (SLACK).
     """

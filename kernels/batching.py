@@ -83,10 +83,11 @@ def vmap_attention_backward(
     if given.seed is not None:
         return one_by_one(torch.ops.flashfuse.attention_backward, info.batch_size, in_dims, arguments)
     size, flags = info.batch_size, iter(given.needs)
-    wanted = [next(flags) if x.is_floating_point() else False for x in given.call.operands]
+    given_operands = (given.q, given.k, given.v, *given.captured)
+    wanted = [next(flags) if x.is_floating_point() else False for x in given_operands]
     operands = [
         (_everywhere(x, dim, size), 0) if want else (x, dim)
-        for x, dim, want in zip(given.call.operands, (dims.q, dims.k, dims.v, *dims.captured), wanted, strict=True)
+        for x, dim, want in zip(given_operands, (dims.q, dims.k, dims.v, *dims.captured), wanted, strict=True)
     ]
     differing = tuple(dim is not None for _, dim in operands[3:])
     q, k, v = (_shared(x, dim) for x, dim in operands[:3])

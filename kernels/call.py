@@ -185,5 +185,6 @@ class BackwardArguments(NamedTuple):
     @property
     def call(self) -> AttentionCall:
         """The forward's."""
-        spec = AttentionSpec.from_text(self.spec)
-        return AttentionCall(spec, self.q, self.k, self.v, self.captured, self.sizes, self.kv_ranges, self.seed)
+        return Arguments(
+            self.q, self.k, self.v, self.captured, self.sizes, self.spec, self.kv_ranges, self.seed
+        ).call  # fmt: skip

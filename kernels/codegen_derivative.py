@@ -125,8 +125,7 @@ Formulas = Mapping[str, Expr]
 def generate_derivatives(spec: AttentionSpec, ranged: bool = False) -> tuple[str, str]:
     """(hash, source text) of the module of a spec's derivatives, for calls with `kv_ranges` or for those without."""
     scale, inner = inner_score(spec)
-    mask = mask_of(spec)
-    full = unscaled(mask.full, scale)
+    full = _unmasked(spec, ranged=False)
     divisor = _only_number(derivative(inner, _product_of(inner)))
     masked, unmasked = (_with_product(score, divisor) for score in (inner, _unmasked(spec, ranged)))
     functions = [*_tiles("score_and_grad", masked, unmasked, spec)]
@@ -148,8 +147,10 @@ def _derivative(name: str, program: Expr, leaf: Leaf) -> Formulas:
 
 
 def _with_product(score: Expr, divisor: float) -> Formulas:
-    name = "ds/dqk" if divisor == 1.0 else f"ds/dqk / {divisor!r}"
-    return {"s": score, name: _divided(derivative(score, _product_of(score)), divisor)}
+    ((name, slope),) = _derivative("s", score, _product_of(score)).items()
+    if divisor != 1.0:
+        name = f"{name} / {divisor!r}"
+    return {"s": score, name: _divided(slope, divisor)}
 
 
 def _unmasked(spec: AttentionSpec, ranged: bool) -> Expr:

@@ -37,8 +37,9 @@ _library.define(
 def _attention_backward_tiled(*arguments: Any) -> list[torch.Tensor]:
     """In plain PyTorch, on any device."""
     given = BackwardArguments(*arguments)
-    wanted = needed_operands(given.call, given.needs)
-    found = attention_backward_tiled(given.call.on_one_device(), given.grad_out, given.out, given.lse, given.needs)
+    call = given.call
+    wanted = needed_operands(call, given.needs)
+    found = attention_backward_tiled(call.on_one_device(), given.grad_out, given.out, given.lse, given.needs)
     return [x.to(like.device) for x, like in zip(found, wanted, strict=True)]
 
 

@@ -21,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashfuse.kernels.backward import probabilities
 from flashfuse.kernels.backward_rows import DELTA, MINUS_SHIFT, SHARE, batch_position, rows_length, slack_of
+from flashfuse.kernels.backward_tile import probabilities
 from flashfuse.kernels.tiles import batch_pointer, tile_pointers
 
 # Keys of a group of warps, and of a program. Shapes of matrix instructions: no table chooses them.

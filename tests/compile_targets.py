@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -23,6 +24,8 @@ DEVICES = {
     "sm100": (Device("cuda", 100, 232448), GPUTarget("cuda", 100, 32)),
     "gfx942": (Device("hip", 0, 65536), GPUTarget("hip", "gfx942", 64)),
 }
+# Than the compiler whose code is measured on GPUs: some limits are wider for later ones.
+IS_LATER = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1", torch.int8: "*i8",
     torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",

@@ -19,7 +19,7 @@ from flashfuse.kernels.spec import AttentionSpec, parse
 
 triton = pytest.importorskip("triton")
 
-from compile_targets import DEVICES, accumulators, assembler_report, source_of  # noqa: E402
+from compile_targets import DEVICES, IS_LATER, accumulators, assembler_report, source_of  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from flashfuse.kernels import backward, backward_dense, backward_pairs  # noqa: E402
@@ -27,7 +27,7 @@ from flashfuse.kernels import backward_variants as variants  # noqa: E402
 from flashfuse.kernels.backward_ranges import filled_rows_kernel, query_ranges_kernel  # noqa: E402
 from flashfuse.kernels.backward_rows import attention_rows_backward_kernel  # noqa: E402
 from flashfuse.kernels.codegen_backward import load_backward  # noqa: E402
-from flashfuse.kernels.launch import Launch, shape_of  # noqa: E402
+from flashfuse.kernels.launch import shape_of  # noqa: E402
 from flashfuse.kernels.launch_ranges import filled_rows, query_ranges  # noqa: E402
 from flashfuse.kernels.mask import mask_of  # noqa: E402
 
@@ -132,7 +132,8 @@ def test_compiles_within_limits(
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "shared", "most"), [(64, False, 0), (128, False, 0), (64, True, 192), (128, True, 544)]
+    ("head_dim", "shared", "most"),
+    [(64, False, 0), (128, False, 0), (64, True, 192), (128, True, 544 if IS_LATER else 512)],
 )
 def test_the_pass_by_keys_keeps_its_sums_in_registers(head_dim: int, shared: bool, most: int, tmp_path: Path) -> None:
     """It spilled 672 bytes at head dim 128, the most of them for a loop over the one position that has the keys.
@@ -170,16 +171,18 @@ def test_the_gradient_of_a_bias_by_rows(tmp_path: Path) -> None:
 
 
 def test_the_pass_by_keys_has_registers_for_a_bias(tmp_path: Path) -> None:
-    """It spilled 484 bytes in tiles of 64 x 128, since it held both products and all numbers of rows at once."""
+    """Its tile spilled, since it held both products and all numbers of rows at once."""
     text, captured, ranks = "qk * 0.125 + t0[0, n1, q_idx, kv_idx]", (BF16,), (4,)
     spec = AttentionSpec(2, parse(text, captured), captured, 0, BF16, BF16, BF16, "nan", (0, 1, 2, 3))
     program = load_backward(spec, (True,))
-    arguments = dict(variants.keys_constants(spec, program, 128, 128, Launch(64, 128, 8, 3)))
+    launch = variants.choose_backward(DEVICES["sm90"][0], shape_of(spec, 4096, 128, 128))
+    assert launch is not None
+    arguments = dict(variants.keys_constants(spec, program, 128, 128, launch.keys))
     options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
     source = source_of(KERNELS["keys"], spec, ranks, arguments, False, ones=LOOPS)
     ptx = triton.compile(source, target=DEVICES["sm90"][1], options=options).asm["ptx"]
     report = assembler_report(ptx, 90, tmp_path)
-    assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)) <= 256
+    assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)) == 0
 
 
 def test_query_tiles_start_where_key_tiles_do() -> None:
@@ -220,7 +223,8 @@ def test_what_the_pass_by_keys_asks_of_data_compiles(device: str) -> None:
         signature = {
             argument: pointers.get(argument, "i32" if argument in numbers else "*i32") for argument in kernel.arg_names
         }
-        variant = found.launched.launch.variant
+        variant = dict(found.launched.launch.variant)
+        options = {"num_warps": variant.pop("num_warps")} if "num_warps" in variant else {}
         signature |= dict.fromkeys(variant, "constexpr")
         constant = {(kernel.arg_names.index(argument),): value for argument, value in variant.items()}
-        assert triton.compile(ASTSource(kernel, signature, constant), target=DEVICES[device][1]).asm
+        assert triton.compile(ASTSource(kernel, signature, constant), target=DEVICES[device][1], options=options).asm
