@@ -19,15 +19,14 @@ from flashfuse.kernels.prepared import Buffer, KernelLaunch, strides_of
 from flashfuse.kernels.prepared_backward import Gradient, Launched, OnePass
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec
 
-# Off until it has passed tests/kernels/test_hopper_backward_gpu.py on a GPU: so far it has been compiled and not run.
-HOPPER_BACKWARD = False
-
 # Gluon is experimental: another release may read the kernel otherwise.
 TRITON_RELEASE = "3.6."
 # Shared memory of the program with the most.
 SHARED_BYTES = 200 * 1024
 # Columns of a tile, and the queries beside them: what registers and shared memory hold.
 BLOCK_Q = {64: 128, 128: 64}
+# The same, and from how many queries on it is faster than the plain passes.
+LEAST_QUERIES = {64: 2048, 128: 256}
 # Batch axes of a tensor map, which has five axes.
 BATCH_AXES = 3
 # Bytes that a tensor map's strides are multiples of.
@@ -61,7 +60,7 @@ def takes(
         and all(gradient.own is gradient.written for gradient in found)
         and len(call.batch) <= BATCH_AXES
         and _takes_program(call.spec, program)
-        and block_of(call.head_dim, call.value_dim) is not None
+        and _is_long_enough(call)
         # The sums of dq have rows of this many float32.
         and call.head_dim % 4 == 0
         and call.q.shape[:-2] == grad_out.shape[:-2] == torch.Size(call.batch)
@@ -86,6 +85,11 @@ def _takes_program(spec: AttentionSpec, program: BackwardProgram) -> bool:
         and program.forward.row_factor is None
         and program.derivatives.masked_where != "product"
     )
+
+
+def _is_long_enough(call: AttentionCall) -> bool:
+    block = block_of(call.head_dim, call.value_dim)
+    return block is not None and call.q_len >= LEAST_QUERIES[block]
 
 
 def block_of(head_dim: int, value_dim: int) -> int | None:
@@ -133,7 +137,7 @@ def prepare_one_pass(
 ) -> OnePass | None:
     """What computes the gradients of q, k and v; None where the plain passes do. `gradients`: where those go."""
     dq, dk, dv = gradients
-    if not HOPPER_BACKWARD or not triton.__version__.startswith(TRITON_RELEASE):
+    if not triton.__version__.startswith(TRITON_RELEASE):
         return None
     deterministic = torch.are_deterministic_algorithms_enabled()
     if not takes(device, call, grad_out, program, wanted, gradients, deterministic):

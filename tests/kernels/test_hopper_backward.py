@@ -31,6 +31,11 @@ KERNELS = ["attention_rows_backward_kernel", "attention_hopper_backward_kernel",
 PLAIN = [f"attention_{kind}_backward_kernel" for kind in ("rows", "queries", "keys")]
 
 
+@pytest.fixture(autouse=True)
+def _at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_hopper, "LEAST_QUERIES", {64: 0, 128: 0})
+
+
 def taken(call: Call, device: Device = HOPPER, deterministic: bool = False, **changes: Any) -> bool:
     program = load_backward(call.spec, (False,) * len(call.captured), False, call.q_len <= call.kv_len)
     grad_out = changes.get("grad_out", torch.empty(*call.batch, call.q_len, call.value_dim, dtype=call.spec.out_dtype))
@@ -116,6 +121,13 @@ def test_layouts_that_a_tensor_map_has() -> None:
     assert taken(replace(one_row, q=one_row.q.as_strided((2, 1, 1, 64), (64, 3, 5, 1))))
 
 
+def test_few_queries_are_left_to_the_plain_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for columns, least in launch_hopper.LEAST_QUERIES.items():
+        assert taken(call_of(shape=(1, 1, least, columns), kv_len=70))
+        assert not taken(call_of(shape=(1, 1, least - 1, columns), kv_len=5000))
+
+
 def test_columns_of_tiles() -> None:
     assert [block_of(*dims) for dims in ((64, 64), (33, 64), (80, 64), (128, 72))] == [64, 64, 128, 128]
     assert [block_of(*dims) for dims in ((32, 64), (64, 16), (129, 128))] == [None] * 3
@@ -131,7 +143,6 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[IdleDriver]:
         pytest.skip("nothing is compiled when interpreted")
     if not triton.__version__.startswith(launch_hopper.TRITON_RELEASE):
         pytest.skip("another Gluon")
-    monkeypatch.setattr(launch_hopper, "HOPPER_BACKWARD", True)
     monkeypatch.setattr(launch_backward, "device_of", lambda _: HOPPER)
     launch_backward._launch.cache_clear()
     plans.attention_backward.plans.clear()
@@ -186,8 +197,3 @@ def test_the_setting_is_asked_at_each_call(idle: IdleDriver) -> None:
             finally:
                 torch.use_deterministic_algorithms(False)
             assert names(idle) == kernels
-
-
-def test_it_is_off(idle: IdleDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    assert not launch_hopper.HOPPER_BACKWARD
