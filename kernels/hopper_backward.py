@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashfuse.kernels.backward_rows import DELTA, MINUS_SHIFT, SHARE, batch_position, rows_length, slack_of
 from flashfuse.kernels.backward_tile import probabilities
+from flashfuse.kernels.hopper_tiles import load_rows, opaque, store_rows
 from flashfuse.kernels.tiles import batch_pointer, tile_pointers
 
 # Keys of a group of warps, and of a program. Shapes of matrix instructions: no table chooses them.
@@ -175,8 +176,8 @@ def _load(
     kv_start, n0, n1, n2, n3 = _owned(batch_0, batch_1, batch_2, batch_3, kv_len, SPREAD)
     mbarrier.expect(keys_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
     for group in gl.static_range(2):
-        _load_rows(k_desc, n0, n1, n2, kv_start + group * GROUP_KV, keys_full, k_s.index(group))
-        _load_rows(v_desc, n0, n1, n2, kv_start + group * GROUP_KV, keys_full, v_s.index(group))
+        load_rows(k_desc, n0, n1, n2, kv_start + group * GROUP_KV, keys_full, k_s.index(group))
+        load_rows(v_desc, n0, n1, n2, kv_start + group * GROUP_KV, keys_full, v_s.index(group))
     rows_len = rows_length(q_len)
     planes = (batch_0 * loop_0).to(gl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3 * rows_len
     stage = 0
@@ -192,8 +193,8 @@ def _load(
         for q_start in range(start, end, BLOCK_Q):
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), q_desc.block_type.nbytes + grad_desc.block_type.nbytes)
-            _load_rows(q_desc, m0, m1, m2, q_start, full.index(stage), q_s.index(stage))
-            _load_rows(grad_desc, m0, m1, m2, q_start, full.index(stage), grad_s.index(stage))
+            load_rows(q_desc, m0, m1, m2, q_start, full.index(stage), q_s.index(stage))
+            load_rows(grad_desc, m0, m1, m2, q_start, full.index(stage), grad_s.index(stage))
             numbers = rows_ptr + position.to(gl.int64) * rows_len + q_start
             for half in gl.static_range(HALVES):
                 shifts = gl.load(numbers + MINUS_SHIFT * planes + half * HALF + row)
@@ -206,13 +207,6 @@ def _load(
             gl.thread_barrier()
             mbarrier.arrive(full.index(stage), count=1)
             stage, phase = _next_stage(stage, phase)
-
-
-@gluon.jit
-def _load_rows(desc, n0, n1, n2, row, barrier, slot):
-    tma.async_copy_global_to_shared(
-        desc, [n0, n1, n2, row, 0], barrier, slot._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
-    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -257,7 +251,7 @@ def _multiply(
         for q_start in range(start, end, BLOCK_Q):
             masked = (q_start < full_start) | (q_start >= full_end)
             # Addresses that follow from a number of the loop are not kept in registers, which would spill.
-            here = _opaque(0)
+            here = opaque(0)
             k = k_s.index(GROUP + here)
             v = v_s.index(GROUP + here)
             q = q_s.index(stage)
@@ -333,11 +327,11 @@ def _multiply(
             stage, phase = _next_stage(stage, phase)
             slot ^= 1
     # Through buffers that nobody else reads: the values' own, and that of dq when its last reduction has read it.
-    _store_rows(dv_desc, n0, n1, n2, kv_start, v_s.index(GROUP), dv.to(dtype))
+    store_rows(dv_desc, n0, n1, n2, kv_start, v_s.index(GROUP), dv.to(dtype))
     tma.store_wait(1)
     gl.thread_barrier()
     free = dq_s.index(GROUP)._reinterpret(dtype, [128 // BLOCK_D, GROUP_KV, BLOCK_D], SQUARE).index(0)
-    _store_rows(dk_desc, n0, n1, n2, kv_start, free, (dk * SLOPE).to(dtype))
+    store_rows(dk_desc, n0, n1, n2, kv_start, free, (dk * SLOPE).to(dtype))
     tma.store_wait(0)
 
 
@@ -353,7 +347,7 @@ def _weights(
     """
     if masked:
         w, p = _weights_of(
-            qk, rows, number, _opaque(kv_start), q_start, at, captured, captured_strides, GRADS_MASKED, True, True,
+            qk, rows, number, opaque(kv_start), q_start, at, captured, captured_strides, GRADS_MASKED, True, True,
             SCALE, SLACK, HALVES, WEIGHTS, dtype,
         )  # fmt: skip
     else:
@@ -404,7 +398,7 @@ def _gradients(dw, p, deltas, masked, FULL_MASKED: gl.constexpr, dtype: gl.const
     if FULL_MASKED:
         ds = gl.where(p == 0, 0.0, ds)
     elif masked:
-        ds = gl.where(p == _opaque(0).to(gl.float32), 0.0, ds)
+        ds = gl.where(p == opaque(0).to(gl.float32), 0.0, ds)
     return ds.to(dtype)
 
 
@@ -426,26 +420,9 @@ def _queries(
 
 
 @gluon.jit
-def _store_rows(desc, n0, n1, n2, row, slot, x):
-    """Store rows by way of shared memory; rows and columns that do not exist are left out."""
-    slot.store(x)
-    fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(
-        desc, [n0, n1, n2, row, 0], slot._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
-    )
-
-
-@gluon.jit
 def _meet():
     """Wait for both groups that multiply. Named barriers from 8 on are nobody's."""
     gl.inline_asm_elementwise("bar.sync 8, 256; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _opaque(x):
-    """x, behind what looks like an effect: a branch around it stays one, where selects would be taken in every tile."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @builtin

@@ -29,7 +29,7 @@ from flashfuse.kernels.captured_grad import CapturedProgram, PairTarget
 from flashfuse.kernels.captured_reads import unsupported
 from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
 from flashfuse.kernels.launch import Device, choose_launch, device_of, padded, shape_of
-from flashfuse.kernels.launch_hopper import prepare_one_pass
+from flashfuse.kernels.launch_hopper_backward import prepare_one_pass
 from flashfuse.kernels.launch_ranges import filled_rows, query_ranges
 from flashfuse.kernels.prepared import Buffer, KernelLaunch, empty_on, start, strides_of
 from flashfuse.kernels.prepared_backward import Found, Gradient, Launched, PreparedBackward

@@ -11,7 +11,7 @@ import torch
 from flashfuse.kernels.backward_rows import DELTA, SINK_GRAD
 from flashfuse.kernels.captured_grad import CapturedGradients, CapturedProgram, PairTarget
 from flashfuse.kernels.codegen_backward import BackwardProgram
-from flashfuse.kernels.prepared import Buffer, Empty, KernelLaunch, Start
+from flashfuse.kernels.prepared import Buffer, Empty, KernelLaunch, Start, described
 from flashfuse.kernels.spec import AttentionSpec
 
 
@@ -171,7 +171,7 @@ class _Run:
         sums = self.empty(*of.sums).zero_()
         dq, dk, dv = self._new(self.of.dq), self._new(self.of.dk), self._new(self.of.dv)
         tensors = (self.q, self.k, self.v, self.grad_out, dk, dv, sums)
-        self._launch(of.one_pass, *map(_described, of.operands, tensors), rows, ranges, filled)
+        self._launch(of.one_pass, *map(described, of.operands, tensors), rows, ranges, filled)
         self._launch(of.scaled, sums, dq)
         for place, gradient, found in ((0, self.of.dq, dq), (1, self.of.dk, dk), (2, self.of.dv, dv)):
             self._keep(place, gradient, found)
@@ -223,10 +223,3 @@ class _Run:
 
     def _sums(self, buffers: Sequence[Buffer]) -> tuple[torch.Tensor, ...]:
         return tuple([self.empty(*buffer) for buffer in buffers])
-
-
-def _described(descriptor: Any, x: torch.Tensor | None) -> Any:
-    """The descriptor of one tensor. What its class would ask of it was asked when the call was prepared."""
-    found = object.__new__(type(descriptor))
-    found.__dict__ = {**descriptor.__dict__, "base": x}
-    return found

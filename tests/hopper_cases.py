@@ -1,7 +1,8 @@
-"""Attentions that the one-pass backward for Hopper takes, and its kernel compiled for sm_90."""
+"""Attentions that the kernels for Hopper take, and those kernels compiled for sm_90."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from flashfuse.kernels.codegen_backward import load_backward
+from flashfuse.kernels import hopper_forward
 from flashfuse.kernels.hopper_backward import GROUP_KV, attention_hopper_backward_kernel
-from flashfuse.kernels.launch_hopper import BLOCK_Q, hopper_constants
+from flashfuse.kernels.hopper_forward import attention_hopper_forward_kernel
+from flashfuse.kernels.launch_hopper_backward import BLOCK_Q, backward_constants
+from flashfuse.kernels.launch_hopper_forward import forward_constants
 from flashfuse.kernels.spec import AttentionSpec, parse
 
 # Score text, captured element types, and the rank of each captured tensor.
@@ -30,35 +34,68 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
         (torch.bool,),
         (2,),
     ),
+    "fill": ("where(kv_idx <= q_idx - 200, qk * 0.125, -10000.0)", (), ()),
+    "sink": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (torch.float32,), (1,)),
 }
 SPREAD = 8
+AXES = (True, True, False)
 
 
-def compiled(program: str, head_dim: int, dtype: torch.dtype, shared: bool) -> Any:
+def compiled_backward(program: str, head_dim: int, dtype: torch.dtype, shared: bool) -> Any:
     """The kernel for sm_90, of one position or more (shared) for each that has keys; of documents with their ranges."""
-    text, captured, ranks = PROGRAMS[program]
-    spec = AttentionSpec(2, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3))
+    spec = _spec(program, dtype)
     ranged = program == "documents"
-    backward = load_backward(spec, (False,) * len(captured), ranged, True)
-    arguments = dict(hopper_constants(spec, backward, head_dim, ranged, True, SPREAD))
-    given = {"ranges_ptr": ranged, "filled_ptr": backward.fill_threshold is not None}
+    backward = load_backward(spec, (False,) * len(spec.captured), ranged, True)
+    rows, keys = BLOCK_Q[head_dim], GROUP_KV.value
+    given = {
+        "ranges_ptr": "*i32" if ranged else None,
+        "filled_ptr": None if backward.fill_threshold is None else "*i32",
+        "rows_ptr": "*fp32",
+        **{f"loop_{axis}": "i32" if shared and axis == 2 else 1 for axis in range(4)},
+        **{f"{name}_desc": described(dtype, rows, head_dim) for name in ("q", "grad")},
+        **{f"{name}_desc": described(dtype, keys, head_dim) for name in ("k", "v", "dk", "dv")},
+        "dq_desc": described(torch.float32, 64, 64, batch_axes=1),
+    }
+    variant = backward_constants(spec, backward, head_dim, ranged, True, SPREAD)
+    return _compiled(attention_hopper_backward_kernel, program, variant, given)
+
+
+def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> Any:
+    """The kernel for sm_90, of keys that one axis shares; of documents with their ranges."""
+    spec = _spec(program, dtype)
+    ranged = program == "documents"
+    variant = forward_constants(spec, (head_dim, value_dim), ((True, True, True), AXES, AXES), ranged, True, SPREAD)
+    rows, keys = hopper_forward.GROUP_Q.value, hopper_forward.BLOCK_KV.value
+    given = {
+        "ranges_ptr": "*i32" if ranged else None,
+        "lse_ptr": "*fp32",
+        "q_desc": described(dtype, rows, head_dim),
+        "k_desc": described(dtype, keys, head_dim),
+        "v_desc": described(dtype, keys, value_dim),
+        "out_desc": described(dtype, rows, value_dim),
+    }
+    return _compiled(attention_hopper_forward_kernel, program, variant, given)
+
+
+def _spec(program: str, dtype: torch.dtype) -> AttentionSpec:
+    text, captured, _ = PROGRAMS[program]
+    sink = parse("t0[n1]", captured) if program == "sink" else None
+    return AttentionSpec(2, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3), sink=sink)
+
+
+def _compiled(kernel: Any, program: str, variant: Mapping[str, Any], given: dict[str, Any]) -> Any:
+    """given: the types of arguments, or numbers and None for what the launcher compiles in; other numbers are 32-bit."""
+    _, captured, ranks = PROGRAMS[program]
+    arguments = dict(variant)
     options = {option: arguments.pop(option) for option in ("num_warps", "maxnreg")}
-    rows = {"q_desc": BLOCK_Q[head_dim], "grad_desc": BLOCK_Q[head_dim]}
     signature: dict[str, Any] = {}
     constant: dict[tuple[int, ...], Any] = {}
     aligned: list[tuple[int, ...]] = []
-    for i, name in enumerate(attention_hopper_backward_kernel.arg_names):
+    for i, name in enumerate(kernel.arg_names):
         if name in arguments:
             signature[name], constant[i,] = "constexpr", arguments[name]
-        elif name == "dq_desc":
-            signature[name] = described(torch.float32, [1, 64, 64])
-        elif name.endswith("_desc"):
-            signature[name] = described(dtype, [1, 1, 1, rows.get(name, GROUP_KV.value), head_dim])
-        elif name.endswith("_ptr") and not given.get(name, True):
-            signature[name], constant[i,] = "constexpr", None
-        elif name.endswith("_ptr"):
-            signature[name] = "*i32" if name in given else "*fp32"
-            aligned.append((i,))
+        elif not isinstance(given.get(name, ""), str):
+            signature[name], constant[i,] = "constexpr", given[name]
         elif name == "ranges_strides":
             signature[name] = (*("i32",) * 5, "constexpr")
             constant[i, 5] = 1
@@ -68,16 +105,17 @@ def compiled(program: str, head_dim: int, dtype: torch.dtype, shared: bool) -> A
         elif name == "captured_strides":
             signature[name] = tuple((*("i32",) * (rank - 1), "constexpr") for rank in ranks)
             constant |= {(i, slot, rank - 1): 1 for slot, rank in enumerate(ranks)}
-        elif name.startswith("loop_") and not (shared and name == "loop_2"):
-            signature[name], constant[i,] = "constexpr", 1
         else:
-            signature[name] = () if name == "sizes" else "i32"
+            signature[name] = () if name == "sizes" else given.get(name, "i32")
+            aligned.extend([(i,)] * name.endswith("_ptr"))
     attributes = {path: [["tt.divisibility", 16]] for path in aligned}
-    source = GluonASTSource(attention_hopper_backward_kernel, signature, constant, attributes)
-    return triton.compile(source, target=DEVICES["sm90"][1], options=options)
+    return triton.compile(
+        GluonASTSource(kernel, signature, constant, attributes), target=DEVICES["sm90"][1], options=options
+    )  # fmt: skip
 
 
-def described(dtype: torch.dtype, block: list[int]) -> str:
+def described(dtype: torch.dtype, rows: int, columns: int, batch_axes: int = 3) -> str:
     """The type of a descriptor, as the launcher spells it."""
+    block = [*(1,) * batch_axes, rows, columns]
     layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, str(dtype).removeprefix("torch.")))
     return f"tensordesc<{POINTERS[dtype].removeprefix('*')}{block},{layout!r}>"
