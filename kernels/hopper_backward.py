@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashfuse.kernels.backward_rows import DELTA, MINUS_SHIFT, SHARE, batch_position, rows_length, slack_of
 from flashfuse.kernels.backward_tile import probabilities
-from flashfuse.kernels.hopper_tiles import load_rows, opaque, store_rows
+from flashfuse.kernels.hopper_tiles import load_rows, next_stage, opaque, store_rows
 from flashfuse.kernels.tiles import batch_pointer, tile_pointers
 
 # Keys of a group of warps, and of a program. Shapes of matrix instructions: no table chooses them.
@@ -153,12 +153,6 @@ def _visited(
     return start, full_start, gl.maximum(full_end, full_start), end
 
 
-@gluon.jit
-def _next_stage(stage, phase):
-    last = (stage == STAGES - 1).to(gl.int32)
-    return (stage + 1) * (1 - last), phase ^ last
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # The warp that loads
 
@@ -206,7 +200,7 @@ def _load(
                     rows_s.index(4 * HALVES * stage + 2 * HALVES + half).store(shares)
             gl.thread_barrier()
             mbarrier.arrive(full.index(stage), count=1)
-            stage, phase = _next_stage(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -324,7 +318,7 @@ def _multiply(
             dk = warpgroup_mma_wait(num_outstanding=0, deps=(dk_next,))
             gl.thread_barrier()
             mbarrier.arrive(empty.index(stage), count=1)
-            stage, phase = _next_stage(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
             slot ^= 1
     # Through buffers that nobody else reads: the values' own, and that of dq when its last reduction has read it.
     store_rows(dv_desc, n0, n1, n2, kv_start, v_s.index(GROUP), dv.to(dtype))

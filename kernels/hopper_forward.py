@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from flashfuse.kernels import mask
 from flashfuse.kernels.backward_rows import batch_position
 from flashfuse.kernels.forward import exponentials, finished_rows, shifts_with, whole_tiles
-from flashfuse.kernels.hopper_tiles import arrived, load_rows, opaque, store_rows
+from flashfuse.kernels.hopper_tiles import arrived, load_rows, next_stage, opaque, store_rows
 from flashfuse.kernels.tiles import batch_pointer
 
 # Queries of a group of warps, and of a program; keys of a tile. Shapes of matrix instructions: no table chooses them.
@@ -161,12 +161,6 @@ def _skipped_tile(i, before, end):
 
 
 @gluon.jit
-def _next_stage(stage, phase, STAGES: gl.constexpr):
-    last = (stage == STAGES - 1).to(gl.int32)
-    return (stage + 1) * (1 - last), phase ^ last
-
-
-@gluon.jit
 def _q_slot(q_s, group, BLOCK: gl.constexpr, dtype: gl.constexpr):
     """The rows [64, BLOCK] of a group, in its part of the shared memory of queries."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP_Q, BLOCK], dtype)
@@ -204,7 +198,7 @@ def _load(
         mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
         _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
         _load_own(v_desc, n0, n1, n2, kv_start + BLOCK_KV, full.index(stage), v_s.index(stage), V_AXES)
-        stage, phase = _next_stage(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
     mbarrier.wait(empty.index(stage), phase)
     mbarrier.expect(full.index(stage), v_desc.block_type.nbytes)
     _load_own(v_desc, n0, n1, n2, start, full.index(stage), v_s.index(stage), V_AXES)
@@ -212,7 +206,7 @@ def _load(
         mbarrier.wait(known, 0)
         before, behind = _skipped(filled_s, start, end, kv_len)
         for i in range(before + behind):
-            stage, phase = _next_stage(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
             kv_start = _skipped_tile(i, before, end)
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
@@ -286,7 +280,7 @@ def _attend(
         new_max, new_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
         acc = arrived(acc_next, 0)
         mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = _next_stage(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
         p, correction = exponentials(score, row_max, row_shift, subtracted, LOG2_SCALE, LARGE_SCORES, False)
         row_sum = row_sum * correction + gl.sum(p, 1)
         row_max, row_shift = new_max, new_shift
@@ -306,7 +300,7 @@ def _attend(
         mbarrier.wait(known, 0)
         before, behind = _skipped(filled_s, start, end, kv_len)
         for i in range(before + behind):
-            stage, phase = _next_stage(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
             kv_start = _skipped_tile(i, before, end)
             mbarrier.wait(full.index(stage), phase)
             qk = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)

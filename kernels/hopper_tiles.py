@@ -25,6 +25,13 @@ def store_rows(desc, n0, n1, n2, row, slot, x):
 
 
 @gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The stage after this one in a ring, and the parity of the phase that is waited for there."""
+    last = (stage == STAGES - 1).to(gl.int32)
+    return (stage + 1) * (1 - last), phase ^ last
+
+
+@gluon.jit
 def arrived(product, OUTSTANDING: gl.constexpr):
     """A product that was issued, when no more than OUTSTANDING later ones are under way."""
     return warpgroup_mma_wait(num_outstanding=OUTSTANDING, deps=(product,))

@@ -75,6 +75,11 @@ def _own(x: torch.Tensor) -> torch.Tensor:
     return x[tuple(slice(None) if stride else slice(1) for stride in x.stride()[:-2])]
 
 
+def _own_axes(own: torch.Tensor, batch: tuple[int, ...]) -> tuple[bool, ...]:
+    """On which of three axes an operand has a position for each of the batch."""
+    return (*(n == size for n, size in zip(own.shape, batch, strict=False)), *(True,) * (BATCH_AXES - len(batch)))
+
+
 @functools.lru_cache(maxsize=4096)
 def forward_constants(
     spec: AttentionSpec,
@@ -126,7 +131,7 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
 
     out, lse = empty_output(call)
     own = [_own(x) for x in (call.q, call.k, call.v)]
-    axes = tuple((*(n > 1 for n in x.shape[:-2]), *(False,) * (BATCH_AXES + 2 - x.dim())) for x in own)
+    axes = tuple(_own_axes(x, call.batch) for x in own)
     positions, fewer_queries = math.prod(call.batch), call.q_len <= call.kv_len
     variant = forward_constants(call.spec, blocks, axes, call.kv_ranges is not None, fewer_queries, positions)
     of_ranges = (0,) * 6 if call.kv_ranges is None else strides_of(call.kv_ranges, call.batch)

@@ -1,4 +1,4 @@
-"""Attentions that the one-pass backward for Hopper has to take, by name: on a GPU, and emulated."""
+"""Attentions that the kernels for Hopper have to take, by name: on a GPU, and emulated."""
 
 from __future__ import annotations
 
@@ -116,3 +116,30 @@ def _calls() -> dict[str, Callable[[], Call]]:
 
 
 CALLS = _calls()
+
+
+def _forward_calls() -> dict[str, Callable[[], Call]]:
+    """What only the forward takes, or may get wrong."""
+    odd = torch.arange(301) % 2 > 0
+    fills = {f"fill{fill:.0e}": f"where(kv_idx <= q_idx - 200, qk * 0.125, {fill!r})" for fill in (-1e6, -1e9, -3e10)}
+    programs: dict[str, tuple[str, dict[str, Any]]] = {
+        **{name: (score, {}) for name, score in fills.items()},
+        "added-fill": ("qk * 0.125 + where(kv_idx <= q_idx - 200, 0.0, -1000000.0)", {}),
+        "behind-fill": ("where(kv_idx >= q_idx + 150, qk * 0.125, -10000.0)", {}),
+        "row-factor": ("qk * 0.125", {"factor": "0.5 + t0[q_idx]", "captured": [noise(301)]}),
+        "row-kept": (CAUSAL, {"factor": "t0[q_idx]", "captured": [odd]}),
+        "no-sum-sink": (CAUSAL, {"sink": "0.0"}),
+        "empty-rows": ("where(kv_idx <= q_idx - 200, qk * 0.125, -inf)", {}),
+        "no-key": ("where(kv_idx <= q_idx - 200, qk * 0.125, -inf)", {"sink": "0.5", "empty_row": "zero"}),
+        "large": ("qk * 4000.0", {}),
+    }
+    found: dict[str, Callable[[], Call]] = {}
+    for name, (score, changes) in programs.items():
+        for d in (64, 128):
+            found[f"{name}-{d}"] = lambda score=score, d=d, changes=changes: make_call(
+                score, (1, 2, 301, d), 417, **{"dtype": FP16, **changes}
+            )
+    return found
+
+
+FORWARD_CALLS = _forward_calls()

@@ -11,8 +11,8 @@ from compile_targets import DEVICES, POINTERS
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from flashfuse.kernels.codegen_backward import load_backward
 from flashfuse.kernels import hopper_forward
+from flashfuse.kernels.codegen_backward import load_backward
 from flashfuse.kernels.hopper_backward import GROUP_KV, attention_hopper_backward_kernel
 from flashfuse.kernels.hopper_forward import attention_hopper_forward_kernel
 from flashfuse.kernels.launch_hopper_backward import BLOCK_Q, backward_constants
@@ -84,7 +84,7 @@ def _spec(program: str, dtype: torch.dtype) -> AttentionSpec:
 
 
 def _compiled(kernel: Any, program: str, variant: Mapping[str, Any], given: dict[str, Any]) -> Any:
-    """given: the types of arguments, or numbers and None for what the launcher compiles in; other numbers are 32-bit."""
+    """given: the types of arguments, or numbers and None for what the launcher compiles in; others have 32 bits."""
     _, captured, ranks = PROGRAMS[program]
     arguments = dict(variant)
     options = {option: arguments.pop(option) for option in ("num_warps", "maxnreg")}

@@ -17,10 +17,10 @@ triton = pytest.importorskip("triton")
 from idle_driver import IdleDriver, idle_driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from flashfuse.kernels import launch_backward, launch_hopper, plans  # noqa: E402
+from flashfuse.kernels import launch_backward, launch_hopper, launch_hopper_backward, plans  # noqa: E402
 from flashfuse.kernels.codegen_backward import load_backward  # noqa: E402
 from flashfuse.kernels.launch import Device  # noqa: E402
-from flashfuse.kernels.launch_hopper import block_of, takes  # noqa: E402
+from flashfuse.kernels.launch_hopper_backward import block_of, takes  # noqa: E402
 from flashfuse.kernels.prepared import Buffer  # noqa: E402
 from flashfuse.kernels.prepared_backward import Gradient  # noqa: E402
 
@@ -33,7 +33,7 @@ PLAIN = [f"attention_{kind}_backward_kernel" for kind in ("rows", "queries", "ke
 
 @pytest.fixture(autouse=True)
 def _at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_hopper, "LEAST_QUERIES", {64: 0, 128: 0})
+    monkeypatch.setattr(launch_hopper_backward, "LEAST_QUERIES", {64: 0, 128: 0})
 
 
 def taken(call: Call, device: Device = HOPPER, deterministic: bool = False, **changes: Any) -> bool:
@@ -123,7 +123,7 @@ def test_layouts_that_a_tensor_map_has() -> None:
 
 def test_few_queries_are_left_to_the_plain_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    for columns, least in launch_hopper.LEAST_QUERIES.items():
+    for columns, least in launch_hopper_backward.LEAST_QUERIES.items():
         assert taken(call_of(shape=(1, 1, least, columns), kv_len=70))
         assert not taken(call_of(shape=(1, 1, least - 1, columns), kv_len=5000))
 

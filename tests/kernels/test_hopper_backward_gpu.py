@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 
 from hopper_calls import BF16, CALLS, CAUSAL, PLAIN  # noqa: E402
 
-from flashfuse.kernels import launch_hopper, plans  # noqa: E402
+from flashfuse.kernels import launch_hopper, launch_hopper_backward, plans  # noqa: E402
 from flashfuse.kernels.launch import attention_forward  # noqa: E402
 from flashfuse.kernels.launch_backward import attention_backward, prepare_backward  # noqa: E402
 from flashfuse.kernels.prepared import empty_on, start  # noqa: E402
@@ -31,7 +31,7 @@ LAUNCHES = 30
 
 @pytest.fixture(autouse=True)
 def _on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(launch_hopper, "LEAST_QUERIES", {64: 0, 128: 0})
+    monkeypatch.setattr(launch_hopper_backward, "LEAST_QUERIES", {64: 0, 128: 0})
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
     plans.attention_backward.plans.clear()

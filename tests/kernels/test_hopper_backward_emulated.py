@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 from emulated_gluon import start  # noqa: E402
 from hopper_calls import CALLS  # noqa: E402
 
-from flashfuse.kernels import launch_backward, launch_hopper  # noqa: E402
+from flashfuse.kernels import launch_backward, launch_hopper, launch_hopper_backward  # noqa: E402
 from flashfuse.kernels.backward_tiled import attention_backward_tiled  # noqa: E402
 from flashfuse.kernels.launch import Device  # noqa: E402
 from flashfuse.kernels.launch_backward import prepare_backward  # noqa: E402
@@ -41,7 +41,7 @@ SOME = (
 
 @pytest.fixture(autouse=True)
 def _on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_hopper, "LEAST_QUERIES", {64: 0, 128: 0})
+    monkeypatch.setattr(launch_hopper_backward, "LEAST_QUERIES", {64: 0, 128: 0})
     monkeypatch.setattr(launch_backward, "device_of", lambda _: Device("cuda", 90, 232448))
 
 
