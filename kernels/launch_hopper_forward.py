@@ -11,7 +11,7 @@ import torch
 
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_hopper import load_hopper_forward
-from flashfuse.kernels.expr import Product, walk
+from flashfuse.kernels.expr import Pointwise, Product, walk
 from flashfuse.kernels.launch import LOG2_E, Device, device_index, device_of, in_torch, shape_of, subtracts_scores
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
@@ -31,8 +31,10 @@ from flashfuse.kernels.spec import AttentionSpec
 SHARED_BYTES = 200 * 1024
 # Tiles of keys and values that are loaded ahead, by the wider of their columns.
 STAGES = {64: 4, 128: 2}
-# The same, and from how many queries on it is faster than the plain kernel.
-LEAST_QUERIES = {64: 256, 128: 256}
+# How many queries and keys it takes to be faster than the plain kernel, whose programs are smaller.
+LEAST_LENGTH = 2048
+# Functions that take many instructions.
+SPECIAL = frozenset({"pow", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos"})
 # Positions whose keys and values stay in the cache while tiles with the same number of keys run.
 MAX_SPREAD = 8
 
@@ -44,13 +46,27 @@ def takes(device: Device, call: AttentionCall) -> bool:
     return (
         is_hopper(device, SHARED_BYTES)
         and blocks is not None
-        and call.q_len >= LEAST_QUERIES[max(blocks)]
         and len(call.batch) <= BATCH_AXES
         and takes_program(call.spec)
         and all(x.dtype == call.spec.product_dtype for x in (call.q, call.k, call.v))
         and all(is_read(_own(x)) for x in (call.q, call.k, call.v))
         and has_map(out)
     )
+
+
+def is_faster(call: AttentionCall) -> bool:
+    """Whether the kernel is faster than the plain one, in whose place there are programs that share a processor.
+
+    That is so where there is much to multiply between loads and stores, and little to do for each score.
+    """
+    # Rows that ranges make short are those that the plain kernel is good at.
+    return min(call.q_len, call.kv_len) >= LEAST_LENGTH and call.kv_ranges is None and not _is_long(call.spec)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_long(spec: AttentionSpec) -> bool:
+    """Whether a score takes a special function, which is many instructions."""
+    return any(isinstance(e, Pointwise) and e.op in SPECIAL for e in walk(spec.score))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -124,7 +140,9 @@ def forward_constants(
 def prepare_hopper(call: AttentionCall) -> Prepared | None:
     """What launches a validated call by the kernel for Hopper; None where another one computes it."""
     blocks = blocks_of(call.head_dim, call.value_dim)
-    if blocks is None or not has_gluon() or in_torch(call) or not takes(device_of(device_index(call)), call):
+    if blocks is None or not has_gluon() or in_torch(call) or not is_faster(call):
+        return None
+    if not takes(device_of(device_index(call)), call):
         return None
     # It takes Gluon, which the other kernels do without.
     from flashfuse.kernels.hopper_forward import BLOCK_KV, BLOCK_Q, GROUP_Q, attention_hopper_forward_kernel

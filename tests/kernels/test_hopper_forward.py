@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from flashfuse.kernels import launch_hopper, launch_hopper_forward, plans  # noqa: E402
 from flashfuse.kernels.launch import Device  # noqa: E402
-from flashfuse.kernels.launch_hopper_forward import takes  # noqa: E402
+from flashfuse.kernels.launch_hopper_forward import is_faster, takes  # noqa: E402
 
 HOPPER = Device("cuda", 90, 232448)
 FP16 = torch.float16
@@ -27,8 +27,8 @@ CAUSAL = "where(kv_idx <= q_idx, qk * 0.125, -inf)"
 
 
 @pytest.fixture(autouse=True)
-def _at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_hopper_forward, "LEAST_QUERIES", {64: 0, 128: 0})
+def _taken_when_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_hopper_forward, "is_faster", lambda _: True)
 
 
 def call_of(score: str = CAUSAL, shape: tuple[int, ...] = (2, 2, 70, 64), **changes: Any) -> Call:
@@ -100,11 +100,15 @@ def test_layouts_that_a_tensor_map_has() -> None:
     assert not takes(HOPPER, replace(call, v=shifted))
 
 
-def test_few_queries_are_left_to_the_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_plain_kernel_is_faster_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    for columns, least in launch_hopper_forward.LEAST_QUERIES.items():
-        assert takes(HOPPER, call_of(shape=(1, 1, least, columns), kv_len=70))
-        assert not takes(HOPPER, call_of(shape=(1, 1, least - 1, columns), kv_len=5000))
+    least = launch_hopper_forward.LEAST_LENGTH
+    long = call_of(shape=(1, 1, least, 64))
+    assert is_faster(long)
+    assert not is_faster(call_of(shape=(1, 1, least - 1, 64), kv_len=least))
+    assert not is_faster(call_of(shape=(1, 1, least, 64), kv_len=least - 1))
+    assert not is_faster(call_of("tanh(qk * 0.0025) * 50.0", (1, 1, least, 64)))
+    assert not is_faster(replace(long, kv_ranges=torch.zeros(1, 1, 32, 4, dtype=torch.int32)))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ ALL = {**CALLS, **FORWARD_CALLS}
 
 @pytest.fixture(autouse=True)
 def _on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(launch_hopper_forward, "LEAST_QUERIES", {64: 0, 128: 0})
+    monkeypatch.setattr(launch_hopper_forward, "is_faster", lambda _: True)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
     plans.attention.plans.clear()
@@ -84,12 +84,16 @@ def test_every_launch_gives_the_same_with_ranges(make: object, head_dim: int) ->
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("empty_row", ["nan", "zero"])
 def test_rows_without_a_key(head_dim: int, empty_row: str) -> None:
-    """They are what the plain kernel gives, also where a value that none of them sees is NaN."""
+    """They are what the plain kernel gives, also where a value that none of them sees is NaN.
+
+    A row whose tile of keys holds that value is NaN too, as it is in torch, and the kernels' tiles are not of one size.
+    """
     score = "where(kv_idx > q_idx, qk * 0.125, -inf)"
     call = make_call(score, (1, 2, 300, head_dim), dtype=BF16, empty_row=empty_row).to("cuda")
     call.v[..., 0, :] = torch.nan
     (out, lse), (plain, plain_lse) = forward(call), attention_forward(call)
-    assert torch.equal(out.isnan(), plain.isnan())
+    assert torch.equal(out[..., 128:, :].isnan(), plain[..., 128:, :].isnan())
+    assert bool(out[..., 128:-1, :].isfinite().all())
     assert torch.equal(lse.isnan(), plain_lse.isnan())
     assert torch.equal(out[..., -1, :].nan_to_num(1.0), plain[..., -1, :].nan_to_num(1.0))
 
