@@ -1,21 +1,27 @@
 """What a Gluon kernel compiles in for one attention: the text that the Triton kernels compile in, by Gluon's names.
 
 Both languages share their builtins but for a constant tile, which has a layout in Gluon: there the compiler finds it.
-A product is one that the kernel has issued, and is waited for where Triton's text forms it.
+A product is one that the kernel has issued, and is waited for where Triton's text forms it. Of one captured tensor at
+pairs of a query and a key the kernel has loaded the tile too.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
+import torch
 
 from flashfuse.kernels.codegen import ScoreProgram, generate, load_program
 from flashfuse.kernels.codegen_backward import backward_source
 from flashfuse.kernels.codegen_derivative import generate_derivatives
+from flashfuse.kernels.expr import Expr, Load, Loaded, free_symbols, loads, sympify
 from flashfuse.kernels.mask import kernel_spec
-from flashfuse.kernels.modules import load_module
-from flashfuse.kernels.spec import AttentionSpec
+from flashfuse.kernels.modules import finished, load_module
+from flashfuse.kernels.normal import rewrite
+from flashfuse.kernels.source import index_source
+from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec
 
 _NAMES = {
     "import triton.language as tl\n": (
@@ -23,9 +29,34 @@ _NAMES = {
     ),
     "tl.full(": "gl.full(",
     "from flashfuse.kernels.tiles import product\n": "from flashfuse.kernels.hopper_tiles import arrived\n",
-    "(q, k, PRECISION: tl.constexpr, ": "(qk, OUTSTANDING: tl.constexpr, ",
+    "(q, k, PRECISION: tl.constexpr, ": "(qk, pairs, OUTSTANDING: tl.constexpr, ",
     "product(q, k, PRECISION)": "arrived(qk, OUTSTANDING)",
 }
+
+# Element types of a tile of pairs that there is room for.
+_PAIR_TYPES = (torch.float16, torch.bfloat16)
+# Batch axes of a tensor that a tile of pairs is loaded from.
+PAIR_AXES = 3
+
+_PAIRS_AT = '''"""Where a tile of t{slot}[{places}] is."""
+
+IMPORTS
+
+@triton.jit
+def pairs_at_HASH(n0, n1, n2, n3, q_len, kv_len, sizes):
+    """The position on its first axes; 0 on those that it does not have."""
+    return {places}
+'''
+
+
+@dataclass(frozen=True, eq=False)
+class HopperForwardProgram(ScoreProgram):
+    """A score is one of a tile of products under way, of the tile of pairs, and of the number of products since.
+
+    pairs_at: position in the batch -> that of the tile of pairs on three axes; None where none is loaded.
+    """
+
+    pairs_at: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,17 +69,49 @@ class HopperBackwardProgram:
 
 
 @functools.lru_cache(maxsize=1024)
-def load_hopper_forward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) -> ScoreProgram:
-    """As `load_program`; a score is one of a tile of products under way and of the number of those issued since."""
+def load_hopper_forward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) -> HopperForwardProgram:
+    """As `load_program`."""
     program = load_program(spec, ranged, fewer_queries)
-    function = _module("score", *generate(kernel_spec(spec, fewer_queries), ranged, fewer_queries))
-    return replace(
-        program,
-        score_masked=function("score_masked"),
-        score_full=function("score_full"),
-        kv_bounds=function("kv_bounds"),
-        **{name: function(name) for name in ("sink", "row_factor", "row_kept") if getattr(program, name) is not None},
+    pairs = pair_read(spec)
+    function = _module("score", *generate(_loading(kernel_spec(spec, fewer_queries), pairs), ranged, fewer_queries))
+    optional = ("sink", "row_factor", "row_kept")
+    own = {
+        **{name: function(name) for name in ("score_masked", "score_full", "kv_bounds")},
+        **{name: function(name) for name in optional if getattr(program, name) is not None},
+    }
+    return HopperForwardProgram(
+        **{**{field.name: getattr(program, field.name) for field in fields(program)}, **own},
+        pairs_at=None if pairs is None else _module("pairs", *_pairs_at(pairs))("pairs_at"),
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def pair_read(spec: AttentionSpec) -> Load | None:
+    """The only read at pairs of a query and a key, if its tiles are tiles of a tensor's last two axes."""
+    reads = dict.fromkeys(read for program in spec.programs for read in loads(program))
+    of_pairs = [read for read in reads if {Q_IDX, KV_IDX} <= free_symbols(read)]
+    if len(of_pairs) != 1 or not isinstance(of_pairs[0], Load) or of_pairs[0].dtype not in _PAIR_TYPES:
+        return None
+    (read,) = of_pairs
+    *outer, row, column = map(sympify, read.indices)
+    along = frozenset().union(*(i.free_symbols for i in outer)) & {Q_IDX, KV_IDX}
+    return read if (row, column) == (Q_IDX, KV_IDX) and not along and len(outer) <= PAIR_AXES else None
+
+
+def _loading(spec: AttentionSpec, read: Load | None) -> AttentionSpec:
+    """The spec for a kernel that makes a read itself."""
+
+    def rule(e: Expr) -> Expr | None:
+        return Loaded(e.dtype, e.tensor, e.indices) if isinstance(e, Load) and e == read else None
+
+    return spec if read is None else replace(spec, score=rewrite(spec.score, rule))
+
+
+def _pairs_at(read: Load) -> tuple[str, str]:
+    """(hash, source text) of the module of `HopperForwardProgram.pairs_at`."""
+    outer = [index_source(sympify(i)) for i in read.indices[:-2]]
+    places = ", ".join([*outer, *("0",) * (PAIR_AXES - len(outer))])
+    return finished(_PAIRS_AT.format(slot=read.tensor, places=places), read.dtype)
 
 
 @functools.lru_cache(maxsize=1024)

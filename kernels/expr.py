@@ -43,6 +43,11 @@ class Load(Expr):
 
 
 @dataclass(frozen=True)
+class Loaded(Load):
+    """A read at pairs of a query and a key that a kernel makes itself: generated functions are given its tile."""
+
+
+@dataclass(frozen=True)
 class Gather(Expr):
     """The element of a materialised tensor at computed positions, one integer expression per dimension: a look-up.
 

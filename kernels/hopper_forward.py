@@ -3,6 +3,8 @@
 One warp loads, two groups of four warps have 64 queries each. The products of a tile of keys run beside each other and
 under exponentials: scores of one tile are issued before the values of the tile before it, which are waited for when the
 row maxima are known. What the loader brings for a tile is therefore its keys, and the values of the tile before.
+A captured tensor that is read for each pair comes in tiles too, each into a group's registers before its scores are
+there, so that one buffer a group is enough.
 Shah et al., FlashAttention-3, https://arxiv.org/abs/2407.08608, section 3.
 """
 
@@ -30,21 +32,23 @@ MAX_REGISTERS = 168
 
 @gluon.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])
 def attention_hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, ranges_ptr, ranges_strides,
+    q_desc, k_desc, v_desc, out_desc, pairs_desc, lse_ptr, ranges_ptr, ranges_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: gl.constexpr, SCORE_FULL: gl.constexpr, KV_BOUNDS: gl.constexpr,
     LOG2_SCALE: gl.constexpr, FILL_THRESHOLD: gl.constexpr, LARGE_SCORES: gl.constexpr, FILLS: gl.constexpr,
     ZERO_EMPTY_ROWS: gl.constexpr, LONGEST_FIRST: gl.constexpr, SINK: gl.constexpr, ROW_FACTOR: gl.constexpr,
     ROW_KEPT: gl.constexpr, Q_AXES: gl.constexpr, K_AXES: gl.constexpr, V_AXES: gl.constexpr,
+    PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr, SHARED_BATCH: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)): see `forward`, whose results these are.
 
-    q_desc, .., out_desc: [n0, n1, n2, T, D]. Q_AXES, ..: on which of the three axes the operand has
-    positions of its own.
+    q_desc, .., out_desc: [n0, n1, n2, T, D]; pairs_desc: [n0, n1, n2, Tq, Tkv], or None. Q_AXES, ..: on which of the
+    three axes the operand has positions of its own. PAIRS_AT: where on them pairs_desc is read.
     BLOCK_D, BLOCK_DV: 64 or 128 columns, behind the last of which TMA gives zeros and writes nothing.
     STAGES: tiles of keys, each with one of values, that are loaded ahead.
     SPREAD: how many positions take a tile of queries before the next is begun; a divisor of their number.
+    SHARED_BATCH: whether positions next to each other are those of the first axis.
     """
     dtype: gl.constexpr = q_desc.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -59,37 +63,51 @@ def attention_hopper_forward_kernel(
     v_s = gl.allocate_shared_memory(
         dtype, [STAGES, BLOCK_KV, BLOCK_DV], gl.NVMMASharedLayout.get_default_for([BLOCK_KV, BLOCK_DV], dtype)
     )  # fmt: skip
+    # What is read for each pair of a tile, by the queries of each group.
+    if pairs_desc is not None:
+        pairs_s = gl.allocate_shared_memory(
+            pairs_desc.dtype, [2, GROUP_Q, BLOCK_KV],
+            gl.NVMMASharedLayout.get_default_for([GROUP_Q, BLOCK_KV], pairs_desc.dtype),
+        )  # fmt: skip
     # Whether the queries of a group see the keys that a mask has ruled out.
     filled_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     known = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    pairs_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    pairs_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     mbarrier.init(q_full, count=1)
     mbarrier.init(known, count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
+    for group in gl.static_range(2):
+        mbarrier.init(pairs_full.index(group), count=1)
+        mbarrier.init(pairs_empty.index(group), count=1)
     fence_async_shared()
-    barriers = (q_full, full, empty, known)
+    barriers = (q_full, full, empty, known, pairs_full, pairs_empty)
     gl.warp_specialize(
         [
             (_attend, (
-                0, out_desc, lse_ptr, q_s, k_s, v_s, filled_s, barriers, ranges_ptr, ranges_strides,
+                0, out_desc, lse_ptr, q_s, k_s, v_s, pairs_s if pairs_desc is not None else None, filled_s, barriers,
+                ranges_ptr, ranges_strides,
                 batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
                 SCORE_MASKED, SCORE_FULL, KV_BOUNDS, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS,
-                LONGEST_FIRST, SINK, ROW_FACTOR, ROW_KEPT, BLOCK_D, BLOCK_DV, STAGES, SPREAD,
+                LONGEST_FIRST, SINK, ROW_FACTOR, ROW_KEPT, SHARED_BATCH, BLOCK_D, BLOCK_DV, STAGES, SPREAD,
             )),
             (_attend, (
-                1, out_desc, lse_ptr, q_s, k_s, v_s, filled_s, barriers, ranges_ptr, ranges_strides,
+                1, out_desc, lse_ptr, q_s, k_s, v_s, pairs_s if pairs_desc is not None else None, filled_s, barriers,
+                ranges_ptr, ranges_strides,
                 batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
                 SCORE_MASKED, SCORE_FULL, KV_BOUNDS, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS,
-                LONGEST_FIRST, SINK, ROW_FACTOR, ROW_KEPT, BLOCK_D, BLOCK_DV, STAGES, SPREAD,
+                LONGEST_FIRST, SINK, ROW_FACTOR, ROW_KEPT, SHARED_BATCH, BLOCK_D, BLOCK_DV, STAGES, SPREAD,
             )),
             (_load, (
-                q_desc, k_desc, v_desc, q_s, k_s, v_s, filled_s, barriers, ranges_ptr, ranges_strides,
+                q_desc, k_desc, v_desc, pairs_desc, q_s, k_s, v_s, pairs_s if pairs_desc is not None else None, filled_s,
+                barriers, ranges_ptr, ranges_strides,
                 batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, KV_BOUNDS, FILL_THRESHOLD, LONGEST_FIRST,
-                Q_AXES, K_AXES, V_AXES, BLOCK_D, STAGES, SPREAD,
+                Q_AXES, K_AXES, V_AXES, PAIRS_AT, PAIRS_AXES, SHARED_BATCH, BLOCK_D, STAGES, SPREAD,
             )),
         ],
         [4, 1],
@@ -102,12 +120,20 @@ def attention_hopper_forward_kernel(
 
 
 @gluon.jit
-def _owned(batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST: gl.constexpr, SPREAD: gl.constexpr):
+def _owned(
+    batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST: gl.constexpr, SHARED_BATCH: gl.constexpr,
+    SPREAD: gl.constexpr,
+):  # fmt: skip
     """This program's first query, and its position on the four axes."""
     tiles = gl.cdiv(q_len, BLOCK_Q)
     round_of = gl.program_id(0) // (tiles * SPREAD)
     rest = gl.program_id(0) % (tiles * SPREAD)
-    n0, n1, n2, n3 = batch_position(round_of * SPREAD + rest % SPREAD, batch_0, batch_1, batch_2, batch_3)
+    position = round_of * SPREAD + rest % SPREAD
+    if SHARED_BATCH:
+        n0 = position % batch_0
+        _, n1, n2, n3 = batch_position(position // batch_0, 1, batch_1, batch_2, batch_3)
+    else:
+        n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
     tile = rest // SPREAD
     if LONGEST_FIRST:
         tile = tiles - 1 - tile
@@ -173,14 +199,17 @@ def _q_slot(q_s, group, BLOCK: gl.constexpr, dtype: gl.constexpr):
 
 @gluon.jit
 def _load(
-    q_desc, k_desc, v_desc, q_s, k_s, v_s, filled_s, barriers, ranges_ptr, ranges_strides,
+    q_desc, k_desc, v_desc, pairs_desc, q_s, k_s, v_s, pairs_s, filled_s, barriers, ranges_ptr, ranges_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, KV_BOUNDS: gl.constexpr, FILL_THRESHOLD: gl.constexpr,
     LONGEST_FIRST: gl.constexpr, Q_AXES: gl.constexpr, K_AXES: gl.constexpr, V_AXES: gl.constexpr,
+    PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr, SHARED_BATCH: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """Queries once, and tiles of keys and values as stages become free: the last tile first, values a stage later."""
-    q_full, full, empty, known = barriers
-    q_start, n0, n1, n2, n3 = _owned(batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST, SPREAD)
+    q_full, full, empty, known, pairs_full, pairs_empty = barriers
+    q_start, n0, n1, n2, n3 = _owned(
+        batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST, SHARED_BATCH, SPREAD
+    )  # fmt: skip
     start, _, _, end = _visited(
         q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS
     )  # fmt: skip
@@ -190,6 +219,8 @@ def _load(
         _load_own(q_desc, n0, n1, n2, q_start + group * GROUP_Q, q_full, slot, Q_AXES)
     mbarrier.expect(full.index(0), k_desc.block_type.nbytes)
     _load_own(k_desc, n0, n1, n2, end - BLOCK_KV, full.index(0), k_s.index(0), K_AXES)
+    at = (n0, n1, n2, n3, q_len, kv_len, sizes)
+    _load_pairs(pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, end - BLOCK_KV, 0, PAIRS_AT, PAIRS_AXES)
     stage = 1
     phase = 1
     for i in range(1, (end - start) // BLOCK_KV):
@@ -198,6 +229,7 @@ def _load(
         mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
         _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
         _load_own(v_desc, n0, n1, n2, kv_start + BLOCK_KV, full.index(stage), v_s.index(stage), V_AXES)
+        _load_pairs(pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, i, PAIRS_AT, PAIRS_AXES)
         stage, phase = next_stage(stage, phase, STAGES)
     mbarrier.wait(empty.index(stage), phase)
     mbarrier.expect(full.index(stage), v_desc.block_type.nbytes)
@@ -212,13 +244,35 @@ def _load(
             mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
             _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
             _load_own(v_desc, n0, n1, n2, kv_start, full.index(stage), v_s.index(stage), V_AXES)
+            number = (end - start) // BLOCK_KV + i
+            _load_pairs(
+                pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, number, PAIRS_AT, PAIRS_AXES
+            )  # fmt: skip
 
 
 @gluon.jit
-def _load_own(desc, n0, n1, n2, row, barrier, slot, AXES: gl.constexpr):
+def _load_pairs(
+    pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, number, PAIRS_AT: gl.constexpr,
+    PAIRS_AXES: gl.constexpr,
+):  # fmt: skip
+    """What is read for each pair of the program's tile with this number, if anything is."""
+    if pairs_desc is not None:
+        n0, n1, n2, n3, q_len, kv_len, sizes = at
+        m0, m1, m2 = PAIRS_AT(n0, n1, n2, n3, q_len, kv_len, sizes)
+        for group in gl.static_range(2):
+            mbarrier.wait(pairs_empty.index(group), (number & 1) ^ 1)
+            mbarrier.expect(pairs_full.index(group), pairs_desc.block_type.nbytes)
+            row = q_start + group * GROUP_Q
+            _load_own(
+                pairs_desc, m0, m1, m2, row, pairs_full.index(group), pairs_s.index(group), PAIRS_AXES, kv_start
+            )  # fmt: skip
+
+
+@gluon.jit
+def _load_own(desc, n0, n1, n2, row, barrier, slot, AXES: gl.constexpr, column=0):
     """Rows of an operand; on axes where it has one position for all, that."""
     load_rows(
-        desc, n0 if AXES[0] else 0, n1 if AXES[1] else 0, n2 if AXES[2] else 0, row, barrier, slot
+        desc, n0 if AXES[0] else 0, n1 if AXES[1] else 0, n2 if AXES[2] else 0, row, barrier, slot, column
     )  # fmt: skip
 
 
@@ -228,21 +282,24 @@ def _load_own(desc, n0, n1, n2, row, barrier, slot, AXES: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    GROUP: gl.constexpr, out_desc, lse_ptr, q_s, k_s, v_s, filled_s, barriers, ranges_ptr, ranges_strides,
+    GROUP: gl.constexpr, out_desc, lse_ptr, q_s, k_s, v_s, pairs_s, filled_s, barriers, ranges_ptr, ranges_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: gl.constexpr, SCORE_FULL: gl.constexpr, KV_BOUNDS: gl.constexpr,
     LOG2_SCALE: gl.constexpr, FILL_THRESHOLD: gl.constexpr, LARGE_SCORES: gl.constexpr, FILLS: gl.constexpr,
     ZERO_EMPTY_ROWS: gl.constexpr, LONGEST_FIRST: gl.constexpr, SINK: gl.constexpr, ROW_FACTOR: gl.constexpr,
-    ROW_KEPT: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr,
+    ROW_KEPT: gl.constexpr, SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    STAGES: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """The output and the log-sum-exp of the 64 queries of one group."""
-    q_full, full, empty, known = barriers
+    q_full, full, empty, known, pairs_full, pairs_empty = barriers
     dtype: gl.constexpr = q_s.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KV, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, SUMS)
-    q_start, n0, n1, n2, n3 = _owned(batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST, SPREAD)
+    q_start, n0, n1, n2, n3 = _owned(
+        batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST, SHARED_BATCH, SPREAD
+    )  # fmt: skip
     start, full_start, full_end, end = _visited(
         q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS
     )  # fmt: skip
@@ -257,7 +314,8 @@ def _attend(
     mbarrier.wait(q_full, 0)
     mbarrier.wait(full.index(0), 0)
     qk = warpgroup_mma(q, k_s.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    score = _scores(qk, q_start, end - BLOCK_KV, at, captured, captured_strides, SCORE_MASKED, 0)
+    pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, 0)
+    score = _scores(qk, pairs, q_start, end - BLOCK_KV, at, captured, captured_strides, SCORE_MASKED, 0)
     mbarrier.arrive(empty.index(0), count=1)
     stage = 1
     phase = 0
@@ -273,10 +331,11 @@ def _attend(
         mbarrier.wait(full.index(stage), phase)
         qk = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         acc_next = warpgroup_mma(w, v_s.index(stage), acc, is_async=True)
+        pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, i)
         if masked:
-            score = _scores(qk, q_start, opaque(kv_start), at, captured, captured_strides, SCORE_MASKED, 1)
+            score = _scores(qk, pairs, q_start, opaque(kv_start), at, captured, captured_strides, SCORE_MASKED, 1)
         else:
-            score = _scores(qk, q_start, kv_start, at, captured, captured_strides, SCORE_FULL, 1)
+            score = _scores(qk, pairs, q_start, kv_start, at, captured, captured_strides, SCORE_FULL, 1)
         new_max, new_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
         acc = arrived(acc_next, 0)
         mbarrier.arrive(empty.index(stage), count=1)
@@ -304,7 +363,8 @@ def _attend(
             kv_start = _skipped_tile(i, before, end)
             mbarrier.wait(full.index(stage), phase)
             qk = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            score = _scores(qk, q_start, kv_start, at, captured, captured_strides, SCORE_MASKED, 0)
+            pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, (end - start) // BLOCK_KV + i)
+            score = _scores(qk, pairs, q_start, kv_start, at, captured, captured_strides, SCORE_MASKED, 0)
             new_max, new_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
             p, correction = exponentials(score, row_max, row_shift, subtracted, LOG2_SCALE, LARGE_SCORES, False)
             row_sum = row_sum * correction + gl.sum(p, 1)
@@ -333,13 +393,30 @@ def _attend(
 
 
 @gluon.jit
+def _pairs(pairs_s, pairs_full, pairs_empty, GROUP: gl.constexpr, number):
+    """What is read for each pair of the group's tile with this number; 0 where nothing is."""
+    if pairs_s is None:
+        return 0
+    else:
+        mbarrier.wait(pairs_full.index(GROUP), number & 1)
+        pairs = pairs_s.index(GROUP).load(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KV, 16]))
+        # All threads have read before TMA writes there again.
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(pairs_empty.index(GROUP), count=1)
+        return pairs
+
+
+@gluon.jit
 def _scores(
-    qk, q_start, kv_start, at, captured, captured_strides, SCORE: gl.constexpr, OUTSTANDING: gl.constexpr
+    qk, pairs, q_start, kv_start, at, captured, captured_strides, SCORE: gl.constexpr, OUTSTANDING: gl.constexpr
 ):  # fmt: skip
     """The inner scores of a tile whose products are under way, and OUTSTANDING products issued after those."""
     n0, n1, n2, n3, q_len, kv_len, sizes = at
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KV, 16])
     q_idx = gl.minimum(q_start + gl.arange(0, GROUP_Q, gl.SliceLayout(1, LAYOUT)), q_len - 1)[:, None]
     kv_idx = kv_start + gl.arange(0, BLOCK_KV, gl.SliceLayout(0, LAYOUT))[None, :]
-    score, _ = SCORE(qk, OUTSTANDING, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
+    score, _ = SCORE(
+        qk, pairs, OUTSTANDING, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides
+    )  # fmt: skip
     return score

@@ -6,10 +6,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 
 @gluon.jit
-def load_rows(desc, n0, n1, n2, row, barrier, slot):
+def load_rows(desc, n0, n1, n2, row, barrier, slot, column=0):
     """Rows from `row` on of [n0, n1, n2, T, D] into shared memory; the barrier hears of their bytes."""
     tma.async_copy_global_to_shared(
-        desc, [n0, n1, n2, row, 0], barrier, slot._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+        desc, [n0, n1, n2, row, column], barrier, slot._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
     )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from flashfuse.kernels.call import AttentionCall
-from flashfuse.kernels.codegen_hopper import load_hopper_forward
-from flashfuse.kernels.expr import Pointwise, Product, walk
+from flashfuse.kernels.codegen_hopper import load_hopper_forward, pair_read
+from flashfuse.kernels.expr import Load, Pointwise, Product, walk
 from flashfuse.kernels.launch import LOG2_E, Device, device_index, device_of, in_torch, shape_of, subtracts_scores
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
@@ -35,7 +35,7 @@ STAGES = {64: 4, 128: 2}
 LEAST_LENGTH = 2048
 # Functions that take many instructions.
 SPECIAL = frozenset({"pow", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos"})
-# Positions whose keys and values stay in the cache while tiles with the same number of keys run.
+# Positions whose keys and values stay in the cache while tiles with the same number of keys run, or the same pairs.
 MAX_SPREAD = 8
 
 
@@ -51,7 +51,19 @@ def takes(device: Device, call: AttentionCall) -> bool:
         and all(x.dtype == call.spec.product_dtype for x in (call.q, call.k, call.v))
         and all(is_read(_own(x)) for x in (call.q, call.k, call.v))
         and has_map(out)
+        and _reads_pairs(call)
     )
+
+
+def _reads_pairs(call: AttentionCall) -> bool:
+    """Whether the tensor that is read for each pair, if there is one, is one that TMA reads."""
+    read = pair_read(call.spec)
+    return read is None or is_read(_own(call.captured[_slot(read)]))
+
+
+def _slot(read: Load) -> int:
+    assert isinstance(read.tensor, int)
+    return read.tensor
 
 
 def is_faster(call: AttentionCall) -> bool:
@@ -59,8 +71,9 @@ def is_faster(call: AttentionCall) -> bool:
 
     That is so where there is much to multiply between loads and stores, and little to do for each score.
     """
-    # Rows that ranges make short are those that the plain kernel is good at.
-    return min(call.q_len, call.kv_len) >= LEAST_LENGTH and call.kv_ranges is None and not _is_long(call.spec)
+    # Rows that ranges make short are those that the plain kernel is good at, but for what it reads for each pair.
+    whole = call.kv_ranges is None or pair_read(call.spec) is not None
+    return min(call.q_len, call.kv_len) >= LEAST_LENGTH and whole and not _is_long(call.spec)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -71,7 +84,7 @@ def _is_long(spec: AttentionSpec) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def takes_program(spec: AttentionSpec) -> bool:
-    """Whether its numbers are those that the kernel reads, and none is read or drawn for each pair."""
+    """Whether its numbers are those that the kernel reads, and of pairs are none or one tensor's tiles."""
     shape = shape_of(spec, 1, 1, 1)
     return (
         spec.product_dtype in (torch.float16, torch.bfloat16)
@@ -80,7 +93,7 @@ def takes_program(spec: AttentionSpec) -> bool:
         and spec.key is None
         and spec.value is None
         and not spec.dropout
-        and (shape.captured_bytes, shape.looked_up) == (0, False)
+        and ((shape.captured_bytes, shape.looked_up) == (0, False) or pair_read(spec) is not None)
         and load_hopper_forward(spec, False, False).factor_masked is None
         and any(isinstance(e, Product) for e in walk(spec.score))
     )
@@ -89,6 +102,12 @@ def takes_program(spec: AttentionSpec) -> bool:
 def _own(x: torch.Tensor) -> torch.Tensor:
     """The positions of an operand that are its own: one along an axis that it is shared over."""
     return x[tuple(slice(None) if stride else slice(1) for stride in x.stride()[:-2])]
+
+
+def _pairs_like(call: AttentionCall, read: Load) -> Buffer:
+    """The tensor that is read for each pair, as far as there are queries and keys: TMA reads 0 behind them."""
+    *outer, rows, columns = (own := Buffer.like(_own(call.captured[_slot(read)]))).size
+    return own._replace(size=(*outer, min(rows, call.q_len), min(columns, call.kv_len)))
 
 
 def _own_axes(own: torch.Tensor, batch: tuple[int, ...]) -> tuple[bool, ...]:
@@ -105,8 +124,9 @@ def forward_constants(
     fewer_queries: bool,
     positions: int,
 ) -> Mapping[str, Any]:
-    """Compile-time arguments and options; axes: of q, k and v, on which of three they have positions of their own.
+    """Compile-time arguments and options.
 
+    axes: of q, k, v and what is read for each pair, on which of three they have positions of their own.
     positions: how many of the batch there are.
     """
     from flashfuse.kernels.hopper_forward import MAX_REGISTERS
@@ -128,10 +148,13 @@ def forward_constants(
         "Q_AXES": axes[0],
         "K_AXES": axes[1],
         "V_AXES": axes[2],
+        "PAIRS_AT": program.pairs_at,
+        "PAIRS_AXES": axes[3],
+        "SHARED_BATCH": program.shared_batch,
         "BLOCK_D": blocks[0],
         "BLOCK_DV": blocks[1],
         "STAGES": STAGES[max(blocks)],
-        "SPREAD": math.gcd(MAX_SPREAD, positions) if program.longest_first else 1,
+        "SPREAD": math.gcd(MAX_SPREAD, positions) if program.longest_first or program.pairs_at is not None else 1,
         "num_warps": 4,
         "maxnreg": MAX_REGISTERS,
     }
@@ -149,12 +172,17 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
 
     out, lse = empty_output(call)
     own = [_own(x) for x in (call.q, call.k, call.v)]
-    axes = tuple(_own_axes(x, call.batch) for x in own)
+    read = pair_read(call.spec)
+    pairs = None if read is None else _pairs_like(call, read)
+    shared = () if read is None else tuple(s == 0 for s in call.captured[_slot(read)].stride()[:-2])
+    axes = (*(_own_axes(x, call.batch) for x in own), (*(not s for s in shared), *(True,) * (BATCH_AXES - len(shared))))
     positions, fewer_queries = math.prod(call.batch), call.q_len <= call.kv_len
     variant = forward_constants(call.spec, blocks, axes, call.kv_ranges is not None, fewer_queries, positions)
     of_ranges = (0,) * 6 if call.kv_ranges is None else strides_of(call.kv_ranges, call.batch)
     tiles = ((GROUP_Q, blocks[0]), (BLOCK_KV, blocks[0]), (BLOCK_KV, blocks[1]), (GROUP_Q, blocks[1]))
     operands = zip((*own, out), tiles, strict=True)
+    descriptors = [tensor_map(Buffer.like(x), rows.value, columns) for x, (rows, columns) in operands]
+    of_pairs = None if pairs is None else tensor_map(pairs, GROUP_Q.value, BLOCK_KV.value)
     programs = positions * -(-call.q_len // BLOCK_Q.value)
     return Prepared(
         launches=(KernelLaunch(attention_hopper_forward_kernel, programs, variant),),
@@ -163,5 +191,6 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
         workspace=None,
         numbers=(of_ranges, *padded_axes(call.batch), call.q_len, call.kv_len, call.program_sizes),
         captured_strides=tuple(c.stride() for c in call.captured),
-        descriptors=tuple(tensor_map(Buffer.like(x), rows.value, columns) for x, (rows, columns) in operands),
+        descriptors=(*descriptors, of_pairs),
+        pairs=None if read is None else _slot(read),
     )

@@ -58,7 +58,8 @@ class Prepared:
     workspace: how many numbers of lse's type the kernels leave for each other, 0 for none; None for a kernel that knows
     of no such thing.
     numbers: the arguments between the tensors and the captured tensors.
-    descriptors: of q, k, v and out, without tensors, for a kernel that reads those by TMA, and no seed.
+    descriptors: of q, k, v, out and the captured tensor `pairs`, None without one, for a kernel that reads those by TMA
+    and no seed; without tensors.
     """
 
     launches: tuple[KernelLaunch, ...]
@@ -68,6 +69,7 @@ class Prepared:
     numbers: tuple[Any, ...]
     captured_strides: tuple[tuple[int, ...], ...]
     descriptors: tuple[Any, ...] = ()
+    pairs: int | None = None
 
     @staticmethod
     def of(
@@ -104,7 +106,8 @@ class Prepared:
             parts = (empty((self.workspace,), (1,), self.lse[2]) if self.workspace else None,)
         tensors: tuple[Any, ...] = (q, k, v, out, lse, kv_ranges, seed, *parts)
         if self.descriptors:
-            tensors = (*map(described, self.descriptors, (q, k, v, out)), lse, kv_ranges)
+            pairs = None if self.pairs is None else captured[self.pairs]
+            tensors = (*map(described, self.descriptors, (q, k, v, out, pairs)), lse, kv_ranges)
         arguments = (*tensors, *self.numbers, captured, self.captured_strides)
         for launch in self.launches:
             start(launch, arguments)
@@ -129,6 +132,8 @@ def strides_of(x: torch.Tensor, batch: tuple[int, ...]) -> tuple[int, ...]:
 
 def described(descriptor: Any, x: torch.Tensor | None) -> Any:
     """The descriptor of one tensor. What its class would ask of it was asked when the call was prepared."""
+    if descriptor is None:
+        return None
     found = object.__new__(type(descriptor))
     found.__dict__ = {**descriptor.__dict__, "base": x}
     return found

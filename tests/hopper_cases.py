@@ -13,6 +13,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from flashfuse.kernels import hopper_forward
 from flashfuse.kernels.codegen_backward import load_backward
+from flashfuse.kernels.codegen_hopper import pair_read
 from flashfuse.kernels.hopper_backward import GROUP_KV, attention_hopper_backward_kernel
 from flashfuse.kernels.hopper_forward import attention_hopper_forward_kernel
 from flashfuse.kernels.launch_hopper_backward import BLOCK_Q, backward_constants
@@ -34,6 +35,9 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
         (torch.bool,),
         (2,),
     ),
+    "bias": ("qk * 0.125 + t0[n1, q_idx, kv_idx]", (torch.bfloat16,), (3,)),
+    "causal bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[n1, q_idx, kv_idx], -inf)", (torch.float16,), (3,)),
+    "scaled bias": ("(qk + t0[n0, q_idx, kv_idx]) * 0.125", (torch.bfloat16,), (3,)),
     "fill": ("where(kv_idx <= q_idx - 200, qk * 0.125, -10000.0)", (), ()),
     "sink": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (torch.float32,), (1,)),
 }
@@ -64,8 +68,10 @@ def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.d
     """The kernel for sm_90, of keys that one axis shares; of documents with their ranges."""
     spec = _spec(program, dtype)
     ranged = program == "documents"
-    variant = forward_constants(spec, (head_dim, value_dim), ((True, True, True), AXES, AXES), ranged, True, SPREAD)
+    axes = ((True, True, True), AXES, AXES, (True, True, True))
+    variant = forward_constants(spec, (head_dim, value_dim), axes, ranged, True, SPREAD)
     rows, keys = hopper_forward.GROUP_Q.value, hopper_forward.BLOCK_KV.value
+    pairs = pair_read(spec)
     given = {
         "ranges_ptr": "*i32" if ranged else None,
         "lse_ptr": "*fp32",
@@ -73,6 +79,7 @@ def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.d
         "k_desc": described(dtype, keys, head_dim),
         "v_desc": described(dtype, keys, value_dim),
         "out_desc": described(dtype, rows, value_dim),
+        "pairs_desc": None if pairs is None else described(pairs.dtype, rows, keys),
     }
     return _compiled(attention_hopper_forward_kernel, program, variant, given)
 

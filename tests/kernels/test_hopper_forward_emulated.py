@@ -16,7 +16,7 @@ from numerics import assert_close_to_exact, assert_lse_close_to_exact
 triton = pytest.importorskip("triton")
 
 from emulated_gluon import start  # noqa: E402
-from hopper_calls import CALLS, FORWARD_CALLS  # noqa: E402
+from hopper_calls import BIAS_CALLS, CALLS, FORWARD_CALLS  # noqa: E402
 
 from flashfuse.kernels import launch_hopper, launch_hopper_forward  # noqa: E402
 from flashfuse.kernels.launch import Device  # noqa: E402
@@ -35,8 +35,9 @@ SOME = (
     "rows-64", "sink-64", "batch2x2x3-2x2x1-causal-64", "batch3x2-1x1-plain-128", "batch--causal-64", "documents-64",
     "documents-128", "padding-64", "padded-64", "rows_apart-128", "heads_inside-64",
     *(name for at, name in enumerate(FORWARD_CALLS) if at % 4 in (0, 3)),
+    *(name for at, name in enumerate(BIAS_CALLS) if at % 4 in (0, 3)),
 )  # fmt: skip
-ALL = {**CALLS, **FORWARD_CALLS}
+ALL = {**CALLS, **FORWARD_CALLS, **BIAS_CALLS}
 
 
 @pytest.fixture(autouse=True)
