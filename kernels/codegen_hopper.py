@@ -21,7 +21,7 @@ from flashfuse.kernels.mask import kernel_spec
 from flashfuse.kernels.modules import finished, load_module
 from flashfuse.kernels.normal import rewrite
 from flashfuse.kernels.source import index_source
-from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec
+from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, to_text
 
 _NAMES = {
     "import triton.language as tl\n": (
@@ -33,12 +33,12 @@ _NAMES = {
     "product(q, k, PRECISION)": "arrived(qk, OUTSTANDING)",
 }
 
-# Element types of a tile of pairs that there is room for.
-_PAIR_TYPES = (torch.float16, torch.bfloat16)
+# Element types of a tile of pairs.
+_PAIR_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Batch axes of a tensor that a tile of pairs is loaded from.
 PAIR_AXES = 3
 
-_PAIRS_AT = '''"""Where a tile of t{slot}[{places}] is."""
+_PAIRS_AT = '''"""Where a tile of {read} is."""
 
 IMPORTS
 
@@ -111,7 +111,7 @@ def _pairs_at(read: Load) -> tuple[str, str]:
     """(hash, source text) of the module of `HopperForwardProgram.pairs_at`."""
     outer = [index_source(sympify(i)) for i in read.indices[:-2]]
     places = ", ".join([*outer, *("0",) * (PAIR_AXES - len(outer))])
-    return finished(_PAIRS_AT.format(slot=read.tensor, places=places), read.dtype)
+    return finished(_PAIRS_AT.format(read=to_text(read), places=places), read.dtype)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -104,8 +104,8 @@ def attention_hopper_forward_kernel(
                 LONGEST_FIRST, SINK, ROW_FACTOR, ROW_KEPT, SHARED_BATCH, BLOCK_D, BLOCK_DV, STAGES, SPREAD,
             )),
             (_load, (
-                q_desc, k_desc, v_desc, pairs_desc, q_s, k_s, v_s, pairs_s if pairs_desc is not None else None, filled_s,
-                barriers, ranges_ptr, ranges_strides,
+                q_desc, k_desc, v_desc, pairs_desc, q_s, k_s, v_s, pairs_s if pairs_desc is not None else None,
+                filled_s, barriers, ranges_ptr, ranges_strides,
                 batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, KV_BOUNDS, FILL_THRESHOLD, LONGEST_FIRST,
                 Q_AXES, K_AXES, V_AXES, PAIRS_AT, PAIRS_AXES, SHARED_BATCH, BLOCK_D, STAGES, SPREAD,
             )),

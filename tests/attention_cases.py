@@ -25,7 +25,7 @@ class Call(AttentionCall):
 
     def to(self, device: str) -> Call:
         kv_ranges = None if self.kv_ranges is None else self.kv_ranges.to(device)
-        return self.on([x.to(device) for x in self.operands], kv_ranges)
+        return self.on([_moved(x, device) for x in self.operands], kv_ranges)
 
     def on(self, operands: Sequence[torch.Tensor], kv_ranges: torch.Tensor | None = None) -> Call:
         """The call of other tensors q, k, v, *captured."""
@@ -46,6 +46,12 @@ class Call(AttentionCall):
         batch = torch.arange(math.prod(self.batch)).view(self.batch)
         box = batch, range(self.q_len), range(self.kv_len)
         return kept(self.seed.cpu(), self.spec.dropout, *box, torch.bool).to(self.device)
+
+
+def _moved(x: torch.Tensor, device: str) -> torch.Tensor:
+    """On another device with all that lies between its elements, which `Tensor.to` leaves out."""
+    storage = torch.as_strided(x, (x.untyped_storage().nbytes() // x.itemsize,), (1,), 0)
+    return torch.as_strided(storage.to(device), x.shape, x.stride(), x.storage_offset())
 
 
 def make_call(

@@ -157,26 +157,41 @@ def _bias_calls() -> dict[str, Callable[[], Call]]:
 
     def add(name: str, score: str, batch: tuple[int, ...], of: Callable[[], torch.Tensor], **changes: Any) -> None:
         for d in (64, 128):
-            found[f"bias-{name}-{d}"] = lambda: make_call(
+            found[f"bias-{name}-{d}"] = lambda d=d: make_call(  # type: ignore[misc]
                 score, (*batch, 301, d), 417, captured=[of()], **{"dtype": BF16, **changes}
             )
 
     heads, position = "t0[n1, q_idx, kv_idx]", "t0[n0, n1, q_idx, kv_idx]"
+    causal, most = f"where(kv_idx <= q_idx, qk * 0.125 + {heads}, -inf)", (1, 2)
     add("bf16", f"qk * 0.125 + {heads}", (2, 4), lambda: bias(BF16, 4, 301, 417))
     add("fp16", f"qk * 0.125 + {heads}", (2, 4), lambda: bias(FP16, 4, 301, 417), dtype=FP16)
+    add("fp32", f"qk * 0.125 + {heads}", (2, 2), lambda: bias(torch.float32, 2, 301, 417), dtype=FP16)
     add("causal", f"where(kv_idx <= q_idx, qk * 0.125 + {position}, -inf)", (2, 2), lambda: bias(BF16, 2, 2, 301, 417))
     add("scaled", f"(qk + {position}) * 0.125", (2, 2), lambda: bias(FP16, 2, 2, 301, 417), dtype=FP16)
     add("all", "qk * 0.125 + t0[q_idx, kv_idx]", (2, 3), lambda: bias(FP16, 301, 417), dtype=FP16)
     add("batch", "qk * 0.125 + t0[n0, 0, q_idx, kv_idx]", (2, 3), lambda: bias(BF16, 2, 1, 301, 417))
     add("expanded", f"qk * 0.125 + {position}", (2, 3), lambda: bias(BF16, 1, 3, 301, 417).expand(2, -1, -1, -1))
-    # Elements behind the last query and key are others' and may be anything.
-    add("longer", f"qk * 0.125 + {heads}", (2, 2), lambda: torch.nn.functional.pad(bias(BF16, 2, 301, 417), (0, 31, 0, 9), value=torch.nan))
-    add("grouped", "qk * 0.125 + t0[n1 * 3 + n2, q_idx, kv_idx]", (2, 2, 3), lambda: bias(BF16, 6, 301, 417), k_batch=(2, 2, 1))
-    add("fill", f"where(kv_idx <= q_idx - 200, qk * 0.125 + {heads}, -10000.0)", (1, 2), lambda: bias(FP16, 2, 301, 417), dtype=FP16)
-    add("sink", f"where(kv_idx <= q_idx, qk * 0.125 + {heads}, -inf)", (1, 2), lambda: bias(FP16, 2, 301, 417), sink="0.5", dtype=FP16)
-    # A mask that is added: pairs, and for some queries all of them, have the least number there is.
-    least = torch.finfo(BF16).min
-    add("mask", f"qk * 0.125 + {heads}", (1, 2), lambda: bias(BF16, 2, 301, 417).masked_fill_(noise(301, 417).add(torch.arange(301)[:, None] % 50 == 0, alpha=-9) < 0.5, least))
+    grouped = "qk * 0.125 + t0[n1 * 3 + n2, q_idx, kv_idx]"
+    add("grouped", grouped, (2, 2, 3), lambda: bias(BF16, 6, 301, 417), k_batch=(2, 2, 1))
+    add("longer", f"qk * 0.125 + {heads} + where(kv_idx <= q_idx, 0.0, -inf)", most, longer)
+    add("twice", f"qk * {heads} + {heads} * to_float(kv_idx - q_idx) * 0.01", most, lambda: bias(BF16, 2, 301, 417))
+    filled = f"where(kv_idx <= q_idx - 200, qk * 0.125 + {heads}, -10000.0)"
+    add("fill", filled, most, lambda: bias(FP16, 2, 301, 417), dtype=FP16)
+    add("sink", causal, most, lambda: bias(FP16, 2, 301, 417), sink="0.5", dtype=FP16)
+    add("mask", f"qk * 0.125 + {heads}", most, masking)
+    return found
+
+
+def longer() -> torch.Tensor:
+    """Behind the last query and key are elements of others, which may be anything."""
+    return torch.nn.functional.pad(bias(BF16, 2, 301, 417), (0, 31, 0, 9), value=torch.nan)
+
+
+def masking() -> torch.Tensor:
+    """A mask that is added: some pairs have the least number there is, and some queries no other."""
+    found = bias(BF16, 2, 301, 417)
+    found[..., noise(301, 417) < 0.5] = torch.finfo(BF16).min
+    found[:, ::50] = torch.finfo(BF16).min
     return found
 
 

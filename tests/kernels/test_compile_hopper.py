@@ -63,6 +63,8 @@ FORWARD = [
     ("causal bias", 64, 64, BF16),
     ("causal bias", 128, 128, BF16),
     ("scaled bias", 128, 128, FP16),
+    ("float32 bias", 64, 64, BF16),
+    ("float32 bias", 128, 128, BF16),
     ("fill", 64, 64, BF16),
     ("fill", 128, 128, BF16),
     ("sink", 128, 128, BF16),

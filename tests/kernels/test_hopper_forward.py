@@ -13,7 +13,7 @@ from attention_cases import Call, make_call
 
 triton = pytest.importorskip("triton")
 
-from hopper_calls import documents  # noqa: E402
+from hopper_calls import BIAS_CALLS, bias, documents  # noqa: E402
 from idle_driver import IdleDriver, idle_driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
@@ -55,6 +55,13 @@ def rows_apart(x: torch.Tensor, between: int) -> torch.Tensor:
         ("qk * 0.125", {"factor": "0.5 + to_float(q_idx)"}),
         ("where(kv_idx <= q_idx - 20, qk * 0.125, -1000000000.0)", {}),
         ("where(kv_idx > q_idx, qk * 0.125, -inf)", {}),
+        ("qk * 0.125 + t0[q_idx, kv_idx]", {"captured": [bias(FP16, 70, 70)]}),
+        ("qk * 0.125 + t0[n1, q_idx, kv_idx]", {"captured": [bias(torch.float32, 2, 70, 70)]}),
+        ("(qk + t0[n0, 0, q_idx, kv_idx]) * 0.125", {"captured": [bias(torch.bfloat16, 2, 1, 70, 70)]}),
+        ("qk * t0[0, q_idx, kv_idx] + t0[0, q_idx, kv_idx]", {"captured": [bias(FP16, 1, 70, 70)]}),
+        ("qk * 0.125 + t0[n0 * 2 + n1, q_idx, kv_idx]", {"captured": [bias(FP16, 4, 70, 70)]}),
+        ("qk * 0.125 + t0[n0, q_idx, kv_idx]", {"captured": [bias(FP16, 1, 70, 70).expand(2, 70, 70)]}),
+        ("qk * 0.125 + t0[q_idx, kv_idx] + t1[kv_idx]", {"captured": [bias(FP16, 70, 70), torch.zeros(70)]}),
     ],
 )
 def test_what_is_taken(score: str, changes: dict[str, Any]) -> None:
@@ -70,6 +77,16 @@ def test_what_is_taken(score: str, changes: dict[str, Any]) -> None:
         (CAUSAL, {"shape": (2, 2, 70, 68)}),
         (CAUSAL, {"shape": (1, 2, 1, 2, 70, 64)}),
         ("qk * 0.125 + t0[q_idx, kv_idx]", {"captured": [torch.zeros(70, 70)]}),
+        ("qk * 0.125 + t0[q_idx, kv_idx]", {"captured": [bias(FP16, 70, 70).mT.contiguous().mT]}),
+        ("qk * 0.125 + t0[q_idx, kv_idx]", {"captured": [bias(FP16, 1, 70).expand(70, 70)]}),
+        ("qk * 0.125 + t0[kv_idx, q_idx]", {"captured": [bias(FP16, 70, 70)]}),
+        ("qk * 0.125 + t0[q_idx, kv_idx + 1]", {"captured": [bias(FP16, 70, 71)]}),
+        ("qk * 0.125 + t0[q_idx, q_idx, kv_idx]", {"captured": [bias(FP16, 70, 70, 70)]}),
+        ("qk * 0.125 + t0[0, 0, n0, n1, q_idx, kv_idx]", {"captured": [bias(FP16, 1, 1, 2, 2, 70, 70)]}),
+        ("qk * 0.125 + t0[q_idx, kv_idx] * t1[q_idx, kv_idx]", {"captured": [bias(FP16, 70, 70)] * 2}),
+        ("qk * 0.125 + t0[q_idx, kv_idx] * t0[kv_idx, q_idx]", {"captured": [bias(FP16, 70, 70)]}),
+        ("where(t0[q_idx, kv_idx], qk * 0.125, -inf)", {"captured": [torch.ones(70, 80, dtype=torch.bool)]}),
+        ("qk * 0.125", {"factor": "t0[q_idx, kv_idx]", "captured": [bias(FP16, 70, 70)]}),
         ("qk * 0.125 + t0[min(abs(kv_idx - q_idx), 31)]", {"captured": [torch.zeros(32)]}),
         ("qk * 0.125", {"dropout": 0.1}),
         ("qk * 0.125", {"factor": "0.5 + to_float(kv_idx)"}),
@@ -108,7 +125,11 @@ def test_what_the_plain_kernel_is_faster_at(monkeypatch: pytest.MonkeyPatch) -> 
     assert not is_faster(call_of(shape=(1, 1, least - 1, 64), kv_len=least))
     assert not is_faster(call_of(shape=(1, 1, least, 64), kv_len=least - 1))
     assert not is_faster(call_of("tanh(qk * 0.0025) * 50.0", (1, 1, least, 64)))
-    assert not is_faster(replace(long, kv_ranges=torch.zeros(1, 1, 32, 4, dtype=torch.int32)))
+    ranges = torch.zeros(1, 1, 32, 4, dtype=torch.int32)
+    assert not is_faster(replace(long, kv_ranges=ranges))
+    pairs = call_of("qk * 0.125 + t0[q_idx, kv_idx]", (1, 1, least, 64), captured=[bias(FP16, 8, 8)])
+    assert is_faster(pairs)
+    assert is_faster(replace(pairs, kv_ranges=ranges))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -139,14 +160,15 @@ def names(idle: IdleDriver) -> list[str]:
         call_of(shape=(1, 2, 3, 70, 128), k_batch=(1, 2, 1)),
         call_of("qk * 0.125 + to_float(kv_idx - q_idx) * t0[n1]", captured=[torch.ones(2)]),
         documents(64),
+        BIAS_CALLS["bias-bf16-64"](),
     ],
-    ids=["causal", "grouped", "slopes", "documents"],
+    ids=["causal", "grouped", "slopes", "documents", "bias"],
 )
 def test_one_kernel(call: Call, idle: IdleDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call like an earlier one asks nothing of Triton."""
     site = plans.CallSite(plans.attention)
     out, lse = plans.attention(*call.arguments)
-    assert (out.shape, out.dtype) == ((*call.batch, call.q_len, call.value_dim), FP16)
+    assert (out.shape, out.dtype) == ((*call.batch, call.q_len, call.value_dim), call.q.dtype)
     assert (lse.shape, lse.dtype) == ((*call.batch, call.q_len, 2), torch.float32)
     assert names(idle) == ["attention_hopper_forward_kernel"]
     monkeypatch.setattr(JITFunction, "run", None)

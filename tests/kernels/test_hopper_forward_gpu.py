@@ -11,7 +11,7 @@ from numerics import assert_close_to_exact, assert_lse_close_to_exact
 
 triton = pytest.importorskip("triton")
 
-from hopper_calls import BF16, CALLS, CAUSAL, FORWARD_CALLS, PLAIN, documents, padded  # noqa: E402
+from hopper_calls import BF16, BIAS_CALLS, CALLS, CAUSAL, FORWARD_CALLS, PLAIN, bias, documents, padded  # noqa: E402
 
 from flashfuse.kernels import launch_hopper, launch_hopper_forward, plans  # noqa: E402
 from flashfuse.kernels.launch import attention_forward  # noqa: E402
@@ -27,7 +27,7 @@ pytestmark = [
 
 # Launches of one small problem: what is missing between a store and a read of it shows in some.
 LAUNCHES = 30
-ALL = {**CALLS, **FORWARD_CALLS}
+ALL = {**CALLS, **FORWARD_CALLS, **BIAS_CALLS}
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,27 @@ def test_every_launch_gives_the_same(shape: tuple[int, int, int], score: str, he
     """A missing fence has been right at long shapes, and wrong in some rows of short ones."""
     call = make_call(score, (*shape, head_dim), dtype=BF16).to("cuda")
     first = forward(call)
+    for _ in range(LAUNCHES):
+        assert all(map(torch.equal, forward(call), first))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("score", ["qk * 0.125 + {}", "where(kv_idx <= q_idx, (qk + {}) * 0.125, -inf)"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 3, 640), (1, 4, 1152), (1, 2, 72), (4, 40, 200)], ids=str)
+def test_every_launch_gives_the_same_with_a_bias(
+    shape: tuple[int, int, int], dtype: torch.dtype, score: str, head_dim: int
+) -> None:
+    """Its tiles are read by ordinary loads, behind which TMA writes the next."""
+    _, heads, length = shape
+    captured = [bias(dtype, heads, length, length)]
+    call = make_call(
+        score.format("t0[n1, q_idx, kv_idx]"), (*shape, head_dim), captured=captured, dtype=BF16
+    ).to("cuda")  # fmt: skip
+    first = forward(call)
+    exact, eager = call.exact(), call.eager()
+    assert_close_to_exact(first[0], eager[0], exact[0])
+    assert_lse_close_to_exact(first[1], eager[1], exact[1])
     for _ in range(LAUNCHES):
         assert all(map(torch.equal, forward(call), first))
 
