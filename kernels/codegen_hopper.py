@@ -36,7 +36,7 @@ _NAMES = {
 # Element types of a tile of pairs.
 _PAIR_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Batch axes of a tensor that a tile of pairs is loaded from.
-PAIR_AXES = 3
+_PAIR_AXES = 3
 
 _PAIRS_AT = '''"""Where a tile of {read} is."""
 
@@ -90,12 +90,12 @@ def pair_read(spec: AttentionSpec) -> Load | None:
     """The only read at pairs of a query and a key, if its tiles are tiles of a tensor's last two axes."""
     reads = dict.fromkeys(read for program in spec.programs for read in loads(program))
     of_pairs = [read for read in reads if {Q_IDX, KV_IDX} <= free_symbols(read)]
-    if len(of_pairs) != 1 or not isinstance(of_pairs[0], Load) or of_pairs[0].dtype not in _PAIR_TYPES:
+    read = of_pairs[0] if len(of_pairs) == 1 else None
+    if not isinstance(read, Load) or read.dtype not in _PAIR_TYPES:
         return None
-    (read,) = of_pairs
     *outer, row, column = map(sympify, read.indices)
     along = frozenset().union(*(i.free_symbols for i in outer)) & {Q_IDX, KV_IDX}
-    return read if (row, column) == (Q_IDX, KV_IDX) and not along and len(outer) <= PAIR_AXES else None
+    return read if (row, column) == (Q_IDX, KV_IDX) and not along and len(outer) <= _PAIR_AXES else None
 
 
 def _loading(spec: AttentionSpec, read: Load | None) -> AttentionSpec:
@@ -110,7 +110,7 @@ def _loading(spec: AttentionSpec, read: Load | None) -> AttentionSpec:
 def _pairs_at(read: Load) -> tuple[str, str]:
     """(hash, source text) of the module of `HopperForwardProgram.pairs_at`."""
     outer = [index_source(sympify(i)) for i in read.indices[:-2]]
-    places = ", ".join([*outer, *("0",) * (PAIR_AXES - len(outer))])
+    places = ", ".join([*outer, *("0",) * (_PAIR_AXES - len(outer))])
     return finished(_PAIRS_AT.format(read=to_text(read), places=places), read.dtype)
 
 

@@ -43,6 +43,7 @@ def takes(device: Device, call: AttentionCall) -> bool:
     """Whether the kernel computes this."""
     blocks = blocks_of(call.head_dim, call.value_dim)
     out = Buffer.like(empty_output(call)[0])
+    pairs = _of_pairs(call)
     return (
         is_hopper(device, SHARED_BYTES)
         and blocks is not None
@@ -51,19 +52,8 @@ def takes(device: Device, call: AttentionCall) -> bool:
         and all(x.dtype == call.spec.product_dtype for x in (call.q, call.k, call.v))
         and all(is_read(_own(x)) for x in (call.q, call.k, call.v))
         and has_map(out)
-        and _reads_pairs(call)
+        and (pairs is None or is_read(_own(pairs)))
     )
-
-
-def _reads_pairs(call: AttentionCall) -> bool:
-    """Whether the tensor that is read for each pair, if there is one, is one that TMA reads."""
-    read = pair_read(call.spec)
-    return read is None or is_read(_own(call.captured[_slot(read)]))
-
-
-def _slot(read: Load) -> int:
-    assert isinstance(read.tensor, int)
-    return read.tensor
 
 
 def is_faster(call: AttentionCall) -> bool:
@@ -104,10 +94,21 @@ def _own(x: torch.Tensor) -> torch.Tensor:
     return x[tuple(slice(None) if stride else slice(1) for stride in x.stride()[:-2])]
 
 
-def _pairs_like(call: AttentionCall, read: Load) -> Buffer:
-    """The tensor that is read for each pair, as far as there are queries and keys: TMA reads 0 behind them."""
-    *outer, rows, columns = (own := Buffer.like(_own(call.captured[_slot(read)]))).size
-    return own._replace(size=(*outer, min(rows, call.q_len), min(columns, call.kv_len)))
+def _of_pairs(call: AttentionCall) -> torch.Tensor | None:
+    """The captured tensor that is read for each pair by tiles, as far as there are queries and keys."""
+    read = pair_read(call.spec)
+    return None if read is None else call.captured[_slot(read)][..., : call.q_len, : call.kv_len]
+
+
+def _slot(read: Load) -> int:
+    assert isinstance(read.tensor, int)
+    return read.tensor
+
+
+def _pair_axes(pairs: torch.Tensor | None) -> tuple[bool, ...]:
+    """On which of three axes that tensor is not the same everywhere."""
+    found = () if pairs is None else tuple(stride != 0 for stride in pairs.stride()[:-2])
+    return (*found, *(True,) * (BATCH_AXES - len(found)))
 
 
 def _own_axes(own: torch.Tensor, batch: tuple[int, ...]) -> tuple[bool, ...]:
@@ -172,17 +173,16 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
 
     out, lse = empty_output(call)
     own = [_own(x) for x in (call.q, call.k, call.v)]
-    read = pair_read(call.spec)
-    pairs = None if read is None else _pairs_like(call, read)
-    shared = () if read is None else tuple(s == 0 for s in call.captured[_slot(read)].stride()[:-2])
-    axes = (*(_own_axes(x, call.batch) for x in own), (*(not s for s in shared), *(True,) * (BATCH_AXES - len(shared))))
+    read, pairs = pair_read(call.spec), _of_pairs(call)
+    axes = (*(_own_axes(x, call.batch) for x in own), _pair_axes(pairs))
     positions, fewer_queries = math.prod(call.batch), call.q_len <= call.kv_len
     variant = forward_constants(call.spec, blocks, axes, call.kv_ranges is not None, fewer_queries, positions)
     of_ranges = (0,) * 6 if call.kv_ranges is None else strides_of(call.kv_ranges, call.batch)
     tiles = ((GROUP_Q, blocks[0]), (BLOCK_KV, blocks[0]), (BLOCK_KV, blocks[1]), (GROUP_Q, blocks[1]))
     operands = zip((*own, out), tiles, strict=True)
     descriptors = [tensor_map(Buffer.like(x), rows.value, columns) for x, (rows, columns) in operands]
-    of_pairs = None if pairs is None else tensor_map(pairs, GROUP_Q.value, BLOCK_KV.value)
+    # Behind the last query and key it gives 0, whatever is there.
+    of_pairs = None if pairs is None else tensor_map(Buffer.like(_own(pairs)), GROUP_Q.value, BLOCK_KV.value)
     programs = positions * -(-call.q_len // BLOCK_Q.value)
     return Prepared(
         launches=(KernelLaunch(attention_hopper_forward_kernel, programs, variant),),

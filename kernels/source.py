@@ -60,16 +60,12 @@ def operands_body(program: Expr, float_dtype: torch.dtype, keys_end: bool) -> st
     """
     writer = Writer([program], float_dtype, keys_end)
     result = writer.emit(program) if _products(program) else writer.filled(program, "qk.shape")
-    reads = [e for _, e in writer.lines if _is_made_here(e) and (keys_end or not _is_copied_ahead(e))]
+    made = [e for _, e in writer.lines if isinstance(e, (Load, Gather)) and not isinstance(e, Loaded)]
+    reads = [read for read in made if keys_end or not _is_copied_ahead(read)]
     first = {e for read in reads for e in walk(read)}
     before = [text for text, e in writer.lines if not _products(e) and (e in first or not loads(e))]
     after = [text for text, _ in writer.lines if text not in before]
     return indented([*before, "qk = product(q, k, PRECISION)", *after, f"return {result}, qk"])
-
-
-def _is_made_here(e: Expr) -> bool:
-    """Whether this is a read, and no kernel has made it before."""
-    return isinstance(e, (Load, Gather)) and not isinstance(e, Loaded)
 
 
 def _is_copied_ahead(read: Load | Gather) -> bool:

@@ -173,12 +173,17 @@ def _bias_calls() -> dict[str, Callable[[], Call]]:
     add("expanded", f"qk * 0.125 + {position}", (2, 3), lambda: bias(BF16, 1, 3, 301, 417).expand(2, -1, -1, -1))
     grouped = "qk * 0.125 + t0[n1 * 3 + n2, q_idx, kv_idx]"
     add("grouped", grouped, (2, 2, 3), lambda: bias(BF16, 6, 301, 417), k_batch=(2, 2, 1))
-    add("longer", f"qk * 0.125 + {heads} + where(kv_idx <= q_idx, 0.0, -inf)", most, longer)
+    last = "where(kv_idx <= q_idx + (kv_len - q_len), 0.0, -inf)"
+    add("longer", f"qk * 0.125 + {heads} + {last}", most, longer)
     add("twice", f"qk * {heads} + {heads} * to_float(kv_idx - q_idx) * 0.01", most, lambda: bias(BF16, 2, 301, 417))
     filled = f"where(kv_idx <= q_idx - 200, qk * 0.125 + {heads}, -10000.0)"
     add("fill", filled, most, lambda: bias(FP16, 2, 301, 417), dtype=FP16)
     add("sink", causal, most, lambda: bias(FP16, 2, 301, 417), sink="0.5", dtype=FP16)
     add("mask", f"qk * 0.125 + {heads}", most, masking)
+    for d in (64, 128):
+        found[f"bias-ranges-{d}"] = lambda d=d: with_ranges(  # type: ignore[misc]
+            make_call("qk * 0.125 + t0[q_idx, kv_idx]", (4, 301, d), 417, captured=[masking()[0]], dtype=BF16)
+        )
     return found
 
 
