@@ -61,9 +61,8 @@ def is_faster(call: AttentionCall) -> bool:
 
     That is so where there is much to multiply between loads and stores, and little to do for each score.
     """
-    # Rows that ranges make short are those that the plain kernel is good at, but for what it reads for each pair.
-    whole = call.kv_ranges is None or pair_read(call.spec) is not None
-    return min(call.q_len, call.kv_len) >= LEAST_LENGTH and whole and not _is_long(call.spec)
+    # Rows that ranges make short are those that the plain kernel is good at.
+    return min(call.q_len, call.kv_len) >= LEAST_LENGTH and call.kv_ranges is None and not _is_long(call.spec)
 
 
 @functools.lru_cache(maxsize=4096)
