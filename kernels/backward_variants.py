@@ -125,7 +125,7 @@ def choose_backward(device: Device, shape: Shape) -> BackwardLaunch | None:
 
 
 def rows_constants(
-    spec: AttentionSpec, program: BackwardProgram, value_dim: int, block_q: int, with_sink: bool
+    spec: AttentionSpec, program: BackwardProgram, head_dim: int, value_dim: int, block_q: int, with_sink: bool
 ) -> Mapping[str, Any]:
     """Of the kernel that makes the numbers of rows; with_sink: the gradients of sinks among them."""
     return {
@@ -135,7 +135,9 @@ def rows_constants(
         "SLACK": slack_in(spec, program),
         "FILLS": program.forward.fills,
         "APART": _apart(spec),
+        "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
+        "BLOCK_D": padded(head_dim),
         "BLOCK_DV": padded(value_dim),
         "BLOCK_Q": block_q,
     }

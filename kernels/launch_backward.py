@@ -158,7 +158,7 @@ class _Preparation:
         """The kernel that makes the numbers of rows, [ROW_PLANES, N.., rows_len]."""
         call = self.call
         block = max(16, min(ROWS_BLOCK.value, ROW_ELEMENTS // padded(call.value_dim)))
-        variant = rows_constants(call.spec, self.program, call.value_dim, block, self._with_sink)
+        variant = rows_constants(call.spec, self.program, call.head_dim, call.value_dim, block, self._with_sink)
         strides = (strides_of(x, call.batch) for x in (self.grad_out, self.out))
         programs = math.prod(call.batch) * (rows_len // block)
         numbers = (*strides, *_padded(call.batch), *self._lengths)
