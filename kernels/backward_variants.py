@@ -45,7 +45,7 @@ class BackwardLaunch:
 
 
 # What rows of pairs take when more positions share them than the table's tile has room for, and the most that do.
-SHARED_ROWS = (Launch(128, 32, 8, 2), Launch(64, 32, 4, 2), Launch(32, 32, 4, 2))
+SHARED_ROWS = (Launch(64, 32, 4, 3), Launch(64, 32, 4, 2), Launch(32, 32, 4, 2))
 MAX_SHARED = 4
 
 
