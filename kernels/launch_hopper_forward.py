@@ -28,9 +28,12 @@ from flashfuse.kernels.prepared import Buffer, KernelLaunch, Prepared, strides_o
 from flashfuse.kernels.spec import AttentionSpec
 
 # Shared memory of the program with the most.
-SHARED_BYTES = 200 * 1024
-# Tiles of keys and values that are loaded ahead, by the wider of their columns.
+SHARED_BYTES = 226 * 1024
+# Tiles of queries that are loaded ahead, and tiles of keys and values, by the wider of their columns.
+Q_STAGES = 2
 STAGES = {64: 4, 128: 2}
+# Whether programs that are done first take more tiles, which takes a number that is 0 at first.
+COUNTED = True
 # How many queries and keys it takes to be faster than the plain kernel, whose programs are smaller.
 LEAST_LENGTH = 2048
 # Functions that take many instructions.
@@ -130,6 +133,7 @@ def forward_constants(
         "V_AXES": axes[2],
         "BLOCK_D": blocks[0],
         "BLOCK_DV": blocks[1],
+        "Q_STAGES": Q_STAGES,
         "STAGES": STAGES[max(blocks)],
         "SPREAD": math.gcd(MAX_SPREAD, positions) if program.longest_first else 1,
         "num_warps": 4,
@@ -142,7 +146,8 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
     blocks = blocks_of(call.head_dim, call.value_dim)
     if blocks is None or not has_gluon() or in_torch(call) or not is_faster(call):
         return None
-    if not takes(device_of(device_index(call)), call):
+    device = device_of(device_index(call))
+    if not takes(device, call):
         return None
     # It takes Gluon, which the other kernels do without.
     from flashfuse.kernels.hopper_forward import BLOCK_KV, BLOCK_Q, GROUP_Q, attention_hopper_forward_kernel
@@ -155,7 +160,8 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
     of_ranges = (0,) * 6 if call.kv_ranges is None else strides_of(call.kv_ranges, call.batch)
     tiles = ((GROUP_Q, blocks[0]), (BLOCK_KV, blocks[0]), (BLOCK_KV, blocks[1]), (GROUP_Q, blocks[1]))
     operands = zip((*own, out), tiles, strict=True)
-    programs = positions * -(-call.q_len // BLOCK_Q.value)
+    taken = positions * -(-call.q_len // BLOCK_Q.value)
+    programs = min(taken, device.multiprocessors)
     return Prepared(
         launches=(KernelLaunch(attention_hopper_forward_kernel, programs, variant),),
         out=Buffer.like(out),
@@ -163,5 +169,6 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
         workspace=None,
         numbers=(of_ranges, *padded_axes(call.batch), call.q_len, call.kv_len, call.program_sizes),
         captured_strides=tuple(c.stride() for c in call.captured),
+        counted=COUNTED and programs < taken,
         descriptors=tuple(tensor_map(Buffer.like(x), rows.value, columns) for x, (rows, columns) in operands),
     )

@@ -59,6 +59,7 @@ class Prepared:
     of no such thing.
     numbers: the arguments between the tensors and the captured tensors.
     descriptors: of q, k, v and out, without tensors, for a kernel that reads those by TMA, and no seed.
+    counted: whether such a kernel counts what its programs take.
     """
 
     launches: tuple[KernelLaunch, ...]
@@ -68,6 +69,7 @@ class Prepared:
     numbers: tuple[Any, ...]
     captured_strides: tuple[tuple[int, ...], ...]
     descriptors: tuple[Any, ...] = ()
+    counted: bool = False
 
     @staticmethod
     def of(
@@ -104,7 +106,8 @@ class Prepared:
             parts = (empty((self.workspace,), (1,), self.lse[2]) if self.workspace else None,)
         tensors: tuple[Any, ...] = (q, k, v, out, lse, kv_ranges, seed, *parts)
         if self.descriptors:
-            tensors = (*map(described, self.descriptors, (q, k, v, out)), lse, kv_ranges)
+            counter = empty((1,), (1,), torch.int32).zero_() if self.counted else None
+            tensors = (*map(described, self.descriptors, (q, k, v, out)), lse, kv_ranges, counter)
         arguments = (*tensors, *self.numbers, captured, self.captured_strides)
         for launch in self.launches:
             start(launch, arguments)

@@ -68,6 +68,7 @@ def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.d
     rows, keys = hopper_forward.GROUP_Q.value, hopper_forward.BLOCK_KV.value
     given = {
         "ranges_ptr": "*i32" if ranged else None,
+        "counter_ptr": "*i32",
         "lse_ptr": "*fp32",
         "q_desc": described(dtype, rows, head_dim),
         "k_desc": described(dtype, keys, head_dim),

@@ -21,7 +21,7 @@ from flashfuse.kernels import launch_hopper, launch_hopper_forward, plans  # noq
 from flashfuse.kernels.launch import Device  # noqa: E402
 from flashfuse.kernels.launch_hopper_forward import is_faster, takes  # noqa: E402
 
-HOPPER = Device("cuda", 90, 232448)
+HOPPER = Device("cuda", 90, 232448, 132)
 FP16 = torch.float16
 CAUSAL = "where(kv_idx <= q_idx, qk * 0.125, -inf)"
 

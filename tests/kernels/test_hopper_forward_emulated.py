@@ -42,11 +42,11 @@ ALL = {**CALLS, **FORWARD_CALLS}
 @pytest.fixture(autouse=True)
 def _on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_hopper_forward, "is_faster", lambda _: True)
-    monkeypatch.setattr(launch_hopper_forward, "device_of", lambda _: Device("cuda", 90, 232448))
+    monkeypatch.setattr(launch_hopper_forward, "device_of", lambda _: Device("cuda", 90, 232448, 2))
 
 
 def nan_filled(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_strided(size, strides, dtype=dtype).fill_(torch.nan)
+    return torch.empty_strided(size, strides, dtype=dtype).fill_(torch.nan if dtype.is_floating_point else -1)
 
 
 @pytest.mark.parametrize("name", ALL if os.environ.get("FLASHFUSE_FULL_TABLE") == "1" else SOME)

@@ -42,7 +42,7 @@ def _on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def nan_filled(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """An element that nobody writes fails."""
-    return torch.empty_strided(size, strides, dtype=dtype, device="cuda").fill_(torch.nan)
+    return torch.empty_strided(size, strides, dtype=dtype, device="cuda").fill_(torch.nan if dtype.is_floating_point else -1)
 
 
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
