@@ -353,13 +353,12 @@ def _attend(
         stage, phase = next_stage(stage, phase, STAGES)
         p, _ = exponentials(score, nowhere, nowhere, subtracted, LOG2_SCALE, LARGE_SCORES, False)
         w = gl.convert_layout(p.to(dtype), WEIGHTS)
-        if RUNS_ON:
-            if turn > 0:
-                _finish(
-                    GROUP, acc, row_sum, row_max, row_shift, out_desc, lse_ptr, out_s, said_s, heard, turn - 1,
-                    batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE,
-                    LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT,
-                )  # fmt: skip
+        if RUNS_ON and turn > 0:
+            _finish(
+                GROUP, acc, row_sum, row_max, row_shift, out_desc, lse_ptr, out_s, said_s, heard, turn - 1, batch_1,
+                batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS,
+                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT,
+            )  # fmt: skip
         row_max, row_shift = new_max, new_shift
         row_sum = gl.sum(p, 1)
         acc = gl.zeros([GROUP_Q, BLOCK_DV], gl.float32, SUMS)
@@ -385,7 +384,7 @@ def _attend(
             w = gl.convert_layout(p.to(dtype), WEIGHTS)
             acc = acc * gl.convert_layout(correction, OUT_ROWS)[:, None]
 
-        if FILL_THRESHOLD is not None:
+        if not RUNS_ON:
             # Rows that have seen nothing above the fill see all other keys too. Rare.
             mbarrier.wait(full.index(stage), phase)
             acc = warpgroup_mma(w, v_s.index(stage), acc)
@@ -415,7 +414,7 @@ def _attend(
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = next_stage(stage, phase, STAGES)
         mbarrier.arrive(q_empty.index(q_stage), count=1)
-        if FILL_THRESHOLD is not None:
+        if not RUNS_ON:
             _finish(
                 GROUP, acc, row_sum, row_max, row_shift, out_desc, lse_ptr, out_s, said_s, heard, turn, batch_1,
                 batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS,

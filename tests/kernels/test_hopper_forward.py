@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from flashfuse.kernels import launch_hopper, launch_hopper_forward, plans  # noqa: E402
 from flashfuse.kernels.launch import Device  # noqa: E402
-from flashfuse.kernels.launch_hopper_forward import is_faster, takes  # noqa: E402
+from flashfuse.kernels.launch_hopper_forward import is_faster, prepare_hopper, takes  # noqa: E402
 
 HOPPER = Device("cuda", 90, 232448, 132)
 FP16 = torch.float16
@@ -111,6 +111,16 @@ def test_what_the_plain_kernel_is_faster_at(monkeypatch: pytest.MonkeyPatch) -> 
     assert not is_faster(replace(long, kv_ranges=torch.zeros(1, 1, 32, 4, dtype=torch.int32)))
 
 
+@pytest.mark.skipif(not launch_hopper.has_gluon(), reason="another Gluon")
+def test_a_program_for_each_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where they do not have one tile each, programs count those that are taken: a counter has to be made 0."""
+    monkeypatch.setattr(launch_hopper_forward, "device_of", lambda _: replace(HOPPER, multiprocessors=6))
+    for q_len, programs, counted in ((128, 2, False), (300, 6, False), (400, 6, True)):
+        prepared = prepare_hopper(call_of(shape=(1, 2, q_len, 64)))
+        assert prepared is not None
+        assert (prepared.launches[0].programs, prepared.counted) == (programs, counted)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What the host does
 
@@ -139,8 +149,9 @@ def names(idle: IdleDriver) -> list[str]:
         call_of(shape=(1, 2, 3, 70, 128), k_batch=(1, 2, 1)),
         call_of("qk * 0.125 + to_float(kv_idx - q_idx) * t0[n1]", captured=[torch.ones(2)]),
         documents(64),
+        call_of(shape=(2, 40, 150, 64)),
     ],
-    ids=["causal", "grouped", "slopes", "documents"],
+    ids=["causal", "grouped", "slopes", "documents", "counted"],
 )
 def test_one_kernel(call: Call, idle: IdleDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call like an earlier one asks nothing of Triton."""

@@ -46,13 +46,33 @@ def _on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def nan_filled(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_strided(size, strides, dtype=dtype).fill_(torch.nan if dtype.is_floating_point else -1)
+    nothing = torch.nan if dtype.is_floating_point else -1
+    return torch.empty_strided(size, strides, dtype=dtype).fill_(nothing)
 
 
 @pytest.mark.parametrize("name", ALL if os.environ.get("FLASHFUSE_FULL_TABLE") == "1" else SOME)
 def test_output_and_log_sum_exp(name: str) -> None:
     call = ALL[name]()
     prepared = prepare_hopper(call)
+    assert prepared is not None
+    out, lse = prepared.compute(nan_filled, start, *call.tensors)
+    exact, eager = call.exact(), call.eager()
+    assert_close_to_exact(out, eager[0], exact[0])
+    assert_lse_close_to_exact(lse, eager[1], exact[1])
+
+
+@pytest.mark.parametrize("fill", ["-inf", "-10000.0"])
+@pytest.mark.parametrize(("counted", "stages"), [(False, 2), (True, 1)])
+def test_other_ways_to_take_and_load_tiles(
+    fill: str, counted: bool, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a fixed order, and with room for the queries of one tile."""
+    monkeypatch.setattr(launch_hopper_forward, "COUNTED", counted)
+    monkeypatch.setattr(launch_hopper_forward, "Q_STAGES", stages)
+    launch_hopper_forward.forward_constants.cache_clear()
+    call = make_call(f"where(kv_idx <= q_idx - 50, qk * 0.125, {fill})", (1, 3, 300, 64), dtype=torch.float16)
+    prepared = prepare_hopper(call)
+    launch_hopper_forward.forward_constants.cache_clear()
     assert prepared is not None
     out, lse = prepared.compute(nan_filled, start, *call.tensors)
     exact, eager = call.exact(), call.eager()
