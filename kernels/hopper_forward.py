@@ -3,8 +3,8 @@
 One warp loads, two groups of four warps have 64 queries each. The products of a tile of keys run beside each other and
 under exponentials: scores of one tile are issued before the values of the tile before it, which are waited for when the
 row maxima are known. What the loader brings for a tile is therefore its keys, and the values of the tile before.
-A program takes tiles of queries until none is left, and the tile before the first keys of one are the last keys of the
-other: its output is written when the scores of the next are known.
+A program takes tiles of queries until none is left. What comes before their first tile of keys is then the last one of
+the queries before, whose output is stored when the first scores of the next are known.
 Shah et al., FlashAttention-3, https://arxiv.org/abs/2407.08608, section 3.
 """
 
