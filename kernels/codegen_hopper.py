@@ -33,8 +33,8 @@ _NAMES = {
     "product(q, k, PRECISION)": "arrived(qk, OUTSTANDING)",
 }
 
-# Element types of a tile of pairs.
-_PAIR_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Element types of a tile of pairs that there is room for.
+_PAIR_TYPES = (torch.float16, torch.bfloat16)
 # Batch axes of a tensor that a tile of pairs is loaded from.
 _PAIR_AXES = 3
 

@@ -3,6 +3,8 @@
 One warp loads, two groups of four warps have 64 queries each. The products of a tile of keys run beside each other and
 under exponentials: scores of one tile are issued before the values of the tile before it, which are waited for when the
 row maxima are known. What the loader brings for a tile is therefore its keys, and the values of the tile before.
+A program takes tiles of queries until none is left. What comes before their first tile of keys is then the last one of
+the queries before, whose output is stored when the first scores of the next are known.
 A captured tensor that is read for each pair comes in tiles too, each into a group's registers before its scores are
 there, so that one buffer a group is enough.
 Shah et al., FlashAttention-3, https://arxiv.org/abs/2407.08608, section 3.
@@ -22,6 +24,9 @@ from flashfuse.kernels.tiles import batch_pointer
 GROUP_Q: gl.constexpr = gl.constexpr(64)
 BLOCK_Q: gl.constexpr = gl.constexpr(128)
 BLOCK_KV: gl.constexpr = gl.constexpr(128)
+# Numbers that say which tile of queries comes next, and those that are in use.
+TILE_LEN: gl.constexpr = gl.constexpr(16)
+TILE_USED: gl.constexpr = gl.constexpr(9)
 # Queries that share a row of `ranges_ptr`.
 MASK_BLOCK: gl.constexpr = gl.constexpr(mask.MASK_BLOCK)
 # Registers of a thread that multiplies, and of one that loads; `MAX_REGISTERS` of each are there to be shared out.
@@ -32,30 +37,31 @@ MAX_REGISTERS = 168
 
 @gluon.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])
 def attention_hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, pairs_desc, lse_ptr, ranges_ptr, ranges_strides,
+    q_desc, k_desc, v_desc, out_desc, pairs_desc, lse_ptr, ranges_ptr, counter_ptr, ranges_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     SCORE_MASKED: gl.constexpr, SCORE_FULL: gl.constexpr, KV_BOUNDS: gl.constexpr,
     LOG2_SCALE: gl.constexpr, FILL_THRESHOLD: gl.constexpr, LARGE_SCORES: gl.constexpr, FILLS: gl.constexpr,
     ZERO_EMPTY_ROWS: gl.constexpr, LONGEST_FIRST: gl.constexpr, SINK: gl.constexpr, ROW_FACTOR: gl.constexpr,
     ROW_KEPT: gl.constexpr, Q_AXES: gl.constexpr, K_AXES: gl.constexpr, V_AXES: gl.constexpr,
     PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr, SHARED_BATCH: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)): see `forward`, whose results these are.
 
     q_desc, .., out_desc: [n0, n1, n2, T, D]; pairs_desc: [n0, n1, n2, Tq, Tkv], or None. Q_AXES, ..: on which of the
     three axes the operand has positions of its own. PAIRS_AT: where on them pairs_desc is read.
+    counter_ptr: a 0 that counts the tiles taken beside each program's first; without it a program takes every
+    num_programs-th.
     BLOCK_D, BLOCK_DV: 64 or 128 columns, behind the last of which TMA gives zeros and writes nothing.
-    STAGES: tiles of keys, each with one of values, that are loaded ahead.
+    Q_STAGES: tiles of queries that are loaded ahead; STAGES: tiles of keys, each with one of values.
     SPREAD: how many positions take a tile of queries before the next is begun; a divisor of their number.
     SHARED_BATCH: whether positions next to each other are those of the first axis.
     """
     dtype: gl.constexpr = q_desc.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    WIDEST: gl.constexpr = BLOCK_D if BLOCK_D > BLOCK_DV else BLOCK_DV
-    # Queries, and in their place the output when all keys are done.
+    NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_s = gl.allocate_shared_memory(
-        dtype, [2, GROUP_Q, WIDEST], gl.NVMMASharedLayout.get_default_for([GROUP_Q, WIDEST], dtype)
+        dtype, [2 * Q_STAGES, GROUP_Q, BLOCK_D], gl.NVMMASharedLayout.get_default_for([GROUP_Q, BLOCK_D], dtype)
     )  # fmt: skip
     k_s = gl.allocate_shared_memory(
         dtype, [STAGES, BLOCK_KV, BLOCK_D], gl.NVMMASharedLayout.get_default_for([BLOCK_KV, BLOCK_D], dtype)
@@ -63,22 +69,34 @@ def attention_hopper_forward_kernel(
     v_s = gl.allocate_shared_memory(
         dtype, [STAGES, BLOCK_KV, BLOCK_DV], gl.NVMMASharedLayout.get_default_for([BLOCK_KV, BLOCK_DV], dtype)
     )  # fmt: skip
+    out_s = gl.allocate_shared_memory(
+        dtype, [2, GROUP_Q, BLOCK_DV], gl.NVMMASharedLayout.get_default_for([GROUP_Q, BLOCK_DV], dtype)
+    )  # fmt: skip
     # What is read for each pair of a tile, by the queries of each group.
     if pairs_desc is not None:
         pairs_s = gl.allocate_shared_memory(
             pairs_desc.dtype, [2, GROUP_Q, BLOCK_KV],
             gl.NVMMASharedLayout.get_default_for([GROUP_Q, BLOCK_KV], pairs_desc.dtype),
         )  # fmt: skip
-    # Whether the queries of a group see the keys that a mask has ruled out.
-    filled_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    # Of two tiles of queries: what `_say` says, and whether those of a group see the keys that a mask has ruled out.
+    said_s = gl.allocate_shared_memory(gl.int32, [2 * TILE_LEN, 1], NUMBERS)
+    filled_s = gl.allocate_shared_memory(gl.int32, [4, 1], NUMBERS)
+    said = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     known = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     pairs_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     pairs_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    mbarrier.init(q_full, count=1)
     mbarrier.init(known, count=2)
+    for slot in gl.static_range(2):
+        mbarrier.init(said.index(slot), count=1)
+        mbarrier.init(heard.index(slot), count=2)
+    for stage in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(stage), count=1)
+        mbarrier.init(q_empty.index(stage), count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
@@ -86,28 +104,27 @@ def attention_hopper_forward_kernel(
         mbarrier.init(pairs_full.index(group), count=1)
         mbarrier.init(pairs_empty.index(group), count=1)
     fence_async_shared()
-    barriers = (q_full, full, empty, known, pairs_full, pairs_empty)
+    shared = (q_s, k_s, v_s, said_s, filled_s)
+    barriers = (said, heard, known, q_full, q_empty, full, empty, pairs_full, pairs_empty)
     gl.warp_specialize(
         [
             (_attend, (
-                0, out_desc, lse_ptr, q_s, k_s, v_s, pairs_s if pairs_desc is not None else None, filled_s, barriers,
-                ranges_ptr, ranges_strides,
-                batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
-                SCORE_MASKED, SCORE_FULL, KV_BOUNDS, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS,
-                LONGEST_FIRST, SINK, ROW_FACTOR, ROW_KEPT, SHARED_BATCH, BLOCK_D, BLOCK_DV, STAGES, SPREAD,
+                0, out_desc, lse_ptr, out_s, shared, pairs_s if pairs_desc is not None else None, barriers,
+                batch_1, batch_2, batch_3, q_len, kv_len, sizes,
+                captured, captured_strides, SCORE_MASKED, SCORE_FULL, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS,
+                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT, BLOCK_DV, Q_STAGES, STAGES,
             )),
             (_attend, (
-                1, out_desc, lse_ptr, q_s, k_s, v_s, pairs_s if pairs_desc is not None else None, filled_s, barriers,
-                ranges_ptr, ranges_strides,
-                batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
-                SCORE_MASKED, SCORE_FULL, KV_BOUNDS, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS,
-                LONGEST_FIRST, SINK, ROW_FACTOR, ROW_KEPT, SHARED_BATCH, BLOCK_D, BLOCK_DV, STAGES, SPREAD,
+                1, out_desc, lse_ptr, out_s, shared, pairs_s if pairs_desc is not None else None, barriers,
+                batch_1, batch_2, batch_3, q_len, kv_len, sizes,
+                captured, captured_strides, SCORE_MASKED, SCORE_FULL, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS,
+                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT, BLOCK_DV, Q_STAGES, STAGES,
             )),
             (_load, (
-                q_desc, k_desc, v_desc, pairs_desc, q_s, k_s, v_s, pairs_s if pairs_desc is not None else None,
-                filled_s, barriers, ranges_ptr, ranges_strides,
+                q_desc, k_desc, v_desc, pairs_desc, shared, pairs_s if pairs_desc is not None else None, barriers,
+                ranges_ptr, counter_ptr, ranges_strides,
                 batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, KV_BOUNDS, FILL_THRESHOLD, LONGEST_FIRST,
-                Q_AXES, K_AXES, V_AXES, PAIRS_AT, PAIRS_AXES, SHARED_BATCH, BLOCK_D, STAGES, SPREAD,
+                Q_AXES, K_AXES, V_AXES, PAIRS_AT, PAIRS_AXES, SHARED_BATCH, Q_STAGES, STAGES, SPREAD,
             )),
         ],
         [4, 1],
@@ -116,18 +133,18 @@ def attention_hopper_forward_kernel(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Which tiles there are: the same for those who load and those who multiply
+# Which tiles there are: found by the warp that loads, and said to the groups that multiply
 
 
 @gluon.jit
 def _owned(
-    batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST: gl.constexpr, SHARED_BATCH: gl.constexpr,
+    number, batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST: gl.constexpr, SHARED_BATCH: gl.constexpr,
     SPREAD: gl.constexpr,
 ):  # fmt: skip
-    """This program's first query, and its position on the four axes."""
+    """The first query of a tile, and its position on the four axes."""
     tiles = gl.cdiv(q_len, BLOCK_Q)
-    round_of = gl.program_id(0) // (tiles * SPREAD)
-    rest = gl.program_id(0) % (tiles * SPREAD)
+    round_of = number // (tiles * SPREAD)
+    rest = number % (tiles * SPREAD)
     position = round_of * SPREAD + rest % SPREAD
     if SHARED_BATCH:
         n0 = position % batch_0
@@ -174,10 +191,42 @@ def _stored(row, stride):
 
 
 @gluon.jit
-def _skipped(filled_s, start, end, kv_len):
+def _say(said_s, said, heard, turn, numbers):
+    """Tell both groups the TILE_USED numbers of the tile of queries whose turn it is."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(heard.index(turn % 2), turn // 2 % 2 ^ 1)
+    for place in gl.static_range(TILE_USED):
+        said_s.index(TILE_LEN * (turn % 2) + place).store(gl.full([1], numbers[place], gl.int32, ONE))
+    gl.thread_barrier()
+    mbarrier.arrive(said.index(turn % 2), count=1)
+
+
+@gluon.jit
+def _number(said_s, turn, PLACE: gl.constexpr):
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(said_s.index(TILE_LEN * (turn % 2) + PLACE).load(ONE), 0)
+
+
+@gluon.jit
+def _rows(said_s, turn):
+    """(first query of a tile, or -1 where there is none, and its position) as `_say` has it."""
+    q_start, n0, n1 = _number(said_s, turn, 0), _number(said_s, turn, 1), _number(said_s, turn, 2)
+    return q_start, n0, n1, _number(said_s, turn, 3), _number(said_s, turn, 4)
+
+
+@gluon.jit
+def _keys(said_s, turn):
+    """(start, full_start, full_end, end)"""
+    start, full_start = _number(said_s, turn, 5), _number(said_s, turn, 6)
+    return start, full_start, _number(said_s, turn, 7), _number(said_s, turn, 8)
+
+
+@gluon.jit
+def _skipped(filled_s, turn, start, end, kv_len):
     """(tiles before, tiles behind) those visited, if a row of either group has seen nothing above the fill."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    filled = gl.max(filled_s.index(0).load(ONE) | filled_s.index(1).load(ONE), 0)
+    of_both = filled_s.index(turn % 2 * 2).load(ONE) | filled_s.index(turn % 2 * 2 + 1).load(ONE)
+    filled = gl.max(of_both, 0)
     return filled * (start // BLOCK_KV), filled * gl.cdiv(gl.maximum(kv_len - end, 0), BLOCK_KV)
 
 
@@ -186,68 +235,90 @@ def _skipped_tile(i, before, end):
     return gl.where(i < before, 0, end - before * BLOCK_KV) + i * BLOCK_KV
 
 
-@gluon.jit
-def _q_slot(q_s, group, BLOCK: gl.constexpr, dtype: gl.constexpr):
-    """The rows [64, BLOCK] of a group, in its part of the shared memory of queries."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP_Q, BLOCK], dtype)
-    return q_s.index(group)._reinterpret(dtype, [q_s.shape[2] // BLOCK, GROUP_Q, BLOCK], LAYOUT).index(0)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # The warp that loads
 
 
 @gluon.jit
 def _load(
-    q_desc, k_desc, v_desc, pairs_desc, q_s, k_s, v_s, pairs_s, filled_s, barriers, ranges_ptr, ranges_strides,
+    q_desc, k_desc, v_desc, pairs_desc, shared, pairs_s, barriers, ranges_ptr, counter_ptr, ranges_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, KV_BOUNDS: gl.constexpr, FILL_THRESHOLD: gl.constexpr,
     LONGEST_FIRST: gl.constexpr, Q_AXES: gl.constexpr, K_AXES: gl.constexpr, V_AXES: gl.constexpr,
     PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr, SHARED_BATCH: gl.constexpr,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr,
+    Q_STAGES: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
-    """Queries once, and tiles of keys and values as stages become free: the last tile first, values a stage later."""
-    q_full, full, empty, known, pairs_full, pairs_empty = barriers
-    q_start, n0, n1, n2, n3 = _owned(
-        batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST, SHARED_BATCH, SPREAD
-    )  # fmt: skip
-    start, _, _, end = _visited(
-        q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS
-    )  # fmt: skip
-    mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
-    for group in gl.static_range(2):
-        slot = _q_slot(q_s, group, BLOCK_D, q_desc.dtype)
-        _load_own(q_desc, n0, n1, n2, q_start + group * GROUP_Q, q_full, slot, Q_AXES)
-    mbarrier.expect(full.index(0), k_desc.block_type.nbytes)
-    _load_own(k_desc, n0, n1, n2, end - BLOCK_KV, full.index(0), k_s.index(0), K_AXES)
-    at = (n0, n1, n2, n3, q_len, kv_len, sizes)
-    _load_pairs(pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, end - BLOCK_KV, 0, PAIRS_AT, PAIRS_AXES)
-    stage = 1
+    """Queries, and tiles of keys as stages become free, the last tile first: each with the values of the one before.
+
+    Who is done first takes the next tile of queries.
+    """
+    q_s, k_s, v_s, said_s, filled_s = shared
+    said, heard, known, q_full, q_empty, full, empty, pairs_full, pairs_empty = barriers
+    stage = 0
     phase = 1
-    for i in range(1, (end - start) // BLOCK_KV):
-        kv_start = end - (i + 1) * BLOCK_KV
-        mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
-        _load_own(v_desc, n0, n1, n2, kv_start + BLOCK_KV, full.index(stage), v_s.index(stage), V_AXES)
-        _load_pairs(pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, i, PAIRS_AT, PAIRS_AXES)
-        stage, phase = next_stage(stage, phase, STAGES)
-    mbarrier.wait(empty.index(stage), phase)
-    mbarrier.expect(full.index(stage), v_desc.block_type.nbytes)
-    _load_own(v_desc, n0, n1, n2, start, full.index(stage), v_s.index(stage), V_AXES)
-    if FILL_THRESHOLD is not None:
-        mbarrier.wait(known, 0)
-        before, behind = _skipped(filled_s, start, end, kv_len)
-        for i in range(before + behind):
-            stage, phase = next_stage(stage, phase, STAGES)
-            kv_start = _skipped_tile(i, before, end)
+    turn = 0
+    # Tiles of keys before.
+    met = 0
+    # Where the values of the tile before lie. In front of the first row TMA reads zeros.
+    m0 = 0
+    m1 = 0
+    m2 = 0
+    v_start = -BLOCK_KV
+    tiles = batch_0 * batch_1 * batch_2 * batch_3 * gl.cdiv(q_len, BLOCK_Q)
+    number = gl.program_id(0)
+    while number < tiles:
+        q_start, n0, n1, n2, n3 = _owned(
+            number, batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST, SHARED_BATCH, SPREAD
+        )  # fmt: skip
+        start, full_start, full_end, end = _visited(
+            q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS
+        )  # fmt: skip
+        _say(said_s, said, heard, turn, (q_start, n0, n1, n2, n3, start, full_start, full_end, end))
+        q_stage = turn % Q_STAGES
+        mbarrier.wait(q_empty.index(q_stage), turn // Q_STAGES % 2 ^ 1)
+        mbarrier.expect(q_full.index(q_stage), 2 * q_desc.block_type.nbytes)
+        for group in gl.static_range(2):
+            slot = q_s.index(2 * q_stage + group)
+            _load_own(q_desc, n0, n1, n2, q_start + group * GROUP_Q, q_full.index(q_stage), slot, Q_AXES)
+        at = (n0, n1, n2, n3, q_len, kv_len, sizes)
+        for i in range((end - start) // BLOCK_KV):
+            kv_start = end - (i + 1) * BLOCK_KV
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
             _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
-            _load_own(v_desc, n0, n1, n2, kv_start, full.index(stage), v_s.index(stage), V_AXES)
-            number = (end - start) // BLOCK_KV + i
-            _load_pairs(
-                pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, number, PAIRS_AT, PAIRS_AXES
-            )  # fmt: skip
+            _load_own(v_desc, m0, m1, m2, v_start, full.index(stage), v_s.index(stage), V_AXES)
+            _load_pairs(pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, met, PAIRS_AT, PAIRS_AXES)
+            met += 1
+            m0, m1, m2, v_start = n0, n1, n2, kv_start
+            stage, phase = next_stage(stage, phase, STAGES)
+        if FILL_THRESHOLD is not None:
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(full.index(stage), v_desc.block_type.nbytes)
+            _load_own(v_desc, n0, n1, n2, start, full.index(stage), v_s.index(stage), V_AXES)
+            stage, phase = next_stage(stage, phase, STAGES)
+            v_start = -BLOCK_KV
+            mbarrier.wait(known, turn % 2)
+            before, behind = _skipped(filled_s, turn, start, end, kv_len)
+            for i in range(before + behind):
+                kv_start = _skipped_tile(i, before, end)
+                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+                _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
+                _load_own(v_desc, n0, n1, n2, kv_start, full.index(stage), v_s.index(stage), V_AXES)
+                _load_pairs(
+                    pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, met, PAIRS_AT, PAIRS_AXES
+                )  # fmt: skip
+                met += 1
+                stage, phase = next_stage(stage, phase, STAGES)
+        turn += 1
+        if counter_ptr is None:
+            number += gl.num_programs(0)
+        else:
+            number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
+    _say(said_s, said, heard, turn, (-1, 0, 0, 0, 0, 0, 0, 0, 0))
+    if FILL_THRESHOLD is None:
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(full.index(stage), v_desc.block_type.nbytes)
+        _load_own(v_desc, m0, m1, m2, v_start, full.index(stage), v_s.index(stage), V_AXES)
 
 
 @gluon.jit
@@ -282,98 +353,164 @@ def _load_own(desc, n0, n1, n2, row, barrier, slot, AXES: gl.constexpr, column=0
 
 @gluon.jit
 def _attend(
-    GROUP: gl.constexpr, out_desc, lse_ptr, q_s, k_s, v_s, pairs_s, filled_s, barriers, ranges_ptr, ranges_strides,
-    batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
-    SCORE_MASKED: gl.constexpr, SCORE_FULL: gl.constexpr, KV_BOUNDS: gl.constexpr,
-    LOG2_SCALE: gl.constexpr, FILL_THRESHOLD: gl.constexpr, LARGE_SCORES: gl.constexpr, FILLS: gl.constexpr,
-    ZERO_EMPTY_ROWS: gl.constexpr, LONGEST_FIRST: gl.constexpr, SINK: gl.constexpr, ROW_FACTOR: gl.constexpr,
-    ROW_KEPT: gl.constexpr, SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    STAGES: gl.constexpr, SPREAD: gl.constexpr,
+    GROUP: gl.constexpr, out_desc, lse_ptr, out_s, shared, pairs_s, barriers, batch_1, batch_2, batch_3, q_len, kv_len,
+    sizes, captured, captured_strides, SCORE_MASKED: gl.constexpr, SCORE_FULL: gl.constexpr, LOG2_SCALE: gl.constexpr,
+    FILL_THRESHOLD: gl.constexpr, LARGE_SCORES: gl.constexpr, FILLS: gl.constexpr, ZERO_EMPTY_ROWS: gl.constexpr,
+    SINK: gl.constexpr, ROW_FACTOR: gl.constexpr, ROW_KEPT: gl.constexpr, BLOCK_DV: gl.constexpr,
+    Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The output and the log-sum-exp of the 64 queries of one group."""
-    q_full, full, empty, known, pairs_full, pairs_empty = barriers
+    """The output and the log-sum-exp of 64 queries of each tile.
+
+    Where rows may see keys that a mask has ruled out, a tile of queries ends before the next begins.
+    """
+    q_s, k_s, v_s, said_s, filled_s = shared
+    said, heard, known, q_full, q_empty, full, empty, pairs_full, pairs_empty = barriers
     dtype: gl.constexpr = q_s.dtype
+    RUNS_ON: gl.constexpr = FILL_THRESHOLD is None
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KV, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, SUMS)
-    q_start, n0, n1, n2, n3 = _owned(
-        batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST, SHARED_BATCH, SPREAD
-    )  # fmt: skip
-    start, full_start, full_end, end = _visited(
-        q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS
-    )  # fmt: skip
-    q_start += GROUP * GROUP_Q
-    at = (n0, n1, n2, n3, q_len, kv_len, sizes)
-    q = _q_slot(q_s, GROUP, BLOCK_D, dtype)
     nothing = gl.zeros([GROUP_Q, BLOCK_KV], gl.float32, SCORES)
+    nowhere = gl.full([GROUP_Q], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    # Of the tile of keys before the first, which has none.
     acc = gl.zeros([GROUP_Q, BLOCK_DV], gl.float32, SUMS)
-    row_max = gl.full([GROUP_Q], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-
-    # The last tile, which mostly has a mask; there are no values yet.
-    mbarrier.wait(q_full, 0)
-    mbarrier.wait(full.index(0), 0)
-    qk = warpgroup_mma(q, k_s.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, 0)
-    score = _scores(qk, pairs, q_start, end - BLOCK_KV, at, captured, captured_strides, SCORE_MASKED, 0)
-    mbarrier.arrive(empty.index(0), count=1)
-    stage = 1
+    row_max = nowhere
+    row_shift = nowhere
+    row_sum = gl.zeros([GROUP_Q], gl.float32, gl.SliceLayout(1, SCORES))
+    w = gl.convert_layout(nothing.to(dtype), WEIGHTS)
+    stage = 0
     phase = 0
-    new_max, row_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
-    p, _ = exponentials(score, row_max, row_max, subtracted, LOG2_SCALE, LARGE_SCORES, False)
-    row_max = new_max
-    row_sum = gl.sum(p, 1)
-    w = gl.convert_layout(p.to(dtype), WEIGHTS)
+    turn = 0
+    # Tiles of keys before.
+    met = 0
+    mbarrier.wait(said.index(0), 0)
+    q_start, n0, n1, n2, n3 = _rows(said_s, turn)
+    while q_start >= 0:
+        start, full_start, full_end, end = _keys(said_s, turn)
+        at = (n0, n1, n2, n3, q_len, kv_len, sizes)
+        q_start += GROUP * GROUP_Q
+        q_stage = turn % Q_STAGES
+        q = q_s.index(2 * q_stage + GROUP)
 
-    for i in range(1, (end - start) // BLOCK_KV):
-        kv_start = end - (i + 1) * BLOCK_KV
-        masked = (kv_start < full_start) | (kv_start >= full_end)
+        # The last tile of keys, which mostly has a mask, under the last values of the queries before.
+        mbarrier.wait(q_full.index(q_stage), turn // Q_STAGES % 2)
         mbarrier.wait(full.index(stage), phase)
         qk = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        acc_next = warpgroup_mma(w, v_s.index(stage), acc, is_async=True)
-        pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, i)
-        if masked:
-            score = _scores(qk, pairs, q_start, opaque(kv_start), at, captured, captured_strides, SCORE_MASKED, 1)
+        if RUNS_ON:
+            acc_next = warpgroup_mma(w, v_s.index(stage), acc, is_async=True)
+        pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
+        met += 1
+        if RUNS_ON:
+            score = _scores(qk, pairs, q_start, end - BLOCK_KV, at, captured, captured_strides, SCORE_MASKED, 1)
         else:
-            score = _scores(qk, pairs, q_start, kv_start, at, captured, captured_strides, SCORE_FULL, 1)
-        new_max, new_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
-        acc = arrived(acc_next, 0)
+            score = _scores(qk, pairs, q_start, end - BLOCK_KV, at, captured, captured_strides, SCORE_MASKED, 0)
+        new_max, new_shift, subtracted = shifts_with(score, nowhere, LOG2_SCALE, LARGE_SCORES)
+        if RUNS_ON:
+            acc = arrived(acc_next, 0)
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
-        p, correction = exponentials(score, row_max, row_shift, subtracted, LOG2_SCALE, LARGE_SCORES, False)
-        row_sum = row_sum * correction + gl.sum(p, 1)
-        row_max, row_shift = new_max, new_shift
-        # Not before the wait: the product under way reads the registers of the weights before.
+        p, _ = exponentials(score, nowhere, nowhere, subtracted, LOG2_SCALE, LARGE_SCORES, False)
         w = gl.convert_layout(p.to(dtype), WEIGHTS)
-        acc = acc * gl.convert_layout(correction, OUT_ROWS)[:, None]
-    mbarrier.wait(full.index(stage), phase)
-    acc = warpgroup_mma(w, v_s.index(stage), acc)
+        if RUNS_ON and turn > 0:
+            _finish(
+                GROUP, acc, row_sum, row_max, row_shift, out_desc, lse_ptr, out_s, said_s, heard, turn - 1, batch_1,
+                batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS,
+                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT,
+            )  # fmt: skip
+        row_max, row_shift = new_max, new_shift
+        row_sum = gl.sum(p, 1)
+        acc = gl.zeros([GROUP_Q, BLOCK_DV], gl.float32, SUMS)
 
-    if FILL_THRESHOLD is not None:
-        # Rows that have seen nothing above the fill see all other keys too. Rare.
-        mbarrier.arrive(empty.index(stage), count=1)
-        filled = gl.max((row_max <= FILL_THRESHOLD).to(gl.int32), 0)
-        filled_s.index(GROUP).store(gl.full([1], filled, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
-        gl.thread_barrier()
-        mbarrier.arrive(known, count=1)
-        mbarrier.wait(known, 0)
-        before, behind = _skipped(filled_s, start, end, kv_len)
-        for i in range(before + behind):
-            stage, phase = next_stage(stage, phase, STAGES)
-            kv_start = _skipped_tile(i, before, end)
+        for i in range(1, (end - start) // BLOCK_KV):
+            kv_start = end - (i + 1) * BLOCK_KV
+            masked = (kv_start < full_start) | (kv_start >= full_end)
             mbarrier.wait(full.index(stage), phase)
             qk = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, (end - start) // BLOCK_KV + i)
-            score = _scores(qk, pairs, q_start, kv_start, at, captured, captured_strides, SCORE_MASKED, 0)
+            acc_next = warpgroup_mma(w, v_s.index(stage), acc, is_async=True)
+            pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
+            met += 1
+            if masked:
+                score = _scores(qk, pairs, q_start, opaque(kv_start), at, captured, captured_strides, SCORE_MASKED, 1)
+            else:
+                score = _scores(qk, pairs, q_start, kv_start, at, captured, captured_strides, SCORE_FULL, 1)
             new_max, new_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
+            acc = arrived(acc_next, 0)
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage, phase = next_stage(stage, phase, STAGES)
             p, correction = exponentials(score, row_max, row_shift, subtracted, LOG2_SCALE, LARGE_SCORES, False)
             row_sum = row_sum * correction + gl.sum(p, 1)
             row_max, row_shift = new_max, new_shift
+            # Not before the wait: the product under way reads the registers of the weights before.
             w = gl.convert_layout(p.to(dtype), WEIGHTS)
             acc = acc * gl.convert_layout(correction, OUT_ROWS)[:, None]
+
+        if not RUNS_ON:
+            # Rows that have seen nothing above the fill see all other keys too. Rare.
+            mbarrier.wait(full.index(stage), phase)
             acc = warpgroup_mma(w, v_s.index(stage), acc)
             mbarrier.arrive(empty.index(stage), count=1)
+            stage, phase = next_stage(stage, phase, STAGES)
+            filled = gl.full(
+                [1], gl.max((row_max <= FILL_THRESHOLD).to(gl.int32), 0), gl.int32,
+                gl.BlockedLayout([1], [32], [4], [0]),
+            )  # fmt: skip
+            filled_s.index(turn % 2 * 2 + GROUP).store(filled)
+            gl.thread_barrier()
+            mbarrier.arrive(known, count=1)
+            mbarrier.wait(known, turn % 2)
+            before, behind = _skipped(filled_s, turn, start, end, kv_len)
+            for i in range(before + behind):
+                kv_start = _skipped_tile(i, before, end)
+                mbarrier.wait(full.index(stage), phase)
+                qk = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+                pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
+                met += 1
+                score = _scores(qk, pairs, q_start, kv_start, at, captured, captured_strides, SCORE_MASKED, 0)
+                new_max, new_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
+                p, correction = exponentials(score, row_max, row_shift, subtracted, LOG2_SCALE, LARGE_SCORES, False)
+                row_sum = row_sum * correction + gl.sum(p, 1)
+                row_max, row_shift = new_max, new_shift
+                w = gl.convert_layout(p.to(dtype), WEIGHTS)
+                acc = acc * gl.convert_layout(correction, OUT_ROWS)[:, None]
+                acc = warpgroup_mma(w, v_s.index(stage), acc)
+                mbarrier.arrive(empty.index(stage), count=1)
+                stage, phase = next_stage(stage, phase, STAGES)
+        mbarrier.arrive(q_empty.index(q_stage), count=1)
+        if not RUNS_ON:
+            _finish(
+                GROUP, acc, row_sum, row_max, row_shift, out_desc, lse_ptr, out_s, said_s, heard, turn, batch_1,
+                batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS,
+                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT,
+            )  # fmt: skip
+        turn += 1
+        mbarrier.wait(said.index(turn % 2), turn // 2 % 2)
+        q_start, n0, n1, n2, n3 = _rows(said_s, turn)
 
+    if RUNS_ON:
+        mbarrier.wait(full.index(stage), phase)
+        acc = warpgroup_mma(w, v_s.index(stage), acc)
+        _finish(
+            GROUP, acc, row_sum, row_max, row_shift, out_desc, lse_ptr, out_s, said_s, heard, turn - 1, batch_1,
+            batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS,
+            ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT,
+        )  # fmt: skip
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _finish(
+    GROUP: gl.constexpr, acc, row_sum, row_max, row_shift, out_desc, lse_ptr, out_s, said_s, heard, turn, batch_1,
+    batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE: gl.constexpr,
+    LARGE_SCORES: gl.constexpr, FILLS: gl.constexpr, ZERO_EMPTY_ROWS: gl.constexpr, SINK: gl.constexpr,
+    ROW_FACTOR: gl.constexpr, ROW_KEPT: gl.constexpr,
+):  # fmt: skip
+    """Store what the queries of a turn give when all their keys are done; the last that asks where they are."""
+    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    q_start, n0, n1, n2, n3 = _rows(said_s, turn)
+    gl.thread_barrier()
+    mbarrier.arrive(heard.index(turn % 2), count=1)
+    q_start += GROUP * GROUP_Q
     row_sum = gl.convert_layout(row_sum, OUT_ROWS)
     # The one tile of rows without any may hold a value that is no number.
     acc = gl.where(row_sum[:, None] == 0, 0.0, acc)
@@ -387,9 +524,10 @@ def _attend(
     lse_ptrs = lse_ptr + 2 * (position.to(gl.int64) * q_len + rows)
     gl.store(lse_ptrs, largest, mask=rows < q_len)
     gl.store(lse_ptrs + 1, lse_sum, mask=rows < q_len)
-    slot = _q_slot(q_s, GROUP, BLOCK_DV, out_desc.dtype)
-    store_rows(out_desc, n0, n1, n2, q_start, slot, out.to(out_desc.dtype))
+    # One thread waits until the output before has left the buffer, and the others for it.
     tma.store_wait(0)
+    gl.thread_barrier()
+    store_rows(out_desc, n0, n1, n2, q_start, out_s.index(GROUP), out.to(out_desc.dtype))
 
 
 @gluon.jit

@@ -60,13 +60,18 @@ class Launch:
         return shape.element_bytes * operands + captured + shape.drop_bytes * self.block_q * self.block_kv
 
 
+# What the interpreter is said to have.
+INTERPRETED_MULTIPROCESSORS = 8
+
+
 @dataclass(frozen=True)
 class Device:
-    """What it depends on in a device: "cuda" or "hip", compute capability times ten, shared memory per block."""
+    """What it depends on in a device: "cuda" or "hip", compute capability times ten, shared memory per block, size."""
 
     backend: str
     arch: int
     shared_bytes: int
+    multiprocessors: int
 
     @property
     def overlaps(self) -> bool:
@@ -145,12 +150,13 @@ def choose_launch(device: Device, shape: Shape, table: Sequence[Row] = TABLE) ->
 def device_of(index: int | None) -> Device:
     """The device's properties; None is the interpreter, which has no limits of its own."""
     if index is None:
-        return Device("cuda", 80, 1 << 30)
+        return Device("cuda", 80, 1 << 30, INTERPRETED_MULTIPROCESSORS)
+    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     shared_bytes = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     if torch.version.hip is not None:
-        return Device("hip", 0, shared_bytes)
+        return Device("hip", 0, shared_bytes, multiprocessors)
     major, minor = torch.cuda.get_device_capability(index)
-    return Device("cuda", 10 * major + minor, shared_bytes)
+    return Device("cuda", 10 * major + minor, shared_bytes, multiprocessors)
 
 
 @functools.lru_cache(maxsize=4096)

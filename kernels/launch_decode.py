@@ -59,7 +59,6 @@ TABLE = (
 # What the programs of a multiprocessor should have on its way from memory, and how many they are at most.
 BYTES_UNDER_WAY = 110_000
 MAX_PROGRAMS_PER_MULTIPROCESSOR = 2
-INTERPRETED_MULTIPROCESSORS = 8
 # The most shares that keys go into, and the fewest key tiles that are not read sooner than shares are put together.
 MAX_SPLITS = 128
 MIN_TILES = 4
@@ -160,9 +159,7 @@ def num_splits(programs: int, tiles: int, slots: int) -> int:
 def _slots(device: int | None, bytes_under_way: int) -> int:
     """How many programs with so much on its way a device runs at a time."""
     programs = min(max(1, BYTES_UNDER_WAY // bytes_under_way), MAX_PROGRAMS_PER_MULTIPROCESSOR)
-    if device is None:
-        return INTERPRETED_MULTIPROCESSORS * programs
-    return torch.cuda.get_device_properties(device).multi_processor_count * programs
+    return device_of(device).multiprocessors * programs
 
 
 @functools.lru_cache(maxsize=4096)

@@ -28,9 +28,12 @@ from flashfuse.kernels.prepared import Buffer, KernelLaunch, Prepared, strides_o
 from flashfuse.kernels.spec import AttentionSpec
 
 # Shared memory of the program with the most.
-SHARED_BYTES = 225 * 1024
-# Tiles of keys and values that are loaded ahead, by the wider of their columns.
+SHARED_BYTES = 226 * 1024
+# Tiles of queries that are loaded ahead, one beside tiles of pairs; tiles of keys and values, by their wider columns.
+Q_STAGES = 2
 STAGES = {64: 4, 128: 2}
+# Whether programs that are done first take more tiles, which takes a number that is 0 at first.
+COUNTED = True
 # How many queries and keys it takes to be faster than the plain kernel, whose programs are smaller.
 LEAST_LENGTH = 2048
 # Functions that take many instructions.
@@ -153,6 +156,7 @@ def forward_constants(
         "SHARED_BATCH": program.shared_batch,
         "BLOCK_D": blocks[0],
         "BLOCK_DV": blocks[1],
+        "Q_STAGES": Q_STAGES if program.pairs_at is None else 1,
         "STAGES": STAGES[max(blocks)],
         "SPREAD": math.gcd(MAX_SPREAD, positions) if program.longest_first or program.pairs_at is not None else 1,
         "num_warps": 4,
@@ -165,7 +169,8 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
     blocks = blocks_of(call.head_dim, call.value_dim)
     if blocks is None or not has_gluon() or in_torch(call) or not is_faster(call):
         return None
-    if not takes(device_of(device_index(call)), call):
+    device = device_of(device_index(call))
+    if not takes(device, call):
         return None
     # It takes Gluon, which the other kernels do without.
     from flashfuse.kernels.hopper_forward import BLOCK_KV, BLOCK_Q, GROUP_Q, attention_hopper_forward_kernel
@@ -182,7 +187,8 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
     descriptors = [tensor_map(Buffer.like(x), rows.value, columns) for x, (rows, columns) in operands]
     # Behind the last query and key it gives 0, whatever is there.
     of_pairs = None if pairs is None else tensor_map(Buffer.like(_own(pairs)), GROUP_Q.value, BLOCK_KV.value)
-    programs = positions * -(-call.q_len // BLOCK_Q.value)
+    taken = positions * -(-call.q_len // BLOCK_Q.value)
+    programs = min(taken, device.multiprocessors)
     return Prepared(
         launches=(KernelLaunch(attention_hopper_forward_kernel, programs, variant),),
         out=Buffer.like(out),
@@ -190,6 +196,7 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
         workspace=None,
         numbers=(of_ranges, *padded_axes(call.batch), call.q_len, call.kv_len, call.program_sizes),
         captured_strides=tuple(c.stride() for c in call.captured),
+        counted=COUNTED and programs < taken,
         descriptors=(*descriptors, of_pairs),
         pairs=None if read is None else _slot(read),
     )

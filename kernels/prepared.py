@@ -60,6 +60,7 @@ class Prepared:
     numbers: the arguments between the tensors and the captured tensors.
     descriptors: of q, k, v, out and the captured tensor `pairs`, None without one, for a kernel that reads those by TMA
     and no seed; without tensors.
+    counted: whether such a kernel counts what its programs take.
     """
 
     launches: tuple[KernelLaunch, ...]
@@ -70,6 +71,7 @@ class Prepared:
     captured_strides: tuple[tuple[int, ...], ...]
     descriptors: tuple[Any, ...] = ()
     pairs: int | None = None
+    counted: bool = False
 
     @staticmethod
     def of(
@@ -107,7 +109,8 @@ class Prepared:
         tensors: tuple[Any, ...] = (q, k, v, out, lse, kv_ranges, seed, *parts)
         if self.descriptors:
             pairs = None if self.pairs is None else captured[self.pairs]
-            tensors = (*map(described, self.descriptors, (q, k, v, out, pairs)), lse, kv_ranges)
+            counter = empty((1,), (1,), torch.int32).zero_() if self.counted else None
+            tensors = (*map(described, self.descriptors, (q, k, v, out, pairs)), lse, kv_ranges, counter)
         arguments = (*tensors, *self.numbers, captured, self.captured_strides)
         for launch in self.launches:
             start(launch, arguments)

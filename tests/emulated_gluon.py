@@ -36,6 +36,10 @@ def tile(x: Any) -> Any:
     return (x if isinstance(x, torch.Tensor) else torch.tensor(x)).as_subclass(Tile)
 
 
+def number(x: Any) -> torch.Tensor:
+    return torch.tensor(x, dtype=torch.int32) if type(x) is int else torch.as_tensor(x)
+
+
 class Pointer:
     """Pointers to elements of a tensor's storage."""
 
@@ -45,6 +49,17 @@ class Pointer:
 
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.storage, self.offset + other)
+
+    def to(self, dtype: torch.dtype, bitcast: bool) -> Pointer:
+        assert bitcast
+        assert dtype.itemsize == self.storage.dtype.itemsize
+        return Pointer(self.storage.view(dtype), self.offset)
+
+    def add(self, x: int) -> torch.Tensor:
+        """What was there before."""
+        found: torch.Tensor = self.storage[self.offset].clone()
+        self.storage[self.offset] += x
+        return found
 
     def load(self, mask: Any = None, other: Any = 0) -> Any:
         at = torch.as_tensor(self.offset).long()
@@ -174,7 +189,7 @@ def _waited(num_outstanding: int, deps: tuple[Any, ...]) -> Any:
 
 
 def _where(condition: Any, left: Any, right: Any) -> Any:
-    return tile(torch.where(torch.as_tensor(condition), torch.as_tensor(left), torch.as_tensor(right)))
+    return tile(torch.where(torch.as_tensor(condition), number(left), number(right)))
 
 
 def _run_all(partitions: Sequence[tuple[Any, tuple[Any, ...]]], *_: Any) -> None:
@@ -205,7 +220,7 @@ def _allocated(dtype: torch.dtype, shape: Sequence[int], _: Any) -> Any:
 
 
 def _elementwise(function: Any) -> Any:
-    return lambda *values: tile(function(*map(torch.as_tensor, values)))
+    return lambda *values: tile(function(*map(number, values)))
 
 
 def _chosen(with_nan: Any, without: Any) -> Any:
@@ -217,7 +232,7 @@ def _reduced(function: Any) -> Any:
     return lambda x, axis: tile(function(torch.as_tensor(x), axis))
 
 
-def _language(program: int) -> Any:
+def _language(program: int, programs: int) -> Any:
     """The names of both languages, for one program."""
     anything = lambda *_, **__: None  # noqa: E731
     dtypes = {str(d)[6:]: d for d in (torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64)}
@@ -225,7 +240,10 @@ def _language(program: int) -> Any:
         **dtypes,
         int1=torch.bool,
         constexpr=lambda x: x,
-        program_id=lambda _: torch.tensor(program),
+        program_id=lambda _: torch.tensor(program, dtype=torch.int32),
+        num_programs=lambda _: programs,
+        atomic_add=lambda at, x: at.add(x),
+        pointer_type=lambda dtype: dtype,
         num_warps=anything,
         arange=lambda start, stop, *_: tile(torch.arange(start, stop, dtype=torch.int32)),
         zeros=lambda shape, dtype, *_: tile(torch.zeros(tuple(shape), dtype=dtype)),
@@ -307,7 +325,7 @@ def _argument(x: Any) -> Any:
         return Pointer(torch.as_strided(x, (x.untyped_storage().nbytes() // x.itemsize,), (1,), 0), x.storage_offset())
     if isinstance(x, tuple):
         return tuple(map(_argument, x))
-    return torch.tensor(x) if type(x) is int else Map(x) if hasattr(x, "block_shape") else x
+    return number(x) if type(x) is int else Map(x) if hasattr(x, "block_shape") else x
 
 
 def start(launch: KernelLaunch, arguments: tuple[Any, ...]) -> None:
@@ -315,7 +333,7 @@ def start(launch: KernelLaunch, arguments: tuple[Any, ...]) -> None:
     given = [_argument(x) for x in arguments]
     names = launch.kernel.arg_names[len(arguments) :]
     for program in range(launch.programs):
-        language = _language(program)
+        language = _language(program, launch.programs)
         meanings = {**_instructions(), "tl": language, "gl": language}
         done: dict[int, Any] = {}
 

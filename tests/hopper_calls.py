@@ -165,7 +165,6 @@ def _bias_calls() -> dict[str, Callable[[], Call]]:
     causal, most = f"where(kv_idx <= q_idx, qk * 0.125 + {heads}, -inf)", (1, 2)
     add("bf16", f"qk * 0.125 + {heads}", (2, 4), lambda: bias(BF16, 4, 301, 417))
     add("fp16", f"qk * 0.125 + {heads}", (2, 4), lambda: bias(FP16, 4, 301, 417), dtype=FP16)
-    add("fp32", f"qk * 0.125 + {heads}", (2, 2), lambda: bias(torch.float32, 2, 301, 417), dtype=FP16)
     add("causal", f"where(kv_idx <= q_idx, qk * 0.125 + {position}, -inf)", (2, 2), lambda: bias(BF16, 2, 2, 301, 417))
     add("scaled", f"(qk + {position}) * 0.125", (2, 2), lambda: bias(FP16, 2, 2, 301, 417), dtype=FP16)
     add("all", "qk * 0.125 + t0[q_idx, kv_idx]", (2, 3), lambda: bias(FP16, 301, 417), dtype=FP16)

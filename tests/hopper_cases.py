@@ -37,7 +37,6 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     ),
     "bias": ("qk * 0.125 + t0[n1, q_idx, kv_idx]", (torch.bfloat16,), (3,)),
     "causal bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[n1, q_idx, kv_idx], -inf)", (torch.float16,), (3,)),
-    "float32 bias": ("qk * 0.125 + t0[n1, q_idx, kv_idx]", (torch.float32,), (3,)),
     "scaled bias": ("(qk + t0[n0, q_idx, kv_idx]) * 0.125", (torch.bfloat16,), (3,)),
     "fill": ("where(kv_idx <= q_idx - 200, qk * 0.125, -10000.0)", (), ()),
     "sink": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (torch.float32,), (1,)),
@@ -75,6 +74,7 @@ def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.d
     pairs = pair_read(spec)
     given = {
         "ranges_ptr": "*i32" if ranged else None,
+        "counter_ptr": "*i32",
         "lse_ptr": "*fp32",
         "q_desc": described(dtype, rows, head_dim),
         "k_desc": described(dtype, keys, head_dim),

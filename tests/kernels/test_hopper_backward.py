@@ -24,7 +24,7 @@ from flashfuse.kernels.launch_hopper_backward import block_of, takes  # noqa: E4
 from flashfuse.kernels.prepared import Buffer  # noqa: E402
 from flashfuse.kernels.prepared_backward import Gradient  # noqa: E402
 
-HOPPER = Device("cuda", 90, 232448)
+HOPPER = Device("cuda", 90, 232448, 132)
 FP16 = torch.float16
 CAUSAL = "where(kv_idx <= q_idx, qk * 0.125, -inf)"
 KERNELS = ["attention_rows_backward_kernel", "attention_hopper_backward_kernel", "scaled_rows_kernel"]

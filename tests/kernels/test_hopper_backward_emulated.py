@@ -42,7 +42,7 @@ SOME = (
 @pytest.fixture(autouse=True)
 def _on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_hopper_backward, "LEAST_QUERIES", {64: 0, 128: 0})
-    monkeypatch.setattr(launch_backward, "device_of", lambda _: Device("cuda", 90, 232448))
+    monkeypatch.setattr(launch_backward, "device_of", lambda _: Device("cuda", 90, 232448, 2))
 
 
 def nan_filled(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -19,9 +19,9 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from flashfuse.kernels import launch_hopper, launch_hopper_forward, plans  # noqa: E402
 from flashfuse.kernels.launch import Device  # noqa: E402
-from flashfuse.kernels.launch_hopper_forward import is_faster, takes  # noqa: E402
+from flashfuse.kernels.launch_hopper_forward import is_faster, prepare_hopper, takes  # noqa: E402
 
-HOPPER = Device("cuda", 90, 232448)
+HOPPER = Device("cuda", 90, 232448, 132)
 FP16 = torch.float16
 CAUSAL = "where(kv_idx <= q_idx, qk * 0.125, -inf)"
 
@@ -56,7 +56,6 @@ def rows_apart(x: torch.Tensor, between: int) -> torch.Tensor:
         ("where(kv_idx <= q_idx - 20, qk * 0.125, -1000000000.0)", {}),
         ("where(kv_idx > q_idx, qk * 0.125, -inf)", {}),
         ("qk * 0.125 + t0[q_idx, kv_idx]", {"captured": [bias(FP16, 70, 70)]}),
-        ("qk * 0.125 + t0[n1, q_idx, kv_idx]", {"captured": [bias(torch.float32, 2, 70, 70)]}),
         ("(qk + t0[n0, 0, q_idx, kv_idx]) * 0.125", {"captured": [bias(torch.bfloat16, 2, 1, 70, 70)]}),
         ("qk * t0[0, q_idx, kv_idx] + t0[0, q_idx, kv_idx]", {"captured": [bias(FP16, 1, 70, 70)]}),
         ("qk * 0.125 + t0[n0 * 2 + n1, q_idx, kv_idx]", {"captured": [bias(FP16, 4, 70, 70)]}),
@@ -79,6 +78,7 @@ def test_what_is_taken(score: str, changes: dict[str, Any]) -> None:
         ("qk * 0.125 + t0[q_idx, kv_idx]", {"captured": [torch.zeros(70, 70)]}),
         ("qk * 0.125 + t0[q_idx, kv_idx]", {"captured": [bias(FP16, 70, 70).mT.contiguous().mT]}),
         ("qk * 0.125 + t0[q_idx, kv_idx]", {"captured": [bias(FP16, 1, 70).expand(70, 70)]}),
+        ("qk * 0.125 + t0[n1, q_idx, kv_idx]", {"captured": [bias(torch.float32, 2, 70, 70)]}),
         ("qk * 0.125 + t0[kv_idx, q_idx]", {"captured": [bias(FP16, 70, 70)]}),
         ("qk * 0.125 + t0[q_idx, kv_idx + 1]", {"captured": [bias(FP16, 70, 71)]}),
         ("qk * 0.125 + t0[q_idx, q_idx, kv_idx]", {"captured": [bias(FP16, 70, 70, 70)]}),
@@ -129,6 +129,16 @@ def test_what_the_plain_kernel_is_faster_at(monkeypatch: pytest.MonkeyPatch) -> 
     assert is_faster(call_of("qk * 0.125 + t0[q_idx, kv_idx]", (1, 1, least, 64), captured=[bias(FP16, 8, 8)]))
 
 
+@pytest.mark.skipif(not launch_hopper.has_gluon(), reason="another Gluon")
+def test_a_program_for_each_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where they do not have one tile each, programs count those that are taken: a counter has to be made 0."""
+    monkeypatch.setattr(launch_hopper_forward, "device_of", lambda _: replace(HOPPER, multiprocessors=6))
+    for q_len, programs, counted in ((128, 2, False), (300, 6, False), (400, 6, True)):
+        prepared = prepare_hopper(call_of(shape=(1, 2, q_len, 64)))
+        assert prepared is not None
+        assert (prepared.launches[0].programs, prepared.counted) == (programs, counted)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What the host does
 
@@ -158,8 +168,9 @@ def names(idle: IdleDriver) -> list[str]:
         call_of("qk * 0.125 + to_float(kv_idx - q_idx) * t0[n1]", captured=[torch.ones(2)]),
         documents(64),
         BIAS_CALLS["bias-bf16-64"](),
+        call_of(shape=(2, 40, 150, 64)),
     ],
-    ids=["causal", "grouped", "slopes", "documents", "bias"],
+    ids=["causal", "grouped", "slopes", "documents", "bias", "counted"],
 )
 def test_one_kernel(call: Call, idle: IdleDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call like an earlier one asks nothing of Triton."""

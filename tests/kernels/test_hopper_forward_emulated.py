@@ -35,7 +35,7 @@ SOME = (
     "rows-64", "sink-64", "batch2x2x3-2x2x1-causal-64", "batch3x2-1x1-plain-128", "batch--causal-64", "documents-64",
     "documents-128", "padding-64", "padded-64", "rows_apart-128", "heads_inside-64",
     *(name for at, name in enumerate(FORWARD_CALLS) if at % 4 in (0, 3)),
-    "bias-bf16-64", "bias-fp32-128", "bias-expanded-64", "bias-grouped-64", "bias-longer-64", "bias-fill-64",
+    "bias-bf16-64", "bias-fp16-128", "bias-expanded-64", "bias-grouped-64", "bias-longer-64", "bias-fill-64",
     "bias-ranges-64",
 )  # fmt: skip
 ALL = {**CALLS, **FORWARD_CALLS, **BIAS_CALLS}
@@ -44,17 +44,37 @@ ALL = {**CALLS, **FORWARD_CALLS, **BIAS_CALLS}
 @pytest.fixture(autouse=True)
 def _on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_hopper_forward, "is_faster", lambda _: True)
-    monkeypatch.setattr(launch_hopper_forward, "device_of", lambda _: Device("cuda", 90, 232448))
+    monkeypatch.setattr(launch_hopper_forward, "device_of", lambda _: Device("cuda", 90, 232448, 2))
 
 
 def nan_filled(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_strided(size, strides, dtype=dtype).fill_(torch.nan)
+    nothing = torch.nan if dtype.is_floating_point else -1
+    return torch.empty_strided(size, strides, dtype=dtype).fill_(nothing)
 
 
 @pytest.mark.parametrize("name", ALL if os.environ.get("FLASHFUSE_FULL_TABLE") == "1" else SOME)
 def test_output_and_log_sum_exp(name: str) -> None:
     call = ALL[name]()
     prepared = prepare_hopper(call)
+    assert prepared is not None
+    out, lse = prepared.compute(nan_filled, start, *call.tensors)
+    exact, eager = call.exact(), call.eager()
+    assert_close_to_exact(out, eager[0], exact[0])
+    assert_lse_close_to_exact(lse, eager[1], exact[1])
+
+
+@pytest.mark.parametrize("fill", ["-inf", "-10000.0"])
+@pytest.mark.parametrize(("counted", "stages"), [(False, 2), (True, 1)])
+def test_other_ways_to_take_and_load_tiles(
+    fill: str, counted: bool, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a fixed order, and with room for the queries of one tile."""
+    monkeypatch.setattr(launch_hopper_forward, "COUNTED", counted)
+    monkeypatch.setattr(launch_hopper_forward, "Q_STAGES", stages)
+    launch_hopper_forward.forward_constants.cache_clear()
+    call = make_call(f"where(kv_idx <= q_idx - 50, qk * 0.125, {fill})", (1, 3, 300, 64), dtype=torch.float16)
+    prepared = prepare_hopper(call)
+    launch_hopper_forward.forward_constants.cache_clear()
     assert prepared is not None
     out, lse = prepared.compute(nan_filled, start, *call.tensors)
     exact, eager = call.exact(), call.eager()

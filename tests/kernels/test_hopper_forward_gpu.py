@@ -42,7 +42,8 @@ def _on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def nan_filled(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """An element that nobody writes fails."""
-    return torch.empty_strided(size, strides, dtype=dtype, device="cuda").fill_(torch.nan)
+    nothing = torch.nan if dtype.is_floating_point else -1
+    return torch.empty_strided(size, strides, dtype=dtype, device="cuda").fill_(nothing)
 
 
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +64,7 @@ def test_output_and_log_sum_exp(name: str) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("score", [PLAIN, CAUSAL, "where(kv_idx <= q_idx - 200, qk * 0.125, -10000.0)"])
-@pytest.mark.parametrize("shape", [(2, 3, 640), (1, 4, 1152), (1, 2, 70), (4, 40, 200)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 640), (1, 4, 1152), (1, 2, 70), (4, 40, 200), (2, 25, 777)], ids=str)
 def test_every_launch_gives_the_same(shape: tuple[int, int, int], score: str, head_dim: int) -> None:
     """A missing fence has been right at long shapes, and wrong in some rows of short ones."""
     call = make_call(score, (*shape, head_dim), dtype=BF16).to("cuda")
@@ -74,7 +75,7 @@ def test_every_launch_gives_the_same(shape: tuple[int, int, int], score: str, he
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("score", ["qk * 0.125 + {}", "where(kv_idx <= q_idx, (qk + {}) * 0.125, -inf)"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 3, 640), (1, 4, 1152), (1, 2, 72), (4, 40, 200)], ids=str)
 def test_every_launch_gives_the_same_with_a_bias(
     shape: tuple[int, int, int], dtype: torch.dtype, score: str, head_dim: int
@@ -121,7 +122,7 @@ def test_rows_without_a_key(head_dim: int, empty_row: str) -> None:
 
 def test_the_operator_and_its_plan() -> None:
     """The second and third call launch what the first has prepared, with descriptors of other tensors."""
-    call = make_call(CAUSAL, (2, 3, 200, 64), dtype=BF16).to("cuda")
+    call = make_call(CAUSAL, (8, 12, 200, 64), dtype=BF16).to("cuda")
     site = plans.CallSite(plans.attention)
     for seed in range(4):
         torch.manual_seed(seed)
@@ -130,12 +131,17 @@ def test_the_operator_and_its_plan() -> None:
 
 
 def test_inside_a_cuda_graph() -> None:
-    call = make_call(CAUSAL, (2, 4, 300, 64), dtype=BF16).to("cuda")
+    """Its programs count the tiles they take from 0 on at each replay."""
+    call = make_call(CAUSAL, (8, 8, 300, 64), dtype=BF16).to("cuda")
+    prepared = prepare_hopper(call)
+    assert prepared is not None
+    assert prepared.counted
     site = plans.CallSite(plans.attention)
     expected = site(*call.arguments)[0]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = site(*call.arguments)[0]
-    captured.fill_(torch.nan)
-    graph.replay()
-    assert torch.equal(captured, expected)
+    for _ in range(3):
+        captured.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(captured, expected)
