@@ -20,7 +20,7 @@ from flashfuse.kernels.spec import AttentionSpec
 class BackwardLaunch:
     """Tiles and resources of the kernels that pass by key tile, by query tile, and by pairs.
 
-    dense: by the rows of pairs, see `backward_dense`.
+    dense: by the rows of pairs, see `backward_dense` and `choose_dense`.
     """
 
     keys: Launch
@@ -36,14 +36,33 @@ class BackwardLaunch:
             (self.keys, self.keys.block_kv, self.keys.block_q, 2),
             (self.queries, self.queries.block_q, self.queries.block_kv, 1),
             (self.pairs, 0, self.pairs.block_q + self.pairs.block_kv, 1),
-            # Gradients of other batch positions are read as captured elements are.
-            (self.dense, self.dense.block_q, self.dense.block_kv, self.dense.num_stages),
         ):
             stages = max(launch.num_stages, 1)
             pair = launch.block_q * launch.block_kv
             captured = pair * ((stages - 1) * shape.captured_bytes + shape.drop_bytes)
             found.append(columns * (resident + stages * passing) + pair * pair_tiles * shape.element_bytes + captured)
         return max(found)
+
+
+# What rows of pairs take when more positions share them than the table's tile has room for, and the most that do.
+SHARED_ROWS = (Launch(64, 32, 4, 3), Launch(64, 32, 4, 2), Launch(32, 32, 4, 2))
+MAX_SHARED = 4
+
+
+def choose_dense(device: Device, shape: Shape, table: Launch, shared_by: int) -> Launch | None:
+    """The tile for rows of pairs that so many positions share: the table's, or the first that fits in shared memory."""
+    if shared_by > MAX_SHARED:
+        return None
+    columns = (shape.block_d + shape.block_dv) * shape.element_bytes
+    for launch in (table, *SHARED_ROWS):
+        stages = max(launch.num_stages, 1)
+        pair = launch.block_q * launch.block_kv
+        # A tile of gradients, and what was captured, is passed between the threads that hold it and those that move it.
+        of_pairs = pair * ((stages - 1) * shape.captured_bytes + shape.drop_bytes + stages * shape.element_bytes)
+        rows = launch.block_q + stages * launch.block_kv
+        if shared_by * columns * rows + of_pairs <= device.shared_bytes:
+            return launch
+    return None
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,7 @@ TABLE = (
     _row(64, 2, "cuda", 90, (64, 128, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
     # Of a tile of 64 queries by 64 keys the loads take longer than the products.
     _row(128, 2, "cuda", 90, (64, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), alone=True),
-    _row(128, 2, "cuda", 90, (32, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)),
+    _row(128, 2, "cuda", 90, (32, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)),
     _row(128, 2, "cuda", 90, (32, 128, 8, 2), (64, 64, 4, 2), (128, 64, 8, 1)),
     _row(256, 2, "cuda", 90, (64, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1), alone=True),
     _row(256, 2, "cuda", 90, (32, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1)),
@@ -125,7 +144,7 @@ def choose_backward(device: Device, shape: Shape) -> BackwardLaunch | None:
 
 
 def rows_constants(
-    spec: AttentionSpec, program: BackwardProgram, value_dim: int, block_q: int, with_sink: bool
+    spec: AttentionSpec, program: BackwardProgram, head_dim: int, value_dim: int, block_q: int, with_sink: bool
 ) -> Mapping[str, Any]:
     """Of the kernel that makes the numbers of rows; with_sink: the gradients of sinks among them."""
     return {
@@ -135,7 +154,9 @@ def rows_constants(
         "SLACK": slack_in(spec, program),
         "FILLS": program.forward.fills,
         "APART": _apart(spec),
+        "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
+        "BLOCK_D": padded(head_dim),
         "BLOCK_DV": padded(value_dim),
         "BLOCK_Q": block_q,
     }
@@ -205,14 +226,16 @@ def dense_constants(
     head_dim: int,
     value_dim: int,
     launch: Launch,
+    shared_by: int,
 ) -> Mapping[str, Any]:
-    """Of the kernel that writes the gradient of pair term `number` by rows."""
+    """Of the kernel that writes the gradient of pair term `number` by rows, which so many positions share."""
     masked, full = program.pair_grads[number]
     return {
         **_shared_constants(spec, program, head_dim, value_dim, launch),
         "PAIR_GRAD_MASKED": masked,
         "PAIR_GRAD_FULL": full,
         "PAIR_SCALE": program.pair_terms[number].scale,
+        "SHARED_BY": shared_by,
         "STAGES": launch.num_stages,
         "GRADS_FULL": program.derivatives.score_and_grad_full,
         "FACTOR_FULL": program.forward.factor_full,

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashfuse.kernels.backward_rows import DELTA, MINUS_SHIFT, SHARE, batch_position, rows_length, slack_of
 from flashfuse.kernels.backward_tile import probabilities
@@ -85,6 +86,9 @@ def attention_hopper_backward_kernel(
     fence_async_shared()
     barriers = (keys_full, full, empty)
     written = (dk_desc, dv_desc, dq_desc, ds_s, dq_s)
+    gdc_launch_dependents()
+    # Nothing that a kernel has written is read before.
+    gdc_wait()
     gl.warp_specialize(
         [
             (_multiply, (
@@ -436,6 +440,7 @@ def scaled_rows_kernel(
     SLOPE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """dq = SLOPE sums, of sums [positions, Tq, D]."""
+    gdc_wait()
     q_tiles = tl.cdiv(q_len, BLOCK_Q)
     position = tl.program_id(0) // q_tiles
     n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)

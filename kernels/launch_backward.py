@@ -18,6 +18,7 @@ from flashfuse.kernels.backward_tiled import attention_backward_tiled
 from flashfuse.kernels.backward_variants import (
     BackwardLaunch,
     choose_backward,
+    choose_dense,
     dense_constants,
     keys_constants,
     pairs_constants,
@@ -28,7 +29,7 @@ from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.captured_grad import CapturedProgram, PairTarget
 from flashfuse.kernels.captured_reads import unsupported
 from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
-from flashfuse.kernels.launch import Device, choose_launch, device_of, padded, shape_of
+from flashfuse.kernels.launch import Device, Launch, choose_launch, device_index, device_of, padded, shape_of
 from flashfuse.kernels.launch_hopper_backward import prepare_one_pass
 from flashfuse.kernels.launch_ranges import filled_rows, query_ranges
 from flashfuse.kernels.prepared import Buffer, KernelLaunch, empty_on, start, strides_of
@@ -158,7 +159,7 @@ class _Preparation:
         """The kernel that makes the numbers of rows, [ROW_PLANES, N.., rows_len]."""
         call = self.call
         block = max(16, min(ROWS_BLOCK.value, ROW_ELEMENTS // padded(call.value_dim)))
-        variant = rows_constants(call.spec, self.program, call.value_dim, block, self._with_sink)
+        variant = rows_constants(call.spec, self.program, call.head_dim, call.value_dim, block, self._with_sink)
         strides = (strides_of(x, call.batch) for x in (self.grad_out, self.out))
         programs = math.prod(call.batch) * (rows_len // block)
         numbers = (*strides, *_padded(call.batch), *self._lengths)
@@ -208,16 +209,23 @@ class _Preparation:
         call, owned = self.call, tuple(target.shape[:-2])
         strides = self._strides(call.k, call.v, self.grad_out, call.kv_ranges, target)
         of = call.spec, self.program, number, call.head_dim, call.value_dim
-        if self.program.pair_terms[number].by_distance is None and owned == call.batch:
-            tiles = self.launch.dense
+        shared_by = math.prod(call.batch) // max(math.prod(owned), 1)
+        tiles = None if self.program.pair_terms[number].by_distance is not None else self._dense_tiles(shared_by)
+        if tiles is not None:
             programs = math.prod(owned) * -(-call.q_len // tiles.block_q)
-            numbers = (*strides, *_padded(owned), *self._lengths)
-            return self._launched(attention_dense_backward_kernel, programs, dense_constants(*of, tiles), numbers)
+            variant = dense_constants(*of, tiles, shared_by)
+            numbers = (*strides, *_padded(owned), *_padded(_loop(call.batch, owned)), *self._lengths)
+            return self._launched(attention_dense_backward_kernel, programs, variant, numbers)
         tiles = self.launch.pairs
         row_tiles, column_tiles = -(-target.shape[-2] // tiles.block_q), -(-target.shape[-1] // tiles.block_kv)
         programs = math.prod(owned) * row_tiles * column_tiles
         numbers = (*strides, *_padded(owned), *_padded(_loop(call.batch, owned)), *self._lengths)
         return self._launched(attention_pairs_backward_kernel, programs, pairs_constants(*of, tiles), numbers)
+
+    def _dense_tiles(self, shared_by: int) -> Launch | None:
+        """The tile for rows of pairs that so many positions share, None where tiles of pairs are for them."""
+        shape = shape_of(self.call.spec, self.call.q_len, self.call.head_dim, self.call.value_dim)
+        return choose_dense(device_of(device_index(self.call)), shape, self.launch.dense, shared_by)
 
     def _launched(self, kernel: Any, programs: int, variant: Mapping[str, Any], numbers: tuple[Any, ...]) -> Launched:
         strides = tuple(c.stride() for c in self.call.captured)

@@ -120,6 +120,7 @@ def backward_constants(
         "SPREAD": math.gcd(MAX_SPREAD, positions) if program.forward.longest_first else 1,
         "num_warps": 4,
         "maxnreg": MAX_REGISTERS,
+        "launch_pdl": True,
     }
 
 
@@ -178,7 +179,13 @@ def _scaled(call: AttentionCall, program: BackwardProgram, dq: Gradient) -> Laun
 
     block = padded(call.head_dim)
     rows = SCALED_ELEMENTS // block
-    variant = {"SLOPE": program.derivatives.slope, "HEAD_DIM": call.head_dim, "BLOCK_D": block, "BLOCK_Q": rows}
+    variant = {
+        "SLOPE": program.derivatives.slope,
+        "HEAD_DIM": call.head_dim,
+        "BLOCK_D": block,
+        "BLOCK_Q": rows,
+        "launch_pdl": True,
+    }
     written = torch.empty_strided(dq.own.size, dq.own.strides, device="meta")
     numbers = (strides_of(written, call.batch), *padded_axes(call.batch), call.q_len)
     programs = math.prod(call.batch) * -(-call.q_len // rows)

@@ -47,7 +47,8 @@ class Gradient(NamedTuple):
 class OnePass(NamedTuple):
     """The gradients of q, k and v by one kernel, see `hopper_backward`.
 
-    sums: those of the gradient of q, [positions, Tq, D], which start at 0; `scaled` makes the gradient of them.
+    sums: those of the gradient of q, [positions, Tq, D], which start at 0 by the kernel of rows; `scaled` makes the
+    gradient of them.
     operands: descriptors of q, k, v, the output's gradient, the gradients of k and v, and the sums, without tensors.
     ranges: what turns the ranges of keys round, for its tiles.
     """
@@ -134,9 +135,10 @@ class _Run:
     found: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def gradients(self) -> list[torch.Tensor]:
-        rows, left = self._rows(), None
+        sums = None if self.of.one_pass is None else self.empty(*self.of.one_pass.sums)
+        rows, left = self._rows(sums), None
         if self.of.one_pass is not None:
-            self._one_pass(self.of.one_pass, rows)
+            self._one_pass(self.of.one_pass, rows, sums)
         if self.of.queries is not None:
             left = self._queries(self.of.queries, rows)
         if self.of.keys is not None:
@@ -152,12 +154,12 @@ class _Run:
             self.of_captured.add_pair(target, whole, written)
         return [self.found[at] if at < 3 else self.of_captured.result(at - 3) for at in self.of.wanted]
 
-    def _rows(self) -> torch.Tensor:
-        """The numbers of rows; the log-sum-exps, unused, where there is no softmax."""
+    def _rows(self, sums: torch.Tensor | None) -> torch.Tensor:
+        """The numbers of rows; the log-sum-exps, unused, where there is no softmax. `sums` are 0 then."""
         if self.of.rows is None:
             return self.lse
         rows = self.empty(*self.of.row_numbers)
-        self._launch(self.of.rows, self.grad_out, self.out, self.lse, rows)
+        self._launch(self.of.rows, self.grad_out, self.out, self.lse, rows, sums)
         if self.of.of_sink:
             self.of_captured.add_sink(self._of_sinks(rows))
         return rows
@@ -165,10 +167,9 @@ class _Run:
     def _of_sinks(self, rows: torch.Tensor) -> torch.Tensor:
         return rows[SINK_GRAD.value][..., : self.q.shape[-2]]
 
-    def _one_pass(self, of: OnePass, rows: torch.Tensor) -> None:
+    def _one_pass(self, of: OnePass, rows: torch.Tensor, sums: torch.Tensor | None) -> None:
         """The gradients of q, k and v."""
         ranges, filled = self._found(of.ranges, self.kv_ranges), self._found(self.of.filled, self.lse)
-        sums = self.empty(*of.sums).zero_()
         dq, dk, dv = self._new(self.of.dq), self._new(self.of.dk), self._new(self.of.dv)
         tensors = (self.q, self.k, self.v, self.grad_out, dk, dv, sums)
         self._launch(of.one_pass, *map(described, of.operands, tensors), rows, ranges, filled)

@@ -283,6 +283,8 @@ def _instructions() -> dict[str, Any]:
         "next_stage": lambda stage, phase, stages: ((stage + 1) % stages, phase ^ (stage == stages - 1)),
         "_add_to_global": lambda to, at, part: to.store(at, part, add=True),
         "fence_async_shared": lambda: None,
+        "gdc_launch_dependents": lambda: None,
+        "gdc_wait": lambda: None,
         "warpgroup_mma": _product,
         "warpgroup_mma_wait": _waited,
         "mbarrier": SimpleNamespace(

@@ -88,7 +88,7 @@ def _compiled(kernel: Any, program: str, variant: Mapping[str, Any], given: dict
     """given: the types of arguments, or numbers and None for what the launcher compiles in; others have 32 bits."""
     _, captured, ranks = PROGRAMS[program]
     arguments = dict(variant)
-    options = {option: arguments.pop(option) for option in ("num_warps", "maxnreg")}
+    options = {name: arguments.pop(name) for name in ("num_warps", "maxnreg", "launch_pdl") if name in arguments}
     signature: dict[str, Any] = {}
     constant: dict[tuple[int, ...], Any] = {}
     aligned: list[tuple[int, ...]] = []

@@ -91,9 +91,11 @@ def test_rows_of_a_bias_in_half_precision() -> None:
     assert_close_to_exact(rows(backward(call, grad, [3]))[None], eager, exact)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, 5])
 def test_positions_that_share_a_bias(batch: int) -> None:
-    """Summed before they are rounded, never in another order; added to what was stored they were rounded each time."""
+    """By rows of pairs, and where more share it than those can hold, by tiles of pairs.
+
+    Summed before they are rounded, never in another order; added to what was stored they were rounded each time."""
     call = make_call(
         "where(kv_idx <= q_idx, qk * 0.3 + t0[q_idx, kv_idx], -inf)", (batch, 37, 16), 45, captured=[noise(37, 45)],
         dtype=torch.float16,

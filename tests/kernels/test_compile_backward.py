@@ -90,7 +90,11 @@ def arguments_of(name: str, spec: AttentionSpec, head_dim: int, device: str, ran
         return None
     if name == "dense":
         by_distance = program.pair_terms[0].by_distance is not None
-        return None if by_distance else variants.dense_constants(spec, program, 0, head_dim, head_dim, launch.dense)
+        if by_distance:
+            return None
+        tiles = variants.choose_dense(DEVICES[device][0], shape_of(spec, 4096, head_dim, head_dim), launch.dense, 1)
+        assert tiles is not None
+        return variants.dense_constants(spec, program, 0, head_dim, head_dim, tiles, 1)
     return variants.pairs_constants(spec, program, 0, head_dim, head_dim, launch.pairs)
 
 
@@ -158,7 +162,7 @@ def test_the_gradient_of_a_bias_by_rows(tmp_path: Path) -> None:
     program = load_backward(spec, (True,))
     launch = variants.choose_backward(DEVICES["sm90"][0], shape_of(spec, 4096, 128, 128))
     assert launch is not None
-    arguments = dict(variants.dense_constants(spec, program, 0, 128, 128, launch.dense))
+    arguments = dict(variants.dense_constants(spec, program, 0, 128, 128, launch.dense, 1))
     options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
     source = source_of(KERNELS["dense"], spec, ranks, arguments, False)
     kernel = triton.compile(source, target=DEVICES["sm90"][1], options=options)
@@ -203,9 +207,9 @@ def test_the_numbers_of_rows(score: str, fills: int, device: str) -> None:
     """With the fills that a row's largest score may be, each of which is a comparison."""
     captured = (torch.bool,)
     spec = AttentionSpec(2, parse(score, captured), captured, 0, BF16, BF16, BF16, "nan", (0, 1, 2, 3))
-    arguments = dict(variants.rows_constants(spec, load_backward(spec, (False,)), 64, 64, with_sink=False))
+    arguments = dict(variants.rows_constants(spec, load_backward(spec, (False,)), 64, 64, 64, with_sink=False))
     assert len(arguments["FILLS"]) == fills
-    source = source_of(attention_rows_backward_kernel, spec, (2,), arguments, ranged=False)
+    source = source_of(attention_rows_backward_kernel, spec, (2,), arguments, ranged=False, sums=device == "sm90")
     assert triton.compile(source, target=DEVICES[device][1]).asm["ttgir"]
 
 
