@@ -29,13 +29,15 @@ from flashfuse.kernels.spec import AttentionSpec
 
 # Shared memory of the program with the most.
 SHARED_BYTES = 226 * 1024
+# Queries of a program's tile, and keys.
+BLOCK = 128
 # Tiles of queries that are loaded ahead, one beside tiles of pairs; tiles of keys and values, by their wider columns.
 Q_STAGES = 2
 STAGES = {64: 4, 128: 2}
-# Whether programs that are done first take more tiles, which takes a number that is 0 at first.
-COUNTED = True
-# How many queries and keys it takes to be faster than the plain kernel, whose programs are smaller.
-LEAST_LENGTH = 2048
+# How many queries, keys, and tiles of both it takes to be faster than the plain kernel, whose programs
+# are smaller, and whose launch takes the host 20 us less.
+LEAST_LENGTH = 1024
+LEAST_TILES = 8192
 # Functions that take many instructions.
 SPECIAL = frozenset({"pow", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos"})
 # Positions whose keys and values stay in the cache while tiles with the same number of keys run, or the same pairs.
@@ -59,13 +61,25 @@ def takes(device: Device, call: AttentionCall) -> bool:
     )
 
 
-def is_faster(call: AttentionCall) -> bool:
-    """Whether the kernel is faster than the plain one, in whose place there are programs that share a processor.
+def is_faster(device: Device, call: AttentionCall) -> bool:
+    """Whether the kernel is faster than the plain one, of which a processor runs several programs at a time.
 
     That is so where there is much to multiply between loads and stores, and little to do for each score.
     """
-    # Rows that ranges make short are those that the plain kernel is good at.
-    return min(call.q_len, call.kv_len) >= LEAST_LENGTH and call.kv_ranges is None and not _is_long(call.spec)
+    taken = _tiles(call)
+    return (
+        min(call.q_len, call.kv_len) >= LEAST_LENGTH
+        and taken >= device.multiprocessors
+        and taken * -(-call.kv_len // BLOCK) >= LEAST_TILES
+        # Rows that ranges make short are those that the plain kernel is good at, unless it reads pairs.
+        and (call.kv_ranges is None or pair_read(call.spec) is not None)
+        and not _is_long(call.spec)
+    )
+
+
+def _tiles(call: AttentionCall) -> int:
+    """How many tiles of queries there are."""
+    return math.prod(call.batch) * -(-call.q_len // BLOCK)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -167,13 +181,13 @@ def forward_constants(
 def prepare_hopper(call: AttentionCall) -> Prepared | None:
     """What launches a validated call by the kernel for Hopper; None where another one computes it."""
     blocks = blocks_of(call.head_dim, call.value_dim)
-    if blocks is None or not has_gluon() or in_torch(call) or not is_faster(call):
+    if blocks is None or not has_gluon() or in_torch(call):
         return None
     device = device_of(device_index(call))
-    if not takes(device, call):
+    if not is_faster(device, call) or not takes(device, call):
         return None
     # It takes Gluon, which the other kernels do without.
-    from flashfuse.kernels.hopper_forward import BLOCK_KV, BLOCK_Q, GROUP_Q, attention_hopper_forward_kernel
+    from flashfuse.kernels.hopper_forward import BLOCK_KV, GROUP_Q, attention_hopper_forward_kernel
 
     out, lse = empty_output(call)
     own = [_own(x) for x in (call.q, call.k, call.v)]
@@ -187,7 +201,7 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
     descriptors = [tensor_map(Buffer.like(x), rows.value, columns) for x, (rows, columns) in operands]
     # Behind the last query and key it gives 0, whatever is there.
     of_pairs = None if pairs is None else tensor_map(Buffer.like(_own(pairs)), GROUP_Q.value, BLOCK_KV.value)
-    taken = positions * -(-call.q_len // BLOCK_Q.value)
+    taken = _tiles(call)
     programs = min(taken, device.multiprocessors)
     return Prepared(
         launches=(KernelLaunch(attention_hopper_forward_kernel, programs, variant),),
@@ -196,7 +210,7 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
         workspace=None,
         numbers=(of_ranges, *padded_axes(call.batch), call.q_len, call.kv_len, call.program_sizes),
         captured_strides=tuple(c.stride() for c in call.captured),
-        counted=COUNTED and programs < taken,
+        counted=programs < taken,
         descriptors=(*descriptors, of_pairs),
         pairs=None if read is None else _slot(read),
     )

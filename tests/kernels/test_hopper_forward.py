@@ -28,7 +28,7 @@ CAUSAL = "where(kv_idx <= q_idx, qk * 0.125, -inf)"
 
 @pytest.fixture(autouse=True)
 def _taken_when_slower(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_hopper_forward, "is_faster", lambda _: True)
+    monkeypatch.setattr(launch_hopper_forward, "is_faster", lambda *_: True)
 
 
 def call_of(score: str = CAUSAL, shape: tuple[int, ...] = (2, 2, 70, 64), **changes: Any) -> Call:
@@ -119,14 +119,23 @@ def test_layouts_that_a_tensor_map_has() -> None:
 
 def test_what_the_plain_kernel_is_faster_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    least = launch_hopper_forward.LEAST_LENGTH
-    long = call_of(shape=(1, 1, least, 64))
-    assert is_faster(long)
-    assert not is_faster(call_of(shape=(1, 1, least - 1, 64), kv_len=least))
-    assert not is_faster(call_of(shape=(1, 1, least, 64), kv_len=least - 1))
-    assert not is_faster(call_of("tanh(qk * 0.0025) * 50.0", (1, 1, least, 64)))
-    assert not is_faster(replace(long, kv_ranges=torch.zeros(1, 1, 32, 4, dtype=torch.int32)))
-    assert is_faster(call_of("qk * 0.125 + t0[q_idx, kv_idx]", (1, 1, least, 64), captured=[bias(FP16, 8, 8)]))
+    least, small = launch_hopper_forward.LEAST_LENGTH, replace(HOPPER, multiprocessors=8)
+
+    def faster(score: str, heads: int, q_len: int, kv_len: int, device: Device = HOPPER, **changes: Any) -> bool:
+        return is_faster(device, replace(call_of(score, (1, heads, q_len, 64), kv_len=kv_len), **changes))
+
+    assert faster(CAUSAL, 128, least, least)
+    assert not faster(CAUSAL, 128, least - 1, least)
+    assert not faster(CAUSAL, 128, least, least - 1)
+    assert not faster(CAUSAL, 127, least, least)
+    # Fewer programs than processors.
+    assert faster(CAUSAL, 1, least, 128 * least, small)
+    assert not faster(CAUSAL, 1, least, 128 * least)
+    assert not faster("tanh(qk * 0.0025) * 50.0", 128, least, least)
+    ranges = torch.zeros(1, 1, 16, 4, dtype=torch.int32)
+    assert not faster(CAUSAL, 128, least, least, kv_ranges=ranges)
+    of_pairs = call_of("qk * 0.125 + t0[q_idx, kv_idx]", (1, 128, least, 64), captured=[bias(FP16, 8, 8)])
+    assert is_faster(HOPPER, replace(of_pairs, kv_ranges=ranges))
 
 
 @pytest.mark.skipif(not launch_hopper.has_gluon(), reason="another Gluon")

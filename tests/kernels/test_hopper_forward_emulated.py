@@ -43,7 +43,7 @@ ALL = {**CALLS, **FORWARD_CALLS, **BIAS_CALLS}
 
 @pytest.fixture(autouse=True)
 def _on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_hopper_forward, "is_faster", lambda _: True)
+    monkeypatch.setattr(launch_hopper_forward, "is_faster", lambda *_: True)
     monkeypatch.setattr(launch_hopper_forward, "device_of", lambda _: Device("cuda", 90, 232448, 2))
 
 
@@ -64,12 +64,9 @@ def test_output_and_log_sum_exp(name: str) -> None:
 
 
 @pytest.mark.parametrize("fill", ["-inf", "-10000.0"])
-@pytest.mark.parametrize(("counted", "stages"), [(False, 2), (True, 1)])
-def test_other_ways_to_take_and_load_tiles(
-    fill: str, counted: bool, stages: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a fixed order, and with room for the queries of one tile."""
-    monkeypatch.setattr(launch_hopper_forward, "COUNTED", counted)
+@pytest.mark.parametrize("stages", [1, 2])
+def test_queries_loaded_ahead(fill: str, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for the queries of one tile or of two."""
     monkeypatch.setattr(launch_hopper_forward, "Q_STAGES", stages)
     launch_hopper_forward.forward_constants.cache_clear()
     call = make_call(f"where(kv_idx <= q_idx - 50, qk * 0.125, {fill})", (1, 3, 300, 64), dtype=torch.float16)

@@ -32,7 +32,7 @@ ALL = {**CALLS, **FORWARD_CALLS, **BIAS_CALLS}
 
 @pytest.fixture(autouse=True)
 def _on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(launch_hopper_forward, "is_faster", lambda _: True)
+    monkeypatch.setattr(launch_hopper_forward, "is_faster", lambda *_: True)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
     plans.attention.plans.clear()

@@ -23,7 +23,7 @@ from flashfuse.kernels.ranges import mask_ranges, ranges_program  # noqa: E402
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled when interpreted"
 )
-ROWS, QUERIES, KEYS, PAIRS = (f"attention_{kind}_backward_kernel" for kind in ("rows", "queries", "keys", "pairs"))
+ROWS, QUERIES, KEYS, DENSE = (f"attention_{kind}_backward_kernel" for kind in ("rows", "queries", "keys", "dense"))
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def names(idle: IdleDriver) -> list[str]:
         (plain, [ROWS, QUERIES, KEYS], set()),
         # Where documents decide which keys a row has, none may be left.
         (documents, [ROWS, QUERIES, "query_ranges_kernel", "filled_rows_kernel", KEYS], set()),
-        (biased, [ROWS, QUERIES, KEYS, PAIRS], {"zero_", "as_strided", "select", "slice", "add_"}),
+        (biased, [ROWS, QUERIES, KEYS, DENSE], {"zero_", "as_strided", "select", "slice", "add_"}),
     ],
 )
 def test_a_backward_starts_its_kernels(
