@@ -14,7 +14,7 @@ import flashfuse
 
 transformers = pytest.importorskip("transformers")
 
-STEPS = 64
+STEPS = 24
 
 
 @dataclass(frozen=True)
