@@ -63,15 +63,21 @@ CASES = [
     ("sm90", "bias", 64, BF16),
     ("sm90", "alibi", 128, BF16),
     ("sm90", "padding", 80, BF16),
-    *((device, "distances", 64, BF16) for device in ("sm80", "sm90", "sm100", "gfx942")),
-    ("sm80", "buckets", 128, BF16),
+    ("sm80", "distances", 64, BF16),
+    ("sm90", "distances", 64, BF16),
     ("sm90", "buckets", 128, BF16),
-    ("sm90", "distances", 64, FP32),
     ("sm100", "causal", 64, BF16),
     ("gfx942", "causal", 64, BF16),
-    ("sm90", "causal", 64, FP32),
     ("sm90", "added", 64, FP32),
-    *((device, "dropout", dim, BF16) for device in ("sm80", "sm90", "sm100", "gfx942") for dim in (64, 128)),
+    *((device, "dropout", 64, BF16) for device in ("sm80", "sm100")),
+    *((device, "dropout", 128, BF16) for device in ("sm90", "gfx942")),
+]
+# For the gradient of the table alone: what the other kernels do is told by the cases above.
+TABLES = [
+    ("sm80", "buckets", 128, BF16),
+    ("sm100", "distances", 64, BF16),
+    ("gfx942", "distances", 64, BF16),
+    ("sm90", "distances", 64, FP32),
 ]
 if os.environ.get("FLASHFUSE_FULL_TABLE") == "1":
     CASES = list(itertools.product(DEVICES, PROGRAMS, (16, 64, 80, 128, 256, 512), (BF16, FP32)))
@@ -94,8 +100,10 @@ def arguments_of(name: str, spec: AttentionSpec, head_dim: int, device: str, ran
     return variants.pairs_constants(spec, program, 0, head_dim, head_dim, launch.pairs)
 
 
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize(("device", "program", "head_dim", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("device", "program", "head_dim", "dtype", "name"),
+    [*((*case, name) for case in CASES for name in KERNELS), *((*case, "pairs") for case in TABLES)],
+)
 def test_compiles_within_limits(
     device: str, program: str, head_dim: int, dtype: torch.dtype, name: str, tmp_path: Path
 ) -> None:

@@ -55,7 +55,6 @@ CASES = [
     ("sm80", "bias", 64, MANY, BF16),
     ("sm86", "causal", 128, MANY, BF16),
     ("sm90", "plain", 128, FEW, BF16),
-    ("sm90", "plain", 64, MANY, BF16),
     ("sm90", "padding", 128, MANY, BF16),
     ("sm90", "bias", 128, FEW, BF16),
     ("sm90", "key bias", 128, FEW, BF16),
