@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from flashfuse.kernels.forward import HUGE, LARGE, LARGEST_FLOAT32, LOG2_E
 from flashfuse.kernels.tiles import batch_pointer, load_columns, tile_pointers
@@ -18,17 +19,22 @@ SINK_GRAD: tl.constexpr = tl.constexpr(4)
 
 @triton.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])
 def attention_rows_backward_kernel(
-    grad_ptr, out_ptr, lse_ptr, rows_ptr, grad_strides, out_strides,
+    grad_ptr, out_ptr, lse_ptr, rows_ptr, sums_ptr, grad_strides, out_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     SINK: tl.constexpr, ROW_KEPT: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, FILLS: tl.constexpr,
-    APART: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+    APART: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """delta_i = sum_d grad_id out_id, and what makes a probability of a score; 0 unless ROW_KEPT.
 
-    See `backward_tile._probabilities`. The gradient of SINK is -exp(sink - lse) delta. lse is a pair, see `ops`.
+    See `backward_tile.probabilities`. The gradient of SINK is -exp(sink - lse) delta. lse is a pair, see `ops`.
     APART: whether the sum stays a number, or its logarithm becomes part of the exponent: of the shift, if that is no
     inner score (SLACK).
+    sums_ptr: where the sums of the one pass start at 0, float32 [positions, Tq, D]; None without it. It is launched
+    while this kernel ends.
     """
+    if sums_ptr is not None:
+        gdc_launch_dependents()
     q_tiles = rows_length(q_len) // BLOCK_Q
     position = tl.program_id(0) // q_tiles
     n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
@@ -69,6 +75,12 @@ def attention_rows_backward_kernel(
     planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * rows_length(q_len)
     rows_ptrs = rows_ptr + position.to(tl.int64) * rows_length(q_len) + offs_q
     exists = offs_q < q_len
+    if sums_ptr is not None:
+        offs_d = tl.arange(0, BLOCK_D)
+        # [block_q, block_d]
+        sums_ptrs = sums_ptr + (position.to(tl.int64) * q_len + offs_q)[:, None] * HEAD_DIM + offs_d[None, :]
+        zeros = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        tl.store(sums_ptrs, zeros, mask=exists[:, None] & (offs_d < HEAD_DIM)[None, :])
     row_sum = tl.where(exists, row_sum, float("inf"))
     log_sum = tl.log2(row_sum) + lost
     tl.store(rows_ptrs + MINUS_SHIFT * planes, -(shift if APART or SLACK is not None else shift + log_sum))
@@ -122,9 +134,15 @@ def load_shifts(
         if APART or SLACK is not None:
             share = tl.load(rows_base + SHARE * planes + offs_q)
         if SLACK is not None:
-            size = tl.abs(minus_shift)
-            slack = tl.where(size >= LARGE / SCALE, size * -SLACK, float("inf"))
+            slack = slack_of(minus_shift, SCALE, SLACK)
     return tl.expand_dims(minus_shift, AXIS), tl.expand_dims(share, AXIS), tl.expand_dims(slack, AXIS)
+
+
+@triton.jit
+def slack_of(minus_shift, SCALE: tl.constexpr, SLACK: tl.constexpr):
+    """From where on a difference from the shift is 0."""
+    size = tl.abs(minus_shift)
+    return tl.where(size >= LARGE / SCALE, size * -SLACK, float("inf"))
 
 
 @triton.jit

@@ -21,7 +21,7 @@ def tile_weights(
     Where the score is not NORMALISED, p = s. KEYS_END: whether p and factor have to be 0 behind the last key.
     """
     s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
-    p = _probabilities(s, shifts, SCALE, SLACK, APART) if NORMALISED else s
+    p = probabilities(s, shifts, SCALE, SLACK, APART) if NORMALISED else s
     if KEYS_END:
         p = tl.where(kv_idx < kv_len, p, 0.0)
     factor = row_factor
@@ -59,7 +59,7 @@ def tile_gradients(
 
 
 @triton.jit
-def _probabilities(s, shifts, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr):
+def probabilities(s, shifts, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr):
     """exp(SCALE s - lse), from what `load_shifts` gives.
 
     The difference from the shift is rounded once, so that scores far from 0 keep theirs. Large ones are subtracted as

@@ -125,17 +125,19 @@ def choose_backward(device: Device, shape: Shape) -> BackwardLaunch | None:
 
 
 def rows_constants(
-    spec: AttentionSpec, program: BackwardProgram, value_dim: int, block_q: int, with_sink: bool
+    spec: AttentionSpec, program: BackwardProgram, head_dim: int, value_dim: int, block_q: int, with_sink: bool
 ) -> Mapping[str, Any]:
     """Of the kernel that makes the numbers of rows; with_sink: the gradients of sinks among them."""
     return {
         "SINK": program.forward.sink if with_sink else None,
         "ROW_KEPT": program.forward.row_kept,
         "SCALE": program.derivatives.scale,
-        "SLACK": _slack(spec, program),
+        "SLACK": slack_in(spec, program),
         "FILLS": program.forward.fills,
         "APART": _apart(spec),
+        "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
+        "BLOCK_D": padded(head_dim),
         "BLOCK_DV": padded(value_dim),
         "BLOCK_Q": block_q,
     }
@@ -222,7 +224,7 @@ def dense_constants(
     }
 
 
-def _slack(spec: AttentionSpec, program: BackwardProgram) -> float | None:
+def slack_in(spec: AttentionSpec, program: BackwardProgram) -> float | None:
     """How far below a row's largest score another may be, as a part of it, and count as equal to it when a score is
     found again from scale * score; None where none is large.
 
@@ -253,7 +255,7 @@ def _shared_constants(
     return {
         "GRADS_MASKED": program.derivatives.score_and_grad_masked,
         "SCALE": program.derivatives.scale,
-        "SLACK": _slack(spec, program),
+        "SLACK": slack_in(spec, program),
         "APART": _apart(spec),
         "NORMALISED": normalised,
         "FACTOR_MASKED": program.forward.factor_masked,

@@ -109,7 +109,7 @@ def load_backward(
     spec = kernel_spec(spec, fewer_queries)
     terms = _terms(spec, needs)
     row_terms, key_terms, pair_terms = _sorted(terms)
-    digest, source = _generate(spec, row_terms, key_terms, pair_terms)
+    digest, source = backward_source(spec, row_terms, key_terms, pair_terms)
     _, module = load_module(f"backward_{digest}", source)
 
     def function(name: str) -> Any:
@@ -194,10 +194,13 @@ def {name}_HASH({arguments}):
 '''
 
 
-def _generate(
-    spec: AttentionSpec, row_terms: Sequence[Term], key_terms: Sequence[Term], pair_terms: Sequence[Term]
+def backward_source(
+    spec: AttentionSpec,
+    row_terms: Sequence[Term] = (),
+    key_terms: Sequence[Term] = (),
+    pair_terms: Sequence[Term] = (),
 ) -> tuple[str, str]:
-    """(hash, source text) of the module."""
+    """(hash, source text) of the module of a spec with the gradients of some reads."""
     bounds: BoundsProgram = query_bounds(spec)
     parts = [_HEADER.format(score=to_text(spec.score), bounds=bounds_body(bounds, spec.compute_dtype))]
     corrected = _corrected(spec, (*row_terms, *pair_terms))

@@ -135,6 +135,12 @@ def key_tiles(
         ranges = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
         ranges = range_pointers(ranges, ranges_strides, q_start, q_len, BLOCK_Q)
         start, full_start, full_end, end = narrowed(start, full_start, full_end, end, ranges, ranges_strides[5])
+    return whole_tiles(start, full_start, full_end, end, BLOCK_KV)
+
+
+@triton.jit
+def whole_tiles(start, full_start, full_end, end, BLOCK_KV: tl.constexpr):
+    """A range of keys at whole tiles: all that hold one, and as full those that lie within the full range."""
     start = start // BLOCK_KV * BLOCK_KV
     end = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
     full_start = tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end)
@@ -212,6 +218,26 @@ def finish(
 
     n0, .., q_idx: scalars or [rows]. out_ptrs: [rows, block_dv]; lse_ptrs: [rows], of the first number of the pair.
     """
+    out, largest, lse_sum = finished_rows(
+        acc, row_sum, row_max, row_shift, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
+        LOG2_SCALE, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS, NORMALISED, SINK, ROW_FACTOR, ROW_KEPT,
+    )  # fmt: skip
+    tl.store(lse_ptrs, largest, mask=stored)
+    tl.store(lse_ptrs + 1, lse_sum, mask=stored)
+    elements = stored[:, None]
+    BLOCK_DV: tl.constexpr = acc.shape[1]
+    if VALUE_DIM != BLOCK_DV:
+        elements &= tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM
+    tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=elements)
+
+
+@triton.jit
+def finished_rows(
+    acc, row_sum, row_max, row_shift, n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides,
+    LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr, FILLS: tl.constexpr, ZERO_EMPTY_ROWS: tl.constexpr,
+    NORMALISED: tl.constexpr, SINK: tl.constexpr, ROW_FACTOR: tl.constexpr, ROW_KEPT: tl.constexpr,
+):  # fmt: skip
+    """(out, and the pair of the log-sum-exp) of rows that have seen all their keys."""
     # Rows without any key.
     empty = row_sum == 0
     largest, lse_sum = row_sum, row_sum
@@ -226,9 +252,6 @@ def finish(
         lse_sum = row_sum * tl.exp2(lost)
         if not ZERO_EMPTY_ROWS:
             lse_sum = tl.where(empty, float("nan"), lse_sum)
-    tl.store(lse_ptrs, largest, mask=stored)
-    tl.store(lse_ptrs + 1, lse_sum, mask=stored)
-
     out = acc
     if NORMALISED:
         # A row without any key has row_sum 0: 0 / 0 is the NaN that softmax gives.
@@ -241,11 +264,7 @@ def finish(
     if ROW_KEPT is not None:
         row_kept = ROW_KEPT(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
         out = tl.where(row_kept[:, None] != 0, out, 0.0)
-    elements = stored[:, None]
-    BLOCK_DV: tl.constexpr = acc.shape[1]
-    if VALUE_DIM != BLOCK_DV:
-        elements &= tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM
-    tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=elements)
+    return out, largest, lse_sum
 
 
 @triton.jit
@@ -282,23 +301,11 @@ def _attend(
 
     if NORMALISED:
         # [block_q]
-        new_max = tl.maximum(row_max, tl.max(score, 1))
-        new_shift = new_max * LOG2_SCALE
-        # -inf minus -inf is NaN: a row without any key so far subtracts nothing.
-        if LARGE_SCORES:
-            # The difference first: it is exact, where the rounding of a large product would be in the exponent.
-            subtracted = tl.where(new_max == float("-inf"), 0.0, new_max)
-            # Rounded as the maximum is: a score that is a product would become one operation with the difference.
-            score += 0.0
-            # [block_q, block_kv]
-            below, lowered = score - subtracted[:, None], row_max - subtracted
-            p = scaled_exp2(below, LOG2_SCALE) if q.dtype == tl.float32 else tl.exp2(below * LOG2_SCALE)
-            correction = scaled_exp2(lowered, LOG2_SCALE) if q.dtype == tl.float32 else tl.exp2(lowered * LOG2_SCALE)
-        else:
-            subtracted = tl.where(new_max == float("-inf"), 0.0, new_shift)
-            # [block_q, block_kv]
-            p = tl.exp2(tl.fma(score, tl.full(score.shape, LOG2_SCALE, acc.dtype), -subtracted[:, None]))
-            correction = tl.exp2(row_shift - subtracted)
+        new_max, new_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
+        # [block_q, block_kv]
+        p, correction = exponentials(
+            score, row_max, row_shift, subtracted, LOG2_SCALE, LARGE_SCORES, q.dtype == tl.float32
+        )  # fmt: skip
         row_sum = row_sum * correction + tl.sum(p, 1)
     else:
         p = score
@@ -331,6 +338,37 @@ def _attend(
 
 
 @triton.jit
+def shifts_with(score, row_max, LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr):
+    """(row_max, row_shift, what is subtracted) of rows after one more tile of scores [rows, block_kv]."""
+    row_max = tl.maximum(row_max, tl.max(score, 1))
+    row_shift = row_max * LOG2_SCALE
+    # -inf minus -inf is NaN: a row without any key so far subtracts nothing.
+    subtracted = tl.where(row_max == float("-inf"), 0.0, row_max if LARGE_SCORES else row_shift)
+    return row_max, row_shift, subtracted
+
+
+@triton.jit
+def exponentials(
+    score, row_max, row_shift, subtracted, LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
+    """(p, what sums so far are multiplied by), of a tile's scores and of the largest before it.
+
+    EXACT: whether an exponential may be off by no more than half a unit in the last place or so.
+    """
+    if LARGE_SCORES:
+        # Rounded as the maximum is: a score that is a product would become one operation with the difference.
+        score += 0.0
+        # The difference first: it is exact, where the rounding of a large product would be in the exponent.
+        below, lowered = score - subtracted[:, None], row_max - subtracted
+        p = scaled_exp2(below, LOG2_SCALE) if EXACT else tl.exp2(below * LOG2_SCALE)
+        correction = scaled_exp2(lowered, LOG2_SCALE) if EXACT else tl.exp2(lowered * LOG2_SCALE)
+    else:
+        p = tl.exp2(tl.fma(score, LOG2_SCALE, -subtracted[:, None]))
+        correction = tl.exp2(row_shift - subtracted)
+    return p, correction
+
+
+@triton.jit
 def _largest_score(row_max, row_shift, LOG2_SCALE: tl.constexpr, LARGE_SCORES: tl.constexpr, FILLS: tl.constexpr):
     """(largest, lost): the largest score of rows, and what its rounding has lost of what exponents subtracted.
 
@@ -340,14 +378,14 @@ def _largest_score(row_max, row_shift, LOG2_SCALE: tl.constexpr, LARGE_SCORES: t
     if LARGE_SCORES:
         SCALE: tl.constexpr = LOG2_SCALE * LN2
         # By itself: what is subtracted from it would become one operation with the product.
-        largest = tl.fma(row_max, tl.full(row_max.shape, SCALE, row_max.dtype), 0.0)
+        largest = tl.fma(row_max, SCALE, 0.0)
         for i in tl.static_range(len(FILLS)):
             largest = tl.where(row_max == FILLS[i][0], FILLS[i][1], largest)
-        lost = tl.fma(row_max, tl.full(row_max.shape, SCALE, row_max.dtype), -largest) * LOG2_E
+        lost = tl.fma(row_max, SCALE, -largest) * LOG2_E
         return largest, tl.where(largest > -LARGE, tl.where(largest > LARGE, 0.0, lost), 0.0)
     else:
-        largest = tl.fma(row_shift, tl.full(row_shift.shape, LN2, row_shift.dtype), 0.0)
-        lost = tl.fma(largest, tl.full(largest.shape, -LOG2_E, largest.dtype), row_shift)
+        largest = tl.fma(row_shift, LN2, 0.0)
+        lost = tl.fma(largest, -LOG2_E, row_shift)
         return largest, tl.where(largest < HUGE, tl.where(largest > -LARGE, lost, 0.0), float("nan"))
 
 

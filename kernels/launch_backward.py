@@ -28,7 +28,8 @@ from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.captured_grad import CapturedProgram, PairTarget
 from flashfuse.kernels.captured_reads import unsupported
 from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
-from flashfuse.kernels.launch import choose_launch, device_of, padded, shape_of
+from flashfuse.kernels.launch import Device, choose_launch, device_of, padded, shape_of
+from flashfuse.kernels.launch_hopper_backward import prepare_one_pass
 from flashfuse.kernels.launch_ranges import filled_rows, query_ranges
 from flashfuse.kernels.prepared import Buffer, KernelLaunch, empty_on, start, strides_of
 from flashfuse.kernels.prepared_backward import Found, Gradient, Launched, PreparedBackward
@@ -79,9 +80,9 @@ def prepare_backward(
     launch: BackwardLaunch | None = None,
 ) -> PreparedBackward | None:
     """What computes `attention_backward` of tensors like these; None where torch does."""
-    spec = call.spec
+    spec, searching = call.spec, launch is not None
+    device = call.device.index if call.q.is_cuda else None
     if launch is None:
-        device = call.device.index if call.q.is_cuda else None
         launch = _launch(spec, call.q_len, call.head_dim, call.value_dim, device)
     floating = [at for at, x in enumerate(call.operands) if x.is_floating_point()]
     wanted = tuple(at for at, need in zip(floating, needs, strict=True) if need)
@@ -94,12 +95,16 @@ def prepare_backward(
     targets = captured.pair_targets(launch.pairs)
     if targets is None:
         return None
-    return _Preparation(call, grad_out, out, program, captured, launch).prepared(wanted, targets)
+    one_pass_on = None if searching else device_of(device)
+    return _Preparation(call, grad_out, out, program, captured, launch, one_pass_on).prepared(wanted, targets)
 
 
 @dataclass(frozen=True, eq=False)
 class _Preparation:
-    """A call, and what was found for it so far."""
+    """A call, and what was found for it so far.
+
+    one_pass_on: the device, where the launch does not say that the plain passes have to run.
+    """
 
     call: AttentionCall
     grad_out: torch.Tensor
@@ -107,14 +112,18 @@ class _Preparation:
     program: BackwardProgram
     captured: CapturedProgram
     launch: BackwardLaunch
+    one_pass_on: Device | None
 
     def prepared(self, wanted: tuple[int, ...], targets: Sequence[PairTarget]) -> PreparedBackward:
         call, program, rows_batch = self.call, self.program, self.call.batch
         owned = self._owned_by_keys()
         dq = self._gradient(call.q, rows_batch) if 0 in wanted else None
         dk, dv = (self._gradient(x, owned) if at in wanted else None for at, x in ((1, call.k), (2, call.v)))
-        by_queries = dq is not None or program.num_row_sums > 0
-        by_keys = dk is not None or dv is not None or bool(program.key_terms)
+        one_pass = None
+        if self.one_pass_on is not None:
+            one_pass = prepare_one_pass(self.one_pass_on, call, self.grad_out, program, wanted, (dq, dk, dv))
+        by_queries = one_pass is None and (dq is not None or program.num_row_sums > 0)
+        by_keys = one_pass is None and (dk is not None or dv is not None or bool(program.key_terms))
         rows_len = -(-call.q_len // ROWS_BLOCK.value) * ROWS_BLOCK.value
         threshold = program.fill_threshold
         return PreparedBackward(
@@ -126,10 +135,11 @@ class _Preparation:
             row_numbers=_float32(ROW_PLANES, *rows_batch, rows_len),
             of_sink=self.captured.of_sink,
             with_sink=self._with_sink,
+            one_pass=one_pass,
             queries=self._queries(dq) if by_queries else None,
             dq=dq,
             row_sums=(_float32(*rows_batch, call.q_len),) * program.num_row_sums,
-            ranges=self._ranges,
+            ranges=self._ranges if by_keys else None,
             filled=None if threshold is None else filled_rows(rows_batch, call.q_len, threshold),
             keys=self._keys(owned, dk, dv) if by_keys else None,
             dk=dk,
@@ -148,7 +158,7 @@ class _Preparation:
         """The kernel that makes the numbers of rows, [ROW_PLANES, N.., rows_len]."""
         call = self.call
         block = max(16, min(ROWS_BLOCK.value, ROW_ELEMENTS // padded(call.value_dim)))
-        variant = rows_constants(call.spec, self.program, call.value_dim, block, self._with_sink)
+        variant = rows_constants(call.spec, self.program, call.head_dim, call.value_dim, block, self._with_sink)
         strides = (strides_of(x, call.batch) for x in (self.grad_out, self.out))
         programs = math.prod(call.batch) * (rows_len // block)
         numbers = (*strides, *_padded(call.batch), *self._lengths)

@@ -24,6 +24,7 @@ from flashfuse.kernels.launch import (
     prepare,
     shape_of,
 )
+from flashfuse.kernels.launch_hopper_forward import prepare_hopper
 from flashfuse.kernels.mask import mask_of
 from flashfuse.kernels.prepared import KernelLaunch, Prepared
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec, batch_symbol
@@ -75,8 +76,8 @@ def takes(call: AttentionCall) -> bool:
 
 
 def prepare_any(call: AttentionCall) -> Prepared | None:
-    """What launches a validated call, by the kernels for its lengths; None where torch computes it."""
-    return (prepare_decode(call) if takes(call) else None) or prepare(call)
+    """What launches a validated call, by the kernels for its lengths and device; None where torch computes it."""
+    return (prepare_decode(call) if takes(call) else None) or prepare_hopper(call) or prepare(call)
 
 
 def prepare_decode(call: AttentionCall, launch: Launch | None = None, splits: int | None = None) -> Prepared | None:

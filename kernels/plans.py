@@ -87,8 +87,9 @@ class Operator(Generic[Result]):
             return plan(empty_on(arguments[0].device), tensors)
 
     def key(self, tensors: Tensors, others: tuple[Hashable, ...]) -> Hashable:
-        """All that the plan of a call follows from; a setting decides how float32 products are formed."""
-        return (allows_tf32(), *others, *map(_layout, tensors))
+        """All that the plan of a call follows from; settings decide how float32 products are formed, and which pass may
+        add in any order."""
+        return (allows_tf32(), torch.are_deterministic_algorithms_enabled(), *others, *map(_layout, tensors))
 
     def leave_plan(self, key: Hashable, arguments: tuple[Any, ...]) -> Result:
         """The first call with its key."""
@@ -116,7 +117,9 @@ class CallSite(Generic[Result]):
     def __call__(self, *arguments: Any) -> Result:
         """The operator."""
         tensors, others = self._operator.split(*arguments)
-        layout = [None if x is None else (x.shape, x.stride(), x.data_ptr() % ALIGNMENT == 0) for x in tensors], others
+        layouts = [None if x is None else (x.shape, x.stride(), x.data_ptr() % ALIGNMENT == 0) for x in tensors]
+        # A backward pass runs under the setting of its own time, not that of the graph's.
+        layout = layouts, others, torch.are_deterministic_algorithms_enabled()
         last = self._last
         if last is None or layout != last[0]:
             # There is a plan from the second call on, unless torch computes this.

@@ -58,6 +58,7 @@ class Prepared:
     workspace: how many numbers of lse's type the kernels leave for each other, 0 for none; None for a kernel that knows
     of no such thing.
     numbers: the arguments between the tensors and the captured tensors.
+    descriptors: of q, k, v and out, without tensors, for a kernel that reads those by TMA, and no seed.
     """
 
     launches: tuple[KernelLaunch, ...]
@@ -66,6 +67,7 @@ class Prepared:
     workspace: int | None
     numbers: tuple[Any, ...]
     captured_strides: tuple[tuple[int, ...], ...]
+    descriptors: tuple[Any, ...] = ()
 
     @staticmethod
     def of(
@@ -100,7 +102,10 @@ class Prepared:
         parts: tuple[torch.Tensor | None, ...] = ()
         if self.workspace is not None:
             parts = (empty((self.workspace,), (1,), self.lse[2]) if self.workspace else None,)
-        arguments = (q, k, v, out, lse, kv_ranges, seed, *parts, *self.numbers, captured, self.captured_strides)
+        tensors: tuple[Any, ...] = (q, k, v, out, lse, kv_ranges, seed, *parts)
+        if self.descriptors:
+            tensors = (*map(described, self.descriptors, (q, k, v, out)), lse, kv_ranges)
+        arguments = (*tensors, *self.numbers, captured, self.captured_strides)
         for launch in self.launches:
             start(launch, arguments)
         return out, lse
@@ -120,3 +125,10 @@ def strides_of(x: torch.Tensor, batch: tuple[int, ...]) -> tuple[int, ...]:
     *outer, row, column = x.stride()
     shared = (0 if size == 1 else stride for size, stride in zip(x.shape, outer, strict=False))
     return (*shared, *(0,) * (MAX_BATCH_AXES - len(batch)), row, column)
+
+
+def described(descriptor: Any, x: torch.Tensor | None) -> Any:
+    """The descriptor of one tensor. What its class would ask of it was asked when the call was prepared."""
+    found = object.__new__(type(descriptor))
+    found.__dict__ = {**descriptor.__dict__, "base": x}
+    return found

@@ -11,7 +11,7 @@ import torch
 from flashfuse.kernels.backward_rows import DELTA, SINK_GRAD
 from flashfuse.kernels.captured_grad import CapturedGradients, CapturedProgram, PairTarget
 from flashfuse.kernels.codegen_backward import BackwardProgram
-from flashfuse.kernels.prepared import Buffer, Empty, KernelLaunch, Start
+from flashfuse.kernels.prepared import Buffer, Empty, KernelLaunch, Start, described
 from flashfuse.kernels.spec import AttentionSpec
 
 
@@ -44,6 +44,22 @@ class Gradient(NamedTuple):
         return found if self.own is self.written else empty(*self.own).copy_(found.sum_to_size(self.own.size))
 
 
+class OnePass(NamedTuple):
+    """The gradients of q, k and v by one kernel, see `hopper_backward`.
+
+    sums: those of the gradient of q, [positions, Tq, D], which start at 0 by the kernel of rows; `scaled` makes the
+    gradient of them.
+    operands: descriptors of q, k, v, the output's gradient, the gradients of k and v, and the sums, without tensors.
+    ranges: what turns the ranges of keys round, for its tiles.
+    """
+
+    sums: Buffer
+    operands: tuple[Any, ...]
+    ranges: Found | None
+    one_pass: Launched
+    scaled: Launched
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedBackward:
     """All that follows from the element types, sizes and strides of a call's tensors.
@@ -51,6 +67,7 @@ class PreparedBackward:
     wanted: the places of the operands whose gradients are needed.
     rows: None without a softmax, where `row_numbers` are not read.
     of_sink, with_sink: whether gradients of sinks are wanted, and whether the kernel makes them.
+    one_pass: in the place of queries and keys, None where there is none.
     queries, keys: None where nothing of that pass is needed. dq, dk, dv: None where it is not wanted.
     ranges, filled: what the pass by keys asks of data, where it does.
     pairs: a launch for each of the targets.
@@ -64,6 +81,7 @@ class PreparedBackward:
     row_numbers: Buffer
     of_sink: bool
     with_sink: bool
+    one_pass: OnePass | None
     queries: Launched | None
     dq: Gradient | None
     row_sums: tuple[Buffer, ...]
@@ -117,7 +135,10 @@ class _Run:
     found: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def gradients(self) -> list[torch.Tensor]:
-        rows, left = self._rows(), None
+        sums = None if self.of.one_pass is None else self.empty(*self.of.one_pass.sums)
+        rows, left = self._rows(sums), None
+        if self.of.one_pass is not None:
+            self._one_pass(self.of.one_pass, rows, sums)
         if self.of.queries is not None:
             left = self._queries(self.of.queries, rows)
         if self.of.keys is not None:
@@ -133,18 +154,28 @@ class _Run:
             self.of_captured.add_pair(target, whole, written)
         return [self.found[at] if at < 3 else self.of_captured.result(at - 3) for at in self.of.wanted]
 
-    def _rows(self) -> torch.Tensor:
-        """The numbers of rows; the log-sum-exps, unused, where there is no softmax."""
+    def _rows(self, sums: torch.Tensor | None) -> torch.Tensor:
+        """The numbers of rows; the log-sum-exps, unused, where there is no softmax. `sums` are 0 then."""
         if self.of.rows is None:
             return self.lse
         rows = self.empty(*self.of.row_numbers)
-        self._launch(self.of.rows, self.grad_out, self.out, self.lse, rows)
+        self._launch(self.of.rows, self.grad_out, self.out, self.lse, rows, sums)
         if self.of.of_sink:
             self.of_captured.add_sink(self._of_sinks(rows))
         return rows
 
     def _of_sinks(self, rows: torch.Tensor) -> torch.Tensor:
         return rows[SINK_GRAD.value][..., : self.q.shape[-2]]
+
+    def _one_pass(self, of: OnePass, rows: torch.Tensor, sums: torch.Tensor | None) -> None:
+        """The gradients of q, k and v."""
+        ranges, filled = self._found(of.ranges, self.kv_ranges), self._found(self.of.filled, self.lse)
+        dq, dk, dv = self._new(self.of.dq), self._new(self.of.dk), self._new(self.of.dv)
+        tensors = (self.q, self.k, self.v, self.grad_out, dk, dv, sums)
+        self._launch(of.one_pass, *map(described, of.operands, tensors), rows, ranges, filled)
+        self._launch(of.scaled, sums, dq)
+        for place, gradient, found in ((0, self.of.dq, dq), (1, self.of.dk, dk), (2, self.of.dv, dv)):
+            self._keep(place, gradient, found)
 
     def _queries(self, launched: Launched, rows: torch.Tensor) -> torch.Tensor | None:
         """The gradient of q and those of reads at queries; what rounding the output has left in delta, [N.., Tq]: but

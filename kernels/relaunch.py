@@ -24,7 +24,7 @@ _instances: dict[Hashable, tuple[CompiledKernel, tuple[Any, ...]]] = {}
 
 
 def launched(launch: KernelLaunch, arguments: tuple[Any, ...]) -> Again:
-    """Launch a kernel with arguments: tensors, numbers, None and tuples of them.
+    """Launch a kernel with arguments: tensors and their descriptors, numbers, None and tuples of them.
 
     Returns what launches it again, for arguments with the same `facts`, on the current device.
     """
@@ -57,6 +57,9 @@ def facts(x: Any) -> Hashable:
         return tuple([_facts_of_number(n) if type(n) is int else facts(n) for n in x])
     if isinstance(x, torch.Tensor):
         return x.dtype, x.data_ptr() % ALIGNMENT == 0
+    if hasattr(x, "block_shape"):
+        # A tensor descriptor: its layout follows, and its sizes and strides are numbers that nothing is compiled for.
+        return x.base.dtype, *x.block_shape
     return _facts_of_number(x) if type(x) is int else x
 
 

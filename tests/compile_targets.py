@@ -40,12 +40,14 @@ def source_of(
     ranged: bool,
     filled: bool = False,
     parts: bool = True,
+    sums: bool = False,
     stored: torch.dtype | None = None,
     ones: Sequence[str] = (),
 ) -> ASTSource:
     """The kernel as the launcher would specialise it for aligned operands with contiguous rows.
 
     ranged: for a call with `kv_ranges`. filled: with rows that may see every key. parts: with several splits of keys.
+    sums: with those of the one pass, which start at 0.
     stored: the element type of k and v, by default the output's.
     ones: numbers that are 1.
     """
@@ -65,7 +67,7 @@ def source_of(
             given = ranged if name == "ranges_ptr" else filled
             signature[name] = "*i32" if given else "constexpr"
             constant |= {} if given else {(i,): None}
-        elif name == "parts_ptr" and not parts:
+        elif (name == "parts_ptr" and not parts) or (name == "sums_ptr" and not sums):
             signature[name], constant[i,] = "constexpr", None
         elif name == "seed_ptr":
             signature[name] = "*i64" if spec.dropout else "constexpr"
@@ -73,7 +75,9 @@ def source_of(
         elif name == "sums_ptrs":
             signature[name] = ("*fp32",) * arguments["NUM_SUMS"]
         elif name.endswith("_ptr"):
-            wide = name in ("lse_ptr", "rows_ptr", "parts_ptr") or (name == "dt_ptr" and arguments.get("BY_DISTANCE"))
+            wide = name in ("lse_ptr", "rows_ptr", "sums_ptr", "parts_ptr") or (
+                name == "dt_ptr" and arguments.get("BY_DISTANCE")
+            )
             narrow = stored if name in ("k_ptr", "v_ptr") else None
             signature[name] = POINTERS[spec.compute_dtype if wide else narrow or spec.out_dtype]
             aligned.append((i,))

@@ -1,4 +1,4 @@
-"""A Triton driver for sm_80 whose launches do nothing: what the host does for a launch is left, and needs no GPU.
+"""A Triton driver whose launches do nothing: what the host does for a launch is left, and needs no GPU.
 
 Kernels are compiled as for a GPU, and tensors stay on the CPU, whose addresses nobody follows.
 """
@@ -16,19 +16,21 @@ from triton.runtime.driver import driver
 
 from flashfuse.kernels import relaunch
 
-# Shared memory, and the most threads of a program.
-SHARED_BYTES, THREADS = 166912, 1024
-# No other driver's kernels are kept under this number.
-DEVICE = 99
+# Shared memory by capability, and the most threads of a program.
+SHARED_BYTES, THREADS = {80: 166912, 90: 232448}, 1024
 
 
 class IdleDriver:
-    """launches: the names of the kernels, one after the other, each with what tells its compiled instances apart."""
+    """Of a GPU of some compute capability.
 
-    def __init__(self) -> None:
+    launches: the names of the kernels, one after the other, each with what tells its compiled instances apart.
+    """
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
         self.launches: list[tuple[str, str]] = []
         self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": SHARED_BYTES, "multiprocessor_count": 108},
+            get_device_properties=lambda device: {"max_shared_mem": SHARED_BYTES[arch], "multiprocessor_count": 108},
             load_binary=lambda name, *_: (name, name, 0, 0, THREADS),
         )
 
@@ -42,10 +44,11 @@ class IdleDriver:
         return lambda *_: self.launches.append((metadata.name, metadata.hash))
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 80, 32)
+        return GPUTarget("cuda", self._arch, 32)
 
     def get_current_device(self) -> int:
-        return DEVICE
+        # No other driver's kernels are kept under this number.
+        return 1000 + self._arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -55,15 +58,15 @@ class IdleDriver:
 
 
 @functools.cache
-def _the_driver() -> IdleDriver:
+def _the_driver(arch: int) -> IdleDriver:
     """One, since Triton keeps what it has compiled with it."""
-    return IdleDriver()
+    return IdleDriver(arch)
 
 
 @contextmanager
-def idle_driver() -> Iterator[IdleDriver]:
+def idle_driver(arch: int = 80) -> Iterator[IdleDriver]:
     """Triton launches on the idle driver within."""
-    idle, active, instances = _the_driver(), driver._active, dict(relaunch._instances)
+    idle, active, instances = _the_driver(arch), driver._active, dict(relaunch._instances)
     idle.taken()
     relaunch._instances.clear()
     driver.set_active(idle)

@@ -1,0 +1,192 @@
+"""Prepare the one pass of `hopper_backward` for a call: whether it takes it, and how its operands are described."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from flashfuse.kernels.backward_variants import slack_in
+from flashfuse.kernels.call import AttentionCall
+from flashfuse.kernels.codegen_backward import BackwardProgram
+from flashfuse.kernels.codegen_hopper import load_hopper_backward
+from flashfuse.kernels.launch import Device, padded, shape_of
+from flashfuse.kernels.launch_hopper import (
+    BATCH_AXES,
+    blocks_of,
+    has_gluon,
+    has_map,
+    is_hopper,
+    is_read,
+    padded_axes,
+    tensor_map,
+)
+from flashfuse.kernels.launch_ranges import query_ranges
+from flashfuse.kernels.prepared import Buffer, KernelLaunch, strides_of
+from flashfuse.kernels.prepared_backward import Gradient, Launched, OnePass
+from flashfuse.kernels.spec import AttentionSpec
+
+# Shared memory of the program with the most.
+SHARED_BYTES = 200 * 1024
+# Columns of a tile, and the queries beside them: what registers and shared memory hold.
+BLOCK_Q = {64: 128, 128: 64}
+# The same, and from how many queries on it is faster than the plain passes.
+LEAST_QUERIES = {64: 2048, 128: 256}
+# Positions whose keys and values stay in the cache while tiles with the same number of queries run.
+MAX_SPREAD = 8
+# Elements of dq that one program multiplies by the slope.
+SCALED_ELEMENTS = 8192
+
+
+def takes(
+    device: Device,
+    call: AttentionCall,
+    grad_out: torch.Tensor,
+    program: BackwardProgram,
+    wanted: Sequence[int],
+    gradients: Sequence[Gradient | None],
+    deterministic: bool,
+) -> bool:
+    """Whether the one pass computes this: the gradients of q, k and v, and no others.
+
+    gradients: of q, k and v. deterministic: whether results have to be the same from run to run, as its dq is not.
+    """
+    found = [gradient for gradient in gradients if gradient is not None]
+    operands = (call.q, call.k, call.v, grad_out)
+    return (
+        is_hopper(device, SHARED_BYTES)
+        and not deterministic
+        and tuple(wanted) == (0, 1, 2)
+        and all(gradient.own is gradient.written for gradient in found)
+        and len(call.batch) <= BATCH_AXES
+        and _takes_program(call.spec, program)
+        and _is_long_enough(call)
+        # The sums of dq have rows of this many float32.
+        and call.head_dim % 4 == 0
+        and call.q.shape[:-2] == grad_out.shape[:-2] == torch.Size(call.batch)
+        and all(x.dtype == call.spec.product_dtype for x in operands)
+        and all(map(is_read, operands))
+        and all(has_map(own) for own, _ in found)
+    )
+
+
+def _takes_program(spec: AttentionSpec, program: BackwardProgram) -> bool:
+    """Whether its numbers are those that the kernel reads, and none is read or drawn for each pair."""
+    shape = shape_of(spec, 1, 1, 1)
+    return (
+        spec.product_dtype in (torch.float16, torch.bfloat16)
+        and spec.probs_dtype == spec.product_dtype
+        and spec.normaliser == "softmax"
+        and spec.key is None
+        and spec.value is None
+        and not spec.dropout
+        and (shape.captured_bytes, shape.looked_up) == (0, False)
+        and program.forward.factor_masked is None
+        and program.forward.row_factor is None
+        and program.derivatives.masked_where != "product"
+    )
+
+
+def _is_long_enough(call: AttentionCall) -> bool:
+    block = block_of(call.head_dim, call.value_dim)
+    return block is not None and call.q_len >= LEAST_QUERIES[block]
+
+
+def block_of(head_dim: int, value_dim: int) -> int | None:
+    """The columns of a tile, None where there is no such tile, or less than half of it would be in use."""
+    blocks = blocks_of(head_dim, value_dim)
+    return None if blocks is None else max(blocks)
+
+
+def backward_constants(
+    spec: AttentionSpec, program: BackwardProgram, block: int, ranged: bool, fewer_queries: bool, positions: int
+) -> Mapping[str, Any]:
+    """Compile-time arguments and options; positions: how many own keys."""
+    from flashfuse.kernels.hopper_backward import MAX_REGISTERS
+
+    functions = load_hopper_backward(spec, ranged, fewer_queries)
+    return {
+        "GRADS_MASKED": functions.score_and_grad_masked,
+        "GRADS_FULL": functions.score_and_grad_full,
+        "QUERY_BOUNDS": functions.query_bounds,
+        "SCALE": program.derivatives.scale,
+        "SLOPE": program.derivatives.slope,
+        "SLACK": slack_in(spec, program),
+        "FULL_MASKED": program.derivatives.full_where is not None,
+        "BLOCK_D": block,
+        "BLOCK_Q": BLOCK_Q[block],
+        "SPREAD": math.gcd(MAX_SPREAD, positions) if program.forward.longest_first else 1,
+        "num_warps": 4,
+        "maxnreg": MAX_REGISTERS,
+        "launch_pdl": True,
+    }
+
+
+def prepare_one_pass(
+    device: Device,
+    call: AttentionCall,
+    grad_out: torch.Tensor,
+    program: BackwardProgram,
+    wanted: Sequence[int],
+    gradients: tuple[Gradient | None, Gradient | None, Gradient | None],
+) -> OnePass | None:
+    """What computes the gradients of q, k and v; None where the plain passes do. `gradients`: where those go."""
+    dq, dk, dv = gradients
+    if not has_gluon():
+        return None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if not takes(device, call, grad_out, program, wanted, gradients, deterministic):
+        return None
+    block = block_of(call.head_dim, call.value_dim)
+    if block is None or dq is None or dk is None or dv is None:
+        return None
+    # It takes Gluon, which the other kernels do without.
+    from flashfuse.kernels.hopper_backward import BLOCK_KV, GROUP_KV, attention_hopper_backward_kernel
+
+    owned = tuple(dk.own.size[:-2])
+    positions, rows = math.prod(owned), BLOCK_Q[block]
+    sums = Buffer.contiguous((math.prod(call.batch), call.q_len, call.head_dim), torch.float32)
+    ranges, ranged, fewer_queries = None, call.kv_ranges is not None, call.q_len <= call.kv_len
+    if call.kv_ranges is not None:
+        ranges = query_ranges(call.kv_ranges, call.q_len, call.kv_len, BLOCK_KV.value)
+    of_ranges = (0,) * 6 if ranges is None else strides_of(torch.empty(ranges.buffer.size, device="meta"), call.batch)
+    variant = backward_constants(call.spec, program, block, ranged, fewer_queries, positions)
+    programs = positions * -(-call.kv_len // BLOCK_KV.value)
+    loop = (1 if mine == size else size for size, mine in zip(call.batch, owned, strict=True))
+    numbers = (of_ranges, *padded_axes(owned), *padded_axes(loop), call.q_len, call.kv_len, call.program_sizes)
+    strides = tuple(c.stride() for c in call.captured)
+    operands = (
+        *(tensor_map(Buffer.like(x), rows, block) for x in (call.q,)),
+        *(tensor_map(Buffer.like(x), GROUP_KV.value, block) for x in (call.k, call.v)),
+        tensor_map(Buffer.like(grad_out), rows, block),
+        *(tensor_map(x.own, GROUP_KV.value, block) for x in (dk, dv)),
+        tensor_map(sums, 64, 64, batch_axes=1),
+    )
+    return OnePass(
+        sums=sums,
+        operands=operands,
+        ranges=ranges,
+        one_pass=Launched(KernelLaunch(attention_hopper_backward_kernel, programs, variant), numbers, strides),
+        scaled=_scaled(call, program, dq),
+    )
+
+
+def _scaled(call: AttentionCall, program: BackwardProgram, dq: Gradient) -> Launched:
+    """The kernel that makes the gradient of q of its sums."""
+    from flashfuse.kernels.hopper_backward import scaled_rows_kernel
+
+    block = padded(call.head_dim)
+    rows = SCALED_ELEMENTS // block
+    variant = {
+        "SLOPE": program.derivatives.slope,
+        "HEAD_DIM": call.head_dim,
+        "BLOCK_D": block,
+        "BLOCK_Q": rows,
+        "launch_pdl": True,
+    }
+    written = torch.empty_strided(dq.own.size, dq.own.strides, device="meta")
+    numbers = (strides_of(written, call.batch), *padded_axes(call.batch), call.q_len)
+    programs = math.prod(call.batch) * -(-call.q_len // rows)
+    return Launched(KernelLaunch(scaled_rows_kernel, programs, variant), numbers)

@@ -1,0 +1,167 @@
+"""Prepare `hopper_forward` for a call: whether it takes it, and how its operands are described."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flashfuse.kernels.call import AttentionCall
+from flashfuse.kernels.codegen_hopper import load_hopper_forward
+from flashfuse.kernels.expr import Pointwise, Product, walk
+from flashfuse.kernels.launch import LOG2_E, Device, device_index, device_of, in_torch, shape_of, subtracts_scores
+from flashfuse.kernels.launch_hopper import (
+    BATCH_AXES,
+    blocks_of,
+    has_gluon,
+    has_map,
+    is_hopper,
+    is_read,
+    padded_axes,
+    tensor_map,
+)
+from flashfuse.kernels.output import empty_output
+from flashfuse.kernels.prepared import Buffer, KernelLaunch, Prepared, strides_of
+from flashfuse.kernels.spec import AttentionSpec
+
+# Shared memory of the program with the most.
+SHARED_BYTES = 200 * 1024
+# Tiles of keys and values that are loaded ahead, by the wider of their columns.
+STAGES = {64: 4, 128: 2}
+# How many queries and keys it takes to be faster than the plain kernel, whose programs are smaller.
+LEAST_LENGTH = 2048
+# Functions that take many instructions.
+SPECIAL = frozenset({"pow", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos"})
+# Positions whose keys and values stay in the cache while tiles with the same number of keys run.
+MAX_SPREAD = 8
+
+
+def takes(device: Device, call: AttentionCall) -> bool:
+    """Whether the kernel computes this."""
+    blocks = blocks_of(call.head_dim, call.value_dim)
+    out = Buffer.like(empty_output(call)[0])
+    return (
+        is_hopper(device, SHARED_BYTES)
+        and blocks is not None
+        and len(call.batch) <= BATCH_AXES
+        and takes_program(call.spec)
+        and all(x.dtype == call.spec.product_dtype for x in (call.q, call.k, call.v))
+        and all(is_read(_own(x)) for x in (call.q, call.k, call.v))
+        and has_map(out)
+    )
+
+
+def is_faster(call: AttentionCall) -> bool:
+    """Whether the kernel is faster than the plain one, in whose place there are programs that share a processor.
+
+    That is so where there is much to multiply between loads and stores, and little to do for each score.
+    """
+    # Rows that ranges make short are those that the plain kernel is good at.
+    return min(call.q_len, call.kv_len) >= LEAST_LENGTH and call.kv_ranges is None and not _is_long(call.spec)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_long(spec: AttentionSpec) -> bool:
+    """Whether a score takes a special function, which is many instructions."""
+    return any(isinstance(e, Pointwise) and e.op in SPECIAL for e in walk(spec.score))
+
+
+@functools.lru_cache(maxsize=4096)
+def takes_program(spec: AttentionSpec) -> bool:
+    """Whether its numbers are those that the kernel reads, and none is read or drawn for each pair."""
+    shape = shape_of(spec, 1, 1, 1)
+    return (
+        spec.product_dtype in (torch.float16, torch.bfloat16)
+        and spec.probs_dtype == spec.out_dtype == spec.product_dtype
+        and spec.normaliser == "softmax"
+        and spec.key is None
+        and spec.value is None
+        and not spec.dropout
+        and (shape.captured_bytes, shape.looked_up) == (0, False)
+        and load_hopper_forward(spec, False, False).factor_masked is None
+        and any(isinstance(e, Product) for e in walk(spec.score))
+    )
+
+
+def _own(x: torch.Tensor) -> torch.Tensor:
+    """The positions of an operand that are its own: one along an axis that it is shared over."""
+    return x[tuple(slice(None) if stride else slice(1) for stride in x.stride()[:-2])]
+
+
+def _own_axes(own: torch.Tensor, batch: tuple[int, ...]) -> tuple[bool, ...]:
+    """On which of three axes an operand has a position for each of the batch."""
+    return (*(n == size for n, size in zip(own.shape, batch, strict=False)), *(True,) * (BATCH_AXES - len(batch)))
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_constants(
+    spec: AttentionSpec,
+    blocks: tuple[int, int],
+    axes: tuple[tuple[bool, ...], ...],
+    ranged: bool,
+    fewer_queries: bool,
+    positions: int,
+) -> Mapping[str, Any]:
+    """Compile-time arguments and options; axes: of q, k and v, on which of three they have positions of their own.
+
+    positions: how many of the batch there are.
+    """
+    from flashfuse.kernels.hopper_forward import MAX_REGISTERS
+
+    program = load_hopper_forward(spec, ranged, fewer_queries)
+    return {
+        "SCORE_MASKED": program.score_masked,
+        "SCORE_FULL": program.score_full,
+        "KV_BOUNDS": program.kv_bounds,
+        "LOG2_SCALE": program.scale * LOG2_E,
+        "FILL_THRESHOLD": program.fill_threshold,
+        "LARGE_SCORES": subtracts_scores(spec, program, "ieee"),
+        "FILLS": program.fills,
+        "ZERO_EMPTY_ROWS": spec.empty_row == "zero",
+        "LONGEST_FIRST": program.longest_first,
+        "SINK": program.sink,
+        "ROW_FACTOR": program.row_factor,
+        "ROW_KEPT": program.row_kept,
+        "Q_AXES": axes[0],
+        "K_AXES": axes[1],
+        "V_AXES": axes[2],
+        "BLOCK_D": blocks[0],
+        "BLOCK_DV": blocks[1],
+        "STAGES": STAGES[max(blocks)],
+        "SPREAD": math.gcd(MAX_SPREAD, positions) if program.longest_first else 1,
+        "num_warps": 4,
+        "maxnreg": MAX_REGISTERS,
+    }
+
+
+def prepare_hopper(call: AttentionCall) -> Prepared | None:
+    """What launches a validated call by the kernel for Hopper; None where another one computes it."""
+    blocks = blocks_of(call.head_dim, call.value_dim)
+    if blocks is None or not has_gluon() or in_torch(call) or not is_faster(call):
+        return None
+    if not takes(device_of(device_index(call)), call):
+        return None
+    # It takes Gluon, which the other kernels do without.
+    from flashfuse.kernels.hopper_forward import BLOCK_KV, BLOCK_Q, GROUP_Q, attention_hopper_forward_kernel
+
+    out, lse = empty_output(call)
+    own = [_own(x) for x in (call.q, call.k, call.v)]
+    axes = tuple(_own_axes(x, call.batch) for x in own)
+    positions, fewer_queries = math.prod(call.batch), call.q_len <= call.kv_len
+    variant = forward_constants(call.spec, blocks, axes, call.kv_ranges is not None, fewer_queries, positions)
+    of_ranges = (0,) * 6 if call.kv_ranges is None else strides_of(call.kv_ranges, call.batch)
+    tiles = ((GROUP_Q, blocks[0]), (BLOCK_KV, blocks[0]), (BLOCK_KV, blocks[1]), (GROUP_Q, blocks[1]))
+    operands = zip((*own, out), tiles, strict=True)
+    programs = positions * -(-call.q_len // BLOCK_Q.value)
+    return Prepared(
+        launches=(KernelLaunch(attention_hopper_forward_kernel, programs, variant),),
+        out=Buffer.like(out),
+        lse=Buffer.like(lse),
+        workspace=None,
+        numbers=(of_ranges, *padded_axes(call.batch), call.q_len, call.kv_len, call.program_sizes),
+        captured_strides=tuple(c.stride() for c in call.captured),
+        descriptors=tuple(tensor_map(Buffer.like(x), rows.value, columns) for x, (rows, columns) in operands),
+    )

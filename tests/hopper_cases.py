@@ -1,0 +1,121 @@
+"""Attentions that the kernels for Hopper take, and those kernels compiled for sm_90."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+from compile_targets import DEVICES, POINTERS
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from flashfuse.kernels import hopper_forward
+from flashfuse.kernels.codegen_backward import load_backward
+from flashfuse.kernels.hopper_backward import GROUP_KV, attention_hopper_backward_kernel
+from flashfuse.kernels.hopper_forward import attention_hopper_forward_kernel
+from flashfuse.kernels.launch_hopper_backward import BLOCK_Q, backward_constants
+from flashfuse.kernels.launch_hopper_forward import forward_constants
+from flashfuse.kernels.spec import AttentionSpec, parse
+
+# Score text, captured element types, and the rank of each captured tensor.
+PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
+    "plain": ("qk * 0.125", (), ()),
+    "causal": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (), ()),
+    "window": ("where((kv_idx <= q_idx) & (kv_idx > q_idx - 100), qk * 0.125, -inf)", (), ()),
+    "alibi": ("where(kv_idx <= q_idx, qk * 0.125 + to_float(kv_idx - q_idx) * t0[n1], -inf)", (torch.float32,), (1,)),
+    "cap": ("tanh(qk * 0.0025) * 50.0", (), ()),
+    "causal cap": ("where(kv_idx <= q_idx, tanh(qk * 0.0025) * 50.0, -inf)", (), ()),
+    "keys": ("qk * 0.125 + t0[n1, kv_idx]", (torch.float32,), (2,)),
+    "padding": ("where(t0[n0, kv_idx], qk * 0.125, -inf)", (torch.bool,), (2,)),
+    "documents": (
+        "where((t0[n0, q_idx] == t0[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125, -inf)",
+        (torch.bool,),
+        (2,),
+    ),
+    "fill": ("where(kv_idx <= q_idx - 200, qk * 0.125, -10000.0)", (), ()),
+    "sink": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (torch.float32,), (1,)),
+}
+SPREAD = 8
+AXES = (True, True, False)
+
+
+def compiled_backward(program: str, head_dim: int, dtype: torch.dtype, shared: bool) -> Any:
+    """The kernel for sm_90, of one position or more (shared) for each that has keys; of documents with their ranges."""
+    spec = _spec(program, dtype)
+    ranged = program == "documents"
+    backward = load_backward(spec, (False,) * len(spec.captured), ranged, True)
+    rows, keys = BLOCK_Q[head_dim], GROUP_KV.value
+    given = {
+        "ranges_ptr": "*i32" if ranged else None,
+        "filled_ptr": None if backward.fill_threshold is None else "*i32",
+        "rows_ptr": "*fp32",
+        **{f"loop_{axis}": "i32" if shared and axis == 2 else 1 for axis in range(4)},
+        **{f"{name}_desc": described(dtype, rows, head_dim) for name in ("q", "grad")},
+        **{f"{name}_desc": described(dtype, keys, head_dim) for name in ("k", "v", "dk", "dv")},
+        "dq_desc": described(torch.float32, 64, 64, batch_axes=1),
+    }
+    variant = backward_constants(spec, backward, head_dim, ranged, True, SPREAD)
+    return _compiled(attention_hopper_backward_kernel, program, variant, given)
+
+
+def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> Any:
+    """The kernel for sm_90, of keys that one axis shares; of documents with their ranges."""
+    spec = _spec(program, dtype)
+    ranged = program == "documents"
+    variant = forward_constants(spec, (head_dim, value_dim), ((True, True, True), AXES, AXES), ranged, True, SPREAD)
+    rows, keys = hopper_forward.GROUP_Q.value, hopper_forward.BLOCK_KV.value
+    given = {
+        "ranges_ptr": "*i32" if ranged else None,
+        "lse_ptr": "*fp32",
+        "q_desc": described(dtype, rows, head_dim),
+        "k_desc": described(dtype, keys, head_dim),
+        "v_desc": described(dtype, keys, value_dim),
+        "out_desc": described(dtype, rows, value_dim),
+    }
+    return _compiled(attention_hopper_forward_kernel, program, variant, given)
+
+
+def _spec(program: str, dtype: torch.dtype) -> AttentionSpec:
+    text, captured, _ = PROGRAMS[program]
+    sink = parse("t0[n1]", captured) if program == "sink" else None
+    return AttentionSpec(2, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3), sink=sink)
+
+
+def _compiled(kernel: Any, program: str, variant: Mapping[str, Any], given: dict[str, Any]) -> Any:
+    """given: the types of arguments, or numbers and None for what the launcher compiles in; others have 32 bits."""
+    _, captured, ranks = PROGRAMS[program]
+    arguments = dict(variant)
+    options = {name: arguments.pop(name) for name in ("num_warps", "maxnreg", "launch_pdl") if name in arguments}
+    signature: dict[str, Any] = {}
+    constant: dict[tuple[int, ...], Any] = {}
+    aligned: list[tuple[int, ...]] = []
+    for i, name in enumerate(kernel.arg_names):
+        if name in arguments:
+            signature[name], constant[i,] = "constexpr", arguments[name]
+        elif not isinstance(given.get(name, ""), str):
+            signature[name], constant[i,] = "constexpr", given[name]
+        elif name == "ranges_strides":
+            signature[name] = (*("i32",) * 5, "constexpr")
+            constant[i, 5] = 1
+        elif name == "captured":
+            signature[name] = tuple(POINTERS[c] for c in captured)
+            aligned.extend((i, slot) for slot in range(len(captured)))
+        elif name == "captured_strides":
+            signature[name] = tuple((*("i32",) * (rank - 1), "constexpr") for rank in ranks)
+            constant |= {(i, slot, rank - 1): 1 for slot, rank in enumerate(ranks)}
+        else:
+            signature[name] = () if name == "sizes" else given.get(name, "i32")
+            aligned.extend([(i,)] * name.endswith("_ptr"))
+    attributes = {path: [["tt.divisibility", 16]] for path in aligned}
+    return triton.compile(
+        GluonASTSource(kernel, signature, constant, attributes), target=DEVICES["sm90"][1], options=options
+    )  # fmt: skip
+
+
+def described(dtype: torch.dtype, rows: int, columns: int, batch_axes: int = 3) -> str:
+    """The type of a descriptor, as the launcher spells it."""
+    block = [*(1,) * batch_axes, rows, columns]
+    layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, str(dtype).removeprefix("torch.")))
+    return f"tensordesc<{POINTERS[dtype].removeprefix('*')}{block},{layout!r}>"

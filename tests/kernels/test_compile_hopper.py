@@ -1,0 +1,100 @@
+"""The kernels for Hopper compile for sm_90: registers, shared memory, matrix instructions that overlap."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled when interpreted"),
+    pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="another Gluon"),
+]
+
+BF16, FP16 = torch.bfloat16, torch.float16
+# The most bytes that the backward spills, by head dim: addresses and bounds, which tiles read a few of.
+SPILLS = {64: 160, 128: 320}
+# The most that the forward does, but for a mask of data, whose bytes are read in one tile after the other.
+FORWARD_SPILLS, FORWARD_SPILLS_OF_DATA = 16, 80
+BACKWARD = [
+    ("plain", 64, BF16, False),
+    ("plain", 128, BF16, False),
+    ("causal", 64, BF16, False),
+    ("causal", 128, BF16, False),
+    ("causal", 128, FP16, False),
+    ("causal", 64, BF16, True),
+    ("causal", 128, BF16, True),
+    ("window", 64, BF16, False),
+    ("window", 128, BF16, False),
+    ("alibi", 64, BF16, False),
+    ("alibi", 128, BF16, False),
+    ("cap", 64, FP16, False),
+    ("cap", 128, BF16, False),
+    ("causal cap", 64, BF16, False),
+    ("causal cap", 128, BF16, False),
+    ("keys", 64, BF16, False),
+    ("keys", 128, BF16, False),
+    ("padding", 64, BF16, False),
+    ("padding", 128, BF16, False),
+    ("documents", 64, BF16, True),
+    ("documents", 128, BF16, False),
+]
+FORWARD = [
+    ("plain", 64, 64, BF16),
+    ("plain", 128, 128, FP16),
+    ("causal", 64, 64, BF16),
+    ("causal", 128, 128, BF16),
+    ("causal", 64, 128, BF16),
+    ("causal", 128, 64, BF16),
+    ("window", 128, 128, BF16),
+    ("alibi", 64, 64, BF16),
+    ("alibi", 128, 128, BF16),
+    ("cap", 64, 64, FP16),
+    ("causal cap", 128, 128, BF16),
+    ("keys", 128, 128, BF16),
+    ("padding", 128, 128, BF16),
+    ("documents", 64, 64, BF16),
+    ("documents", 128, 128, BF16),
+    ("fill", 64, 64, BF16),
+    ("fill", 128, 128, BF16),
+    ("sink", 128, 128, BF16),
+]
+
+
+@pytest.mark.parametrize(("program", "head_dim", "dtype", "shared"), BACKWARD)
+def test_backward_compiles_within_limits(
+    program: str, head_dim: int, dtype: torch.dtype, shared: bool, tmp_path: Path
+) -> None:
+    """ptxas says only when asked that it has put matrix instructions one after the other."""
+    from compile_targets import DEVICES, assembler_report
+    from hopper_cases import compiled_backward
+
+    from flashfuse.kernels.launch_hopper_backward import SHARED_BYTES
+
+    kernel = compiled_backward(program, head_dim, dtype, shared)
+    assert kernel.metadata.shared <= SHARED_BYTES <= DEVICES["sm90"][0].shared_bytes
+    ptx = kernel.asm["ptx"]
+    assert "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add" in ptx
+    report = assembler_report(ptx, 90, tmp_path)
+    assert "C75" not in report
+    assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)) <= SPILLS[head_dim]
+
+
+@pytest.mark.parametrize(("program", "head_dim", "value_dim", "dtype"), FORWARD)
+def test_forward_compiles_within_limits(
+    program: str, head_dim: int, value_dim: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    from compile_targets import DEVICES, assembler_report
+    from hopper_cases import compiled_forward
+
+    from flashfuse.kernels.launch_hopper_forward import SHARED_BYTES
+
+    kernel = compiled_forward(program, head_dim, value_dim, dtype)
+    assert kernel.metadata.shared <= SHARED_BYTES <= DEVICES["sm90"][0].shared_bytes
+    report = assembler_report(kernel.asm["ptx"], 90, tmp_path)
+    assert "C75" not in report
+    limit = FORWARD_SPILLS_OF_DATA if program == "padding" else FORWARD_SPILLS
+    assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)) <= limit

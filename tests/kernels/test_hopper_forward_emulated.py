@@ -1,0 +1,72 @@
+"""The forward for Hopper as Python: what it computes of which elements, without a GPU.
+
+FLASHFUSE_FULL_TABLE=1 tries every attention that the tests on a GPU try (minutes).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import pytest
+import torch
+from attention_cases import make_call
+from numerics import assert_close_to_exact, assert_lse_close_to_exact
+
+triton = pytest.importorskip("triton")
+
+from emulated_gluon import start  # noqa: E402
+from hopper_calls import CALLS, FORWARD_CALLS  # noqa: E402
+
+from flashfuse.kernels import launch_hopper, launch_hopper_forward  # noqa: E402
+from flashfuse.kernels.launch import Device  # noqa: E402
+from flashfuse.kernels.launch_hopper_forward import prepare_hopper  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="another interpreter"),
+    pytest.mark.skipif(not triton.__version__.startswith(launch_hopper.TRITON_RELEASE), reason="another Gluon"),
+]
+
+# One for each thing that a kernel may get wrong.
+SOME = (
+    "dims-80-96-plain-bf16", "dims-128-72-causal-fp16", "dims-40-64-causal-bf16", "dims-64-128-causal-fp16",
+    "70-130-plain-64", "17-3-last-128", "129-127-causal-64", "300-1000-last-64", "1000-300-last-128", "window-64",
+    "symmetric-128", "fill-64", "least-fill-128", "alibi-64", "alibi-128", "causal-cap-64", "cap-128", "low-keys-128",
+    "rows-64", "sink-64", "batch2x2x3-2x2x1-causal-64", "batch3x2-1x1-plain-128", "batch--causal-64", "documents-64",
+    "documents-128", "padding-64", "padded-64", "rows_apart-128", "heads_inside-64",
+    *(name for at, name in enumerate(FORWARD_CALLS) if at % 4 in (0, 3)),
+)  # fmt: skip
+ALL = {**CALLS, **FORWARD_CALLS}
+
+
+@pytest.fixture(autouse=True)
+def _on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_hopper_forward, "is_faster", lambda _: True)
+    monkeypatch.setattr(launch_hopper_forward, "device_of", lambda _: Device("cuda", 90, 232448))
+
+
+def nan_filled(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(size, strides, dtype=dtype).fill_(torch.nan)
+
+
+@pytest.mark.parametrize("name", ALL if os.environ.get("FLASHFUSE_FULL_TABLE") == "1" else SOME)
+def test_output_and_log_sum_exp(name: str) -> None:
+    call = ALL[name]()
+    prepared = prepare_hopper(call)
+    assert prepared is not None
+    out, lse = prepared.compute(nan_filled, start, *call.tensors)
+    exact, eager = call.exact(), call.eager()
+    assert_close_to_exact(out, eager[0], exact[0])
+    assert_lse_close_to_exact(lse, eager[1], exact[1])
+
+
+def test_values_that_are_no_numbers_stay_away_from_rows_without_a_key() -> None:
+    """A program visits one tile at least; a NaN that a mask rules out with its tile must not reach rows through it."""
+    call = make_call(
+        "where(kv_idx < q_idx - 5000, qk * 0.125, -inf)", (1, 200, 64), dtype=torch.float16, empty_row="zero"
+    )
+    call.v.fill_(torch.nan)
+    prepared = prepare_hopper(call)
+    assert prepared is not None
+    out, _ = prepared.compute(nan_filled, start, *call.tensors)
+    assert bool((out == 0).all())
