@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 from collections.abc import Sequence
@@ -100,16 +102,28 @@ def accumulators(kernel: Any) -> list[str]:
     return re.findall(r"= tt\.dot %\w+, %\w+, (%\w+)", kernel.asm["ttir"])
 
 
+def compiled(source: Any, target: GPUTarget, options: dict[str, Any]) -> tuple[Any, str]:
+    """A kernel, and what ptxas said about registers, spills and serialised matrix instructions; empty for AMD GPUs."""
+    log = io.StringIO()
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        # A kernel from the cache would come without the log.
+        triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
+        # Instructions are the same, and made faster.
+        triton.knobs.compilation.disable_line_info = True
+        kernel = triton.compile(source, target=target, options=options)
+    assert target.backend != "cuda" or "bytes spill stores" in log.getvalue()
+    return kernel, log.getvalue()
+
+
+def spilled_bytes(report: str) -> int:
+    """The most that a function of the report stores."""
+    return max(int(number) for number in re.findall(r"(\d+) bytes spill stores", report))
+
+
 def assembler_report(ptx: str, arch: int, folder: Path) -> str:
-    """What ptxas says about registers, spills and serialised matrix instructions."""
+    """What ptxas says without the options that later compilers give it, as the spills were measured."""
     file = folder / "kernel.ptx"
     file.write_text(ptx)
-    command = [
-        get_ptxas(arch).path,
-        "-v",
-        f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}",
-        file,
-        "-o",
-        folder / "kernel.cubin",
-    ]
+    gpu = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+    command = [get_ptxas(arch).path, "-v", gpu, file, "-o", folder / "kernel.cubin"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr

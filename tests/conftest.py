@@ -1,40 +1,38 @@
 """Settings every test runs under."""
 
+import gc
 import itertools
 import os
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
+# Tests share the cores, and threads of torch would wait for each other: tiny tensors took five times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A test that compiles must compile: a cache hit would test another day's code.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
+from torch._dynamo import guards
+from torch._inductor import cpu_vec_isa
+
+# Kernels of scalars compile in half the time of vectors, whose kinds would first be compiled for a trial each.
+cpu_vec_isa.valid_vec_isa_list = list
+# Dynamo flushes the processor's caches to time the guards of each graph, for its log.
+guards.profile_guard_manager = lambda *_: 0.0
+
 if os.environ.get("TRITON_INTERPRET") == "1":
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    import interpreted
 
-    def _fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
-        """Rounded once, as on every GPU; the interpreter of Triton 3.6 rounds the product too."""
-        exact = np.multiply(x.data, y.data, dtype=np.float64) + z.data
-        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+    interpreted.install()
 
-    InterpreterBuilder.create_fma = _fma
 
-    _patch_lang = interpreter._patch_lang
+def pytest_collection_finish() -> None:
+    """What has been imported stays, and need not be looked through for garbage behind every graph."""
+    gc.collect()
+    gc.freeze()
 
-    def _patch_once(_: Any) -> Any:
-        """Put the interpreter's operations into `triton.language`, for a kernel and all that it calls."""
-        return _patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
 
-    def _call(self: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
-        """A device function, for which the interpreter would look for operations to replace again: half of its time."""
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter._patch_lang = _patch_once
-    interpreter.InterpretedFunction.__call__ = _call
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -90,14 +90,16 @@ def rows_apart(head_dim: int) -> Call:
     return replace(call, q=q, k=k, v=v)
 
 
-def _calls() -> dict[str, Callable[[], Call]]:
+def _calls(heads: int) -> dict[str, Callable[[], Call]]:
+    """heads: at most so many where their number is not what is tried."""
     found: dict[str, Callable[[], Call]] = {}
 
     def add(name: str, score: str, *arguments: Any, **changes: Any) -> None:
         found[name] = lambda: make_call(score, *arguments, **changes)
 
     for (d, dv), name, dtype in itertools.product(DIMS, ("plain", "causal"), TYPES):
-        add(f"dims-{d}-{dv}-{name}-{dtype}", SCORES[name], (2, 3, 330, d), value_dim=dv, dtype=TYPES[dtype])
+        size = (2, min(heads, 3), 330, d)
+        add(f"dims-{d}-{dv}-{name}-{dtype}", SCORES[name], size, value_dim=dv, dtype=TYPES[dtype])
     for d in (64, 128):
         # Where queries see nothing their row is 0, and so is its gradient.
         for (q_len, kv_len), name in itertools.product(LENGTHS, SCORES):
@@ -106,7 +108,7 @@ def _calls() -> dict[str, Callable[[], Call]]:
                 continue
             add(f"{q_len}-{kv_len}-{name}-{d}", SCORES[name], (1, 2, q_len, d), kv_len, empty_row="zero", dtype=FP16)
         for name, (score, changes) in PROGRAMS.items():
-            add(f"{name}-{d}", score, (2, 4, 301, d), 417, dtype=FP16, **changes)
+            add(f"{name}-{d}", score, (2, heads, 301, d), 417, dtype=FP16, **changes)
         for (batch, k_batch), name in itertools.product(BATCHES, ("plain", "causal")):
             title = f"batch{'x'.join(map(str, batch))}-{'x'.join(map(str, k_batch))}-{name}-{d}"
             add(title, SCORES[name], (*batch, 330, d), 290, k_batch=k_batch, dtype=BF16)
@@ -115,7 +117,9 @@ def _calls() -> dict[str, Callable[[], Call]]:
     return found
 
 
-CALLS = _calls()
+CALLS = _calls(4)
+# For the emulation, where each head takes its time.
+FEW_HEADS = _calls(2)
 
 
 def _forward_calls() -> dict[str, Callable[[], Call]]:

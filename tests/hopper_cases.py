@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
-from compile_targets import DEVICES, POINTERS
+from compile_targets import DEVICES, POINTERS, compiled
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -45,7 +44,7 @@ SPREAD = 8
 AXES = (True, True, False)
 
 
-def compiled_backward(program: str, head_dim: int, dtype: torch.dtype, shared: bool) -> Any:
+def compiled_backward(program: str, head_dim: int, dtype: torch.dtype, shared: bool) -> tuple[Any, str]:
     """The kernel for sm_90, of one position or more (shared) for each that has keys; of documents with their ranges."""
     spec = _spec(program, dtype)
     ranged = program == "documents"
@@ -64,7 +63,7 @@ def compiled_backward(program: str, head_dim: int, dtype: torch.dtype, shared: b
     return _compiled(attention_hopper_backward_kernel, program, variant, given)
 
 
-def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> Any:
+def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[Any, str]:
     """The kernel for sm_90, of keys that one axis shares; of documents with their ranges."""
     spec = _spec(program, dtype)
     ranged = program == "documents"
@@ -91,7 +90,7 @@ def _spec(program: str, dtype: torch.dtype) -> AttentionSpec:
     return AttentionSpec(2, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3), sink=sink)
 
 
-def _compiled(kernel: Any, program: str, variant: Mapping[str, Any], given: dict[str, Any]) -> Any:
+def _compiled(kernel: Any, program: str, variant: Mapping[str, Any], given: dict[str, Any]) -> tuple[Any, str]:
     """given: the types of arguments, or numbers and None for what the launcher compiles in; others have 32 bits."""
     _, captured, ranks = PROGRAMS[program]
     arguments = dict(variant)
@@ -117,9 +116,7 @@ def _compiled(kernel: Any, program: str, variant: Mapping[str, Any], given: dict
             signature[name] = () if name == "sizes" else given.get(name, "i32")
             aligned.extend([(i,)] * name.endswith("_ptr"))
     attributes = {path: [["tt.divisibility", 16]] for path in aligned}
-    return triton.compile(
-        GluonASTSource(kernel, signature, constant, attributes), target=DEVICES["sm90"][1], options=options
-    )  # fmt: skip
+    return compiled(GluonASTSource(kernel, signature, constant, attributes), DEVICES["sm90"][1], options)
 
 
 def described(dtype: torch.dtype, rows: int, columns: int, batch_axes: int = 3) -> str:

@@ -16,8 +16,8 @@ Run = Callable[..., Any]
 Inputs = Sequence[torch.Tensor]
 
 S, D = 16, 8
-# A gradient that is few numbers says little with one gradient of the output.
-DRAWS = 32
+# Of how many gradients of the output: one says little about a gradient of FEW numbers.
+DRAWS, FEW, DRAWS_OF_FEW = 2, 64, 32
 
 
 def qkvb() -> tuple[torch.Tensor, ...]:
@@ -37,12 +37,17 @@ def compiled(fn: Callable[..., Any], inner: str = "eager", **options: Any) -> Ca
 
 
 def gradients(out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """[DRAWS, ..] of every input for random gradients of the output; None where there is none."""
-    draws = []
-    for seed in range(DRAWS):
+    """[draws, ..] of every input for random gradients of the output; None where there is none."""
+    draws: list[list[torch.Tensor | None]] = [[] for _ in inputs]
+    for seed in range(DRAWS_OF_FEW):
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
-        draws.append(torch.autograd.grad(out, inputs, grad, retain_graph=True, allow_unused=True))
-    return [None if grads[0] is None else torch.stack(grads) for grads in zip(*draws, strict=True)]
+        wanted = [at for at, x in enumerate(inputs) if seed < DRAWS or x.numel() <= FEW]
+        if not wanted:
+            break
+        found = torch.autograd.grad(out, [inputs[at] for at in wanted], grad, retain_graph=True, allow_unused=True)
+        for at, gradient in zip(wanted, found, strict=True):
+            draws[at].append(gradient)
+    return [None if any(x is None for x in of_one) else torch.stack(of_one) for of_one in draws]  # type: ignore[arg-type]
 
 
 def leaves(inputs: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:

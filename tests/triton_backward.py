@@ -31,7 +31,7 @@ SMALL = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=2)
 WIDE, TALL = replace(SMALL, block_kv=32), replace(SMALL, block_q=32)
 TILES = BackwardLaunch(keys=WIDE, queries=TALL, pairs=SMALL, dense=WIDE)
 LARGE = Launch(block_q=64, block_kv=64, num_warps=4, num_stages=1)
-# So few numbers that one gradient of the output says little about theirs.
+# A gradient of so few numbers is held to the rule over several gradients of the output.
 FEW = 2
 
 
@@ -55,9 +55,8 @@ def _forward(call: Call, kv_ranges: torch.Tensor | None) -> tuple[Call, torch.Te
 
 
 def check(call: Call, wanted: Sequence[int] | None = None) -> Gradients:
-    """The gradient of a few numbers is held to the rule over several gradients of the output."""
     draws = 12 if any(c.numel() <= FEW for c in call.captured) else 1
-    return check_gradients(call, backward, wanted, draws)
+    return check_gradients(call, backward, wanted, draws, FEW)
 
 
 def check_ranged(call: Call, wanted: Sequence[int] | None = None) -> torch.Tensor:

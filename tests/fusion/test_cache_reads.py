@@ -79,9 +79,11 @@ def of_cache_size(graph: fx.Graph) -> Counter[Any]:
     return Counter(target for target, numel in made(graph) if numel >= keys)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize(("attention", "padded"), [("eager", False), ("eager", True), ("sdpa", True)])
-def test_no_copy_of_the_keys_or_values(attention: str, cache: str, padded: bool) -> None:
+@pytest.mark.parametrize(
+    ("attention", "padded", "cache"),
+    [("eager", False, "static"), ("eager", True, "dynamic"), ("sdpa", True, "dynamic"), ("sdpa", True, "static")],
+)
+def test_no_copy_of_the_keys_or_values(attention: str, padded: bool, cache: str) -> None:
     graphs = decode_graphs(attention, cache, padded, rewritten=True)
     assert graphs
     for module in graphs:

@@ -1,13 +1,12 @@
-"""Every form in every spelling, compiled: every attention is fused, the result is as near to float64 as eager's."""
+"""Every form, compiled: every attention is fused, the result is as near to float64 as eager's."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from forms import FORMS, Form, Sizes, Spelling, spelled
+from forms import FORMS, Form, Sizes
 from forms.check import check
 
-SPELLED = spelled()
 # Forms of each kind whose lengths may change without another compilation.
 GROWING = {
     "causal", "causal-offset", "window", "chunked", "prefix", "padding-int", "left-padding", "documents", "lengths",
@@ -18,13 +17,9 @@ GROWING = {
 LONGER = Sizes(q_len=20, kv_len=20)
 
 
-@pytest.mark.parametrize(("form", "spelling"), [s[:2] for s in SPELLED], ids=[s[2] for s in SPELLED])
-def test_right(form: Form, spelling: Spelling) -> None:
-    check(form, spelling, Sizes())
-
-
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
 def test_right_in_bfloat16(form: Form) -> None:
+    """Float32 is met in kernels/test_forms.py, and in training in every spelling."""
     check(form, form.spellings[0], Sizes(), dtype=torch.bfloat16)
 
 

@@ -14,7 +14,7 @@ import flashfuse
 
 transformers = pytest.importorskip("transformers")
 
-STEPS = 64
+STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ CASES = (
     Case("gpt2", "sdpa", "static", 8, padded=True, sample=True),
     Case("bloom", "eager", "dynamic", 8, padded=True),
     Case("mistral", "sdpa", "dynamic", 8, padded=True, length=WINDOW // 2),
-    Case("mistral", "eager", "static", 1, length=WINDOW // 2),
     Case("gemma2", "eager", "static", 8, padded=True, sample=True),
     Case("gemma3", "sdpa", "dynamic", 1, sample=True),
     Case("gpt_oss", "eager", "dynamic", 8, padded=True),

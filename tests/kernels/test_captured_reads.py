@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from forms import Form, Sizes, Spelling, module, spelled
-from graphs import matched
 
 from flashfuse.kernels.captured_reads import unsupported
 from flashfuse.kernels.derivative import leaves
@@ -100,17 +98,3 @@ def test_sums_of_tiles(lengths: tuple[int, int], blocks: tuple[int, int]) -> Non
             target.tiles[..., : tile.shape[-2], column : column + tile.shape[-1]] += tile
     sums = [values.diagonal(d, -2, -1).sum(-1) for d in range(1 - q_len, kv_len)]
     assert torch.equal(target.sums(), torch.stack(sums, -1)[:, None, None])
-
-
-# What the graph of a form reads for each query at buckets of keys or of distances.
-LEFT = {"decomposed-positions", "disentangled", "clipped-distances"}
-
-
-@pytest.mark.parametrize(("form", "spelling"), [s[:2] for s in spelled()], ids=[s[2] for s in spelled()])
-def test_forms(form: Form, spelling: Spelling) -> None:
-    """Training any form on a GPU takes the kernels, if it does not look up buckets for each query."""
-    sizes = form.sizes(Sizes())
-    inputs = [x.requires_grad_(x.is_floating_point()) for x in form.make(sizes)]
-    for site in matched(module(spelling, sizes), *inputs).sites:
-        needs = tuple(c.is_floating_point for c in site.spec.captured)
-        assert bool(unsupported(site.spec, needs)) == (form.name in LEFT)

@@ -31,6 +31,8 @@ from flashfuse.kernels.philox import kept_scales
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=1)
+# Gradients of more numbers are taken for one gradient of the output.
+FEW = 64
 TILES = BackwardLaunch(keys=replace(SMALL, block_kv=32), queries=replace(SMALL, block_kv=32), pairs=SMALL, dense=SMALL)
 
 
@@ -67,10 +69,10 @@ def test_every_pass_drops_the_same(name: str) -> None:
     out, lse = attention_forward(call.to(DEVICE), SMALL)
     assert_close_to_exact(out, call.eager()[0], call.exact()[0])
     assert_lse_close_to_exact(lse, call.eager()[1], call.exact()[1])
-    check_gradients(call, backward, draws=4)
+    check_gradients(call, backward, draws=4, few=FEW)
 
 
 def test_narrow_types() -> None:
     call = program("bias", 0.1, torch.float16, dim=16)
     assert_close_to_exact(attention_forward(call.to(DEVICE), SMALL)[0], call.eager()[0], call.exact()[0])
-    check_gradients(call, backward, draws=2)
+    check_gradients(call, backward, draws=2, few=FEW)

@@ -20,10 +20,9 @@ from flashfuse.kernels.backward_tiled import attention_backward_tiled
 from flashfuse.kernels.tiled import attention_tiled
 
 MIN = torch.finfo(torch.float32).min
-TRITON = importlib.util.find_spec("triton") is not None and (
-    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-)
-KERNELS = ["tiled", *(["triton"] if TRITON else [])]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or INTERPRETED)
+KERNELS = [*([] if INTERPRETED else ["tiled"]), *(["triton"] if TRITON else [])]
 # Rows of the first batch position have no key.
 KEEP = torch.tensor([[False] * 5, [True, True, False, True, False]])
 

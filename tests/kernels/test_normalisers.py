@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 FP32_MIN = torch.finfo(torch.float32).min
 CAUSAL = "where(kv_idx <= q_idx, qk * 0.3, -inf)"
-SHAPE, KV_LEN = (2, 3, 45, 8), 37
+SHAPE, KV_LEN = (2, 2, 43, 8), 37
 B, H, S = SHAPE[:3]
 
 
@@ -38,9 +38,10 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def kernels() -> Iterator[Callable[[Call], tuple[torch.Tensor, torch.Tensor]]]:
-    yield attention_tiled
-    if not INTERPRETED and DEVICE == "cpu":
-        return
+    if not INTERPRETED:
+        yield attention_tiled
+        if DEVICE == "cpu":
+            return
     from flashfuse.kernels.launch import Launch, attention_forward
 
     tiles = Launch(block_q=16, block_kv=16, num_warps=4, num_stages=2)
@@ -71,13 +72,18 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES.keys())
-@pytest.mark.parametrize("sink", SINKS)
+# Every two of what follows are met together, not every three.
+TYPES = (torch.float32, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("sink", "score", "dtype"),
+    [(sink, score, TYPES[(i + j) % 3]) for i, sink in enumerate(SINKS) for j, score in enumerate(SCORES)],
+)
 def test_sink_takes_part_in_the_sum(sink: str, score: str, dtype: torch.dtype) -> None:
     text, shape = SINKS[sink]
     captured = [noise(*shape, dtype=dtype)] if shape else []
-    check(make_call(score, SHAPE, KV_LEN, sink=text, captured=captured, dtype=dtype))
+    check(make_call(SCORES[score], SHAPE, KV_LEN, sink=text, captured=captured, dtype=dtype))
 
 
 @pytest.mark.parametrize("empty_row", ["nan", "zero"])
@@ -126,9 +132,14 @@ FACTORS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("score", ["qk * 0.3", CAUSAL, f"where(kv_idx <= q_idx - 9, qk, {FP32_MIN!r})"])
-@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize(
+    ("name", "score", "dtype"),
+    [
+        (name, score, TYPES[(i + j) % 2])
+        for i, name in enumerate(FACTORS)
+        for j, score in enumerate(["qk * 0.3", CAUSAL, f"where(kv_idx <= q_idx - 9, qk, {FP32_MIN!r})"])
+    ],
+)
 def test_factor_leaves_the_sum_alone(name: str, score: str, dtype: torch.dtype) -> None:
     factor, captured, _ = FACTORS[name]
     check(make_call(score, SHAPE, KV_LEN, factor=factor, captured=[captured], dtype=dtype))

@@ -41,11 +41,19 @@ def check(call: Call, splits: int | None) -> None:
     assert_lse_close_to_exact(lse, eager[1], exact[1])
 
 
-@pytest.mark.parametrize("splits", [None, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CACHES)
-def test_caches(name: str, dtype: torch.dtype, splits: int | None) -> None:
-    """37 keys in tiles of 16, whose last is cut off; 12 columns of values in 16."""
+@pytest.mark.parametrize(
+    ("name", "splits", "dtype"),
+    [
+        (name, splits, DTYPES[(i + j) % len(DTYPES)])
+        for i, name in enumerate(CACHES)
+        for j, splits in enumerate([None, 3])
+    ],
+)
+def test_caches(name: str, splits: int | None, dtype: torch.dtype) -> None:
+    """Each cache in another type by each kernel.
+
+    37 keys in tiles of 16, whose last is cut off; 12 columns of values in 16.
+    """
     cache = CACHES[name]
     check(cache.call(dtype, 19 if splits is None else 2, MASKED.format(cache.score)), splits)
 
