@@ -14,21 +14,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from flashfuse.kernels import mask
-from flashfuse.kernels.backward_rows import batch_position
-from flashfuse.kernels.forward import exponentials, finished_rows, shifts_with, whole_tiles
+from flashfuse.kernels.forward import exponentials, finished_rows, shifts_with
 from flashfuse.kernels.hopper_tiles import arrived, load_rows, next_stage, opaque, store_rows
-from flashfuse.kernels.tiles import batch_pointer
+from flashfuse.kernels.hopper_visits import (
+    BLOCK_KV,
+    BLOCK_Q,
+    TILE_LEN,
+    owned,
+    said_keys,
+    said_rows,
+    say,
+    skipped,
+    skipped_tile,
+    visited,
+)
 
-# Queries of a group of warps, and of a program; keys of a tile. Shapes of matrix instructions: no table chooses them.
+# Queries of a group of warps.
 GROUP_Q: gl.constexpr = gl.constexpr(64)
-BLOCK_Q: gl.constexpr = gl.constexpr(128)
-BLOCK_KV: gl.constexpr = gl.constexpr(128)
-# Numbers that say which tile of queries comes next, and those that are in use.
-TILE_LEN: gl.constexpr = gl.constexpr(16)
-TILE_USED: gl.constexpr = gl.constexpr(9)
-# Queries that share a row of `ranges_ptr`.
-MASK_BLOCK: gl.constexpr = gl.constexpr(mask.MASK_BLOCK)
 # Registers of a thread that multiplies, and of one that loads; `MAX_REGISTERS` of each are there to be shared out.
 REGISTERS: gl.constexpr = gl.constexpr(240)
 LOADER_REGISTERS: gl.constexpr = gl.constexpr(24)
@@ -78,7 +80,7 @@ def attention_hopper_forward_kernel(
             pairs_desc.dtype, [2, GROUP_Q, BLOCK_KV],
             gl.NVMMASharedLayout.get_default_for([GROUP_Q, BLOCK_KV], pairs_desc.dtype),
         )  # fmt: skip
-    # Of two tiles of queries: what `_say` says, and whether those of a group see the keys that a mask has ruled out.
+    # Of two tiles of queries: what `say` says, and whether those of a group see the keys that a mask has ruled out.
     said_s = gl.allocate_shared_memory(gl.int32, [2 * TILE_LEN, 1], NUMBERS)
     filled_s = gl.allocate_shared_memory(gl.int32, [4, 1], NUMBERS)
     said = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
@@ -133,109 +135,6 @@ def attention_hopper_forward_kernel(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Which tiles there are: found by the warp that loads, and said to the groups that multiply
-
-
-@gluon.jit
-def _owned(
-    number, batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST: gl.constexpr, SHARED_BATCH: gl.constexpr,
-    SPREAD: gl.constexpr,
-):  # fmt: skip
-    """The first query of a tile, and its position on the four axes."""
-    tiles = gl.cdiv(q_len, BLOCK_Q)
-    round_of = number // (tiles * SPREAD)
-    rest = number % (tiles * SPREAD)
-    position = round_of * SPREAD + rest % SPREAD
-    if SHARED_BATCH:
-        n0 = position % batch_0
-        _, n1, n2, n3 = batch_position(position // batch_0, 1, batch_1, batch_2, batch_3)
-    else:
-        n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
-    tile = rest // SPREAD
-    if LONGEST_FIRST:
-        tile = tiles - 1 - tile
-    return tile * BLOCK_Q, n0, n1, n2, n3
-
-
-@gluon.jit
-def _visited(
-    q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS: gl.constexpr
-):  # fmt: skip
-    """(start, full_start, full_end, end) at whole tiles of keys, as in `forward`, but one tile at least."""
-    q_stop = gl.minimum(q_start + BLOCK_Q, q_len)
-    start, full_start, full_end, end = KV_BOUNDS(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes)
-    if ranges_ptr is not None:
-        ranges = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
-        row = ranges + (q_start // MASK_BLOCK).to(gl.int64) * ranges_strides[4]
-        first, first_full, last_full, last = _stored(row, ranges_strides[5])
-        for block in gl.static_range(1, BLOCK_Q // MASK_BLOCK):
-            at = gl.minimum(q_start // MASK_BLOCK + block, (q_len - 1) // MASK_BLOCK)
-            one, one_full, other_full, other = _stored(
-                ranges + at.to(gl.int64) * ranges_strides[4], ranges_strides[5]
-            )  # fmt: skip
-            first, first_full = gl.minimum(first, one), gl.maximum(first_full, one_full)
-            last_full, last = gl.minimum(last_full, other_full), gl.maximum(last, other)
-        end = gl.minimum(end, last)
-        start = gl.minimum(gl.maximum(start, first), end)
-        full_start = gl.minimum(gl.maximum(gl.maximum(start, full_start), first_full), end)
-        full_end = gl.maximum(gl.minimum(end, gl.minimum(full_end, last_full)), full_start)
-    start, full_start, full_end, end = whole_tiles(start, full_start, full_end, end, BLOCK_KV)
-    start = gl.minimum(start, (kv_len - 1) // BLOCK_KV * BLOCK_KV)
-    return start, full_start, full_end, gl.maximum(end, start + BLOCK_KV)
-
-
-@gluon.jit
-def _stored(row, stride):
-    """The fields of one stored range."""
-    return gl.load(row), gl.load(row + stride), gl.load(row + 2 * stride), gl.load(row + 3 * stride)
-
-
-@gluon.jit
-def _say(said_s, said, heard, turn, numbers):
-    """Tell both groups the TILE_USED numbers of the tile of queries whose turn it is."""
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    mbarrier.wait(heard.index(turn % 2), turn // 2 % 2 ^ 1)
-    for place in gl.static_range(TILE_USED):
-        said_s.index(TILE_LEN * (turn % 2) + place).store(gl.full([1], numbers[place], gl.int32, ONE))
-    gl.thread_barrier()
-    mbarrier.arrive(said.index(turn % 2), count=1)
-
-
-@gluon.jit
-def _number(said_s, turn, PLACE: gl.constexpr):
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(said_s.index(TILE_LEN * (turn % 2) + PLACE).load(ONE), 0)
-
-
-@gluon.jit
-def _rows(said_s, turn):
-    """(first query of a tile, or -1 where there is none, and its position) as `_say` has it."""
-    q_start, n0, n1 = _number(said_s, turn, 0), _number(said_s, turn, 1), _number(said_s, turn, 2)
-    return q_start, n0, n1, _number(said_s, turn, 3), _number(said_s, turn, 4)
-
-
-@gluon.jit
-def _keys(said_s, turn):
-    """(start, full_start, full_end, end)"""
-    start, full_start = _number(said_s, turn, 5), _number(said_s, turn, 6)
-    return start, full_start, _number(said_s, turn, 7), _number(said_s, turn, 8)
-
-
-@gluon.jit
-def _skipped(filled_s, turn, start, end, kv_len):
-    """(tiles before, tiles behind) those visited, if a row of either group has seen nothing above the fill."""
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    of_both = filled_s.index(turn % 2 * 2).load(ONE) | filled_s.index(turn % 2 * 2 + 1).load(ONE)
-    filled = gl.max(of_both, 0)
-    return filled * (start // BLOCK_KV), filled * gl.cdiv(gl.maximum(kv_len - end, 0), BLOCK_KV)
-
-
-@gluon.jit
-def _skipped_tile(i, before, end):
-    return gl.where(i < before, 0, end - before * BLOCK_KV) + i * BLOCK_KV
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The warp that loads
 
 
@@ -266,13 +165,13 @@ def _load(
     tiles = batch_0 * batch_1 * batch_2 * batch_3 * gl.cdiv(q_len, BLOCK_Q)
     number = gl.program_id(0)
     while number < tiles:
-        q_start, n0, n1, n2, n3 = _owned(
+        q_start, n0, n1, n2, n3 = owned(
             number, batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST, SHARED_BATCH, SPREAD
         )  # fmt: skip
-        start, full_start, full_end, end = _visited(
+        start, full_start, full_end, end = visited(
             q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS
         )  # fmt: skip
-        _say(said_s, said, heard, turn, (q_start, n0, n1, n2, n3, start, full_start, full_end, end))
+        say(said_s, said, heard, turn, (q_start, n0, n1, n2, n3, start, full_start, full_end, end))
         q_stage = turn % Q_STAGES
         mbarrier.wait(q_empty.index(q_stage), turn // Q_STAGES % 2 ^ 1)
         mbarrier.expect(q_full.index(q_stage), 2 * q_desc.block_type.nbytes)
@@ -297,9 +196,9 @@ def _load(
             stage, phase = next_stage(stage, phase, STAGES)
             v_start = -BLOCK_KV
             mbarrier.wait(known, turn % 2)
-            before, behind = _skipped(filled_s, turn, start, end, kv_len)
+            before, behind = skipped(filled_s, turn, start, end, kv_len)
             for i in range(before + behind):
-                kv_start = _skipped_tile(i, before, end)
+                kv_start = skipped_tile(i, before, end)
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
                 _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
@@ -314,7 +213,7 @@ def _load(
             number += gl.num_programs(0)
         else:
             number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
-    _say(said_s, said, heard, turn, (-1, 0, 0, 0, 0, 0, 0, 0, 0))
+    say(said_s, said, heard, turn, (-1, 0, 0, 0, 0, 0, 0, 0, 0))
     if FILL_THRESHOLD is None:
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(full.index(stage), v_desc.block_type.nbytes)
@@ -385,9 +284,9 @@ def _attend(
     # Tiles of keys before.
     met = 0
     mbarrier.wait(said.index(0), 0)
-    q_start, n0, n1, n2, n3 = _rows(said_s, turn)
+    q_start, n0, n1, n2, n3 = said_rows(said_s, turn)
     while q_start >= 0:
-        start, full_start, full_end, end = _keys(said_s, turn)
+        start, full_start, full_end, end = said_keys(said_s, turn)
         at = (n0, n1, n2, n3, q_len, kv_len, sizes)
         q_start += GROUP * GROUP_Q
         q_stage = turn % Q_STAGES
@@ -459,9 +358,9 @@ def _attend(
             gl.thread_barrier()
             mbarrier.arrive(known, count=1)
             mbarrier.wait(known, turn % 2)
-            before, behind = _skipped(filled_s, turn, start, end, kv_len)
+            before, behind = skipped(filled_s, turn, start, end, kv_len)
             for i in range(before + behind):
-                kv_start = _skipped_tile(i, before, end)
+                kv_start = skipped_tile(i, before, end)
                 mbarrier.wait(full.index(stage), phase)
                 qk = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
                 pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
@@ -485,7 +384,7 @@ def _attend(
             )  # fmt: skip
         turn += 1
         mbarrier.wait(said.index(turn % 2), turn // 2 % 2)
-        q_start, n0, n1, n2, n3 = _rows(said_s, turn)
+        q_start, n0, n1, n2, n3 = said_rows(said_s, turn)
 
     if RUNS_ON:
         mbarrier.wait(full.index(stage), phase)
@@ -507,7 +406,7 @@ def _finish(
 ):  # fmt: skip
     """Store what the queries of a turn give when all their keys are done; the last that asks where they are."""
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    q_start, n0, n1, n2, n3 = _rows(said_s, turn)
+    q_start, n0, n1, n2, n3 = said_rows(said_s, turn)
     gl.thread_barrier()
     mbarrier.arrive(heard.index(turn % 2), count=1)
     q_start += GROUP * GROUP_Q

@@ -187,7 +187,7 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
     if not is_faster(device, call) or not takes(device, call):
         return None
     # It takes Gluon, which the other kernels do without.
-    from flashfuse.kernels.hopper_forward import BLOCK_KV, GROUP_Q, attention_hopper_forward_kernel
+    from flashfuse.kernels.hopper_forward import GROUP_Q, attention_hopper_forward_kernel
 
     out, lse = empty_output(call)
     own = [_own(x) for x in (call.q, call.k, call.v)]
@@ -196,11 +196,11 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
     positions, fewer_queries = math.prod(call.batch), call.q_len <= call.kv_len
     variant = forward_constants(call.spec, blocks, axes, call.kv_ranges is not None, fewer_queries, positions)
     of_ranges = (0,) * 6 if call.kv_ranges is None else strides_of(call.kv_ranges, call.batch)
-    tiles = ((GROUP_Q, blocks[0]), (BLOCK_KV, blocks[0]), (BLOCK_KV, blocks[1]), (GROUP_Q, blocks[1]))
+    tiles = ((GROUP_Q.value, blocks[0]), (BLOCK, blocks[0]), (BLOCK, blocks[1]), (GROUP_Q.value, blocks[1]))
     operands = zip((*own, out), tiles, strict=True)
-    descriptors = [tensor_map(Buffer.like(x), rows.value, columns) for x, (rows, columns) in operands]
+    descriptors = [tensor_map(Buffer.like(x), rows, columns) for x, (rows, columns) in operands]
     # Behind the last query and key it gives 0, whatever is there.
-    of_pairs = None if pairs is None else tensor_map(Buffer.like(_own(pairs)), GROUP_Q.value, BLOCK_KV.value)
+    of_pairs = None if pairs is None else tensor_map(Buffer.like(_own(pairs)), GROUP_Q.value, BLOCK)
     taken = _tiles(call)
     programs = min(taken, device.multiprocessors)
     return Prepared(

@@ -88,7 +88,10 @@ def test_forward_compiles_within_limits(program: str, head_dim: int, value_dim: 
     from compile_targets import DEVICES, spilled_bytes
     from hopper_cases import compiled_forward
 
-    from flashfuse.kernels.launch_hopper_forward import SHARED_BYTES
+    from flashfuse.kernels.hopper_visits import BLOCK_KV, BLOCK_Q
+    from flashfuse.kernels.launch_hopper_forward import BLOCK, SHARED_BYTES
+
+    assert BLOCK_Q.value == BLOCK_KV.value == BLOCK
 
     kernel, report = compiled_forward(program, head_dim, value_dim, dtype)
     assert kernel.metadata.shared <= SHARED_BYTES <= DEVICES["sm90"][0].shared_bytes

@@ -1,0 +1,118 @@
+"""Which tiles the forward for Hopper visits: found by the warp that loads, said to those that multiply. In Gluon."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from flashfuse.kernels import mask
+from flashfuse.kernels.backward_rows import batch_position
+from flashfuse.kernels.forward import whole_tiles
+from flashfuse.kernels.tiles import batch_pointer
+
+# Queries of a program's tile, and keys. Shapes of matrix instructions: no table chooses them.
+BLOCK_Q: gl.constexpr = gl.constexpr(128)
+BLOCK_KV: gl.constexpr = gl.constexpr(128)
+# Numbers that say which tile of queries comes next, and those that are in use.
+TILE_LEN: gl.constexpr = gl.constexpr(16)
+TILE_USED: gl.constexpr = gl.constexpr(9)
+# Queries that share a row of `ranges_ptr`.
+MASK_BLOCK: gl.constexpr = gl.constexpr(mask.MASK_BLOCK)
+
+
+@gluon.jit
+def owned(
+    number, batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST: gl.constexpr, SHARED_BATCH: gl.constexpr,
+    SPREAD: gl.constexpr,
+):  # fmt: skip
+    """The first query of a tile, and its position on the four axes."""
+    tiles = gl.cdiv(q_len, BLOCK_Q)
+    round_of = number // (tiles * SPREAD)
+    rest = number % (tiles * SPREAD)
+    position = round_of * SPREAD + rest % SPREAD
+    if SHARED_BATCH:
+        n0 = position % batch_0
+        _, n1, n2, n3 = batch_position(position // batch_0, 1, batch_1, batch_2, batch_3)
+    else:
+        n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
+    tile = rest // SPREAD
+    if LONGEST_FIRST:
+        tile = tiles - 1 - tile
+    return tile * BLOCK_Q, n0, n1, n2, n3
+
+
+@gluon.jit
+def visited(
+    q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS: gl.constexpr
+):  # fmt: skip
+    """(start, full_start, full_end, end) at whole tiles of keys, as in `forward`, but one tile at least."""
+    q_stop = gl.minimum(q_start + BLOCK_Q, q_len)
+    start, full_start, full_end, end = KV_BOUNDS(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes)
+    if ranges_ptr is not None:
+        ranges = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3)
+        row = ranges + (q_start // MASK_BLOCK).to(gl.int64) * ranges_strides[4]
+        first, first_full, last_full, last = _stored(row, ranges_strides[5])
+        for block in gl.static_range(1, BLOCK_Q // MASK_BLOCK):
+            at = gl.minimum(q_start // MASK_BLOCK + block, (q_len - 1) // MASK_BLOCK)
+            one, one_full, other_full, other = _stored(
+                ranges + at.to(gl.int64) * ranges_strides[4], ranges_strides[5]
+            )  # fmt: skip
+            first, first_full = gl.minimum(first, one), gl.maximum(first_full, one_full)
+            last_full, last = gl.minimum(last_full, other_full), gl.maximum(last, other)
+        end = gl.minimum(end, last)
+        start = gl.minimum(gl.maximum(start, first), end)
+        full_start = gl.minimum(gl.maximum(gl.maximum(start, full_start), first_full), end)
+        full_end = gl.maximum(gl.minimum(end, gl.minimum(full_end, last_full)), full_start)
+    start, full_start, full_end, end = whole_tiles(start, full_start, full_end, end, BLOCK_KV)
+    start = gl.minimum(start, (kv_len - 1) // BLOCK_KV * BLOCK_KV)
+    return start, full_start, full_end, gl.maximum(end, start + BLOCK_KV)
+
+
+@gluon.jit
+def _stored(row, stride):
+    """The fields of one stored range."""
+    return gl.load(row), gl.load(row + stride), gl.load(row + 2 * stride), gl.load(row + 3 * stride)
+
+
+@gluon.jit
+def say(said_s, said, heard, turn, numbers):
+    """Tell both groups the TILE_USED numbers of the tile of queries whose turn it is."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(heard.index(turn % 2), turn // 2 % 2 ^ 1)
+    for place in gl.static_range(TILE_USED):
+        said_s.index(TILE_LEN * (turn % 2) + place).store(gl.full([1], numbers[place], gl.int32, ONE))
+    gl.thread_barrier()
+    mbarrier.arrive(said.index(turn % 2), count=1)
+
+
+@gluon.jit
+def _number(said_s, turn, PLACE: gl.constexpr):
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(said_s.index(TILE_LEN * (turn % 2) + PLACE).load(ONE), 0)
+
+
+@gluon.jit
+def said_rows(said_s, turn):
+    """(first query of a tile, or -1 where there is none, and its position) as `say` has it."""
+    q_start, n0, n1 = _number(said_s, turn, 0), _number(said_s, turn, 1), _number(said_s, turn, 2)
+    return q_start, n0, n1, _number(said_s, turn, 3), _number(said_s, turn, 4)
+
+
+@gluon.jit
+def said_keys(said_s, turn):
+    """(start, full_start, full_end, end)"""
+    start, full_start = _number(said_s, turn, 5), _number(said_s, turn, 6)
+    return start, full_start, _number(said_s, turn, 7), _number(said_s, turn, 8)
+
+
+@gluon.jit
+def skipped(filled_s, turn, start, end, kv_len):
+    """(tiles before, tiles behind) those visited, if a row of either group has seen nothing above the fill."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    of_both = filled_s.index(turn % 2 * 2).load(ONE) | filled_s.index(turn % 2 * 2 + 1).load(ONE)
+    filled = gl.max(of_both, 0)
+    return filled * (start // BLOCK_KV), filled * gl.cdiv(gl.maximum(kv_len - end, 0), BLOCK_KV)
+
+
+@gluon.jit
+def skipped_tile(i, before, end):
+    return gl.where(i < before, 0, end - before * BLOCK_KV) + i * BLOCK_KV
