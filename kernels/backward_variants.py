@@ -57,8 +57,9 @@ def choose_dense(device: Device, shape: Shape, table: Launch, shared_by: int) ->
     for launch in (table, *SHARED_ROWS):
         stages = max(launch.num_stages, 1)
         pair = launch.block_q * launch.block_kv
-        # A tile of gradients, and what was captured, is passed between the threads that hold it and those that move it.
-        of_pairs = pair * ((stages - 1) * shape.captured_bytes + shape.drop_bytes + stages * shape.element_bytes)
+        # Each position copies what it reads ahead; a tile of gradients passes from who holds it to who moves it.
+        captured = shared_by * (stages - 1) * shape.captured_bytes
+        of_pairs = pair * (captured + shape.drop_bytes + stages * shape.element_bytes)
         rows = launch.block_q + stages * launch.block_kv
         if shared_by * columns * rows + of_pairs <= device.shared_bytes:
             return launch

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 import triton
 
+from flashfuse.kernels.expr import Expr, Pointwise, walk
 from flashfuse.kernels.launch import Device, padded
 from flashfuse.kernels.prepared import Buffer
 from flashfuse.kernels.spec import MAX_BATCH_AXES
@@ -18,12 +19,20 @@ TRITON_RELEASE = "3.6."
 BLOCKS = (64, 128)
 # Batch axes of a tensor map, which has five axes.
 BATCH_AXES = 3
+# Functions that take many instructions, and registers.
+SPECIAL = frozenset({"pow", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos"})
 # Bytes that a tensor map's strides are multiples of.
 STRIDE_BYTES = 16
 
 
 def has_gluon() -> bool:
-    return triton.__version__.startswith(TRITON_RELEASE)
+    """Whether this Triton compiles the kernels; interpreted, its functions are none that they can call."""
+    return triton.__version__.startswith(TRITON_RELEASE) and not triton.knobs.runtime.interpret
+
+
+def is_computed_by(of: Expr, functions: Collection[str]) -> bool:
+    """Whether one of some functions is in an expression."""
+    return any(isinstance(e, Pointwise) and e.op in functions for e in walk(of))
 
 
 def is_hopper(device: Device, shared_bytes: int) -> bool:

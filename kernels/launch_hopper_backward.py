@@ -15,9 +15,11 @@ from flashfuse.kernels.codegen_hopper import load_hopper_backward
 from flashfuse.kernels.launch import Device, padded, shape_of
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
+    SPECIAL,
     blocks_of,
     has_gluon,
     has_map,
+    is_computed_by,
     is_hopper,
     is_read,
     padded_axes,
@@ -86,6 +88,8 @@ def _takes_program(spec: AttentionSpec, program: BackwardProgram) -> bool:
         and program.forward.factor_masked is None
         and program.forward.row_factor is None
         and program.derivatives.masked_where != "product"
+        # Of these, only what a soft cap takes leaves it registers for its sums.
+        and not is_computed_by(spec.score, SPECIAL - {"tanh"})
     )
 
 

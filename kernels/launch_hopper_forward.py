@@ -11,13 +11,15 @@ import torch
 
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_hopper import load_hopper_forward, pair_read
-from flashfuse.kernels.expr import Load, Pointwise, Product, walk
+from flashfuse.kernels.expr import Load, Product, walk
 from flashfuse.kernels.launch import LOG2_E, Device, device_index, device_of, in_torch, shape_of, subtracts_scores
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
+    SPECIAL,
     blocks_of,
     has_gluon,
     has_map,
+    is_computed_by,
     is_hopper,
     is_read,
     padded_axes,
@@ -38,8 +40,6 @@ STAGES = {64: 4, 128: 2}
 # are smaller, and whose launch takes the host 20 us less.
 LEAST_LENGTH = 1024
 LEAST_TILES = 8192
-# Functions that take many instructions.
-SPECIAL = frozenset({"pow", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos"})
 # Positions whose keys and values stay in the cache while tiles with the same number of keys run, or the same pairs.
 MAX_SPREAD = 8
 
@@ -73,19 +73,13 @@ def is_faster(device: Device, call: AttentionCall) -> bool:
         and taken * -(-call.kv_len // BLOCK) >= LEAST_TILES
         # Rows that ranges make short are those that the plain kernel is good at, unless it reads pairs.
         and (call.kv_ranges is None or pair_read(call.spec) is not None)
-        and not _is_long(call.spec)
+        and not is_computed_by(call.spec.score, SPECIAL)
     )
 
 
 def _tiles(call: AttentionCall) -> int:
     """How many tiles of queries there are."""
     return math.prod(call.batch) * -(-call.q_len // BLOCK)
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_long(spec: AttentionSpec) -> bool:
-    """Whether a score takes a special function, which is many instructions."""
-    return any(isinstance(e, Pointwise) and e.op in SPECIAL for e in walk(spec.score))
 
 
 @functools.lru_cache(maxsize=4096)

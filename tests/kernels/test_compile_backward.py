@@ -176,6 +176,31 @@ def test_the_gradient_of_a_bias_by_rows() -> None:
     assert spilled_bytes(report) == 0
 
 
+@pytest.mark.parametrize("shared_by", [2, 3, 4])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("captured", [(BF16,), (FP32,), (BF16, BF16)], ids=["bf16", "fp32", "two"])
+def test_rows_of_pairs_that_positions_share_fit(
+    shared_by: int, head_dim: int, captured: tuple[torch.dtype, ...]
+) -> None:
+    """Each position copies its own captured tile ahead; counted once, tiles were chosen that no device has room for."""
+    text = " + ".join(["qk * 0.125", *(f"t{slot}[0, n1, q_idx, kv_idx]" for slot in range(len(captured)))])
+    spec = AttentionSpec(2, parse(text, captured), captured, 0, BF16, BF16, BF16, "nan", (0, 1, 2, 3))
+    limits, target = DEVICES["sm90"]
+    shape = shape_of(spec, 4096, head_dim, head_dim)
+    launch = variants.choose_backward(limits, shape)
+    assert launch is not None
+    tiles = variants.choose_dense(limits, shape, launch.dense, shared_by)
+    if tiles is None:
+        assert (head_dim, shared_by) == (128, 4), "by tiles of pairs, where rows have no room"
+        return
+    program = load_backward(spec, (True,) * len(captured))
+    arguments = dict(variants.dense_constants(spec, program, 0, head_dim, head_dim, tiles, shared_by))
+    options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
+    source = source_of(KERNELS["dense"], spec, (4,) * len(captured), arguments, False)
+    kernel, _ = compiled(source, target, options)
+    assert kernel.metadata.shared <= limits.shared_bytes
+
+
 def test_the_pass_by_keys_has_registers_for_a_bias() -> None:
     """Its tile spilled, since it held both products and all numbers of rows at once."""
     text, captured, ranks = "qk * 0.125 + t0[0, n1, q_idx, kv_idx]", (BF16,), (4,)

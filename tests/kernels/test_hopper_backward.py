@@ -86,6 +86,7 @@ def test_what_is_taken(score: str, changes: dict[str, Any]) -> None:
         (CAUSAL, {"shape": (1, 2, 1, 2, 70, 64)}),
         ("qk * 0.125 + t0[q_idx, kv_idx]", {"captured": [torch.zeros(70, 70)]}),
         ("qk * 0.125 + t0[min(abs(kv_idx - q_idx), 31)]", {"captured": [torch.zeros(32)]}),
+        ("sin(qk * 0.125)", {}),
         ("qk * 0.125", {"dropout": 0.1}),
         ("qk * 0.125", {"factor": "0.5 + to_float(q_idx)"}),
         ("qk * 0.125", {"factor": "0.5 + to_float(kv_idx)"}),
