@@ -7,7 +7,14 @@ tile of gradients is summed over the positions that share it, whose rows are all
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.backward_rows import batch_position, load_delta, load_shifts, rows_length, sees_every_key
+from flashfuse.kernels.backward_rows import (
+    LOOPED_NUMBERS,
+    batch_position,
+    load_delta,
+    load_shifts,
+    rows_length,
+    sees_every_key,
+)
 from flashfuse.kernels.backward_tile import row_factor_of, tile_gradients, tile_weights
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import (
@@ -20,10 +27,8 @@ from flashfuse.kernels.tiles import (
     tile_pointers,
 )
 
-_NOT_SPECIALISED = [*(f"{kind}_{axis}" for kind in ("batch", "loop") for axis in range(4)), "q_len", "kv_len", "sizes"]
 
-
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+@triton.jit(do_not_specialize=LOOPED_NUMBERS)
 def attention_dense_backward_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, seed_ptr, dt_ptr,
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dt_strides,

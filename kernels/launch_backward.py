@@ -32,9 +32,9 @@ from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
 from flashfuse.kernels.launch import Device, Launch, choose_launch, device_index, device_of, padded, shape_of
 from flashfuse.kernels.launch_hopper_backward import prepare_one_pass
 from flashfuse.kernels.launch_ranges import filled_rows, query_ranges
-from flashfuse.kernels.prepared import Buffer, KernelLaunch, empty_on, start, strides_of
+from flashfuse.kernels.prepared import Buffer, KernelLaunch, empty_on, loop_over, padded_axes, start, strides_of
 from flashfuse.kernels.prepared_backward import Found, Gradient, Launched, PreparedBackward
-from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec
+from flashfuse.kernels.spec import AttentionSpec
 
 # Numbers kept for each row beside the log-sum-exp: see `backward`.
 ROW_PLANES = 5
@@ -82,7 +82,7 @@ def prepare_backward(
 ) -> PreparedBackward | None:
     """What computes `attention_backward` of tensors like these; None where torch does."""
     spec, searching = call.spec, launch is not None
-    device = call.device.index if call.q.is_cuda else None
+    device = device_index(call)
     if launch is None:
         launch = _launch(spec, call.q_len, call.head_dim, call.value_dim, device)
     floating = [at for at, x in enumerate(call.operands) if x.is_floating_point()]
@@ -162,7 +162,7 @@ class _Preparation:
         variant = rows_constants(call.spec, self.program, call.head_dim, call.value_dim, block, self._with_sink)
         strides = (strides_of(x, call.batch) for x in (self.grad_out, self.out))
         programs = math.prod(call.batch) * (rows_len // block)
-        numbers = (*strides, *_padded(call.batch), *self._lengths)
+        numbers = (*strides, *padded_axes(call.batch), *self._lengths)
         return self._launched(attention_rows_backward_kernel, programs, variant, numbers)
 
     def _keys(self, owned: tuple[int, ...], dk: Gradient | None, dv: Gradient | None) -> Launched:
@@ -173,7 +173,7 @@ class _Preparation:
         ranges = None if self._ranges is None else _meta(self._ranges.buffer)
         numbers = (
             *self._strides(call.k, call.v, self.grad_out, ranges, *map(_written, (dk, dv))),
-            *_padded(owned), *_padded(_loop(call.batch, owned)), *self._lengths,
+            *padded_axes(owned), *padded_axes(loop_over(call.batch, owned)), *self._lengths,
         )  # fmt: skip
         programs = math.prod(owned) * -(-call.kv_len // tiles.block_kv)
         return self._launched(attention_keys_backward_kernel, programs, variant, numbers)
@@ -201,7 +201,7 @@ class _Preparation:
         variant = queries_constants(call.spec, self.program, call.head_dim, call.value_dim, tiles)
         strides = self._strides(call.k, call.v, self.grad_out, call.kv_ranges, _written(dq))
         programs = math.prod(call.batch) * -(-call.q_len // tiles.block_q)
-        numbers = (*strides, *_padded(call.batch), *self._lengths)
+        numbers = (*strides, *padded_axes(call.batch), *self._lengths)
         return self._launched(attention_queries_backward_kernel, programs, variant, numbers)
 
     def _pairs(self, number: int, target: torch.Tensor) -> Launched:
@@ -214,12 +214,12 @@ class _Preparation:
         if tiles is not None:
             programs = math.prod(owned) * -(-call.q_len // tiles.block_q)
             variant = dense_constants(*of, tiles, shared_by)
-            numbers = (*strides, *_padded(owned), *_padded(_loop(call.batch, owned)), *self._lengths)
+            numbers = (*strides, *padded_axes(owned), *padded_axes(loop_over(call.batch, owned)), *self._lengths)
             return self._launched(attention_dense_backward_kernel, programs, variant, numbers)
         tiles = self.launch.pairs
         row_tiles, column_tiles = -(-target.shape[-2] // tiles.block_q), -(-target.shape[-1] // tiles.block_kv)
         programs = math.prod(owned) * row_tiles * column_tiles
-        numbers = (*strides, *_padded(owned), *_padded(_loop(call.batch, owned)), *self._lengths)
+        numbers = (*strides, *padded_axes(owned), *padded_axes(loop_over(call.batch, owned)), *self._lengths)
         return self._launched(attention_pairs_backward_kernel, programs, pairs_constants(*of, tiles), numbers)
 
     def _dense_tiles(self, shared_by: int) -> Launch | None:
@@ -257,12 +257,3 @@ def _meta(buffer: Buffer) -> torch.Tensor:
 
 def _float32(*size: int) -> Buffer:
     return Buffer.contiguous(size, torch.float32)
-
-
-def _padded(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return (*sizes, *(1,) * (MAX_BATCH_AXES - len(sizes)))
-
-
-def _loop(batch: tuple[int, ...], owned: tuple[int, ...]) -> tuple[int, ...]:
-    """The batch positions over which each owner passes."""
-    return tuple(1 if mine == size else size for size, mine in zip(batch, owned, strict=True))

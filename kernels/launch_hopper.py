@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ import triton
 from flashfuse.kernels.expr import Expr, Pointwise, walk
 from flashfuse.kernels.launch import Device, padded
 from flashfuse.kernels.prepared import Buffer
-from flashfuse.kernels.spec import MAX_BATCH_AXES
 
 # Gluon is experimental: another release may read the kernels otherwise.
 TRITON_RELEASE = "3.6."
@@ -21,6 +20,8 @@ BLOCKS = (64, 128)
 BATCH_AXES = 3
 # Functions that take many instructions, and registers.
 SPECIAL = frozenset({"pow", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos"})
+# Positions whose keys and values stay in the cache while tiles of as much work run.
+MAX_SPREAD = 8
 # Bytes that a tensor map's strides are multiples of.
 STRIDE_BYTES = 16
 
@@ -86,9 +87,3 @@ class _Like:
 
     def data_ptr(self) -> int:
         return 0
-
-
-def padded_axes(sizes: Iterable[int]) -> tuple[int, ...]:
-    """Sizes of four batch axes."""
-    found = tuple(sizes)
-    return (*found, *(1,) * (MAX_BATCH_AXES - len(found)))

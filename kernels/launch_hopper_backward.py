@@ -15,6 +15,7 @@ from flashfuse.kernels.codegen_hopper import load_hopper_backward
 from flashfuse.kernels.launch import Device, padded, shape_of
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
+    MAX_SPREAD,
     SPECIAL,
     blocks_of,
     has_gluon,
@@ -22,11 +23,10 @@ from flashfuse.kernels.launch_hopper import (
     is_computed_by,
     is_hopper,
     is_read,
-    padded_axes,
     tensor_map,
 )
 from flashfuse.kernels.launch_ranges import query_ranges
-from flashfuse.kernels.prepared import Buffer, KernelLaunch, strides_of
+from flashfuse.kernels.prepared import Buffer, KernelLaunch, loop_over, padded_axes, strides_of
 from flashfuse.kernels.prepared_backward import Gradient, Launched, OnePass
 from flashfuse.kernels.spec import AttentionSpec
 
@@ -36,8 +36,6 @@ SHARED_BYTES = 200 * 1024
 BLOCK_Q = {64: 128, 128: 64}
 # The same, and from how many queries on it is faster than the plain passes.
 LEAST_QUERIES = {64: 2048, 128: 256}
-# Positions whose keys and values stay in the cache while tiles with the same number of queries run.
-MAX_SPREAD = 8
 # Elements of dq that one program multiplies by the slope.
 SCALED_ELEMENTS = 8192
 
@@ -158,7 +156,7 @@ def prepare_one_pass(
     of_ranges = (0,) * 6 if ranges is None else strides_of(torch.empty(ranges.buffer.size, device="meta"), call.batch)
     variant = backward_constants(call.spec, program, block, ranged, fewer_queries, positions)
     programs = positions * -(-call.kv_len // BLOCK_KV.value)
-    loop = (1 if mine == size else size for size, mine in zip(call.batch, owned, strict=True))
+    loop = loop_over(call.batch, owned)
     numbers = (of_ranges, *padded_axes(owned), *padded_axes(loop), call.q_len, call.kv_len, call.program_sizes)
     strides = tuple(c.stride() for c in call.captured)
     operands = (

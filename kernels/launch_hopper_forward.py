@@ -15,6 +15,7 @@ from flashfuse.kernels.expr import Load, Product, walk
 from flashfuse.kernels.launch import LOG2_E, Device, device_index, device_of, in_torch, shape_of, subtracts_scores
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
+    MAX_SPREAD,
     SPECIAL,
     blocks_of,
     has_gluon,
@@ -22,11 +23,10 @@ from flashfuse.kernels.launch_hopper import (
     is_computed_by,
     is_hopper,
     is_read,
-    padded_axes,
     tensor_map,
 )
 from flashfuse.kernels.output import empty_output
-from flashfuse.kernels.prepared import Buffer, KernelLaunch, Prepared, strides_of
+from flashfuse.kernels.prepared import Buffer, KernelLaunch, Prepared, padded_axes, strides_of
 from flashfuse.kernels.spec import AttentionSpec
 
 # Shared memory of the program with the most.
@@ -40,8 +40,6 @@ STAGES = {64: 4, 128: 2}
 # are smaller, and whose launch takes the host 20 us less.
 LEAST_LENGTH = 1024
 LEAST_TILES = 8192
-# Positions whose keys and values stay in the cache while tiles with the same number of keys run, or the same pairs.
-MAX_SPREAD = 8
 
 
 def takes(device: Device, call: AttentionCall) -> bool:

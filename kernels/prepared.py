@@ -133,6 +133,16 @@ def strides_of(x: torch.Tensor, batch: tuple[int, ...]) -> tuple[int, ...]:
     return (*shared, *(0,) * (MAX_BATCH_AXES - len(batch)), row, column)
 
 
+def padded_axes(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of four batch axes."""
+    return (*sizes, *(1,) * (MAX_BATCH_AXES - len(sizes)))
+
+
+def loop_over(batch: tuple[int, ...], owned: tuple[int, ...]) -> tuple[int, ...]:
+    """The batch positions over which each owner passes."""
+    return tuple(1 if mine == size else size for size, mine in zip(batch, owned, strict=True))
+
+
 def described(descriptor: Any, x: torch.Tensor | None) -> Any:
     """The descriptor of one tensor. What its class would ask of it was asked when the call was prepared."""
     if descriptor is None:

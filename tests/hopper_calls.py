@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from attention_cases import Call, make_call
 
+from flashfuse.kernels.prepared import Empty
 from flashfuse.kernels.ranges import mask_ranges, ranges_program
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -86,8 +87,27 @@ def heads_inside(head_dim: int) -> Call:
 
 def rows_apart(head_dim: int) -> Call:
     call = make_call(CAUSAL, (2, 3, 330, head_dim), dtype=BF16)
-    q, k, v = (torch.nn.functional.pad(x, (0, 8))[..., :head_dim] for x in (call.q, call.k, call.v))
+    q, k, v = (spaced(x, 8) for x in (call.q, call.k, call.v))
     return replace(call, q=q, k=k, v=v)
+
+
+def spaced(x: torch.Tensor, between: int) -> torch.Tensor:
+    """The elements of a tensor, with some between its rows."""
+    return torch.nn.functional.pad(x, (0, between))[..., : x.shape[-1]]
+
+
+def call_of(score: str = CAUSAL, shape: tuple[int, ...] = (2, 2, 70, 64), **changes: Any) -> Call:
+    return make_call(score, shape, **{"dtype": FP16, **changes})
+
+
+def nan_filled_on(device: str) -> Empty:
+    """An element that nobody writes fails."""
+
+    def empty(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        nothing = torch.nan if dtype.is_floating_point else -1
+        return torch.empty_strided(size, strides, dtype=dtype, device=device).fill_(nothing)
+
+    return empty
 
 
 def _calls(heads: int) -> dict[str, Callable[[], Call]]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Call, make_call
+from attention_cases import Call
 from gradient_cases import differentiable
 
 triton = pytest.importorskip("triton")
 
+from hopper_calls import CAUSAL, FP16, call_of, spaced  # noqa: E402
 from idle_driver import IdleDriver, idle_driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
@@ -25,8 +26,6 @@ from flashfuse.kernels.prepared import Buffer  # noqa: E402
 from flashfuse.kernels.prepared_backward import Gradient  # noqa: E402
 
 HOPPER = Device("cuda", 90, 232448, 132)
-FP16 = torch.float16
-CAUSAL = "where(kv_idx <= q_idx, qk * 0.125, -inf)"
 KERNELS = ["attention_rows_backward_kernel", "attention_hopper_backward_kernel", "scaled_rows_kernel"]
 PLAIN = [f"attention_{kind}_backward_kernel" for kind in ("rows", "queries", "keys")]
 
@@ -45,15 +44,6 @@ def taken(call: Call, device: Device = HOPPER, deterministic: bool = False, **ch
         of_each = Buffer.contiguous((*call.batch, *x.shape[-2:]), torch.float32)
         gradients.append(Gradient(own, own if changes.get("owned", True) else of_each))
     return takes(device, call, grad_out, program, changes.get("wanted", (0, 1, 2)), gradients, deterministic)
-
-
-def call_of(score: str = CAUSAL, shape: tuple[int, ...] = (2, 2, 70, 64), **changes: Any) -> Call:
-    return make_call(score, shape, **{"dtype": FP16, **changes})
-
-
-def rows_apart(x: torch.Tensor, between: int) -> torch.Tensor:
-    """The elements of a tensor, with some between its rows."""
-    return torch.nn.functional.pad(x, (0, between))[..., : x.shape[-1]]
 
 
 @pytest.mark.parametrize(
@@ -111,9 +101,9 @@ def test_the_device_and_the_setting_decide() -> None:
 def test_layouts_that_a_tensor_map_has() -> None:
     """Rows of neighbours at multiples of 16 bytes; a gradient of a sum is one number everywhere."""
     call = call_of()
-    assert taken(replace(call, q=rows_apart(call.q, 8)))
+    assert taken(replace(call, q=spaced(call.q, 8)))
     assert taken(replace(call, q=call.q.transpose(1, 2).contiguous().transpose(1, 2)))
-    assert not taken(replace(call, q=rows_apart(call.q, 4)))
+    assert not taken(replace(call, q=spaced(call.q, 4)))
     assert not taken(replace(call, k=call.k.mT.contiguous().mT))
     shifted = torch.cat([call.v.new_zeros(1), call.v.flatten()])[1:].view(call.v.shape)
     assert not taken(replace(call, v=shifted))

@@ -16,7 +16,7 @@ from gradient_cases import Gradients, check_gradients, differentiable, grad_out
 triton = pytest.importorskip("triton")
 
 from emulated_gluon import start  # noqa: E402
-from hopper_calls import FEW_HEADS  # noqa: E402
+from hopper_calls import FEW_HEADS, nan_filled_on  # noqa: E402
 
 from flashfuse.kernels import launch_backward, launch_hopper, launch_hopper_backward  # noqa: E402
 from flashfuse.kernels.backward_tiled import attention_backward_tiled  # noqa: E402
@@ -45,18 +45,13 @@ def _on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_backward, "device_of", lambda _: Device("cuda", 90, 232448, 2))
 
 
-def nan_filled(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    found = torch.empty_strided(size, strides, dtype=dtype)
-    return found.fill_(torch.nan) if dtype.is_floating_point else found.fill_(-1)
-
-
 def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int]) -> Gradients:
     needs = [at in wanted for at in differentiable(call)]
     out, lse = attention_tiled(call)
     prepared = prepare_backward(call, grad, out, lse, needs)
     assert prepared is not None
     assert prepared.one_pass is not None
-    return prepared.compute(nan_filled, start, grad, out, lse, *call.tensors)
+    return prepared.compute(nan_filled_on("cpu"), start, grad, out, lse, *call.tensors)
 
 
 @pytest.mark.parametrize("name", FEW_HEADS if os.environ.get("FLASHFUSE_FULL_TABLE") == "1" else SOME)

@@ -11,7 +11,7 @@ from gradient_cases import Gradients, check_gradients, differentiable, grad_out
 
 triton = pytest.importorskip("triton")
 
-from hopper_calls import BF16, CALLS, CAUSAL, PLAIN  # noqa: E402
+from hopper_calls import BF16, CALLS, CAUSAL, PLAIN, nan_filled_on  # noqa: E402
 
 from flashfuse.kernels import launch_hopper, launch_hopper_backward, plans  # noqa: E402
 from flashfuse.kernels.launch import attention_forward  # noqa: E402
@@ -39,12 +39,6 @@ def _on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plans.attention_backward.plans.clear()
 
 
-def nan_filled(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An element that nobody writes fails."""
-    found = torch.empty_strided(size, strides, dtype=dtype, device="cuda")
-    return found.fill_(torch.nan) if dtype.is_floating_point else found.fill_(-1)
-
-
 def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int]) -> Gradients:
     """Of q, k and v, by the one pass and nothing else."""
     needs = [at in wanted for at in differentiable(call)]
@@ -53,7 +47,7 @@ def backward(call: Call, grad: torch.Tensor, wanted: Sequence[int]) -> Gradients
     assert prepared is not None
     assert prepared.one_pass is not None, "the plain passes were chosen"
     assert prepared.queries is None
-    return prepared.compute(nan_filled, start, grad, out, lse, *call.tensors)
+    return prepared.compute(nan_filled_on("cuda"), start, grad, out, lse, *call.tensors)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Call, make_call
+from attention_cases import Call
 
 triton = pytest.importorskip("triton")
 
-from hopper_calls import BIAS_CALLS, bias, documents  # noqa: E402
+from hopper_calls import BIAS_CALLS, CAUSAL, FP16, bias, call_of, documents, spaced  # noqa: E402
 from idle_driver import IdleDriver, idle_driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
@@ -22,22 +22,11 @@ from flashfuse.kernels.launch import Device  # noqa: E402
 from flashfuse.kernels.launch_hopper_forward import is_faster, prepare_hopper, takes  # noqa: E402
 
 HOPPER = Device("cuda", 90, 232448, 132)
-FP16 = torch.float16
-CAUSAL = "where(kv_idx <= q_idx, qk * 0.125, -inf)"
 
 
 @pytest.fixture(autouse=True)
 def _taken_when_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_hopper_forward, "is_faster", lambda *_: True)
-
-
-def call_of(score: str = CAUSAL, shape: tuple[int, ...] = (2, 2, 70, 64), **changes: Any) -> Call:
-    return make_call(score, shape, **{"dtype": FP16, **changes})
-
-
-def rows_apart(x: torch.Tensor, between: int) -> torch.Tensor:
-    """The elements of a tensor, with some between its rows."""
-    return torch.nn.functional.pad(x, (0, between))[..., : x.shape[-1]]
 
 
 @pytest.mark.parametrize(
@@ -108,10 +97,10 @@ def test_the_device_decides() -> None:
 def test_layouts_that_a_tensor_map_has() -> None:
     """Rows of neighbours at multiples of 16 bytes; an axis along which all is one position is no axis."""
     call = call_of()
-    assert takes(HOPPER, replace(call, q=rows_apart(call.q, 8)))
+    assert takes(HOPPER, replace(call, q=spaced(call.q, 8)))
     assert takes(HOPPER, replace(call, q=call.q.transpose(1, 2).contiguous().transpose(1, 2)))
     assert takes(HOPPER, replace(call, k=call.k[:, :1].expand_as(call.k)))
-    assert not takes(HOPPER, replace(call, q=rows_apart(call.q, 4)))
+    assert not takes(HOPPER, replace(call, q=spaced(call.q, 4)))
     assert not takes(HOPPER, replace(call, k=call.k.mT.contiguous().mT))
     shifted = torch.cat([call.v.new_zeros(1), call.v.flatten()])[1:].view(call.v.shape)
     assert not takes(HOPPER, replace(call, v=shifted))

@@ -6,7 +6,6 @@ FLASHFUSE_FULL_TABLE=1 tries every attention that the tests on a GPU try (minute
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from numerics import assert_close_to_exact, assert_lse_close_to_exact
 triton = pytest.importorskip("triton")
 
 from emulated_gluon import start  # noqa: E402
-from hopper_calls import BIAS_CALLS, FEW_HEADS, FORWARD_CALLS  # noqa: E402
+from hopper_calls import BIAS_CALLS, FEW_HEADS, FORWARD_CALLS, nan_filled_on  # noqa: E402
 
 from flashfuse.kernels import launch_hopper, launch_hopper_forward  # noqa: E402
 from flashfuse.kernels.launch import Device  # noqa: E402
@@ -47,17 +46,12 @@ def _on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_hopper_forward, "device_of", lambda _: Device("cuda", 90, 232448, 2))
 
 
-def nan_filled(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    nothing = torch.nan if dtype.is_floating_point else -1
-    return torch.empty_strided(size, strides, dtype=dtype).fill_(nothing)
-
-
 @pytest.mark.parametrize("name", ALL if os.environ.get("FLASHFUSE_FULL_TABLE") == "1" else SOME)
 def test_output_and_log_sum_exp(name: str) -> None:
     call = ALL[name]()
     prepared = prepare_hopper(call)
     assert prepared is not None
-    out, lse = prepared.compute(nan_filled, start, *call.tensors)
+    out, lse = prepared.compute(nan_filled_on("cpu"), start, *call.tensors)
     exact, eager = call.exact(), call.eager()
     assert_close_to_exact(out, eager[0], exact[0])
     assert_lse_close_to_exact(lse, eager[1], exact[1])
@@ -73,7 +67,7 @@ def test_queries_loaded_ahead(fill: str, stages: int, monkeypatch: pytest.Monkey
     prepared = prepare_hopper(call)
     launch_hopper_forward.forward_constants.cache_clear()
     assert prepared is not None
-    out, lse = prepared.compute(nan_filled, start, *call.tensors)
+    out, lse = prepared.compute(nan_filled_on("cpu"), start, *call.tensors)
     exact, eager = call.exact(), call.eager()
     assert_close_to_exact(out, eager[0], exact[0])
     assert_lse_close_to_exact(lse, eager[1], exact[1])
@@ -87,5 +81,5 @@ def test_values_that_are_no_numbers_stay_away_from_rows_without_a_key() -> None:
     call.v.fill_(torch.nan)
     prepared = prepare_hopper(call)
     assert prepared is not None
-    out, _ = prepared.compute(nan_filled, start, *call.tensors)
+    out, _ = prepared.compute(nan_filled_on("cpu"), start, *call.tensors)
     assert bool((out == 0).all())

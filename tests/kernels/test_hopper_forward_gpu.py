@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from numerics import assert_close_to_exact, assert_lse_close_to_exact
 
 triton = pytest.importorskip("triton")
 
-from hopper_calls import BF16, BIAS_CALLS, CALLS, CAUSAL, FORWARD_CALLS, PLAIN, bias, documents, padded  # noqa: E402
+from hopper_calls import BF16, BIAS_CALLS, CALLS, CAUSAL, FORWARD_CALLS, PLAIN, bias, documents, nan_filled_on, padded  # noqa: E402
 
 from flashfuse.kernels import launch_hopper, launch_hopper_forward, plans  # noqa: E402
 from flashfuse.kernels.launch import attention_forward  # noqa: E402
@@ -40,17 +40,11 @@ def _on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plans.attention.plans.clear()
 
 
-def nan_filled(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An element that nobody writes fails."""
-    nothing = torch.nan if dtype.is_floating_point else -1
-    return torch.empty_strided(size, strides, dtype=dtype, device="cuda").fill_(nothing)
-
-
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """By the kernel for Hopper and no other."""
     prepared = prepare_hopper(call)
     assert prepared is not None, "another kernel was chosen"
-    return prepared.compute(nan_filled, start, *call.tensors)
+    return prepared.compute(nan_filled_on("cuda"), start, *call.tensors)
 
 
 @pytest.mark.parametrize("name", ALL)
