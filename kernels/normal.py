@@ -140,6 +140,8 @@ def _simplify(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | Non
         return cast(args[0], dtype)
     if op == "pow" and numbers[1] == 0:
         return const(1.0, dtype)
+    if op == "pow" and numbers[1] == -1:
+        return pointwise("div", const(1.0), args[0], dtype=dtype)
     return None
 
 

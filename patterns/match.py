@@ -72,9 +72,12 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
             sites.append(site)
             claimed.update(seeds)
     softmaxes = dict.fromkeys(unclaimed(graph, up, claimed))
+    # A curve of the queries before the product of a site is no attention of its own.
+    inside = {node for site in sites for node in site.chain}
+    curves = [n for n in refused if n not in softmaxes and n not in claimed and _is_curve(up, n)]
     refusals = [
         _refusal(seed, refused.get(seed))
-        for seed in (*softmaxes, *(n for n in refused if n not in softmaxes and n not in claimed and _is_curve(up, n)))
+        for seed in (*softmaxes, *(n for n in curves if refused[n].node not in inside))
         if name_of(seed) not in PARTIAL or seed in refused
     ]
     return MatchResult(tuple(sites), tuple(refusals))

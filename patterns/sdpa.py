@@ -45,7 +45,7 @@ def lift_sdpa(view: NodeView, position: Indices) -> Expr:
     if given["is_causal"]:
         score = _masked(pointwise("le", index(j), index(i)), score)
     if given["attn_mask"] is not None:
-        _check_mask(view, given["attn_mask"], q, k)
+        _check_mask(view, given["attn_mask"], q, k, bool(given["enable_gqa"]))
         mask = view.input(given["attn_mask"], (*batch, i, j))
         score = _masked(mask, score) if mask.dtype == torch.bool else pointwise("add", score, mask, dtype=q.dtype)
     probs = dropped(view, Softmax(q.dtype, score, j, j, kv_len, empty_row="zero"), given["dropout_p"], (*batch, i, j))
@@ -59,12 +59,13 @@ def _operand(view: NodeView, node: Any) -> torch.Tensor:
     return t
 
 
-def _check_mask(view: NodeView, mask: Any, q: torch.Tensor, k: torch.Tensor) -> None:
+def _check_mask(view: NodeView, mask: Any, q: torch.Tensor, k: torch.Tensor, grouped: bool) -> None:
     """A mask may not enlarge the scores; fake tensors let it, and torch raises at run time."""
     t = tensor(mask) if isinstance(mask, fx.Node) else None
     if t is None or t.dim() > max(q.dim(), k.dim()):
         raise CannotLift(view.node, "has a mask of more dimensions than its scores")
-    scores = (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2])
+    keys = (*k.shape[:-3], 1) if grouped else k.shape[:-2]
+    scores = (*torch.broadcast_shapes(q.shape[:-2], keys), q.shape[-2], k.shape[-2])
     for size, wanted in zip(reversed(shape(t)), reversed(scores), strict=False):
         if size != 1 and to_sympy(wanted) == 1:
             raise CannotLift(view.node, "has a mask that is larger than its scores")

@@ -1,0 +1,100 @@
+"""The strategy that puts programs together: which axes, layouts, products, scores, normalisers and endings they have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from . import decoys, fused
+from .draft import Draft
+from .masks import bias, curve, mask
+from .operands import choose_shape, frames, operands
+from .program import Program, Sizes
+from .scores import product, scale_operand, scale_scores
+from .weights import end, finish, normalise, weigh
+
+DTYPES = (torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LENGTHS = (5, 7, 1, 2, 3, 4, 6, 8, 9, 11, 13, 16, 17, 24, 31, 32, 33, 40)
+DIMS = (4, 8, 1, 2, 3, 5, 7, 12, 16, 24)
+
+
+@st.composite
+def programs(draw: Any, most_length: int = 40) -> Program:
+    """Any program."""
+    draft = Draft(draw, {}, symbolic=False)
+    dynamic = draft.chance(24)
+    draft.sizes = _sizes(draft, most_length)
+    calls: list[Sizes] = [draft.sizes]
+    if dynamic:
+        calls.append(_changed(draft, draft.sizes, most_length))
+    draft.symbolic = dynamic or draft.chance(4)
+    draft.shape = choose_shape(draft)
+    dtype = draft.one(DTYPES)
+    kind = draft.one((_attention,) * 8 + (fused.functional,) + (decoys.decoy,) * 3)
+    trains = draft.chance(8)
+    if trains:
+        draft.labels.append("trained")
+    sites, result = kind(draft)
+    draft.say(f"return {result}")
+    # Dynamo does not know a number of heads that is the quotient of two unknown lengths.
+    if dynamic and any(set(axis) & set("bst") and len(axis) > 1 for x in draft.inputs for axis in x.axes):
+        draft.refused.add("operand-layout")
+    return Program(
+        inputs=tuple(draft.inputs),
+        lines=draft.body,
+        sizes=tuple(calls),
+        dtype=dtype,
+        sites=None if any(size[axis] == 1 for size in calls for axis in "td") else sites,
+        refused=frozenset(draft.refused),
+        trains=trains,
+        unshifted=draft.unshifted,
+        labels=tuple(draft.labels),
+    )
+
+
+def _sizes(draft: Draft, most: int) -> Sizes:
+    lengths = tuple(n for n in LENGTHS if n <= most)
+    s = draft.one(lengths)
+    d = draft.one(DIMS)
+    k, g = draft.one((2, 1, 3)), draft.one((2, 3, 1))
+    return {
+        "b": draft.one((2, 1, 3)), "w": 2, "h": draft.one((3, 1, 2, 4)), "k": k, "g": g, "s": s,
+        "t": s if draft.chance(2) else draft.one(lengths), "d": d, "e": d if draft.chance(2) else draft.one(DIMS), "c": 6,
+    }  # fmt: skip
+
+
+def _changed(draft: Draft, sizes: Sizes, most: int) -> Sizes:
+    """Other lengths and another batch size, none of them special to Dynamo."""
+    lengths = tuple(n for n in LENGTHS if 2 <= n <= most)
+    s = draft.one(lengths)
+    t = s if sizes["s"] == sizes["t"] else draft.one(lengths)
+    return {**sizes, "b": draft.one((2, 3, 4)), "s": s, "t": t}
+
+
+def _attention(draft: Draft) -> tuple[int | None, str]:
+    """One attention that has to be found."""
+    q, k, v = operands(draft)
+    frame = draft.row(frames(draft.shape))
+    if draft.chance(3):
+        q = scale_operand(draft, q)
+    if draft.chance(6):
+        k = scale_operand(draft, k)
+    s = product(draft, q, k, frame)
+    for step in changes(draft):
+        s = step(draft, s)
+    p = normalise(draft, s)
+    if draft.chance(4):
+        p = end(draft, p)
+    out = finish(draft, weigh(draft, p, v))
+    return 1, out.name
+
+
+def changes(draft: Draft) -> list[Callable[..., Any]]:
+    """What is done to scores, in order."""
+    steps: list[Callable[..., Any]] = [scale_scores] if draft.chance(2) else []
+    for _ in range(draft.one((0, 1, 1, 2, 3))):
+        steps.append(draft.one((mask, mask, bias, bias, curve, scale_scores)))
+    return steps

@@ -1,0 +1,285 @@
+"""Masks and biases: what a score is replaced by or added to, from positions or from inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .draft import Draft, Var
+from .program import Axes
+from .scores import broadcast
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which keys are kept: Python over positions i and j, each of which may be a column or a row
+
+PREDICATES = {
+    "causal": "j <= i",
+    "causal-offset": "j <= i + ({t} - {s})",
+    "window": "(j <= i) & (i - j < 5)",
+    "both-sides": "(i - j).abs() <= 3",
+    "prefix": "(j <= i) | (j < 4)",
+    "chunks": "i // 4 == j // 4",
+    "chunks-causal": "(i // 3 == j // 3) & (i >= j)",
+    "dilated": "(j <= i) & ((i - j) % 2 == 0)",
+    "strictly": "j < i",
+    "after": "~(j < i)",
+    "streaming": "(j <= i) & ((i - j < 3) | (j < 2))",
+    "blocks": "j < (i // 4 + 1) * 4",
+    "odd": "(i + j) % 2 == 0",
+    "even-keys": "j % 2 == 0",
+    "not-itself": "i != j",
+    "first-queries": "(i > 1) | (j == 0)",
+    "xor": "(j <= i) ^ (j < 2)",
+    "far": "torch.logical_not((i - j).abs() > 6)",
+    "reversed": "j >= {t} - 1 - i",
+    "scaled": "j * 2 <= i * 3",
+    "minimum": "torch.minimum(i, j) >= j",
+}
+
+
+def _positions(draft: Draft) -> None:
+    i = draft.one(("torch.arange({s})[:, None]", "torch.arange({s}).unsqueeze(1)", "torch.arange({s}).view(-1, 1)"))
+    j = draft.one(("torch.arange({t})[None, :]", "torch.arange({t})", "torch.arange({t}).unsqueeze(0)"))
+    sizes = {"s": draft.size("s"), "t": draft.size("t")}
+    draft.say(f"i, j = {i.format(**sizes)}, {j.format(**sizes)}")
+
+
+def _of_positions(draft: Draft) -> Var:
+    predicate = draft.row(PREDICATES)
+    _positions(draft)
+    return draft.let("keep", predicate.format(s=draft.size("s"), t=draft.size("t")), ("s", "t"))
+
+
+def _triangle(draft: Draft) -> Var:
+    s, t = draft.size("s"), draft.size("t")
+    spelling = draft.one((
+        "torch.ones({s}, {t}, dtype=torch.bool).tril()", "torch.tril(torch.ones({s}, {t})).bool()",
+        "torch.ones(({s}, {t}), dtype=torch.bool).triu(1).logical_not()", "torch.tril(torch.ones({s}, {t})) == 1",
+        "torch.ones({s}, {t}, dtype=torch.bool).tril({t} - {s})", "~torch.ones({s}, {t}, dtype=torch.bool).triu(2)",
+        "torch.ones({s}, {t}).tril(3).triu(-2) > 0", "torch.full(({s}, {t}), 1.0).tril() != 0",
+    ))  # fmt: skip
+    return draft.let("keep", spelling.format(s=s, t=t), ("s", "t"))
+
+
+def _given_axes(draft: Draft) -> Axes:
+    """Some axes of the scores, the keys among them."""
+    outer = draft.shape.outer
+    batch = draft.shape.batch
+    return draft.one((
+        (*batch, "t"), ("s", "t"), (*batch, "s", "t"), (*outer, "s", "t"), (*outer[len(batch) :], "s", "t"), ("t",),
+        (*outer, "t"),
+    ))  # fmt: skip
+
+
+def _given(draft: Draft) -> Var:
+    return draft.given("keep", _given_axes(draft), draft.one(("kept", "mostly", "rarely")))
+
+
+def _given_bits(draft: Draft) -> Var:
+    x = draft.given("mask", _given_axes(draft), draft.one(("bits", "ones")))
+    spelling = draft.one(("{x} == 1", "{x} != 0", "{x}.bool()", "~({x} == 0)", "{x} > 0", "{x}.to(torch.bool)"))
+    return draft.let("keep", spelling.format(x=x.name), x.axes)
+
+
+def _lengths(draft: Draft) -> Var:
+    if not draft.shape.batch:
+        return _given(draft)
+    x = draft.given("lengths", draft.shape.batch, "lengths")
+    at = ", ".join(":" for _ in x.axes)
+    spelling = draft.one(("torch.arange({t}) < {x}[{at}, None]", "~(torch.arange({t}) >= {x}.unsqueeze(-1))"))
+    return draft.let("keep", spelling.format(t=draft.size("t"), x=x.name, at=at), (*x.axes, "t"))
+
+
+def _documents(draft: Draft) -> Var:
+    """Sequences packed into one: each sees itself."""
+    batch = draft.one((draft.shape.batch, ()))
+    ids = draft.given("ids", (*batch, "t"), "documents")
+    at = ", ".join((*(":" for _ in batch), ""))
+    if draft.sizes["s"] == draft.sizes["t"] and draft.chance(2):
+        spelling = "{x}[{at}:, None] == {x}[{at}None, :]"
+        return draft.let("keep", spelling.format(x=ids.name, at=at), (*batch, "s", "t"))
+    own = draft.given("own", (*batch, "s"), "documents")
+    spelling = draft.one(("{y}[{at}:, None] == {x}[{at}None, :]", "{y}.unsqueeze(-1) >= {x}.unsqueeze(-2)"))
+    return draft.let("keep", spelling.format(x=ids.name, y=own.name, at=at), (*batch, "s", "t"))
+
+
+def _moved(draft: Draft) -> Var:
+    """Positions that are given."""
+    batch = draft.shape.batch[:1] or ("1",)
+    i, j = draft.given("rows", (*batch, "s"), "positions"), draft.given("columns", (*batch, "t"), "positions")
+    keep = draft.let("keep", f"{j.name}[:, None, :] <= {i.name}[:, :, None]", (*batch, "s", "t"))
+    return keep if batch != ("1",) else draft.let("keep", f"{keep.name}[0]", ("s", "t"))
+
+
+def _both(draft: Draft) -> Var:
+    """Two conditions together."""
+    left, right = draft.row(SIMPLE)(draft), draft.row(SIMPLE)(draft)
+    axes = tuple(axis for axis in (*draft.shape.outer, "s", "t") if axis in (*left.axes, *right.axes))
+    texts = [broadcast(draft, x, axes) for x in (left, right)]
+    spelling = draft.one(("{0} & {1}", "torch.logical_and({0}, {1})", "{0} | {1}", "~(~{0} | ~{1})", "{0} * {1}"))
+    return draft.let("keep", spelling.format(*texts), axes)
+
+
+SIMPLE: dict[str, Callable[[Draft], Var]] = {
+    "triangle": _triangle,
+    "positions": _of_positions,
+    "given-mask": _given,
+    "given-bits": _given_bits,
+    "lengths": _lengths,
+    "documents": _documents,
+    "moved-positions": _moved,
+}
+KEPT: dict[str, Callable[[Draft], Var]] = SIMPLE | {"two-masks": _both}
+
+# --------------------------------------------------------------------------------------------------------------------
+# How a condition becomes part of the score
+
+FILLS = {
+    "infinite": ('float("-inf")', "-math.inf", "-torch.inf"),
+    "minimal": ("torch.finfo({s}.dtype).min", "-torch.finfo({s}.dtype).max"),
+    "finite": ("-1e4", "-30000.0", "-20.0"),
+}
+APPLIED = {
+    "filled": ("{s}.masked_fill(~{m}, {fill})", "{s}.masked_fill({m}.logical_not(), {fill})", "{s}.masked_fill({m} == 0, {fill})"),
+    "chosen": ("torch.where({m}, {s}, {fill})", "{s}.where({m}, {fill})", "torch.where(~{m}, {fill}, {s})"),
+    "added": (
+        "{s} + torch.zeros_like({m}, dtype={s}.dtype).masked_fill(~{m}, {fill})",
+        "{s} + torch.where({m}, torch.zeros((), dtype={s}.dtype), {fill})",
+        "torch.zeros({m}.shape, dtype={s}.dtype).masked_fill_(~{m}, {fill}) + {s}",
+    ),
+    "filled-in-place": ("{s}.masked_fill_(~{m}, {fill})", "{s} = {s}.masked_fill_({m} == False, {fill})"),
+}
+
+
+def mask(draft: Draft, s: Var) -> Var:
+    """A condition outside which scores are replaced, or a number is added to them."""
+    m = draft.row(KEPT)(draft)
+    fill = draft.one(draft.row(FILLS)).format(s=s.name)
+    spelling = draft.one(draft.row(APPLIED))
+    text = broadcast(draft, m, s.axes)
+    if text != m.name:
+        text = draft.let("m", text, s.axes).name
+    line = spelling.format(s=s.name, m=text, fill=fill)
+    if "_(~{m}" in spelling and spelling.startswith("{s}.") or spelling.startswith("{s} ="):
+        draft.say(line)
+        return s
+    return draft.let("s", line, s.axes)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Biases
+
+
+def _dense(draft: Draft) -> Var:
+    return draft.given("bias", _given_axes(draft), draft.one(("normal", "weights")))
+
+
+def _given_minimal(draft: Draft) -> Var:
+    """An additive mask that is made outside."""
+    return draft.given("bias", _given_axes(draft), draft.one(("minimal", "infinite")))
+
+
+def _of_rows(draft: Draft) -> Var:
+    return draft.given("bias", draft.one((("s",), (*draft.shape.outer, "s"))), "normal")
+
+
+def _slopes(draft: Draft) -> Var:
+    """ALiBi, https://arxiv.org/abs/2108.12409"""
+    _positions(draft)
+    distance = draft.let("far", draft.one(("j - i", "-(i - j).abs()", "(j - i) * 0.5", "(j - i).float().abs().neg()")), ("s", "t"))
+    if not draft.shape.head:
+        return draft.let("bias", f"{distance.name} * 0.25", ("s", "t"))
+    slopes = draft.given("slopes", (draft.shape.head,), "positive")
+    return draft.let("bias", f"{slopes.name}[:, None, None] * {distance.name}", (draft.shape.head, "s", "t"))
+
+
+def _table(draft: Draft) -> Var:
+    """A number for each clipped distance, by head."""
+    head = (draft.shape.head,) if draft.shape.head else ()
+    _positions(draft)
+    at = draft.let("at", draft.one(("(j - i).clamp(-3, 3) + 3", "torch.clamp(i - j, -3, 3) + 3", "(i - j).abs().clamp(max=6)")), ("s", "t"))
+    if draft.chance(2):
+        table = draft.given("table", ("7", *head), "normal")
+        looked = draft.one(("{table}[{at}]", "F.embedding({at}, {table})")) if head else "{table}[{at}]"
+        return draft.let("bias", looked.format(table=table.name, at=at.name), ("s", "t", *head))
+    table = draft.given("table", (*head, "7"), "normal")
+    return draft.let("bias", f"{table.name}[{', '.join((*(':' for _ in head), at.name))}]", (*head, "s", "t"))
+
+
+def _bucketed(draft: Draft) -> Var:
+    """A table at positions that are given."""
+    at = draft.given("at", ("s", "t"), "buckets")
+    head = (draft.shape.head,) if draft.shape.head else ()
+    table = draft.given("table", ("5", *head), "normal")
+    return draft.let("bias", f"{table.name}[{at.name}]", ("s", "t", *head))
+
+
+def _toeplitz(draft: Draft) -> Var:
+    """A number for each distance, by its position."""
+    _positions(draft)
+    s, t = draft.size("s"), draft.size("t")
+    table = draft.given("table", (*((draft.shape.head,) if draft.shape.head else ()), "l"), "normal")
+    at = ", ".join((*(":" for _ in table.axes[1:]), f"j - i + ({s} - 1)"))
+    return draft.let("bias", f"{table.name}[{at}][..., :{t}]", (*table.axes[:-1], "s", "t"))
+
+
+def _smooth(draft: Draft) -> Var:
+    _positions(draft)
+    spelling = draft.one((
+        "torch.log1p((i - j).abs().float())", "-((i - j) ** 2).float() / 9", "(i - j).float().tanh()",
+        "torch.exp(-(i - j).abs() / 4.0)", "torch.cos((i - j) * 0.3)", "1.0 / (1 + (i - j).abs())",
+        "torch.sqrt((i - j).abs().float() + 1)",
+    ))  # fmt: skip
+    return draft.let("bias", spelling, ("s", "t"))
+
+
+BIASES: dict[str, Callable[[Draft], Var]] = {
+    "dense-bias": _dense,
+    "additive-mask": _given_minimal,
+    "row-bias": _of_rows,
+    "alibi": _slopes,
+    "table": _table,
+    "looked-up": _bucketed,
+    "smooth": _smooth,
+}
+
+
+def bias(draft: Draft, s: Var) -> Var:
+    """Something added to the scores."""
+    b = draft.row(BIASES)(draft)
+    text = broadcast(draft, b, s.axes)
+    spelling = draft.one((
+        "{s} + {b}", "{b} + {s}", "torch.add({s}, {b})", "{s} - (-({b}))", "{s} + ({b}).to({s}.dtype)",
+        "{s} + 0.5 * {b}",
+    ))  # fmt: skip
+    if draft.chance(8):
+        draft.say(draft.one(("{s} += {b}", "{s}.add_({b})")).format(s=s.name, b=text))
+        return s
+    return draft.let("s", spelling.format(s=s.name, b=text), s.axes)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Functions of the score
+
+CURVES = {
+    "soft-cap": ("20.0 * torch.tanh({s} / 20.0)", "({s} / 5).tanh() * 5", "torch.tanh({s} * 0.1).mul(10)"),
+    "clamped": ("{s}.clamp(-5, 5)", "torch.clamp({s}, max=3.0)", "{s}.clamp_min(-2)"),
+    "absolute": ("{s}.abs()", "-{s}.abs()"),
+    "rectified": ("F.relu({s})", "{s}.relu()", "F.leaky_relu({s}, 0.1)", "F.gelu({s})", "F.silu({s})"),
+    "squared": ("-({s} ** 2)", "-{s}.square()", "-{s} * {s}", "{s} * {s}.sigmoid()"),
+    "sigmoid-score": ("{s}.sigmoid()", "{s}.sigmoid().log()"),
+    "periodic": ("{s}.sin()", "torch.cos({s})"),
+    "shifted": ("{s} + 1.0", "1 - {s}", "-{s}", "{s} - 3"),
+    "upcast": ("{s}.float()", "{s}.to(torch.float32)"),
+    "limited-exponential": ("torch.exp({s}.clamp(max=2))", "{s}.clamp(max=1).exp()"),
+}
+# Functions without a row in the table of operators.
+UNKNOWN = ("F.logsigmoid({s})", "F.softplus({s})", "{s}.atan()", "{s}.clamp(-4, 2).expm1()", "{s}.asinh()")
+
+
+
+def curve(draft: Draft, s: Var) -> Var:
+    """The score under a function."""
+    if draft.chance(20):
+        draft.refused.add("unknown-operator")
+        return draft.let("s", draft.one(UNKNOWN).format(s=s.name), s.axes)
+    return draft.let("s", draft.one(draft.row(CURVES)).format(s=s.name), s.axes)

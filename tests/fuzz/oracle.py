@@ -1,0 +1,167 @@
+"""What has to hold of a program: found where it is attention, and right wherever it is not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from forms.form import exact
+from numerics import assert_close_to_exact
+from torch._dynamo import guards
+
+import flashfuse
+
+from .program import Program
+
+# Dynamo flushes the processor's caches to time the guards of each graph, for its log.
+guards.profile_guard_manager = lambda *_: 0.0
+
+# Of how many inputs together a result is judged that one of them did not pass: few numbers may be near by luck.
+DRAWS = 12
+
+Run = Callable[..., Any]
+Results = list[torch.Tensor | None]
+
+
+class Invalid(Exception):
+    """Eager code does not run: the generator's fault."""
+
+
+class Missed(AssertionError):
+    """An attention that was not found."""
+
+
+def check(program: Program, inner: str = "eager") -> None:
+    """Raises AssertionError, or what the compiled program raises, where something is wrong."""
+    torch._dynamo.reset()
+    flashfuse.reset()
+    function = program.function()
+    options = {"flashfuse.inner": inner, "flashfuse.strict": True}
+    compiled = torch.compile(function, backend="flashfuse", options=options, fullgraph=True)
+    for call in range(len(program.sizes)):
+        Call(program, function, compiled, call).check()
+    judge(program)
+
+
+def judge(program: Program) -> None:
+    """The attentions that were found, against those that there are."""
+    if program.sites is None:
+        return
+    for report in flashfuse.reports():
+        codes = {refusal.code for refusal in report.refusals}
+        if codes and codes <= program.refused:
+            continue
+        if len(report.sites) != program.sites or codes:
+            raise Missed(f"{len(report.sites)} sites; " + "; ".join(map(str, report.refusals)))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a program, by eager code, in float64 and compiled."""
+
+    program: Program
+    function: Run
+    compiled: Run
+    number: int
+
+    def check(self) -> None:
+        """Results by the rule: for one set of inputs, and, where those fail it, for several as one."""
+        results = self.results(0)
+        try:
+            assert_right(results, self.program)
+        except AssertionError:
+            several = [self.results(seed) for seed in range(DRAWS)]
+            assert_right([_together(kind) for kind in zip(*several, strict=True)], self.program)
+
+    def results(self, seed: int) -> list[Results]:
+        """What flashfuse, eager code and float64 give."""
+        inputs = self.program.make(self.number, seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if self.program.trains and (found := self._trained(inputs)):
+                return found
+            with torch.no_grad():
+                return self._run(inputs, outputs)
+
+    def _run(self, inputs: list[torch.Tensor], way: Callable[[Run, list[torch.Tensor]], Results]) -> list[Results]:
+        try:
+            eager = way(self.function, [x.clone() for x in inputs])
+            wide = way(lambda *xs: exact(self.function, xs), [_widened(x) for x in inputs])
+        except Exception as error:
+            raise Invalid(f"{type(error).__name__}: {error}") from error
+        given = [x.clone() for x in inputs]
+        self._mark(given)
+        return [way(self.compiled, given), eager, wide]
+
+    def _trained(self, inputs: list[torch.Tensor]) -> list[Results]:
+        """With gradients; nothing where eager code writes over what its own gradients need."""
+        with torch.enable_grad():
+            try:
+                return self._run(inputs, gradients)
+            except Invalid as error:
+                if "modified by an inplace operation" not in str(error) and "does not require grad" not in str(error):
+                    raise
+                return []
+
+    def _mark(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Batch size and lengths are dynamic where they change."""
+        if len(self.program.sizes) == 1:
+            return
+        for x, made in zip(inputs, self.program.inputs, strict=True):
+            for dim, axis in enumerate(made.axes):
+                if set(axis) & set("bst"):
+                    torch._dynamo.maybe_mark_dynamic(x, dim)
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    return x.double() if x.is_floating_point() and x.dtype != torch.float64 else x.clone()
+
+
+def _together(results: Sequence[Results]) -> Results:
+    columns = zip(*results, strict=True)
+    return [None if any(x is None for x in xs) else torch.stack(xs) for xs in columns]  # type: ignore[arg-type]
+
+
+def outputs(run: Run, inputs: list[torch.Tensor]) -> Results:
+    """The results of one run, and what has become of its inputs."""
+    found = run(*inputs)
+    results = list(found) if isinstance(found, tuple) else [found]
+    return [x.detach() for x in (*results, *inputs) if x.is_floating_point()]
+
+
+def gradients(run: Run, inputs: list[torch.Tensor]) -> Results:
+    """The same, and the gradients of floating-point inputs for a random one of each result."""
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+    # A program may write into its inputs, and no leaf may be written.
+    given = [x.clone() if x.is_floating_point() else x for x in leaves]
+    found = run(*given)
+    results = list(found) if isinstance(found, tuple) else [found]
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in results]
+    wanted = [x for x in leaves if x.requires_grad]
+    learned = torch.autograd.grad(results, wanted, grads, allow_unused=True)
+    return [*(x.detach() for x in (*results, *given) if x.is_floating_point()), *learned]
+
+
+def assert_right(results: Sequence[Results], program: Program) -> None:
+    """Every result by the rule, where eager code has not overflowed in the very same way."""
+    for fused, eager, wide in zip(*results, strict=True):
+        assert (fused is None) == (eager is None), "a gradient where eager has none, or none where it has one"
+        if fused is None or eager is None or wide is None:
+            continue
+        assert fused.shape == eager.shape, f"shape {tuple(fused.shape)}, expected {tuple(eager.shape)}"
+        assert fused.dtype == eager.dtype, f"{fused.dtype}, expected {eager.dtype}"
+        known = ~_left_open(program, fused, eager, wide)
+        if not known.any():
+            continue
+        floor = torch.float32 if program.dtype == torch.float64 else eager.dtype
+        assert_close_to_exact(fused[known], eager[known], wide[known], floor)
+
+
+def _left_open(program: Program, fused: torch.Tensor, eager: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """Where nothing is asked: eager code overflows to the very same, or the contract says that it need not."""
+    same = ~eager.isfinite() & ((fused == eager) | (fused.isnan() & eager.isnan()))
+    return same | ~wide.isfinite() if program.unshifted else same

@@ -1,0 +1,184 @@
+"""The product of queries and keys, and scales of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .draft import Draft, Var
+from .operands import repeated
+from .program import Axes
+
+_LETTERS = "bhsdtekgwcxyzu"
+
+
+def einsum(draft: Draft, stem: str, left: Var, right: Var, out: Axes) -> Var:
+    """A product by einsum: an axis of several letters is one of its letters."""
+    names: dict[str, str] = {}
+    for axis in (*left.axes, *right.axes, *out):
+        names.setdefault(axis, next(x for x in axis[-1] + _LETTERS if x not in names.values()))
+    spelled = ["".join(names[axis] for axis in x) for x in (left.axes, right.axes, out)]
+    return draft.let(stem, f'torch.einsum("{spelled[0]},{spelled[1]}->{spelled[2]}", {left.name}, {right.name})', out)
+
+
+def outer_of(frame: Axes) -> Axes:
+    """The axes beside queries and keys."""
+    return tuple(axis for axis in frame if axis not in ("s", "t"))
+
+
+def is_folded(draft: Draft, frame: Axes) -> bool:
+    """Whether the frame's first axis is the batch and the heads in one."""
+    return len(draft.shape.outer) > 1 and frame[0] == "".join(draft.shape.outer)
+
+
+def broadcast(draft: Draft, x: Var, frame: Axes) -> str:
+    """The tensor as an expression that broadcasts to the axes of a frame."""
+    if is_folded(draft, frame) and set(x.axes) & set(draft.shape.outer):
+        return _folded(draft, x, frame)
+    x = _ordered(draft, x, frame)
+    items = [":" if axis in x.axes else "None" for axis in frame]
+    if draft.chance(2):
+        while items[0] == "None":
+            items.pop(0)
+    if "None" not in items:
+        return x.name
+    if items.count("None") == 1 and draft.chance(2):
+        return f"{x.name}.unsqueeze({items.index('None')})"
+    return f"{x.name}[{', '.join(items)}]"
+
+
+def _ordered(draft: Draft, x: Var, frame: Axes) -> Var:
+    x = draft.split(x, frame)
+    return draft.permuted(x, tuple(axis for axis in frame if axis in x.axes))
+
+
+def _folded(draft: Draft, x: Var, frame: Axes) -> str:
+    """The same where batch and heads are one axis."""
+    apart = (*draft.shape.outer, *frame[1:])
+    x = _ordered(draft, x, apart)
+    items = [":" if axis in x.axes else "None" for axis in apart]
+    sizes = [draft.size(axis) for axis in draft.shape.outer]
+    whole = [draft.size(axis) if axis in x.axes else "1" for axis in frame[1:]]
+    full = f"{x.name}[{', '.join(items)}].expand({', '.join((*sizes, *whole))})" if "None" in items else x.name
+    if draft.chance(2):
+        return f"{full}.reshape({', '.join((draft.size(frame[0]), *whole))})"
+    return f"{full}.flatten(0, {len(sizes) - 1})"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def product(draft: Draft, q: Var, k: Var, frame: Axes) -> Var:
+    """Scores with the axes of a frame."""
+    rows = dict(PRODUCTS)
+    if len(frame) != 3 or frame[1:] != ("s", "t"):
+        del rows["bmm"]
+    if is_folded(draft, frame):
+        del rows["einsum"]
+    return draft.row(rows)(draft, q, k, frame)
+
+
+def with_heads(draft: Draft, x: Var, frame: Axes, own: Axes) -> Var:
+    """Keys or values with the axes `own` of their own, and heads that broadcast to those of a frame."""
+    x = draft.split(x, (*draft.shape.kv_outer, *own))
+    return x if "k" not in draft.shape.kv_outer or "g" in frame else repeated(draft, x)
+
+
+def laid_out(draft: Draft, x: Var, frame: Axes, own: Axes) -> Var:
+    """Keys or values in the order that matmul needs, with an axis of size 1 for groups."""
+    outer = outer_of(frame)
+    x = draft.arranged(with_heads(draft, x, frame, own), (*(axis for axis in outer if axis != "g"), *own))
+    if "g" not in outer:
+        return x
+    at = outer.index("g")
+    return draft.let(x.name, f"{x.name}.unsqueeze({at})", (*x.axes[:at], "1", *x.axes[at:]))
+
+
+def turned(draft: Draft, name: str) -> str:
+    return draft.one((f"{name}.transpose(-1, -2)", f"{name}.mT", f"{name}.transpose(-2, -1)"))
+
+
+def matmul(draft: Draft, left: str, right: str) -> str:
+    return draft.one((f"{left} @ {right}", f"torch.matmul({left}, {right})", f"{left}.matmul({right})"))
+
+
+def _einsum(draft: Draft, q: Var, k: Var, frame: Axes) -> Var:
+    q = draft.split(q, (*outer_of(frame), "s", "d"))
+    return einsum(draft, "s", q, with_heads(draft, k, frame, ("t", "d")), frame)
+
+
+def _matmul(draft: Draft, q: Var, k: Var, frame: Axes) -> Var:
+    outer = outer_of(frame)
+    q = draft.arranged(q, (*outer, "s", "d"))
+    k = laid_out(draft, k, frame, ("t", "d"))
+    if frame.index("t") < frame.index("s"):
+        return draft.permuted(draft.let("s", matmul(draft, k.name, turned(draft, q.name)), (*outer, "t", "s")), frame)
+    return draft.permuted(draft.let("s", matmul(draft, q.name, turned(draft, k.name)), (*outer, "s", "t")), frame)
+
+
+def _bmm(draft: Draft, q: Var, k: Var, frame: Axes) -> Var:
+    q = draft.arranged(q, (frame[0], "s", "d"))
+    k = draft.arranged(with_heads(draft, k, frame, ("t", "d")), (frame[0], "t", "d"))
+    keys = f"{k.name}.transpose(1, 2)"
+    spelling = draft.one((
+        f"torch.bmm({q.name}, {keys})", f"{q.name}.bmm({keys})",
+        f"torch.baddbmm({q.name}.new_empty({', '.join(map(draft.size, frame))}), {q.name}, {keys}, beta=0, alpha=0.5)",
+    ))  # fmt: skip
+    return draft.let("s", spelling, frame)
+
+
+PRODUCTS: dict[str, Callable[[Draft, Var, Var, Axes], Var]] = {"matmul": _matmul, "einsum": _einsum, "bmm": _bmm}
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scales
+
+# Of queries or keys, and of scores; each may stand in either place.
+NUMBERS = ("0.5", "{d} ** -0.5", "1.0 / math.sqrt({d})", "math.sqrt(1.0 / {d})", "0.3")
+
+
+def scale_operand(draft: Draft, x: Var) -> Var:
+    number = draft.one(NUMBERS).format(d=draft.size("d"))
+    spelling = draft.one((f"{x.name} * ({number})", f"({number}) * {x.name}", f"{x.name} / (1 / ({number}))", f"{x.name}.mul({number})"))
+    return draft.let(x.name, spelling, x.axes)
+
+
+def scale_scores(draft: Draft, s: Var) -> Var:
+    return draft.row(SCALES)(draft, s)
+
+
+def _number(draft: Draft, s: Var) -> Var:
+    number = draft.one(NUMBERS).format(d=draft.size("d"))
+    return draft.let("s", f"{s.name} * ({number})", s.axes)
+
+
+def _quotient(draft: Draft, s: Var) -> Var:
+    spelling = draft.one(("{s} / math.sqrt({d})", "{s} / {d} ** 0.5", "{s}.div(2.0)", "torch.div({s}, 3)"))
+    return draft.let("s", spelling.format(s=s.name, d=draft.size("d")), s.axes)
+
+
+def _in_place(draft: Draft, s: Var) -> Var:
+    draft.say(draft.one(("{s} *= 0.5", "{s}.mul_(0.25)", "{s} /= 2", "{s}.div_(4.0)")).format(s=s.name))
+    return s
+
+
+def _tensor_number(draft: Draft, s: Var) -> Var:
+    spelling = draft.one((
+        "{s} * torch.tensor(0.4)", "{s} / torch.tensor(2.0).sqrt()", "{s} * torch.full((), 0.5, dtype={s}.dtype)",
+    ))  # fmt: skip
+    return draft.let("s", spelling.format(s=s.name), s.axes)
+
+
+def _learned(draft: Draft, s: Var) -> Var:
+    own = draft.one(((), (draft.shape.head,))) if draft.shape.head else ()
+    t = draft.given("tau", own, "positive")
+    text = broadcast(draft, t, s.axes) if own else t.name
+    spelling = draft.one(("{s} * {t}", "{s} / {t}", "{s} * {t}.exp()", "{s} * {t}.clamp(max=1.2)"))
+    return draft.let("s", spelling.format(s=s.name, t=text), s.axes)
+
+
+SCALES: dict[str, Callable[[Draft, Var], Var]] = {
+    "times": _number,
+    "over": _quotient,
+    "scaled-in-place": _in_place,
+    "times-tensor": _tensor_number,
+    "temperature": _learned,
+}

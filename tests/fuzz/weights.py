@@ -1,0 +1,215 @@
+"""From scores to weights, from weights and values to the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .draft import Draft, Var
+from .masks import KEPT
+from .program import Axes
+from .scores import broadcast, einsum, is_folded, laid_out, matmul, outer_of, turned, with_heads
+
+# --------------------------------------------------------------------------------------------------------------------
+# Normalisers: lines over scores {s} and the axis {d} of the keys, that make {p}
+
+ONE_LINE = (
+    "{s}.softmax({d})", "F.softmax({s}, dim={d})", "torch.softmax({s}, {d})", "torch.nn.Softmax(dim={d})({s})",
+    "F.softmax({s}, dim={d}, dtype=torch.float32).to({s}.dtype)", "{s}.float().softmax({d}).type_as({s})",
+    "torch.softmax({s}, dim={d}, dtype=torch.float32)", "F.softmax({s}.float(), {d}).to({s}.dtype)",
+    "torch.special.softmax({s}, {d})",
+)  # fmt: skip
+WRITTEN_OUT = {
+    "shifted": ("m = {s}.amax({d}, keepdim=True)", "e = ({s} - m).exp()", "{p} = e / e.sum({d}, keepdim=True)"),
+    "shifted-max": (
+        "e = torch.exp({s} - {s}.max(dim={d}, keepdim=True).values)", "{p} = e / torch.sum(e, dim={d}, keepdim=True)",
+    ),
+    "shifted-detached": (
+        "e = torch.exp({s} - torch.max({s}, {d}, keepdim=True)[0].detach())", "{p} = e / e.sum({d}, keepdim=True)",
+    ),
+    "unshifted": ("e = {s}.exp()", "{p} = e / e.sum({d}, keepdim=True)"),
+    "shifted-whole": ("e = ({s} - {s}.max()).exp()", "{p} = e / e.sum({d}, keepdim=True)"),
+    "shifted-twice": (
+        "{s} = {s} - {s}.amax({d}, keepdim=True)", "{p} = ({s} - {s}.amax({d}, keepdim=True)).softmax({d})",
+    ),
+    "shifted-before": ("{p} = ({s} - {s}.amax({d}, keepdim=True)).softmax({d})",),
+    "reciprocal": (
+        "e = ({s} - {s}.amax({d}, True)).exp()", "{p} = e * e.sum({d}, keepdim=True).reciprocal()",
+    ),
+    "power": ("e = ({s} - {s}.amax({d}, True)).exp()", "{p} = e * e.sum({d}, keepdim=True).pow(-1)"),
+    "in-place": (
+        "{s} -= {s}.amax({d}, keepdim=True)", "{p} = {s}.exp_()", "{p} /= {p}.sum({d}, keepdim=True)",
+    ),
+    "unsqueezed": (
+        "e = ({s} - {s}.amax({d}).unsqueeze({d})).exp()", "{p} = e / e.sum({d}).unsqueeze({d})",
+    ),
+}  # fmt: skip
+# Eager code divides by subtracting a logarithm, which large fills absorb.
+BY_LOGARITHM = {
+    "log-softmax": ("{p} = {s}.log_softmax({d}).exp()",),
+    "log-softmax-function": ("{p} = torch.exp(F.log_softmax({s}, dim={d}))",),
+    "logsumexp": ("{p} = ({s} - {s}.logsumexp({d}, keepdim=True)).exp()",),
+    "logsumexp-function": ("{p} = torch.exp({s} - torch.logsumexp({s}, dim={d}, keepdim=True))",),
+}
+WITHOUT = {
+    "sigmoid": ("{p} = {s}.sigmoid()",),
+    "sigmoid-length": ("{p} = torch.sigmoid({s} - math.log({t}))",),
+    "rectified": ("{p} = F.relu({s}) / {t}",),
+    "rectified-squared": ("{p} = F.relu({s} / {t}) ** 2",),
+    "exponential": ("{p} = {s}.clamp(max=3).exp()",),
+}
+PLUS_ONE = {
+    "plus-one": ("e = {s}.exp()", "{p} = e / (1 + e.sum({d}, keepdim=True))"),
+    "plus-one-shifted": (
+        "m = {s}.amax({d}, keepdim=True)", "e = ({s} - m).exp()",
+        "{p} = e / (e.sum({d}, keepdim=True) + (-m).exp())",
+    ),
+    "plus-one-column": (
+        "{s} = torch.cat([{s}, torch.zeros_like({s}.narrow({d}, 0, 1))], dim={d})",
+        "{p} = {s}.softmax({d}).narrow({d}, 0, {t})",
+    ),
+}  # fmt: skip
+# Those whose exponentials are not of differences from the row's own maximum.
+UNSHIFTED = frozenset({"unshifted", "shifted-whole", "plus-one"})
+
+
+def normalise(draft: Draft, s: Var) -> Var:
+    """Weights of scores."""
+    kind = draft.one(("operator", "operator", "written-out", "written-out", "by-logarithm", "plus-one", "sink", "none"))
+    draft.labels.append(kind)
+    at = s.dim("t")
+    d = str(draft.one((at - len(s.axes), at)))
+    if kind == "operator":
+        return draft.let("p", draft.one(ONE_LINE).format(s=s.name, d=d), s.axes)
+    if kind == "sink":
+        return _sink(draft, s, d)
+    tables = {"written-out": WRITTEN_OUT, "by-logarithm": BY_LOGARITHM, "plus-one": PLUS_ONE, "none": WITHOUT}
+    table = tables[kind]
+    name = draft.one(tuple(table))
+    draft.labels.append(name)
+    draft.unshifted |= name in UNSHIFTED
+    draft.refused |= {"log-sum-exp"} if table is BY_LOGARITHM else set()
+    for line in table[name]:
+        draft.say(line.format(s=s.name, d=d, p="p", t=draft.size("t")))
+    return Var("p", s.axes)
+
+
+def _sink(draft: Draft, s: Var, d: str) -> Var:
+    """One more column without a value, for each head, or for each head and query."""
+    head = (draft.shape.head,) if draft.shape.head else ()
+    own = draft.one((head, (*head, "s"), ()))
+    sinks = draft.given("sinks", own, "normal")
+    one = tuple(axis for axis in s.axes if axis != "t")
+    text = broadcast(draft, sinks, one) if own else sinks.name
+    if text != sinks.name or own:
+        text = draft.let("column", text, one).name
+    shape = ", ".join(draft.size(axis) if axis != "t" else "1" for axis in s.axes)
+    at = s.dim("t")
+    column = f"{text}.expand({', '.join(map(draft.size, one))}).unsqueeze({at}).expand({shape})"
+    if not own:
+        column = f"{text}.expand({shape})"
+    last = draft.chance(2)
+    both = f"{s.name}, {column}.to({s.name}.dtype)" if last else f"{column}.to({s.name}.dtype), {s.name}"
+    draft.say(f"joined = torch.cat([{both}], dim={d})")
+    if draft.chance(3):
+        draft.say(f"joined = joined - joined.amax({d}, keepdim=True)")
+    return draft.let("p", f"joined.softmax({d}).narrow({d}, {0 if last else 1}, {draft.size('t')})", s.axes)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What becomes of weights before they meet the values
+
+ENDINGS = {
+    "not-dropped": ("F.dropout({p}, 0.1, training=False)", "F.dropout({p}, p=0.0)", "torch.nn.Dropout(0.3).eval()({p})"),
+    "limited": ("{p}.clamp(0, 1)", "{p}.clamp(max=1.0)", "{p}.clamp_min(0)"),
+    "cleared": ("torch.nan_to_num({p})", "{p}.nan_to_num(0.0)", "torch.where({p}.isnan(), 0.0, {p})"),
+    "times-number": ("{p} * 2", "{p} / 0.9", "-{p}", "0.5 * {p}"),
+    "contiguous": ("{p}.contiguous()", "{p}.clone()", "{p}.type_as({p})"),
+}
+
+
+def end(draft: Draft, p: Var) -> Var:
+    """Weights, perhaps under one of the operators that real code puts here."""
+    if draft.chance(3):
+        return draft.row(_FACTORS)(draft, p)
+    return draft.let("p", draft.one(draft.row(ENDINGS)).format(p=p.name), p.axes)
+
+
+def _of_heads(draft: Draft, p: Var) -> Var:
+    own = draft.one(((draft.shape.head,), draft.shape.outer)) if draft.shape.head else draft.shape.outer
+    factor = draft.given("gate", own, "normal") if own else draft.given("gate", (), "normal")
+    text = broadcast(draft, factor, p.axes) if own else factor.name
+    return draft.let("p", draft.one(("{p} * {f}", "{f} * {p}")).format(p=p.name, f=text), p.axes)
+
+
+def _of_rows(draft: Draft, p: Var) -> Var:
+    factor = draft.given("gate", (*draft.shape.outer, "s"), "normal")
+    text = broadcast(draft, factor, p.axes)
+    return draft.let("p", draft.one(("{p} * {f}.sigmoid()", "{p} * {f}")).format(p=p.name, f=f"({text})"), p.axes)
+
+
+def _zeroed(draft: Draft, p: Var) -> Var:
+    m = draft.row(KEPT)(draft)
+    text = broadcast(draft, m, p.axes)
+    spelling = draft.one(("{p}.masked_fill(~{m}, 0.0)", "torch.where({m}, {p}, 0.0)", "{p} * {m}", "{p} * {m}.to({p}.dtype)"))
+    return draft.let("p", spelling.format(p=p.name, m=f"({text})"), p.axes)
+
+
+_FACTORS: dict[str, Callable[[Draft, Var], Var]] = {
+    "head-factor": _of_heads,
+    "row-factor": _of_rows,
+    "zeroed": _zeroed,
+}
+
+# --------------------------------------------------------------------------------------------------------------------
+# The product with the values
+
+
+def weigh(draft: Draft, p: Var, v: Var) -> Var:
+    """The output, with the axes of the scores and the values' dim in the place of the keys."""
+    p = draft.let("p", draft.one((f"{p.name}.to({v.name}.dtype)", f"{p.name}.type_as({v.name})")), p.axes)
+    rows = dict(PRODUCTS)
+    if len(p.axes) != 3 or p.axes[1:] != ("s", "t"):
+        del rows["value-bmm"]
+    if is_folded(draft, p.axes):
+        del rows["value-einsum"]
+    return draft.row(rows)(draft, p, v)
+
+
+def _einsum(draft: Draft, p: Var, v: Var) -> Var:
+    v = with_heads(draft, v, p.axes, ("t", "e"))
+    out = draft.one(((*outer_of(p.axes), "s", "e"), tuple(axis for axis in p.axes if axis != "t") + ("e",)))
+    return einsum(draft, "out", p, v, out)
+
+
+def _matmul(draft: Draft, p: Var, v: Var) -> Var:
+    outer = outer_of(p.axes)
+    v = laid_out(draft, v, p.axes, ("t", "e"))
+    if draft.chance(6):
+        p = draft.permuted(p, (*outer, "t", "s"))
+        return draft.let("out", matmul(draft, turned(draft, v.name), p.name), (*outer, "e", "s"))
+    p = draft.permuted(p, (*outer, "s", "t"))
+    return draft.let("out", matmul(draft, p.name, v.name), (*outer, "s", "e"))
+
+
+def _bmm(draft: Draft, p: Var, v: Var) -> Var:
+    v = draft.arranged(with_heads(draft, v, p.axes, ("t", "e")), (p.axes[0], "t", "e"))
+    return draft.let("out", draft.one(("torch.bmm({p}, {v})", "{p}.bmm({v})")).format(p=p.name, v=v.name), (p.axes[0], "s", "e"))
+
+
+PRODUCTS: dict[str, Callable[[Draft, Var, Var], Var]] = {
+    "value-matmul": _matmul,
+    "value-einsum": _einsum,
+    "value-bmm": _bmm,
+}
+
+
+def finish(draft: Draft, out: Var) -> Var:
+    """The output in a layout that models give it."""
+    outer, batch = draft.shape.outer, draft.shape.batch
+    head = draft.shape.head
+    wanted: tuple[Axes | None, ...] = (
+        None, (*outer, "s", "e"), (*batch, "s", head + "e"), (*batch, "s", *((head,) if head else ()), "e"),
+        ("s", *batch, head + "e"), (*outer, "e", "s"),
+    )  # fmt: skip
+    chosen = draft.one(wanted)
+    return out if chosen is None else draft.arranged(out, chosen)
