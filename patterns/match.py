@@ -71,13 +71,14 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
         if site is not None:
             sites.append(site)
             claimed.update(seeds)
-    softmaxes = dict.fromkeys(unclaimed(graph, up, claimed))
-    # A curve of the queries before the product of a site is no attention of its own.
+    # What another attention's kernel takes over is none of its own: a product of curved queries with keys is its score.
     inside = {node for site in sites for node in site.chain}
-    curves = [n for n in refused if n not in softmaxes and n not in claimed and _is_curve(up, n)]
+    sites = [site for site in sites if site.node not in inside]
+    softmaxes = dict.fromkeys(unclaimed(graph, up, claimed))
+    curves = (n for n, why in refused.items() if n not in (*softmaxes, *claimed) and why.node not in inside)
     refusals = [
         _refusal(seed, refused.get(seed))
-        for seed in (*softmaxes, *(n for n in curves if refused[n].node not in inside))
+        for seed in (*softmaxes, *(n for n in curves if _is_curve(up, n)))
         if name_of(seed) not in PARTIAL or seed in refused
     ]
     return MatchResult(tuple(sites), tuple(refusals))

@@ -73,6 +73,7 @@ def upstream(graph: Graph) -> Upstream:
     values: dict[fx.Node, Seeds] = {}
     normalisers: dict[fx.Node, Seeds] = {}
     curved: dict[fx.Node, Seeds] = {}
+    over_products: Seeds = frozenset()
     for node in graph.nodes:
         name = name_of(node)
         if node.op in ("placeholder", "get_attr", "output"):
@@ -88,8 +89,10 @@ def upstream(graph: Graph) -> Upstream:
             products[node] = behind
         if is_weighted(node):
             continue
-        if name in NORMALISERS and not seeds:
+        # An exponential of other things, as of a temperature, starts nothing where it meets the scores.
+        if name in NORMALISERS and (not seeds or (behind is not None and not seeds & over_products)):
             seeds = frozenset((node,))
+            over_products |= seeds if behind is not None else frozenset()
         if seeds:
             normalisers[node] = seeds
         bends = _union(curved, node)
