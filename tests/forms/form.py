@@ -6,9 +6,10 @@ are random and far from uniform, so that a wrong mask, scale or bias shows in th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -186,11 +187,17 @@ def exact(built: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) 
     The smallest number that it masks with stays the one of the inputs' own type.
     """
     own = next(x.dtype for x in inputs if x.is_floating_point())
-    of_type = torch.finfo
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
-    constants = patch.object(torch, "finfo", lambda dtype: of_type(own if dtype == torch.float64 else dtype))
-    with Wide(), constants:
+    with widened(own):
         return eager(built, tuple(wide))
+
+
+@contextlib.contextmanager
+def widened(own: torch.dtype) -> Iterator[None]:
+    """float64 tensors are meant to be of the type `own`, and stay float64."""
+    of_type = torch.finfo
+    with Wide(), patch.object(torch, "finfo", lambda dtype: of_type(own if dtype == torch.float64 else dtype)):
+        yield
 
 
 def eager(built: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:

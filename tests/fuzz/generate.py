@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from . import decoys, fused
-from .draft import Draft
+from .draft import Draft, Var
 from .masks import bias, curve, mask
 from .operands import choose_shape, frames, operands
 from .program import Program, Sizes
@@ -22,19 +22,19 @@ DIMS = (4, 8, 1, 2, 3, 5, 7, 12, 16, 24)
 
 
 @st.composite
-def programs(draw: Any, most_length: int = 40) -> Program:
-    """Any program."""
+def programs(draw: Any, most_length: int = 40, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Program:
+    """Any program with at most so many queries and keys, in one of these types."""
     draft = Draft(draw, {}, symbolic=False)
-    dynamic = draft.chance(24)
+    dynamic = draft.chance(64)
     draft.sizes = _sizes(draft, most_length)
     calls: list[Sizes] = [draft.sizes]
     if dynamic:
         calls.append(_changed(draft, draft.sizes, most_length))
     draft.symbolic = dynamic or draft.chance(4)
     draft.shape = choose_shape(draft)
-    dtype = draft.one(DTYPES)
-    kind = draft.one((_attention,) * 8 + (fused.functional,) + (decoys.decoy,) * 3)
-    trains = draft.chance(8)
+    dtype = draft.one(dtypes)
+    kind = draft.one((_attention,) * 8 + (fused.functional,) + (decoys.decoy,) * 3 + (_two,))
+    trains = draft.chance(12)
     if trains:
         draft.labels.append("trained")
     sites, result = kind(draft)
@@ -76,7 +76,11 @@ def _changed(draft: Draft, sizes: Sizes, most: int) -> Sizes:
 
 def _attention(draft: Draft) -> tuple[int | None, str]:
     """One attention that has to be found."""
-    q, k, v = operands(draft)
+    return 1, _of(draft, *operands(draft)).name
+
+
+def _of(draft: Draft, q: Var, k: Var, v: Var) -> Var:
+    """The output for these operands."""
     frame = draft.row(frames(draft.shape))
     if draft.chance(3):
         q = scale_operand(draft, q)
@@ -88,8 +92,19 @@ def _attention(draft: Draft) -> tuple[int | None, str]:
     p = normalise(draft, s)
     if draft.chance(4):
         p = end(draft, p)
-    out = finish(draft, weigh(draft, p, v))
-    return 1, out.name
+    return finish(draft, weigh(draft, p, v))
+
+
+def _two(draft: Draft) -> tuple[int | None, str]:
+    """Two attentions: of the same queries, keys and values, of others, or one of the other's output."""
+    kind = draft.row({"of-the-same": 0, "of-others": 1, "in-a-row": 2})
+    q, k, v = operands(draft)
+    if kind == 2 and draft.sizes["d"] == draft.sizes["e"]:
+        first = _of(draft, q, k, v)
+        q = draft.let("q", first.name, tuple(axis.replace("e", "d") for axis in first.axes))
+        return 2, _of(draft, q, k, v).name
+    first = draft.let("first", _of(draft, q, k, v).name, ())
+    return 2, f"{first.name}, {_of(draft, *(operands(draft) if kind == 1 else (q, k, v))).name}"
 
 
 def changes(draft: Draft) -> list[Callable[..., Any]]:

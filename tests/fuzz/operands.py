@@ -114,6 +114,8 @@ _TOUCHED: dict[str, Callable[[Draft, Var], Var]] = {
     "contiguous": lambda draft, x: draft.let(x.name, f"{x.name}.contiguous()", x.axes),
     "negated": lambda draft, x: draft.let(x.name, f"-{x.name}", x.axes),
     "normalised": lambda draft, x: draft.let(x.name, f"F.normalize({x.name}, dim=-1)", x.axes),
+    "rolled": lambda draft, x: draft.let(x.name, f"{x.name}.roll(1, -1)", x.axes),
+    "joined": lambda draft, x: draft.let(x.name, f"torch.cat([{x.name}[..., :1], {x.name}[..., 1:]], -1)", x.axes),
     "activated": lambda draft, x: draft.let(x.name, f"{x.name}.tanh()", x.axes),
     "shifted": lambda draft, x: draft.let(x.name, f"{x.name} + 1", x.axes),
 }

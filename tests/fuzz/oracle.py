@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from forms.form import exact
+from forms.form import widened
 from numerics import assert_close_to_exact
 from torch._dynamo import guards
 
@@ -18,6 +18,8 @@ from .program import Program
 
 # Dynamo flushes the processor's caches to time the guards of each graph, for its log.
 guards.profile_guard_manager = lambda *_: 0.0
+# No two programs have much to remember of each other.
+torch._dynamo.config.fake_tensor_cache_enabled = False
 
 # Of how many inputs together a result is judged that one of them did not pass: few numbers may be near by luck.
 DRAWS = 12
@@ -89,7 +91,8 @@ class Call:
     def _run(self, inputs: list[torch.Tensor], way: Callable[[Run, list[torch.Tensor]], Results]) -> list[Results]:
         try:
             eager = way(self.function, [x.clone() for x in inputs])
-            wide = way(lambda *xs: exact(self.function, xs), [_widened(x) for x in inputs])
+            with widened(self.program.dtype):
+                wide = way(self.function, [_double(x) for x in inputs])
         except Exception as error:
             raise Invalid(f"{type(error).__name__}: {error}") from error
         given = [x.clone() for x in inputs]
@@ -116,8 +119,8 @@ class Call:
                     torch._dynamo.maybe_mark_dynamic(x, dim)
 
 
-def _widened(x: torch.Tensor) -> torch.Tensor:
-    return x.double() if x.is_floating_point() and x.dtype != torch.float64 else x.clone()
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return x.clone().double() if x.is_floating_point() else x.clone()
 
 
 def _together(results: Sequence[Results]) -> Results:

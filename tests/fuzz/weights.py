@@ -69,7 +69,7 @@ PLUS_ONE = {
     ),
 }  # fmt: skip
 # Those whose exponentials are not of differences from the row's own maximum.
-UNSHIFTED = frozenset({"unshifted", "shifted-whole", "plus-one"})
+UNSHIFTED = frozenset({"unshifted", "shifted-whole", "plus-one", "plus-one-shifted"})
 
 
 def normalise(draft: Draft, s: Var) -> Var:
