@@ -1,4 +1,5 @@
 # make demo, make train, make generate, make test: each makes .venv when it is missing, installs what it needs, and runs.
+# make fuzz: COUNT attention programs put together at random, from SEED on, and a few of them in Triton's interpreter.
 # make check: what CI runs.
 #
 # torch is installed first and alone, so that nothing else chooses a build of it. On a machine without a GPU whose index
@@ -10,10 +11,12 @@ TORCH ?= 2.13.0
 TORCH_INDEX ?=
 # Processes that share the tests.
 JOBS ?= 2
+COUNT ?= 20000
+SEED ?= 0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: demo train generate test check clean
+.PHONY: demo train generate test fuzz check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -27,6 +30,10 @@ generate: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
+
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz --count $(COUNT) --seed $(SEED)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests TRITON_INTERPRET=1 $(BIN)/python -m fuzz --count $$(($(COUNT) / 40)) --seed $(SEED)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -14,7 +14,9 @@ from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.shift import limited_by_number, same_element, same_value
 
 # Operators that a normaliser starts from, by their bare names.
-NORMALISERS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp_", "special_softmax", "logsumexp"})
+NORMALISERS = frozenset({
+    "softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp_", "special_softmax", "logsumexp",
+})  # fmt: skip
 # Those of them that are no normaliser alone.
 PARTIAL = frozenset({"exp", "exp_", "logsumexp"})
 

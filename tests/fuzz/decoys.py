@@ -44,7 +44,6 @@ BEFORE = {
     "straight-through": "{s} = {s} + ({s}.round() - {s}).detach()",
     "first-kept": "{s} = torch.cat([{s}.narrow({d}, 0, 1), {s}.narrow({d}, 1, {t} - 1) * 2], {d})",
     "transposed": "{s} = {s}.transpose({x}, {d}).reshape({s}.shape)",
-    "diagonal-added": "{s} = {s} + torch.diag_embed({s}.amax({d})[..., :1].expand_as({s}.amax({d})))[..., :1, :1] * 0 + 1",
     "logits-noise": "{s} = {s} + {s}.detach().std()",
     "conditional": "{s} = torch.where({s}.amax({d}, keepdim=True) > 1, {s}, -{s})",
 }
@@ -102,7 +101,7 @@ NORMALISERS = {
     "sum-of-flipped": "e = {s}.exp()\n{p} = e / e.flip({x}).sum({d}, keepdim=True)",
     "part-of-more": "{p} = torch.cat([{s}, {s}], {d}).softmax({d}).narrow({d}, 0, {t})",
     "second-part": "{p} = torch.cat([{s} * 2, {s}], {d}).softmax({d}).narrow({d}, {t}, {t})",
-    "minus-maximum-of-half": "e = ({s} - ({s} * 0.5).amax({d}, keepdim=True)).exp()\n{p} = e / e.sum({d}, keepdim=True)",
+    "minus-maximum-of-half": "e = ({s} - ({s} / 2).amax({d}, True)).exp()\n{p} = e / e.sum({d}, keepdim=True)",
     "softmin": "{p} = F.softmin({s}, dim={d})",
     "base-two": "e = torch.exp2({s})\n{p} = e / e.sum({d}, keepdim=True)",
     "absolute-sum": "{p} = {s} / (1 + {s}.abs().sum({d}, keepdim=True))",
@@ -126,7 +125,8 @@ def decoy(draft: Draft) -> tuple[None, str]:
     where = draft.row({"before": BEFORE, "normaliser": NORMALISERS, "after": AFTER})
     for step in [draft.one((mask, bias, curve))] if draft.chance(2) else []:
         s = step(draft, s)
-    names = {"q": q.name, "k": k.name, "v": v.name, "s": s.name, "p": "p", "d": s.dim("t"), "x": s.dim("s"), "t": draft.size("t")}
+    names = {"q": q.name, "k": k.name, "v": v.name, "s": s.name, "p": "p"}
+    names |= {"d": str(s.dim("t")), "x": str(s.dim("s")), "t": draft.size("t")}
     if where is BEFORE or draft.chance(6):
         _say(draft, draft.row(BEFORE), names)
     if where is NORMALISERS:
@@ -142,6 +142,6 @@ def decoy(draft: Draft) -> tuple[None, str]:
     return None, ", ".join((out.name, *made))
 
 
-def _say(draft: Draft, lines: str, names: dict[str, object]) -> None:
+def _say(draft: Draft, lines: str, names: dict[str, str]) -> None:
     for line in lines.split("\n"):
         draft.say(line.format(**names))

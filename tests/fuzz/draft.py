@@ -1,12 +1,13 @@
 """`Draft`: a program while it is written, line by line, and the choices that are left to hypothesis.
 
-Tensors carry the names of their axes, as "b kg s d": batch, heads (as many as key-value heads k times groups g), queries
-and head dim. An axis of several letters is those axes in one.
+Tensors carry the names of their axes, as "b kg s d": batch, heads (as many as key-value heads k times groups g),
+queries and head dim. An axis of several letters is those axes in one.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -73,8 +74,8 @@ def _between(low: int, high: int) -> st.SearchStrategy[int]:
 class Draft:
     """symbolic: whether the program asks its inputs for batch size and lengths, as it must where they change.
 
-    refused: codes of the refusals that are right for what has been written. unshifted: whether exponentials may
-    overflow or vanish where those of differences from a row's maximum do not.
+    refused: codes of the refusals that are right for what has been written. certain: whether an attention has
+    to be found. left_open: whether rows that are not finite in float64 are left open by the contract.
     """
 
     draw: Callable[[st.SearchStrategy[Any]], Any]
@@ -83,7 +84,8 @@ class Draft:
     shape: Shape = Shape(("b",), "h")
     inputs: list[Input] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
-    unshifted: bool = False
+    certain: bool = True
+    left_open: bool = False
     lines: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     asked: dict[str, str] = field(default_factory=dict)
@@ -141,8 +143,8 @@ class Draft:
         if letter not in self.asked:
             if letter not in "bst":
                 return str(self.number(letter))
-            found = [(axis != letter, axis, f"{i.name}.shape[{n}]") for i in self.inputs for n, axis in enumerate(i.axes)]
-            found = [x for x in found if letter in x[1]]
+            places = ((axis, f"{i.name}.shape[{n}]") for i in self.inputs for n, axis in enumerate(i.axes))
+            found = [(len(axis), axis, text) for axis, text in places if letter in axis]
             if not found:
                 return self._size("s") if letter == "t" else str(self.number(letter))
             _, axis, text = min(found)
@@ -185,7 +187,8 @@ class Draft:
         moved = [n for n, d in enumerate(dims) if n != d]
         if len(moved) == 2:
             a, b = moved
-            spellings = [f"{x.name}.transpose({a}, {b})", f"{x.name}.transpose({a - len(dims)}, {b - len(dims)})", *spellings]
+            from_the_end = f"{x.name}.transpose({a - len(dims)}, {b - len(dims)})"
+            spellings = [f"{x.name}.transpose({a}, {b})", from_the_end, *spellings]
             spellings += [f"{x.name}.swapaxes({a}, {b})", f"{x.name}.movedim({a}, {b})"] if b == a + 1 else []
         return self.let(x.name, self.one(spellings), order)
 
@@ -216,7 +219,7 @@ class Draft:
 
 
 def _parts(axis: str, wanted: Axes) -> list[str]:
-    """An axis cut where the wanted axes begin and end: "kgd" is "k", "g" and "d" for "b k g d", and "kg", "d" for "kg d"."""
+    """An axis cut where the wanted axes begin and end: "kgd" is "k", "g", "d" for "b k g d", "kg", "d" for "kg d"."""
     cuts = {0, len(axis)}
     for other in wanted:
         overlap = "".join(letter for letter in axis if letter in other)
@@ -224,7 +227,7 @@ def _parts(axis: str, wanted: Axes) -> list[str]:
             start = axis.index(overlap)
             cuts |= {start, start + len(overlap)}
     places = sorted(cuts)
-    return [axis[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [axis[a:b] for a, b in itertools.pairwise(places)]
 
 
 def _parts_in(axis: str, present: Axes) -> list[str]:

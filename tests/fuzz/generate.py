@@ -1,4 +1,4 @@
-"""The strategy that puts programs together: which axes, layouts, products, scores, normalisers and endings they have."""
+"""The strategy that puts programs together, from their axes to how they end."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def programs(draw: Any, most_length: int = 40, dtypes: tuple[torch.dtype, ...] =
         lines=draft.body,
         sizes=tuple(calls),
         dtype=dtype,
-        sites=None if any(size[axis] == 1 for size in calls for axis in "td") else sites,
+        sites=sites if draft.certain and not any(size[axis] == 1 for size in calls for axis in "td") else None,
         refused=frozenset(draft.refused),
         trains=trains,
-        unshifted=draft.unshifted,
+        left_open=draft.left_open,
         labels=tuple(draft.labels),
     )
 
@@ -62,7 +62,8 @@ def _sizes(draft: Draft, most: int) -> Sizes:
     k, g = draft.one((2, 1, 3)), draft.one((2, 3, 1))
     return {
         "b": draft.one((2, 1, 3)), "w": 2, "h": draft.one((3, 1, 2, 4)), "k": k, "g": g, "s": s,
-        "t": s if draft.chance(2) else draft.one(lengths), "d": d, "e": d if draft.chance(2) else draft.one(DIMS), "c": 6,
+        "t": s if draft.chance(2) else draft.one(lengths), "c": 6,
+        "d": d, "e": d if draft.chance(2) else draft.one(DIMS),
     }  # fmt: skip
 
 

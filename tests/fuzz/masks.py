@@ -139,7 +139,10 @@ FILLS = {
     "finite": ("-1e4", "-30000.0", "-20.0"),
 }
 APPLIED = {
-    "filled": ("{s}.masked_fill(~{m}, {fill})", "{s}.masked_fill({m}.logical_not(), {fill})", "{s}.masked_fill({m} == 0, {fill})"),
+    "filled": (
+        "{s}.masked_fill(~{m}, {fill})", "{s}.masked_fill({m}.logical_not(), {fill})",
+        "{s}.masked_fill({m} == 0, {fill})",
+    ),
     "chosen": ("torch.where({m}, {s}, {fill})", "{s}.where({m}, {fill})", "torch.where(~{m}, {fill}, {s})"),
     "added": (
         "{s} + torch.zeros_like({m}, dtype={s}.dtype).masked_fill(~{m}, {fill})",
@@ -147,7 +150,7 @@ APPLIED = {
         "torch.zeros({m}.shape, dtype={s}.dtype).masked_fill_(~{m}, {fill}) + {s}",
     ),
     "filled-in-place": ("{s}.masked_fill_(~{m}, {fill})", "{s} = {s}.masked_fill_({m} == False, {fill})"),
-}
+}  # fmt: skip
 
 
 def mask(draft: Draft, s: Var) -> Var:
@@ -159,7 +162,7 @@ def mask(draft: Draft, s: Var) -> Var:
     if text != m.name:
         text = draft.let("m", text, s.axes).name
     line = spelling.format(s=s.name, m=text, fill=fill)
-    if "_(~{m}" in spelling and spelling.startswith("{s}.") or spelling.startswith("{s} ="):
+    if spelling in APPLIED["filled-in-place"]:
         draft.say(line)
         return s
     return draft.let("s", line, s.axes)
@@ -185,7 +188,8 @@ def _of_rows(draft: Draft) -> Var:
 def _slopes(draft: Draft) -> Var:
     """ALiBi, https://arxiv.org/abs/2108.12409"""
     _positions(draft)
-    distance = draft.let("far", draft.one(("j - i", "-(i - j).abs()", "(j - i) * 0.5", "(j - i).float().abs().neg()")), ("s", "t"))
+    spelling = draft.one(("j - i", "-(i - j).abs()", "(j - i) * 0.5", "(j - i).float().abs().neg()"))
+    distance = draft.let("far", spelling, ("s", "t"))
     if not draft.shape.head:
         return draft.let("bias", f"{distance.name} * 0.25", ("s", "t"))
     slopes = draft.given("slopes", (draft.shape.head,), "positive")
@@ -196,7 +200,8 @@ def _table(draft: Draft) -> Var:
     """A number for each clipped distance, by head."""
     head = (draft.shape.head,) if draft.shape.head else ()
     _positions(draft)
-    at = draft.let("at", draft.one(("(j - i).clamp(-3, 3) + 3", "torch.clamp(i - j, -3, 3) + 3", "(i - j).abs().clamp(max=6)")), ("s", "t"))
+    spelling = draft.one(("(j - i).clamp(-3, 3) + 3", "torch.clamp(i - j, -3, 3) + 3", "(i - j).abs().clamp(max=6)"))
+    at = draft.let("at", spelling, ("s", "t"))
     if draft.chance(2):
         table = draft.given("table", ("7", *head), "normal")
         looked = draft.one(("{table}[{at}]", "F.embedding({at}, {table})")) if head else "{table}[{at}]"
@@ -211,15 +216,6 @@ def _bucketed(draft: Draft) -> Var:
     head = (draft.shape.head,) if draft.shape.head else ()
     table = draft.given("table", ("5", *head), "normal")
     return draft.let("bias", f"{table.name}[{at.name}]", ("s", "t", *head))
-
-
-def _toeplitz(draft: Draft) -> Var:
-    """A number for each distance, by its position."""
-    _positions(draft)
-    s, t = draft.size("s"), draft.size("t")
-    table = draft.given("table", (*((draft.shape.head,) if draft.shape.head else ()), "l"), "normal")
-    at = ", ".join((*(":" for _ in table.axes[1:]), f"j - i + ({s} - 1)"))
-    return draft.let("bias", f"{table.name}[{at}][..., :{t}]", (*table.axes[:-1], "s", "t"))
 
 
 def _smooth(draft: Draft) -> Var:
@@ -274,7 +270,6 @@ CURVES = {
 }
 # Functions without a row in the table of operators.
 UNKNOWN = ("F.logsigmoid({s})", "F.softplus({s})", "{s}.atan()", "{s}.clamp(-4, 2).expm1()", "{s}.asinh()")
-
 
 
 def curve(draft: Draft, s: Var) -> Var:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from .draft import Draft, Shape, Var, axes
 from .program import Axes
 
-
 BATCHES = {"batch": "b", "no-batch": "", "windows": "b w"}
 HEADS = {"heads": "h", "grouped": "kg", "one-head": ""}
 
@@ -61,28 +60,28 @@ def _packed(draft: Draft) -> tuple[Var, Var, Var]:
     """One tensor that holds all three."""
     shape, head = draft.shape, _headed(draft.shape.head)
     spelling = draft.row(_PACKED)
-    name = draft.fresh("qkv")
     given, axes_of_part, line = spelling(shape.batch, head, len(shape.batch), draft)
-    x = draft.given(name, given, "normal")
-    draft.say(line.format(x=x.name))
+    x = draft.given("qkv", given, "normal")
+    names = [draft.fresh(letter) for letter in "qkv"]
+    draft.say(f"{', '.join(names)} = {line.format(x=x.name)}")
     key_axes = tuple("t" if axis == "s" else axis for axis in axes_of_part)
     value_axes = tuple(axis.replace("d", "e") for axis in key_axes)
-    return Var("q", axes_of_part), Var("k", key_axes), Var("v", value_axes)
+    return Var(names[0], axes_of_part), Var(names[1], key_axes), Var(names[2], value_axes)
 
 
 _PACKED: dict[str, Callable[[Axes, Axes, int, Draft], tuple[Axes, Axes, str]]] = {
-    "unbind": lambda b, h, n, _: ((*b, "s", "3", *h, "d"), (*b, "s", *h, "d"), f"q, k, v = {{x}}.unbind({n + 1})"),
-    "unbind-first": lambda b, h, n, _: (("3", *b, *h, "s", "d"), (*b, *h, "s", "d"), "q, k, v = {x}"),
+    "unbind": lambda b, h, n, _: ((*b, "s", "3", *h, "d"), (*b, "s", *h, "d"), f"{{x}}.unbind({n + 1})"),
+    "unbind-first": lambda b, h, n, _: (("3", *b, *h, "s", "d"), (*b, *h, "s", "d"), "{x}"),
     "indexed": lambda b, h, n, _: (
         (*b, "s", "3", *h, "d"), (*b, "s", *h, "d"),
-        f"q, k, v = ({{x}}.select({n + 1}, n) for n in range(3))",
+        f"({{x}}.select({n + 1}, n) for n in range(3))",
     ),
-    "chunk": lambda b, h, n, _: ((*b, "s", "".join(("3", *h, "d"))), (*b, "s", "".join((*h, "d"))), "q, k, v = {x}.chunk(3, -1)"),
+    "chunk": lambda b, h, n, _: ((*b, "s", "".join(("3", *h, "d"))), (*b, "s", "".join((*h, "d"))), "{x}.chunk(3, -1)"),
     "split": lambda b, h, n, draft: (
         (*b, "s", "".join(("3", *h, "d"))), (*b, "s", "".join((*h, "d"))),
-        f"q, k, v = {{x}}.split({draft.number(''.join((*h, 'd')))}, dim=-1)",
+        f"{{x}}.split({draft.number(''.join((*h, 'd')))}, dim=-1)",
     ),
-    "per-head": lambda b, h, n, _: ((*b, "s", *h, "3d"), (*b, "s", *h, "d"), "q, k, v = {x}.chunk(3, dim=-1)"),
+    "per-head": lambda b, h, n, _: ((*b, "s", *h, "3d"), (*b, "s", *h, "d"), "{x}.chunk(3, dim=-1)"),
 }  # fmt: skip
 
 

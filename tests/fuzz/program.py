@@ -55,9 +55,15 @@ class Input:
         shape = self.shape(sizes)
         last = shape[-1] if shape else 1
         return KINDS[self.kind].format(
-            shape=_listed(shape), longer=_listed((*shape[:-1], 2 * last)), turned=_listed((*shape[:-2], *shape[:-3:-1])),
-            shared=_listed((1, *shape[1:])), first=shape[0] if shape else 1, keys=sizes["t"], n=last, dtype=dtype,
-        )  # fmt: skip
+            shape=_listed(shape),
+            longer=_listed((*shape[:-1], 2 * last)),
+            turned=_listed((*shape[:-2], *shape[:-3:-1])),
+            shared=_listed((1, *shape[1:])),
+            first=shape[0] if shape else 1,
+            keys=sizes["t"],
+            n=last,
+            dtype=dtype,
+        )
 
 
 def _listed(shape: tuple[int, ...]) -> str:
@@ -71,8 +77,8 @@ class Program:
     lines: its body. sizes: the axes' lengths, for each call of it; more than one where lengths are dynamic.
     sites: how many attentions have to be found; None where a program only looks like attention.
     refused: the codes of refusals that are right instead.
-    trains: whether gradients are asked for. unshifted: whether its exponentials may overflow or vanish where those of
-    differences from a row's maximum do not.
+    trains: whether gradients are asked for. left_open: whether rows that are not finite in float64 are left open, as
+    where exponentials of scores overflow or vanish, and those of differences from a row's maximum do not.
     """
 
     inputs: tuple[Input, ...]
@@ -82,7 +88,7 @@ class Program:
     sites: int | None
     refused: frozenset[str] = frozenset()
     trains: bool = False
-    unshifted: bool = False
+    left_open: bool = False
     labels: tuple[str, ...] = field(default=(), compare=False)
 
     def __hash__(self) -> int:
@@ -90,7 +96,8 @@ class Program:
 
     @property
     def source(self) -> str:
-        return "\n".join((f"def attention({', '.join(i.name for i in self.inputs)}):", *(f"    {x}" for x in self.lines)))
+        first = f"def attention({', '.join(i.name for i in self.inputs)}):"
+        return "\n".join((first, *(f"    {line}" for line in self.lines)))
 
     def function(self) -> Callable[..., Any]:
         """The function, whose lines tracebacks and refusals can show."""

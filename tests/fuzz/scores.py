@@ -137,8 +137,8 @@ NUMBERS = ("0.5", "{d} ** -0.5", "1.0 / math.sqrt({d})", "math.sqrt(1.0 / {d})",
 
 def scale_operand(draft: Draft, x: Var) -> Var:
     number = draft.one(NUMBERS).format(d=draft.size("d"))
-    spelling = draft.one((f"{x.name} * ({number})", f"({number}) * {x.name}", f"{x.name} / (1 / ({number}))", f"{x.name}.mul({number})"))
-    return draft.let(x.name, spelling, x.axes)
+    spelling = draft.one(("{x} * ({n})", "({n}) * {x}", "{x} / (1 / ({n}))", "{x}.mul({n})"))
+    return draft.let(x.name, spelling.format(x=x.name, n=number), x.axes)
 
 
 def scale_scores(draft: Draft, s: Var) -> Var:

@@ -86,8 +86,10 @@ def normalise(draft: Draft, s: Var) -> Var:
     table = tables[kind]
     name = draft.one(tuple(table))
     draft.labels.append(name)
-    draft.unshifted |= name in UNSHIFTED
+    draft.left_open |= name in UNSHIFTED
     draft.refused |= {"log-sum-exp"} if table is BY_LOGARITHM else set()
+    # Products without a normaliser that are no score program are no attention, and nothing is said of them.
+    draft.certain &= table is not WITHOUT or "unknown-operator" not in draft.refused
     for line in table[name]:
         draft.say(line.format(s=s.name, d=d, p="p", t=draft.size("t")))
     return Var("p", s.axes)
@@ -119,12 +121,14 @@ def _sink(draft: Draft, s: Var, d: str) -> Var:
 # What becomes of weights before they meet the values
 
 ENDINGS = {
-    "not-dropped": ("F.dropout({p}, 0.1, training=False)", "F.dropout({p}, p=0.0)", "torch.nn.Dropout(0.3).eval()({p})"),
+    "not-dropped": (
+        "F.dropout({p}, 0.1, training=False)", "F.dropout({p}, p=0.0)", "torch.nn.Dropout(0.3).eval()({p})",
+    ),
     "limited": ("{p}.clamp(0, 1)", "{p}.clamp(max=1.0)", "{p}.clamp_min(0)"),
     "cleared": ("torch.nan_to_num({p})", "{p}.nan_to_num(0.0)", "torch.where({p}.isnan(), 0.0, {p})"),
     "times-number": ("{p} * 2", "{p} / 0.9", "-{p}", "0.5 * {p}"),
     "contiguous": ("{p}.contiguous()", "{p}.clone()", "{p}.type_as({p})"),
-}
+}  # fmt: skip
 
 
 def end(draft: Draft, p: Var) -> Var:
@@ -150,7 +154,13 @@ def _of_rows(draft: Draft, p: Var) -> Var:
 def _zeroed(draft: Draft, p: Var) -> Var:
     m = draft.row(KEPT)(draft)
     text = broadcast(draft, m, p.axes)
-    spelling = draft.one(("{p}.masked_fill(~{m}, 0.0)", "torch.where({m}, {p}, 0.0)", "{p} * {m}", "{p} * {m}.to({p}.dtype)"))
+    # Another mask than the scores' may meet rows of NaN, and one that the graph makes may be as large as they are.
+    draft.refused |= {"probability-mask", "probability-factor"}
+    # numerics.md, section 3: a tensor of floats is taken to leave each row a key.
+    draft.left_open |= any(x.kind == "infinite" for x in draft.inputs)
+    spelling = draft.one((
+        "{p}.masked_fill(~{m}, 0.0)", "torch.where({m}, {p}, 0.0)", "{p} * {m}", "{p} * {m}.to({p}.dtype)",
+    ))  # fmt: skip
     return draft.let("p", spelling.format(p=p.name, m=f"({text})"), p.axes)
 
 
@@ -177,7 +187,7 @@ def weigh(draft: Draft, p: Var, v: Var) -> Var:
 
 def _einsum(draft: Draft, p: Var, v: Var) -> Var:
     v = with_heads(draft, v, p.axes, ("t", "e"))
-    out = draft.one(((*outer_of(p.axes), "s", "e"), tuple(axis for axis in p.axes if axis != "t") + ("e",)))
+    out = draft.one(((*outer_of(p.axes), "s", "e"), (*(axis for axis in p.axes if axis != "t"), "e")))
     return einsum(draft, "out", p, v, out)
 
 
@@ -193,7 +203,8 @@ def _matmul(draft: Draft, p: Var, v: Var) -> Var:
 
 def _bmm(draft: Draft, p: Var, v: Var) -> Var:
     v = draft.arranged(with_heads(draft, v, p.axes, ("t", "e")), (p.axes[0], "t", "e"))
-    return draft.let("out", draft.one(("torch.bmm({p}, {v})", "{p}.bmm({v})")).format(p=p.name, v=v.name), (p.axes[0], "s", "e"))
+    spelling = draft.one(("torch.bmm({p}, {v})", "{p}.bmm({v})"))
+    return draft.let("out", spelling.format(p=p.name, v=v.name), (p.axes[0], "s", "e"))
 
 
 PRODUCTS: dict[str, Callable[[Draft, Var, Var], Var]] = {

@@ -172,6 +172,15 @@ def test_enable_gqa() -> None:
     assert score_of(site.spec) == f"(qk * {1 / math.sqrt(D)!r})"
 
 
+def test_enable_gqa_with_a_mask() -> None:
+    """The shape of the mask was held to that of scores whose heads were taken to broadcast, which raised."""
+    q, k, v = torch.randn(B, H, S, D), torch.randn(B, H // GROUPS, T, D), torch.randn(B, H // GROUPS, T, E)
+    for heads in (1, H):
+        m = torch.randn(B, heads, S, T)
+        site = only_site(lambda *x: F.scaled_dot_product_attention(*x, enable_gqa=True), q, k, v, m)
+        assert site.batch == (B, H // GROUPS, GROUPS)
+
+
 def test_fused_projection_is_read_in_place() -> None:
     """chunk and view of one qkv projection: three views of one tensor."""
 

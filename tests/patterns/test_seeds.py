@@ -1,0 +1,88 @@
+"""Where a search starts: exponentials and products that belong to an attention, and those that are something else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from graphs import matched, only_refusal, only_site, score_of
+
+S, D = 6, 8
+
+
+def qkv() -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(2, 4, S, D) for _ in range(3))
+
+
+def test_attentions_that_share_a_learned_temperature() -> None:
+    """The exponential of a temperature was taken for the normaliser of both, and the second was passed over."""
+
+    def fn(q: Any, k: Any, v: Any, tau: Any) -> Any:
+        scale = tau.exp()
+        first = (q @ k.mT * scale).softmax(-1) @ v
+        return (first @ k.mT * scale).softmax(-1) @ v
+
+    result = matched(fn, *qkv(), torch.randn(()))
+    assert len(result.sites) == 2
+    assert not result.refusals
+
+
+def test_a_reason_beside_the_exponential_of_something_else() -> None:
+    """A softmax behind the exponential of a bias was left alone without a refusal."""
+
+    def fn(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        far = torch.arange(S)[:, None] - torch.arange(S)
+        s = q @ k.mT + bias + torch.exp(-far.abs() / 4.0)
+        return torch.exp(s - s.logsumexp(-1, keepdim=True)) @ v
+
+    assert only_refusal(fn, *qkv(), torch.randn(S, S)).code == "log-sum-exp"
+
+
+def test_exponential_in_place() -> None:
+    """`exp_` started no search, so a softmax written in place was left alone without a refusal."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        s = q @ k.mT
+        s -= s.amax(-1, keepdim=True)
+        probs = s.exp_()
+        probs /= probs.sum(-1, keepdim=True)
+        return probs @ v
+
+    assert score_of(only_site(fn, *qkv()).spec) == "qk"
+
+
+def test_sum_to_the_power_of_minus_one() -> None:
+    """Only `reciprocal` and a division were read as a normaliser."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        e = (q @ k.mT - 1).exp()
+        return (e * e.sum(-1, keepdim=True) ** -1) @ v
+
+    only_site(fn, *qkv())
+
+
+def projected(x: Any, wq: Any, k: Any, v: Any, curve: Any) -> Any:
+    """Weights come from outside, so a layer is a product of activations, and its curve might make it an attention."""
+    return (curve(F.linear(x, wq)) @ k.mT).softmax(-1) @ v
+
+
+def test_curved_queries_are_no_attention_of_their_own() -> None:
+    """Curved queries times keys were taken as sigmoid attention, and that around it read what the rewrite erased."""
+    q, k, v = qkv()
+    weight = torch.randn(D, D)
+    site = only_site(lambda *xs: projected(*xs, curve=torch.tanh), q, weight, k, v)
+    assert site.q.node.name == "tanh"
+    assert site.spec.normaliser == "softmax"
+
+
+def test_scaled_queries_are_not_refused() -> None:
+    """`mul` in the queries counts as a curve, and the product of scores it led to was refused beside the site."""
+
+    def fn(x: Any, wq: Any, k: Any, v: Any) -> Any:
+        q = F.linear(x, wq).mul(0.3)
+        s = torch.baddbmm(q.new_empty(4, S, S), q, k.mT, beta=0, alpha=0.5)
+        return s.softmax(-1) @ v
+
+    x, k, v = (t[0] for t in qkv())
+    only_site(fn, x, torch.randn(D, D), k, v)
