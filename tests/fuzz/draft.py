@@ -74,8 +74,10 @@ def _between(low: int, high: int) -> st.SearchStrategy[int]:
 class Draft:
     """symbolic: whether the program asks its inputs for batch size and lengths, as it must where they change.
 
-    refused: codes of the refusals that are right for what has been written. certain: whether an attention has
-    to be found. left_open: whether rows that are not finite in float64 are left open by the contract.
+    made: what several attentions may share, by kind.
+    refused: codes of the refusals that are right for what has been written.
+    certain: whether an attention has to be found.
+    left_open: whether the contract leaves rows open that are not finite in float64.
     """
 
     draw: Callable[[st.SearchStrategy[Any]], Any]
@@ -83,6 +85,7 @@ class Draft:
     symbolic: bool
     shape: Shape = Shape(("b",), "h")
     inputs: list[Input] = field(default_factory=list)
+    made: dict[str, list[Var]] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
     certain: bool = True
     left_open: bool = False
@@ -106,6 +109,15 @@ class Draft:
         name = self.one(tuple(table))
         self.labels.append(name)
         return table[name]
+
+    def again(self, kind: str, make: Callable[[Draft], Var]) -> Var:
+        """One that was made before, such as the mask of another attention, or a new one."""
+        known = self.made.setdefault(kind, [])
+        if known and self.chance(2):
+            self.labels.append(f"shared-{kind}")
+            return self.one(known)
+        known.append(make(self))
+        return known[-1]
 
     # ---- writing
 

@@ -13,8 +13,8 @@ from .draft import Draft, Var
 from .masks import bias, curve, mask
 from .operands import choose_shape, frames, operands
 from .program import Program, Sizes
-from .scores import product, scale_operand, scale_scores
-from .weights import end, finish, normalise, weigh
+from .scores import product, scale_operand, scale_scores, second_product
+from .weights import end, finish, normalise, weigh, weigh_late
 
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LENGTHS = (5, 7, 1, 2, 3, 4, 6, 8, 9, 11, 13, 16, 17, 24, 31, 32, 33, 40)
@@ -62,7 +62,7 @@ def _sizes(draft: Draft, most: int) -> Sizes:
     k, g = draft.one((2, 1, 3)), draft.one((2, 3, 1))
     return {
         "b": draft.one((2, 1, 3)), "w": 2, "h": draft.one((3, 1, 2, 4)), "k": k, "g": g, "s": s,
-        "t": s if draft.chance(2) else draft.one(lengths), "c": 6,
+        "t": s if draft.chance(2) else draft.one(lengths), "c": 6, "m": 96, "r": draft.one((4, 1, 3)),
         "d": d, "e": d if draft.chance(2) else draft.one(DIMS),
     }  # fmt: skip
 
@@ -88,12 +88,29 @@ def _of(draft: Draft, q: Var, k: Var, v: Var) -> Var:
     if draft.chance(6):
         k = scale_operand(draft, k)
     s = product(draft, q, k, frame)
+    if draft.chance(12):
+        s = second_product(draft, s)
     for step in changes(draft):
         s = step(draft, s)
+    if draft.chance(40):
+        return finish(draft, weigh_late(draft, s, v))
     p = normalise(draft, s)
     if draft.chance(4):
         p = end(draft, p)
-    return finish(draft, weigh(draft, p, v))
+    if draft.chance(8):
+        p = draft.arranged(p, draft.row(frames(draft.shape)))
+    out = finish(draft, weigh(draft, p, v))
+    return draft.let("out", draft.one(AFTERWARDS).format(o=out.name), out.axes) if draft.chance(8) else out
+
+
+AFTERWARDS = (
+    "{o} * 2",
+    "{o} + {o}.mean()",
+    "{o}.relu()",
+    "{o}.float()",
+    "F.layer_norm({o}, {o}.shape[-1:])",
+    "{o}.clone()",
+)
 
 
 def _two(draft: Draft) -> tuple[int | None, str]:
@@ -108,9 +125,14 @@ def _two(draft: Draft) -> tuple[int | None, str]:
     return 2, f"{first.name}, {_of(draft, *(operands(draft) if kind == 1 else (q, k, v))).name}"
 
 
+def reframed(draft: Draft, s: Var) -> Var:
+    """The scores with other axes from here on, as where batch and heads are one only for a product."""
+    return draft.arranged(s, draft.row(frames(draft.shape)))
+
+
 def changes(draft: Draft) -> list[Callable[..., Any]]:
     """What is done to scores, in order."""
     steps: list[Callable[..., Any]] = [scale_scores] if draft.chance(2) else []
     for _ in range(draft.one((0, 1, 1, 2, 3))):
-        steps.append(draft.one((mask, mask, bias, bias, curve, scale_scores)))
+        steps.append(draft.one((mask, mask, bias, bias, curve, scale_scores, reframed)))
     return steps

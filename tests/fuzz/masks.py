@@ -110,6 +110,25 @@ def _moved(draft: Draft) -> Var:
     return keep if batch != ("1",) else draft.let("keep", f"{keep.name}[0]", ("s", "t"))
 
 
+def _buffer(draft: Draft) -> Var:
+    """A part of a square that is larger than any scores."""
+    x = draft.given("buffer", ("m", "m"), "triangle")
+    s, t = draft.size("s"), draft.size("t")
+    spelling = draft.one(
+        ("{x}[:{s}, :{t}]", "{x}[{m} - {s}:, {m} - {t}:]", "{x}[{t}:{t} + {s}, :{t}]", "{x}[5:][:{s}, 3:{t} + 3]")
+    )
+    return draft.let("keep", spelling.format(x=x.name, s=s, t=t, m=draft.size("m")), ("s", "t"))
+
+
+def _counted(draft: Draft) -> Var:
+    """Sequences that begin where a bit says so."""
+    starts = draft.given("starts", (*draft.shape.batch, "t"), "rarely")
+    ids = draft.let("ids", f"{starts.name}.cumsum(-1)", starts.axes)
+    if draft.sizes["s"] != draft.sizes["t"]:
+        return draft.let("keep", f"{ids.name} < 3", ids.axes)
+    return draft.let("keep", f"{ids.name}.unsqueeze(-1) == {ids.name}.unsqueeze(-2)", (*draft.shape.batch, "s", "t"))
+
+
 def _both(draft: Draft) -> Var:
     """Two conditions together."""
     left, right = draft.row(SIMPLE)(draft), draft.row(SIMPLE)(draft)
@@ -127,6 +146,8 @@ SIMPLE: dict[str, Callable[[Draft], Var]] = {
     "lengths": _lengths,
     "documents": _documents,
     "moved-positions": _moved,
+    "buffer": _buffer,
+    "counted-documents": _counted,
 }
 KEPT: dict[str, Callable[[Draft], Var]] = SIMPLE | {"two-masks": _both}
 
@@ -155,7 +176,7 @@ APPLIED = {
 
 def mask(draft: Draft, s: Var) -> Var:
     """A condition outside which scores are replaced, or a number is added to them."""
-    m = draft.row(KEPT)(draft)
+    m = draft.again("mask", lambda draft: draft.row(KEPT)(draft))
     fill = draft.one(draft.row(FILLS)).format(s=s.name)
     spelling = draft.one(draft.row(APPLIED))
     text = broadcast(draft, m, s.axes)
@@ -179,6 +200,15 @@ def _dense(draft: Draft) -> Var:
 def _given_minimal(draft: Draft) -> Var:
     """An additive mask that is made outside."""
     return draft.given("bias", _given_axes(draft), draft.one(("minimal", "infinite")))
+
+
+def _blended(draft: Draft) -> Var:
+    """As BERT's mask."""
+    x = draft.given("mask", _given_axes(draft), draft.one(("bits", "ones", "kept")))
+    spelling = draft.one(
+        ("(1.0 - {x}.float()) * -10000.0", "(1 - {x}.to(torch.float32)) * torch.finfo(torch.float32).min")
+    )
+    return draft.let("bias", spelling.format(x=x.name), x.axes)
 
 
 def _of_rows(draft: Draft) -> Var:
@@ -231,6 +261,7 @@ def _smooth(draft: Draft) -> Var:
 BIASES: dict[str, Callable[[Draft], Var]] = {
     "dense-bias": _dense,
     "additive-mask": _given_minimal,
+    "blended": _blended,
     "row-bias": _of_rows,
     "alibi": _slopes,
     "table": _table,
@@ -241,7 +272,7 @@ BIASES: dict[str, Callable[[Draft], Var]] = {
 
 def bias(draft: Draft, s: Var) -> Var:
     """Something added to the scores."""
-    b = draft.row(BIASES)(draft)
+    b = draft.again("bias", lambda draft: draft.row(BIASES)(draft))
     text = broadcast(draft, b, s.axes)
     spelling = draft.one((
         "{s} + {b}", "{b} + {s}", "torch.add({s}, {b})", "{s} - (-({b}))", "{s} + ({b}).to({s}.dtype)",

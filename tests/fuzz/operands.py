@@ -115,9 +115,22 @@ _TOUCHED: dict[str, Callable[[Draft, Var], Var]] = {
     "normalised": lambda draft, x: draft.let(x.name, f"F.normalize({x.name}, dim=-1)", x.axes),
     "rolled": lambda draft, x: draft.let(x.name, f"{x.name}.roll(1, -1)", x.axes),
     "joined": lambda draft, x: draft.let(x.name, f"torch.cat([{x.name}[..., :1], {x.name}[..., 1:]], -1)", x.axes),
+    "rotated": lambda draft, x: rotated(draft, x),
     "activated": lambda draft, x: draft.let(x.name, f"{x.name}.tanh()", x.axes),
     "shifted": lambda draft, x: draft.let(x.name, f"{x.name} + 1", x.axes),
 }
+
+
+def rotated(draft: Draft, x: Var) -> Var:
+    """Rotary positions, but for which elements are paired."""
+    row = next((axis for axis in ("s", "t") if axis in x.axes[:-1]), None)
+    if row is None or len(x.axes[-1]) > 1:
+        return x
+    tables = [draft.given(name, (row, x.axes[-1]), "normal").name for name in ("cos", "sin")]
+    items = ", ".join(":" if axis in (row, x.axes[-1]) else "None" for axis in x.axes)
+    cos, sin = (f"{name}[{items}]" for name in tables)
+    turned = f"torch.cat([-{x.name}[..., 1:], {x.name}[..., :1]], -1)"
+    return draft.let(x.name, f"{x.name} * {cos} + {turned} * {sin}", x.axes)
 
 
 def repeated(draft: Draft, x: Var) -> Var:

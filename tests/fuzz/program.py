@@ -27,6 +27,7 @@ KINDS: Mapping[str, str] = {
     "kept": "torch.rand({shape}) < 0.7",
     "mostly": "torch.rand({shape}) < 0.97",
     "rarely": "torch.rand({shape}) < 0.2",
+    "triangle": "torch.ones({shape}).tril().bool()",
     "bits": "(torch.rand({shape}) < 0.7).long()",
     "ones": "(torch.rand({shape}) < 0.7).to({dtype})",
     "infinite": "torch.zeros({shape}).masked_fill(torch.rand({shape}) < 0.2, -math.inf).to({dtype})",

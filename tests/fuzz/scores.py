@@ -126,6 +126,17 @@ def _bmm(draft: Draft, q: Var, k: Var, frame: Axes) -> Var:
     return draft.let("s", spelling, frame)
 
 
+def second_product(draft: Draft, s: Var) -> Var:
+    """One more product of other queries and keys, added: with heads of their own, or keys for all heads."""
+    outer = draft.shape.outer
+    keys = draft.one((outer, draft.shape.batch))
+    q, k = draft.given("q", (*outer, "s", "r"), "normal"), draft.given("k", (*keys, "t", "r"), "normal")
+    apart = (*outer, "s", "t")
+    more = einsum(draft, "more", q, k, apart)
+    text = broadcast(draft, more, s.axes)
+    return draft.let("s", draft.one(("{s} + {m}", "{m} + {s}")).format(s=s.name, m=f"({text})"), s.axes)
+
+
 PRODUCTS: dict[str, Callable[[Draft, Var, Var, Axes], Var]] = {"matmul": _matmul, "einsum": _einsum, "bmm": _bmm}
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -168,11 +179,17 @@ def _tensor_number(draft: Draft, s: Var) -> Var:
 
 
 def _learned(draft: Draft, s: Var) -> Var:
+    t = draft.again("temperature", _temperature)
+    text = broadcast(draft, t, s.axes) if t.axes else t.name
+    spelling = draft.one(("{s} * {t}", "{s} / {t}", "{t} * {s}"))
+    return draft.let("s", spelling.format(s=s.name, t=text), s.axes)
+
+
+def _temperature(draft: Draft) -> Var:
     own = draft.one(((), (draft.shape.head,))) if draft.shape.head else ()
     t = draft.given("tau", own, "positive")
-    text = broadcast(draft, t, s.axes) if own else t.name
-    spelling = draft.one(("{s} * {t}", "{s} / {t}", "{s} * {t}.exp()", "{s} * {t}.clamp(max=1.2)"))
-    return draft.let("s", spelling.format(s=s.name, t=text), s.axes)
+    spelling = draft.one(("{t}", "{t}.exp()", "{t}.clamp(max=1.2)", "{t}.clamp(max=1.1).exp()", "{t}.sigmoid()"))
+    return draft.let("tau", spelling.format(t=t.name), own)
 
 
 SCALES: dict[str, Callable[[Draft, Var], Var]] = {

@@ -176,7 +176,7 @@ _FACTORS: dict[str, Callable[[Draft, Var], Var]] = {
 
 def weigh(draft: Draft, p: Var, v: Var) -> Var:
     """The output, with the axes of the scores and the values' dim in the place of the keys."""
-    p = draft.let("p", draft.one((f"{p.name}.to({v.name}.dtype)", f"{p.name}.type_as({v.name})")), p.axes)
+    p = draft.let(p.name, draft.one((f"{p.name}.to({v.name}.dtype)", f"{p.name}.type_as({v.name})")), p.axes)
     rows = dict(PRODUCTS)
     if len(p.axes) != 3 or p.axes[1:] != ("s", "t"):
         del rows["value-bmm"]
@@ -205,6 +205,17 @@ def _bmm(draft: Draft, p: Var, v: Var) -> Var:
     v = draft.arranged(with_heads(draft, v, p.axes, ("t", "e")), (p.axes[0], "t", "e"))
     spelling = draft.one(("torch.bmm({p}, {v})", "{p}.bmm({v})"))
     return draft.let("out", spelling.format(p=p.name, v=v.name), (p.axes[0], "s", "e"))
+
+
+def weigh_late(draft: Draft, s: Var, v: Var) -> Var:
+    """Exponentials times values, divided by their sums only then: what is read twice has to exist."""
+    draft.labels.append("late")
+    draft.refused.add("probabilities-used")
+    d = s.dim("t")
+    e = draft.let("e", f"({s.name} - {s.name}.amax({d}, keepdim=True)).exp()", s.axes)
+    out = weigh(draft, e, v)
+    total = draft.let("total", f"{e.name}.sum({d}).to({v.name}.dtype)", tuple(axis for axis in s.axes if axis != "t"))
+    return draft.let("out", f"{out.name} / {broadcast(draft, total, out.axes)}", out.axes)
 
 
 PRODUCTS: dict[str, Callable[[Draft, Var, Var], Var]] = {
