@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .biases import bias, curve
 from .draft import Draft, Var
-from .masks import bias, curve, mask
+from .masks import mask
 from .operands import frames, operands
 from .scores import product, scale_scores
 from .weights import finish, normalise, weigh

@@ -9,8 +9,9 @@ import torch
 from hypothesis import strategies as st
 
 from . import decoys, fused
+from .biases import bias, curve
 from .draft import Draft, Var
-from .masks import bias, curve, mask
+from .masks import mask
 from .operands import choose_shape, frames, operands
 from .program import Program, Sizes
 from .scores import product, scale_operand, scale_scores, second_product

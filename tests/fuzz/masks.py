@@ -1,4 +1,4 @@
-"""Masks and biases: what a score is replaced by or added to, from positions or from inputs."""
+"""Masks: what scores are replaced by outside a condition on positions or inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PREDICATES = {
     "streaming": "(j <= i) & ((i - j < 3) | (j < 2))",
     "blocks": "j < (i // 4 + 1) * 4",
     "odd": "(i + j) % 2 == 0",
-    "even-keys": "j % 2 == 0",
+    "even-keys": "(j % 2 == 0) & (i >= 0)",
     "not-itself": "i != j",
     "first-queries": "(i > 1) | (j == 0)",
     "xor": "(j <= i) ^ (j < 2)",
@@ -36,7 +36,8 @@ PREDICATES = {
 }
 
 
-def _positions(draft: Draft) -> None:
+def positions(draft: Draft) -> None:
+    """Lines that make i and j, the positions of queries and keys."""
     i = draft.one(("torch.arange({s})[:, None]", "torch.arange({s}).unsqueeze(1)", "torch.arange({s}).view(-1, 1)"))
     j = draft.one(("torch.arange({t})[None, :]", "torch.arange({t})", "torch.arange({t}).unsqueeze(0)"))
     sizes = {"s": draft.size("s"), "t": draft.size("t")}
@@ -45,7 +46,7 @@ def _positions(draft: Draft) -> None:
 
 def _of_positions(draft: Draft) -> Var:
     predicate = draft.row(PREDICATES)
-    _positions(draft)
+    positions(draft)
     return draft.let("keep", predicate.format(s=draft.size("s"), t=draft.size("t")), ("s", "t"))
 
 
@@ -60,7 +61,7 @@ def _triangle(draft: Draft) -> Var:
     return draft.let("keep", spelling.format(s=s, t=t), ("s", "t"))
 
 
-def _given_axes(draft: Draft) -> Axes:
+def given_axes(draft: Draft) -> Axes:
     """Some axes of the scores, the keys among them."""
     outer = draft.shape.outer
     batch = draft.shape.batch
@@ -71,11 +72,11 @@ def _given_axes(draft: Draft) -> Axes:
 
 
 def _given(draft: Draft) -> Var:
-    return draft.given("keep", _given_axes(draft), draft.one(("kept", "mostly", "rarely")))
+    return draft.given("keep", given_axes(draft), draft.one(("kept", "mostly", "rarely")))
 
 
 def _given_bits(draft: Draft) -> Var:
-    x = draft.given("mask", _given_axes(draft), draft.one(("bits", "ones")))
+    x = draft.given("mask", given_axes(draft), draft.one(("bits", "ones")))
     spelling = draft.one(("{x} == 1", "{x} != 0", "{x}.bool()", "~({x} == 0)", "{x} > 0", "{x}.to(torch.bool)"))
     return draft.let("keep", spelling.format(x=x.name), x.axes)
 
@@ -187,125 +188,3 @@ def mask(draft: Draft, s: Var) -> Var:
         draft.say(line)
         return s
     return draft.let("s", line, s.axes)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Biases
-
-
-def _dense(draft: Draft) -> Var:
-    return draft.given("bias", _given_axes(draft), draft.one(("normal", "weights")))
-
-
-def _given_minimal(draft: Draft) -> Var:
-    """An additive mask that is made outside."""
-    return draft.given("bias", _given_axes(draft), draft.one(("minimal", "infinite")))
-
-
-def _blended(draft: Draft) -> Var:
-    """As BERT's mask."""
-    x = draft.given("mask", _given_axes(draft), draft.one(("bits", "ones", "kept")))
-    spelling = draft.one(
-        ("(1.0 - {x}.float()) * -10000.0", "(1 - {x}.to(torch.float32)) * torch.finfo(torch.float32).min")
-    )
-    return draft.let("bias", spelling.format(x=x.name), x.axes)
-
-
-def _of_rows(draft: Draft) -> Var:
-    return draft.given("bias", draft.one((("s",), (*draft.shape.outer, "s"))), "normal")
-
-
-def _slopes(draft: Draft) -> Var:
-    """ALiBi, https://arxiv.org/abs/2108.12409"""
-    _positions(draft)
-    spelling = draft.one(("j - i", "-(i - j).abs()", "(j - i) * 0.5", "(j - i).float().abs().neg()"))
-    distance = draft.let("far", spelling, ("s", "t"))
-    if not draft.shape.head:
-        return draft.let("bias", f"{distance.name} * 0.25", ("s", "t"))
-    slopes = draft.given("slopes", (draft.shape.head,), "positive")
-    return draft.let("bias", f"{slopes.name}[:, None, None] * {distance.name}", (draft.shape.head, "s", "t"))
-
-
-def _table(draft: Draft) -> Var:
-    """A number for each clipped distance, by head."""
-    head = (draft.shape.head,) if draft.shape.head else ()
-    _positions(draft)
-    spelling = draft.one(("(j - i).clamp(-3, 3) + 3", "torch.clamp(i - j, -3, 3) + 3", "(i - j).abs().clamp(max=6)"))
-    at = draft.let("at", spelling, ("s", "t"))
-    if draft.chance(2):
-        table = draft.given("table", ("7", *head), "normal")
-        looked = draft.one(("{table}[{at}]", "F.embedding({at}, {table})")) if head else "{table}[{at}]"
-        return draft.let("bias", looked.format(table=table.name, at=at.name), ("s", "t", *head))
-    table = draft.given("table", (*head, "7"), "normal")
-    return draft.let("bias", f"{table.name}[{', '.join((*(':' for _ in head), at.name))}]", (*head, "s", "t"))
-
-
-def _bucketed(draft: Draft) -> Var:
-    """A table at positions that are given."""
-    at = draft.given("at", ("s", "t"), "buckets")
-    head = (draft.shape.head,) if draft.shape.head else ()
-    table = draft.given("table", ("5", *head), "normal")
-    return draft.let("bias", f"{table.name}[{at.name}]", ("s", "t", *head))
-
-
-def _smooth(draft: Draft) -> Var:
-    _positions(draft)
-    spelling = draft.one((
-        "torch.log1p((i - j).abs().float())", "-((i - j) ** 2).float() / 9", "(i - j).float().tanh()",
-        "torch.exp(-(i - j).abs() / 4.0)", "torch.cos((i - j) * 0.3)", "1.0 / (1 + (i - j).abs())",
-        "torch.sqrt((i - j).abs().float() + 1)",
-    ))  # fmt: skip
-    return draft.let("bias", spelling, ("s", "t"))
-
-
-BIASES: dict[str, Callable[[Draft], Var]] = {
-    "dense-bias": _dense,
-    "additive-mask": _given_minimal,
-    "blended": _blended,
-    "row-bias": _of_rows,
-    "alibi": _slopes,
-    "table": _table,
-    "looked-up": _bucketed,
-    "smooth": _smooth,
-}
-
-
-def bias(draft: Draft, s: Var) -> Var:
-    """Something added to the scores."""
-    b = draft.again("bias", lambda draft: draft.row(BIASES)(draft))
-    text = broadcast(draft, b, s.axes)
-    spelling = draft.one((
-        "{s} + {b}", "{b} + {s}", "torch.add({s}, {b})", "{s} - (-({b}))", "{s} + ({b}).to({s}.dtype)",
-        "{s} + 0.5 * {b}",
-    ))  # fmt: skip
-    if draft.chance(8):
-        draft.say(draft.one(("{s} += {b}", "{s}.add_({b})")).format(s=s.name, b=text))
-        return s
-    return draft.let("s", spelling.format(s=s.name, b=text), s.axes)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Functions of the score
-
-CURVES = {
-    "soft-cap": ("20.0 * torch.tanh({s} / 20.0)", "({s} / 5).tanh() * 5", "torch.tanh({s} * 0.1).mul(10)"),
-    "clamped": ("{s}.clamp(-5, 5)", "torch.clamp({s}, max=3.0)", "{s}.clamp_min(-2)"),
-    "absolute": ("{s}.abs()", "-{s}.abs()"),
-    "rectified": ("F.relu({s})", "{s}.relu()", "F.leaky_relu({s}, 0.1)", "F.gelu({s})", "F.silu({s})"),
-    "squared": ("-({s} ** 2)", "-{s}.square()", "-{s} * {s}", "{s} * {s}.sigmoid()"),
-    "sigmoid-score": ("{s}.sigmoid()", "{s}.sigmoid().log()"),
-    "periodic": ("{s}.sin()", "torch.cos({s})"),
-    "shifted": ("{s} + 1.0", "1 - {s}", "-{s}", "{s} - 3"),
-    "upcast": ("{s}.float()", "{s}.to(torch.float32)"),
-    "limited-exponential": ("torch.exp({s}.clamp(max=2))", "{s}.clamp(max=1).exp()"),
-}
-# Functions without a row in the table of operators.
-UNKNOWN = ("F.logsigmoid({s})", "F.softplus({s})", "{s}.atan()", "{s}.clamp(-4, 2).expm1()", "{s}.asinh()")
-
-
-def curve(draft: Draft, s: Var) -> Var:
-    """The score under a function."""
-    if draft.chance(20):
-        draft.refused.add("unknown-operator")
-        return draft.let("s", draft.one(UNKNOWN).format(s=s.name), s.axes)
-    return draft.let("s", draft.one(draft.row(CURVES)).format(s=s.name), s.axes)
