@@ -28,7 +28,7 @@ def _blended(draft: Draft) -> Var:
 
 
 def _of_rows(draft: Draft) -> Var:
-    return draft.given("bias", draft.one((("s",), (*draft.shape.outer, "s"))), "normal")
+    return draft.given("bias", draft.one((("s",), (*draft.shape.outer, "s"))), "offsets")
 
 
 def _slopes(draft: Draft) -> Var:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numerics import assert_close_to_exact
 
 import flashfuse
 
-from .program import Program
+from .program import WITHOUT_GRADIENT, Program
 
 # Of how many inputs together a result is judged that one of them did not pass: few numbers may be near by luck.
 DRAWS = 12
@@ -89,28 +90,25 @@ class Call:
                 wide = way(self.function, [_double(x) for x in inputs])
         except Exception as error:
             raise Invalid(f"{type(error).__name__}: {error}") from error
-        given = [x.clone() for x in inputs]
-        self._mark(given)
-        return [way(self.compiled, given), eager, wide]
+        return [way(self._marked, [x.clone() for x in inputs]), eager, wide]
 
     def _trained(self, inputs: list[torch.Tensor]) -> list[Results]:
         """With gradients; nothing where eager code writes over what its own gradients need."""
         with torch.enable_grad():
             try:
-                return self._run(inputs, gradients)
+                return self._run(inputs, functools.partial(gradients, program=self.program))
             except Invalid as error:
                 if "modified by an inplace operation" not in str(error) and "does not require grad" not in str(error):
                     raise
                 return []
 
-    def _mark(self, inputs: Sequence[torch.Tensor]) -> None:
-        """Batch size and lengths are dynamic where they change."""
-        if len(self.program.sizes) == 1:
-            return
-        for x, made in zip(inputs, self.program.inputs, strict=True):
-            for dim, axis in enumerate(made.axes):
-                if set(axis) & set("bst"):
-                    torch._dynamo.maybe_mark_dynamic(x, dim)
+    def _marked(self, *inputs: torch.Tensor) -> Any:
+        """The compiled program, told that batch size and lengths are dynamic where they change."""
+        axes = [x.axes if len(self.program.sizes) > 1 else () for x in self.program.inputs]
+        for x, own in zip(inputs, axes, strict=True):
+            for dim in (n for n, axis in enumerate(own) if set(axis) & set("bst")):
+                torch._dynamo.maybe_mark_dynamic(x, dim)
+        return self.compiled(*inputs)
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
@@ -129,9 +127,10 @@ def outputs(run: Run, inputs: list[torch.Tensor]) -> Results:
     return [x.detach() for x in (*results, *inputs) if x.is_floating_point()]
 
 
-def gradients(run: Run, inputs: list[torch.Tensor]) -> Results:
-    """The same, and the gradients of floating-point inputs for a random one of each result."""
-    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+def gradients(run: Run, inputs: list[torch.Tensor], program: Program) -> Results:
+    """The same, and the gradients of inputs for a random one of each result."""
+    learned = [x.kind not in WITHOUT_GRADIENT for x in program.inputs]
+    leaves = [x.requires_grad_(x.is_floating_point() and y) for x, y in zip(inputs, learned, strict=True)]
     # A program may write into its inputs, and no leaf may be written.
     given = [x.clone() if x.is_floating_point() else x for x in leaves]
     found = run(*given)
@@ -139,8 +138,8 @@ def gradients(run: Run, inputs: list[torch.Tensor]) -> Results:
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in results]
     wanted = [x for x in leaves if x.requires_grad]
-    learned = torch.autograd.grad(results, wanted, grads, allow_unused=True)
-    return [*(x.detach() for x in (*results, *given) if x.is_floating_point()), *learned]
+    found = torch.autograd.grad(results, wanted, grads, allow_unused=True)
+    return [*(x.detach() for x in (*results, *given) if x.is_floating_point()), *found]
 
 
 def assert_right(results: Sequence[Results], program: Program) -> None:

@@ -17,6 +17,7 @@ Axes = tuple[str, ...]
 # What an input is made by: Python over its shape, the length of its last axis (n) and its element type.
 KINDS: Mapping[str, str] = {
     "normal": "torch.randn({shape}, dtype=torch.float64).to({dtype})",
+    "offsets": "torch.randn({shape}, dtype=torch.float64).to({dtype})",
     "large": "(4 * torch.randn({shape}, dtype=torch.float64)).to({dtype})",
     "weights": "(torch.randn({shape}, dtype=torch.float64) * 0.3).to({dtype})",
     "positive": "(torch.rand({shape}, dtype=torch.float64) + 0.5).to({dtype})",
@@ -37,8 +38,8 @@ KINDS: Mapping[str, str] = {
     "positions": "torch.arange({n}).expand({shape}) + torch.randint(0, 3, ({first}, 1))",
     "buckets": "torch.randint(0, 5, ({shape},))",
 }
-# Kinds of which a gradient can be asked for: inputs that are no views of others.
-LEARNED = frozenset({"normal", "large", "weights", "positive"})
+# What all keys of a row have in common has the gradient 0, and what is computed is rounding alone (numerics.md, 5).
+WITHOUT_GRADIENT = frozenset({"offsets"})
 
 
 @dataclass(frozen=True)
