@@ -58,10 +58,11 @@ def _table(draft: Draft) -> Var:
 
 def _bucketed(draft: Draft) -> Var:
     """A table at positions that are given."""
-    at = draft.given("at", ("s", "t"), "buckets")
+    own = draft.one(((), draft.shape.batch))
+    at = draft.given("at", (*own, "s", "t"), "buckets")
     head = (draft.shape.head,) if draft.shape.head else ()
     table = draft.given("table", ("5", *head), "normal")
-    return draft.let("bias", f"{table.name}[{at.name}]", ("s", "t", *head))
+    return draft.let("bias", f"{table.name}[{at.name}]", (*at.axes, *head))
 
 
 def _smooth(draft: Draft) -> Var:

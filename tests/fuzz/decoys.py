@@ -41,7 +41,11 @@ BEFORE = {
     "keys-written": "{k}.mul_(0.5)",
     "queries-written": "{q}.zero_()",
     "values-written": "{v}.add_(1.0)",
+    "detached-scores": "{s} = {s}.detach()",
+    "partly-detached": "{s} = {s} + ({s} * 0.5).detach()",
     "rounded": "{s} = {s}.round()",
+    "mask-written": "{mask}.logical_not_()",
+    "bias-written": "{bias}.add_(1)",
     "straight-through": "{s} = {s} + ({s}.round() - {s}).detach()",
     "first-kept": "{s} = torch.cat([{s}.narrow({d}, 0, 1), {s}.narrow({d}, 1, {t} - 1) * 2], {d})",
     "transposed": "{s} = {s}.transpose({x}, {d}).reshape({s}.shape)",
@@ -82,6 +86,10 @@ AFTER = {
     "queries-written-after": "{q}.mul_(2.0)",
     "scores-written-after": "{s}.zero_()",
     "scores-used-after": "extra = {s}.amax()",
+    "detached-weights": "{p} = {p}.detach()",
+    "detached-half": "{p} = {p} * 0.5 + ({p} * 0.5).detach()",
+    "mask-written-after": "{mask}.logical_not_()",
+    "bias-written-after": "{bias}.mul_(2)",
     "half": "{p} = {p}.to(torch.float16).to({p}.dtype)",
     "product-of-weights": "{p} = {p} * {p}.flip({d})",
     "difference": "{p} = {p} - {p}.flip({x})",
@@ -144,5 +152,10 @@ def decoy(draft: Draft) -> tuple[None, str]:
 
 
 def _say(draft: Draft, lines: str, names: dict[str, str]) -> None:
+    for kind in ("mask", "bias"):
+        made = draft.made.get(kind)
+        if f"{{{kind}}}" in lines and not made:
+            return
+        names = {**names, kind: made[0].name} if made else names
     for line in lines.split("\n"):
         draft.say(line.format(**names))

@@ -11,7 +11,7 @@ from .weights import finish
 
 def functional(draft: Draft) -> tuple[int, str]:
     """The call, with a mask, a bias, the causal one or none."""
-    q, k, v = operands(draft)
+    q, k, v = operands(draft, mixed=False)
     q = draft.arranged(q, (*draft.shape.outer, "s", "d"))
     settings = []
     grouped = draft.shape.head == "kg"

@@ -75,6 +75,12 @@ def _given(draft: Draft) -> Var:
     return draft.given("keep", given_axes(draft), draft.one(("kept", "mostly", "rarely")))
 
 
+def _compared(draft: Draft) -> Var:
+    x = draft.given("level", given_axes(draft), "normal")
+    spelling = draft.one(("{x} > 0", "{x} <= 0.5", "{x}.abs() < 1", "({x} > -1) & ({x} < 1)"))
+    return draft.let("keep", spelling.format(x=x.name), x.axes)
+
+
 def _given_bits(draft: Draft) -> Var:
     x = draft.given("mask", given_axes(draft), draft.one(("bits", "ones")))
     spelling = draft.one(("{x} == 1", "{x} != 0", "{x}.bool()", "~({x} == 0)", "{x} > 0", "{x}.to(torch.bool)"))
@@ -141,6 +147,7 @@ def _both(draft: Draft) -> Var:
 
 SIMPLE: dict[str, Callable[[Draft], Var]] = {
     "triangle": _triangle,
+    "compared": _compared,
     "positions": _of_positions,
     "given-mask": _given,
     "given-bits": _given_bits,
@@ -171,6 +178,7 @@ APPLIED = {
         "{s} + torch.where({m}, torch.zeros((), dtype={s}.dtype), {fill})",
         "torch.zeros({m}.shape, dtype={s}.dtype).masked_fill_(~{m}, {fill}) + {s}",
     ),
+    "assigned": ("{s}[~{m}.expand_as({s})] = {fill}", "{s}[({m} == 0).expand_as({s})] = {fill}"),
     "filled-in-place": ("{s}.masked_fill_(~{m}, {fill})", "{s} = {s}.masked_fill_({m} == False, {fill})"),
 }  # fmt: skip
 
@@ -180,11 +188,13 @@ def mask(draft: Draft, s: Var) -> Var:
     m = draft.again("mask", lambda draft: draft.row(KEPT)(draft))
     fill = draft.one(draft.row(FILLS)).format(s=s.name)
     spelling = draft.one(draft.row(APPLIED))
+    # An assignment writes through an index, and no node stands for what it leaves.
+    draft.refused |= {"unknown-operator"} if spelling in APPLIED["assigned"] else set()
     text = broadcast(draft, m, s.axes)
     if text != m.name:
         text = draft.let("m", text, s.axes).name
     line = spelling.format(s=s.name, m=text, fill=fill)
-    if spelling in APPLIED["filled-in-place"]:
+    if spelling in (*APPLIED["filled-in-place"], *APPLIED["assigned"]):
         draft.say(line)
         return s
     return draft.let("s", line, s.axes)

@@ -98,12 +98,21 @@ def _projected(draft: Draft) -> tuple[Var, Var, Var]:
     return q, k, v
 
 
-def operands(draft: Draft) -> tuple[Var, Var, Var]:
-    """q, k and v in some layout; keys and values with the heads they have."""
+def operands(draft: Draft, mixed: bool = True) -> tuple[Var, Var, Var]:
+    """q, k and v in some layout; keys and values with the heads they have.
+
+    mixed: whether the values may be of another type than queries and keys.
+    """
     if not draft.shape.own:
         q, k, v = _apart(draft)
     else:
         q, k, v = draft.one((_packed, _projected))(draft)
+    if draft.sizes["d"] == draft.sizes["e"] and draft.chance(16):
+        v = draft.let("v", k.name, tuple(axis.replace("d", "e") for axis in k.axes))
+    if mixed and draft.chance(20):
+        element = draft.one(("float32", "bfloat16", "float16"))
+        draft.refused.add("dtype")
+        q, k = (draft.let(x.name, f"{x.name}.to(torch.{element})", x.axes) for x in (q, k))
     q, k, v = (draft.row(_TOUCHED)(draft, x) if draft.chance(10) else x for x in (q, k, v))
     return q, k, v
 
@@ -116,6 +125,9 @@ _TOUCHED: dict[str, Callable[[Draft, Var], Var]] = {
     "rolled": lambda draft, x: draft.let(x.name, f"{x.name}.roll(1, -1)", x.axes),
     "joined": lambda draft, x: draft.let(x.name, f"torch.cat([{x.name}[..., :1], {x.name}[..., 1:]], -1)", x.axes),
     "rotated": lambda draft, x: rotated(draft, x),
+    "flipped": lambda draft, x: draft.let(x.name, f"{x.name}.flip({draft.one(range(len(x.axes)))})", x.axes),
+    "detached": lambda draft, x: draft.let(x.name, f"{x.name}.detach()", x.axes),
+    "sliced": lambda draft, x: draft.let(x.name, f"torch.cat([{x.name}, {x.name}])[: {x.name}.shape[0]]", x.axes),
     "activated": lambda draft, x: draft.let(x.name, f"{x.name}.tanh()", x.axes),
     "shifted": lambda draft, x: draft.let(x.name, f"{x.name} + 1", x.axes),
 }

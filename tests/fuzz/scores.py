@@ -119,6 +119,11 @@ def _bmm(draft: Draft, q: Var, k: Var, frame: Axes) -> Var:
     q = draft.arranged(q, (frame[0], "s", "d"))
     k = draft.arranged(with_heads(draft, k, frame, ("t", "d")), (frame[0], "t", "d"))
     keys = f"{k.name}.transpose(1, 2)"
+    if draft.chance(4):
+        added = draft.given("bias", draft.one((frame, ("s", "t"), (frame[0], "1", "t"))), "normal")
+        factors = draft.one(("", ", alpha=0.5", ", beta=0.5, alpha=0.3", ", beta=2"))
+        cast = f"{added.name}.to({q.name}.dtype)"
+        return draft.let("s", f"torch.baddbmm({cast}, {q.name}, {keys}{factors})", frame)
     spelling = draft.one((
         f"torch.bmm({q.name}, {keys})", f"{q.name}.bmm({keys})",
         f"torch.baddbmm({q.name}.new_empty({', '.join(map(draft.size, frame))}), {q.name}, {keys}, beta=0, alpha=0.5)",
