@@ -70,17 +70,14 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
             continue
         if site is not None:
             sites.append(site)
-            claimed.update(seeds)
+            # What other scores are made of too, as the curve of a temperature, is not taken.
+            claimed.update(seeds & {node, *site.chain})
     # What another attention's kernel takes over is none of its own: a product of curved queries with keys is its score.
     inside = {node for site in sites for node in site.chain}
     sites = [site for site in sites if site.node not in inside]
-    softmaxes = dict.fromkeys(unclaimed(graph, up, claimed))
-    curves = (n for n, why in refused.items() if n not in (*softmaxes, *claimed) and why.node not in inside)
-    refusals = [
-        _refusal(seed, refused.get(seed))
-        for seed in (*softmaxes, *(n for n in curves if _is_curve(up, n)))
-        if name_of(seed) not in PARTIAL or seed in refused
-    ]
+    left = [*unclaimed(graph, up, claimed)]
+    left += [n for n, why in refused.items() if n not in claimed and why.node not in inside and _is_curve(up, n)]
+    refusals = [_refusal(n, refused.get(n)) for n in dict.fromkeys(left) if name_of(n) not in PARTIAL or n in refused]
     return MatchResult(tuple(sites), tuple(refusals))
 
 

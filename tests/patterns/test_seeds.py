@@ -28,6 +28,21 @@ def test_attentions_that_share_a_learned_temperature() -> None:
     assert not result.refusals
 
 
+def test_attentions_that_share_a_temperature_of_their_tokens() -> None:
+    """The same of curves of a product, which belong to no attention: whatever an attention was made of was taken."""
+
+    def fn(q: Any, k: Any, v: Any, x: Any, w: Any) -> Any:
+        scale, gate = (x @ w).exp(), (x @ w).sigmoid()
+        first = (q @ k.mT * scale).softmax(-1) @ v
+        second = (first @ k.mT * scale).softmax(-1) @ v
+        third = torch.sigmoid(second @ k.mT * gate) @ v
+        return torch.sigmoid(third @ k.mT * gate) @ v
+
+    result = matched(fn, *qkv(), torch.randn(2, 4, S, D), torch.randn(D, 1))
+    assert [site.spec.normaliser for site in result.sites] == ["softmax", "softmax", "none", "none"]
+    assert not result.refusals
+
+
 def test_a_reason_beside_the_exponential_of_something_else() -> None:
     """A softmax behind the exponential of a bias was left alone without a refusal."""
 
