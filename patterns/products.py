@@ -98,11 +98,13 @@ def as_one_product(program: Expr, dots: Sequence[Dot], nodes: Sequence[fx.Node])
 
 
 def _smallest_with_all(program: Expr) -> Expr:
-    """The smallest sub-expression that holds every product."""
-    for child in program.children:
-        if _products(child) == _products(program) and not any(_products(c) for c in program.children if c is not child):
-            return _smallest_with_all(child)
-    return program
+    """The smallest sub-expression that no product is outside of; a function such as gelu may read it more than once."""
+    inside = [e for e in walk(program) if _products(e) == _products(program) and not _products(_without(program, e))]
+    return inside[-1]
+
+
+def _without(program: Expr, part: Expr) -> Expr:
+    return rewrite(program, lambda e: Const(e.dtype, 0.0) if e == part else None)
 
 
 def _products(expr: Expr) -> frozenset[int]:

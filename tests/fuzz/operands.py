@@ -111,7 +111,8 @@ def operands(draft: Draft, mixed: bool = True) -> tuple[Var, Var, Var]:
         v = draft.let("v", k.name, tuple(axis.replace("d", "e") for axis in k.axes))
     if mixed and draft.chance(20):
         element = draft.one(("float32", "bfloat16", "float16"))
-        draft.refused.add("dtype")
+        # float64 beside another type, and probabilities that are rounded to one narrower than the values'.
+        draft.refused |= {"dtype", "rounded"}
         q, k = (draft.let(x.name, f"{x.name}.to(torch.{element})", x.axes) for x in (q, k))
     q, k, v = (draft.row(_TOUCHED)(draft, x) if draft.chance(10) else x for x in (q, k, v))
     return q, k, v

@@ -84,6 +84,18 @@ def test_another_scale_goes_into_the_smaller_queries() -> None:
         check_fused(f, *latent())
 
 
+def test_a_sum_that_a_function_reads_twice() -> None:
+    """It was refused: the sum counted as the only place of the products where it stands once."""
+
+    def fn(q: Any, k: Any, qp: Any, kp: Any, v: Any) -> Any:
+        return attend(F.leaky_relu(q @ k.mT + qp @ kp.mT, 0.1), v)
+
+    site = only_site(fn, *latent())
+    assert site.head_dim == D + R
+    assert score_of(site.spec).count("qk") > 1
+    check_fused(fn, *latent())
+
+
 def test_three_products_with_a_mask_and_dynamic_sizes() -> None:
     def fn(q: Any, k: Any, qp: Any, kp: Any, v: Any, m: Any) -> Any:
         return attend((q @ k.mT + qp @ kp.mT + q @ (2 * k).mT) * 0.25 + m, v)
