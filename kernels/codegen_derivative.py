@@ -147,10 +147,24 @@ def _derivative(name: str, program: Expr, leaf: Leaf) -> Formulas:
 
 
 def _with_product(score: Expr, divisor: float) -> Formulas:
-    ((name, slope),) = _derivative("s", score, _product_of(score)).items()
+    product = _product_of(score)
+    name = f"ds/d{to_text(product)}"
     if divisor != 1.0:
         name = f"{name} / {divisor!r}"
-    return {"s": score, name: _divided(slope, divisor)}
+    return {"s": score, name: _divided(_slope(score, product), divisor)}
+
+
+def _slope(score: Expr, product: Product) -> Expr:
+    """The derivative of a score. That a mask has made it -inf the score itself tells: kept for a second use, the masks
+    of a tile take more registers than there are.
+    """
+    if isinstance(score, Pointwise) and score.op == "where":
+        _, *branches = score.args
+        for fill, kept in (branches, branches[::-1]):
+            if number(fill) == -math.inf:
+                masked = pointwise("eq", score, fill)
+                return pointwise("where", masked, const(0.0), derivative(kept, product))
+    return derivative(score, product)
 
 
 def _unmasked(spec: AttentionSpec, ranged: bool) -> Expr:

@@ -25,6 +25,32 @@ def store_rows(desc, n0, n1, n2, row, slot, x):
 
 
 @gluon.jit
+def column_buffers(TYPES: gl.constexpr, SLOTS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Shared memory for what is read for the columns of a tile: for each of some types [SLOTS, COLUMNS]."""
+    found = ()
+    for i in gl.static_range(len(TYPES)):
+        buffer = gl.allocate_shared_memory(TYPES[i], [SLOTS, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        found = found + (buffer,)  # noqa: RUF005
+    return found
+
+
+@gluon.jit
+def store_columns(buffers, slot, values):
+    """Values [COLUMNS] into a slot of each buffer."""
+    for i in gl.static_range(len(buffers)):
+        buffers[i].index(slot).store(values[i])
+
+
+@gluon.jit
+def load_columns(buffers, slot, LAYOUT: gl.constexpr):
+    """What a slot holds, [1, COLUMNS] beside tiles of a layout."""
+    found = ()
+    for i in gl.static_range(len(buffers)):
+        found = found + (buffers[i].index(slot).load(gl.SliceLayout(0, LAYOUT))[None, :],)  # noqa: RUF005
+    return found
+
+
+@gluon.jit
 def next_stage(stage, phase, STAGES: gl.constexpr):
     """The stage after this one in a ring, and the parity of the phase that is waited for there."""
     last = (stage == STAGES - 1).to(gl.int32)

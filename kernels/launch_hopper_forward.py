@@ -12,7 +12,16 @@ import torch
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_hopper import load_hopper_forward, pair_read
 from flashfuse.kernels.expr import Load, Product, walk
-from flashfuse.kernels.launch import LOG2_E, Device, device_index, device_of, in_torch, shape_of, subtracts_scores
+from flashfuse.kernels.launch import (
+    LOG2_E,
+    Device,
+    device_index,
+    device_of,
+    in_torch,
+    shape_of,
+    subtracts_scores,
+    triton_dtype,
+)
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
     MAX_SPREAD,
@@ -158,6 +167,8 @@ def forward_constants(
         "K_AXES": axes[1],
         "V_AXES": axes[2],
         "PAIRS_AT": program.pairs_at,
+        "COLUMNS": program.columns,
+        "COLUMN_TYPES": tuple(map(triton_dtype, program.column_types)),
         "PAIRS_AXES": axes[3],
         "SHARED_BATCH": program.shared_batch,
         "BLOCK_D": blocks[0],
