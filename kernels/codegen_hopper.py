@@ -9,21 +9,21 @@ the forward, queries in the backward, where a thread has 16 of them or more) the
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import sympy
 import torch
 
 from flashfuse.kernels.codegen import ScoreProgram, generate, load_program
 from flashfuse.kernels.codegen_backward import backward_source
 from flashfuse.kernels.codegen_derivative import generate_derivatives
+from flashfuse.kernels.columns import Columns
 from flashfuse.kernels.expr import Expr, Load, Loaded, free_symbols, loads, sympify
 from flashfuse.kernels.mask import kernel_spec
 from flashfuse.kernels.modules import finished, load_module
 from flashfuse.kernels.normal import rewrite
-from flashfuse.kernels.source import index_source, is_needed_everywhere, reads_body
+from flashfuse.kernels.source import index_source
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, to_text
 
 _NAMES = {
@@ -41,18 +41,6 @@ _NAMES = {
 _PAIR_TYPES = (torch.float16, torch.bfloat16)
 # Batch axes of a tensor that a tile of pairs is loaded from.
 _PAIR_AXES = 3
-# Bytes that there are for each column of a tile.
-_COLUMN_BYTES = 8
-
-_COLUMNS = '''"""What is read for columns: {reads}."""
-
-IMPORTS
-
-@triton.jit
-def columns_HASH(n0, n1, n2, n3, {position}, q_len, kv_len, sizes, captured, strides):
-    """For each position the elements that are read."""
-{body}
-'''
 
 _PAIRS_AT = '''"""Where a tile of {read} is."""
 
@@ -71,12 +59,14 @@ class HopperForwardProgram(ScoreProgram):
     number of products since.
 
     pairs_at: position in the batch -> that of the tile of pairs on three axes; None where none is loaded.
-    columns, column_types: what reads for keys, None where nothing is, and the element types of that.
+    columns, coded_rows, column_types, code_of: see `Columns`; the functions are None where there is nothing to read.
     """
 
     pairs_at: Any
     columns: Any
+    coded_rows: Any
     column_types: tuple[torch.dtype, ...]
+    code_of: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +74,16 @@ class HopperBackwardProgram:
     """See `DerivativeProgram` and `BackwardProgram`, whose functions these are, the former of what was read for queries
     too.
 
-    columns, column_types: what reads for queries, None where nothing is, and the element types of that.
+    columns, coded_rows, column_types, code_of: see `Columns`; the functions are None where there is nothing to read.
     """
 
     score_and_grad_masked: Any
     score_and_grad_full: Any
     query_bounds: Any
     columns: Any
+    coded_rows: Any
     column_types: tuple[torch.dtype, ...]
+    code_of: int | None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -99,10 +91,12 @@ def load_hopper_forward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) 
     """As `load_program`."""
     program = load_program(spec, ranged, fewer_queries)
     pairs = pair_read(spec)
+    others: dict[Expr, Expr] = {}
+    if pairs is not None:
+        others[pairs] = Loaded(pairs.dtype, pairs.tensor, pairs.indices, "pairs")
     own_spec = kernel_spec(spec, fewer_queries)
-    columns = _column_reads(own_spec, KV_IDX)
-    named = {read: f"columns[{i}]" for i, read in enumerate(columns)} | ({} if pairs is None else {pairs: "pairs"})
-    function = _module("score", *generate(_loading(own_spec, named), ranged, fewer_queries))
+    columns = Columns.of(own_spec.score, KV_IDX)
+    function = _module("score", *generate(_loading(own_spec, others | columns.made), ranged, fewer_queries))
     optional = ("sink", "row_factor", "row_kept")
     own = {
         **{name: function(name) for name in ("score_masked", "score_full", "kv_bounds")},
@@ -111,8 +105,9 @@ def load_hopper_forward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) 
     return HopperForwardProgram(
         **{**{field.name: getattr(program, field.name) for field in fields(program)}, **own},
         pairs_at=None if pairs is None else _module("pairs", *_pairs_at(pairs))("pairs_at"),
-        columns=_columns(columns, KV_IDX),
-        column_types=_element_types(columns),
+        **_functions(columns),
+        column_types=columns.types,
+        code_of=columns.code_of,
     )
 
 
@@ -129,39 +124,16 @@ def pair_read(spec: AttentionSpec) -> Load | None:
     return read if (row, column) == (Q_IDX, KV_IDX) and not along and len(outer) <= _PAIR_AXES else None
 
 
-def _column_reads(spec: AttentionSpec, column: sympy.Symbol) -> tuple[Load, ...]:
-    """The reads at one position of a tile alone, as far as there is room for what they read."""
-    found: list[Load] = []
-    for read in dict.fromkeys(loads(spec.score)):
-        alone = isinstance(read, Load) and free_symbols(read) & {Q_IDX, KV_IDX} == {column}
-        size = sum(dtype.itemsize for dtype in _element_types((*found, read)))
-        if alone and size <= _COLUMN_BYTES and is_needed_everywhere(spec.score, read):
-            found.append(read)
-    return tuple(found)
-
-
-def _columns(reads: Sequence[Load], column: sympy.Symbol) -> Any:
-    """The function that reads for columns."""
-    if not reads:
-        return None
-    text = ", ".join(map(to_text, reads))
-    source = _COLUMNS.format(reads=text, position=column.name, body=reads_body(reads))
-    return _module("columns", *finished(source, reads[0].dtype))("columns")
-
-
-def _element_types(reads: Sequence[Load]) -> tuple[torch.dtype, ...]:
-    """Of what `reads_body` gives for them."""
-    types = (torch.float32 if read.dtype.is_floating_point else read.dtype for read in reads)
-    return tuple(torch.int8 if dtype == torch.bool else dtype for dtype in types)
-
-
-def _loading(spec: AttentionSpec, named: Mapping[Expr, str]) -> AttentionSpec:
+def _loading(spec: AttentionSpec, made: Mapping[Expr, Expr]) -> AttentionSpec:
     """The spec for a kernel that makes some reads itself."""
+    return replace(spec, score=rewrite(spec.score, made.get)) if made else spec
 
-    def rule(e: Expr) -> Expr | None:
-        return Loaded(e.dtype, e.tensor, e.indices, named[e]) if isinstance(e, Load) and e in named else None
 
-    return replace(spec, score=rewrite(spec.score, rule)) if named else spec
+def _functions(columns: Columns) -> Mapping[str, Any]:
+    sources = columns.sources()
+    return {
+        name: _module(name, *sources[name])(name) if name in sources else None for name in ("columns", "coded_rows")
+    }
 
 
 def _pairs_at(read: Load) -> tuple[str, str]:
@@ -175,16 +147,16 @@ def _pairs_at(read: Load) -> tuple[str, str]:
 def load_hopper_backward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) -> HopperBackwardProgram:
     """Generate, write and import the functions of a spec, as `load_backward` does."""
     spec = kernel_spec(spec, fewer_queries)
-    columns = _column_reads(spec, Q_IDX)
-    named: dict[Expr, str] = {read: f"columns[{i}]" for i, read in enumerate(columns)}
-    derivatives = _module("derivatives", *generate_derivatives(_loading(spec, named), ranged))
+    columns = Columns.of(spec.score, Q_IDX)
+    derivatives = _module("derivatives", *generate_derivatives(_loading(spec, columns.made), ranged, by_score=True))
     bounds = _module("backward", *backward_source(spec))
     return HopperBackwardProgram(
         score_and_grad_masked=derivatives("score_and_grad_masked"),
         score_and_grad_full=derivatives("score_and_grad_full"),
         query_bounds=bounds("query_bounds"),
-        columns=_columns(columns, Q_IDX),
-        column_types=_element_types(columns),
+        **_functions(columns),
+        column_types=columns.types,
+        code_of=columns.code_of,
     )
 
 

@@ -30,6 +30,7 @@ from flashfuse.kernels.hopper_tiles import (
     load_rows,
     next_stage,
     opaque,
+    read_columns,
     store_columns,
     store_rows,
 )
@@ -58,15 +59,15 @@ def attention_hopper_backward_kernel(
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
     SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    FULL_MASKED: gl.constexpr, COLUMNS: gl.constexpr, COLUMN_TYPES: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    FULL_MASKED: gl.constexpr, COLUMNS: gl.constexpr, CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr,
+    COLUMN_TYPES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk_j = SLOPE sum_i ds_ij slope_ij q_i,  dv_j = sum_i p_ij grad_i,  dq_i += sum_j ds_ij slope_ij k_j.
 
     dq_desc [positions, Tq, D] holds zeros before, and has to be multiplied by SLOPE after; the other operands are
     [n0, n1, n2, T, D]. BLOCK_D: 64 or 128 columns, behind the last of which TMA gives zeros and writes nothing.
     FULL_MASKED: whether masks of data are left where others are not.
-    COLUMNS: what reads for queries, of COLUMN_TYPES; None where nothing is read for queries alone.
+    COLUMNS, CODED_ROWS, CODE_OF, COLUMN_TYPES: see `columns`.
     SPREAD: how many positions take a tile of keys before the next is begun; a divisor of their number.
     """
     dtype: gl.constexpr = q_desc.dtype
@@ -87,7 +88,7 @@ def attention_hopper_backward_kernel(
         gl.float32, [4 * STAGES * HALVES, HALF], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )  # fmt: skip
     # What is read for each query of those halves.
-    columns_s = column_buffers(COLUMN_TYPES, STAGES * HALVES, HALF)
+    columns_s = column_buffers(COLUMN_TYPES, CODE_OF, STAGES * HALVES, HALF)
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -107,18 +108,19 @@ def attention_hopper_backward_kernel(
                 0, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers, ranges_ptr, filled_ptr,
                 ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len,
                 sizes, captured, captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK,
-                FULL_MASKED, BLOCK_D, BLOCK_Q, SPREAD,
+                FULL_MASKED, CODE_OF, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_multiply, (
                 1, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers, ranges_ptr, filled_ptr,
                 ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len,
                 sizes, captured, captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK,
-                FULL_MASKED, BLOCK_D, BLOCK_Q, SPREAD,
+                FULL_MASKED, CODE_OF, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers,
                 ranges_ptr, filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2,
-                loop_3, q_len, kv_len, sizes, captured, captured_strides, QUERY_BOUNDS, SLACK, COLUMNS, BLOCK_Q, SPREAD,
+                loop_3, q_len, kv_len, sizes, captured, captured_strides, QUERY_BOUNDS, SLACK, COLUMNS,
+                CODED_ROWS, CODE_OF, BLOCK_Q, SPREAD,
             )),
         ],
         [4, 1],
@@ -178,12 +180,13 @@ def _load(
     q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers, ranges_ptr,
     filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len,
     sizes, captured, captured_strides, QUERY_BOUNDS: gl.constexpr, SLACK: gl.constexpr, COLUMNS: gl.constexpr,
-    BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """Keys and values once, and tiles of queries with their gradients and numbers as slots become free."""
     keys_full, full, empty = barriers
     HALVES: gl.constexpr = BLOCK_Q // HALF
     row = gl.arange(0, HALF, gl.BlockedLayout([2], [32], [1], [0]))
+    keys = gl.arange(0, BLOCK_KV, gl.BlockedLayout([4], [32], [1], [0]))
     kv_start, n0, n1, n2, n3 = _owned(batch_0, batch_1, batch_2, batch_3, kv_len, SPREAD)
     mbarrier.expect(keys_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
     for group in gl.static_range(2):
@@ -201,6 +204,7 @@ def _load(
             kv_start, position, m0, m1, m2, m3, ranges_ptr, filled_ptr, ranges_strides, q_len, kv_len, sizes,
             QUERY_BOUNDS, BLOCK_Q,
         )  # fmt: skip
+        at = (m0, m1, m2, m3, q_len, kv_len, sizes)
         for q_start in range(start, end, BLOCK_Q):
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), q_desc.block_type.nbytes + grad_desc.block_type.nbytes)
@@ -215,10 +219,11 @@ def _load(
                 if SLACK is not None:
                     shares = gl.load(numbers + SHARE * planes + half * HALF + row)
                     rows_s.index(4 * HALVES * stage + 2 * HALVES + half).store(shares)
-                if COLUMNS is not None:
-                    q_idx = gl.minimum(q_start + half * HALF + row, q_len - 1)
-                    columns = COLUMNS(m0, m1, m2, m3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
-                    store_columns(columns_s, HALVES * stage + half, columns)
+                q_idx = gl.minimum(q_start + half * HALF + row, q_len - 1)
+                columns = read_columns(
+                    at, q_idx, kv_start + keys, captured, captured_strides, COLUMNS, CODED_ROWS, CODE_OF
+                )  # fmt: skip
+                store_columns(columns_s, HALVES * stage + half, columns)
             gl.thread_barrier()
             mbarrier.arrive(full.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
@@ -234,7 +239,8 @@ def _multiply(
     ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
     captured_strides, GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
     SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    FULL_MASKED: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    FULL_MASKED: gl.constexpr, CODE_OF: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr,
+    SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk, dv of the 64 keys of one group, and half of what the program's 128 keys add to dq."""
     keys_full, full, empty = barriers
@@ -272,7 +278,7 @@ def _multiply(
             q = q_s.index(stage)
             grad = grad_s.index(stage)
             first = 4 * HALVES * stage
-            of_queries = (rows_s, columns_s, stage)
+            of_queries = (rows_s, columns_s, stage, GROUP, CODE_OF)
             mbarrier.wait(full.index(stage), phase)
             if HALVES == 2:
                 # The products of the second half run under the exponentials of the first.
@@ -386,14 +392,14 @@ def _weights_of(
     """
     LAYOUT: gl.constexpr = qk.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    rows, columns_s, stage = of_queries
+    rows, columns_s, stage, group, code_of = of_queries
     number = 4 * HALVES * stage + half
     n0, n1, n2, n3, q_len, kv_len, sizes = at
     kv_idx = kv_start + gl.arange(0, GROUP_KV, gl.SliceLayout(1, LAYOUT))[:, None]
     q_idx = q_start + gl.arange(0, HALF, COLUMNS)[None, :]
     if ENDS:
         q_idx = gl.minimum(q_idx, q_len - 1)
-    columns = load_columns(columns_s, HALVES * stage + half, LAYOUT)
+    columns = load_columns((columns_s, HALVES * stage + half, group, code_of), LAYOUT)
     s, slope = GRADS(qk, columns, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
     minus_shift = rows.index(number).load(COLUMNS)[None, :]
     share = minus_shift

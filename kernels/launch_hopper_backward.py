@@ -118,6 +118,8 @@ def backward_constants(
         "SLACK": slack_in(spec, program),
         "FULL_MASKED": program.derivatives.full_where is not None,
         "COLUMNS": functions.columns,
+        "CODED_ROWS": functions.coded_rows,
+        "CODE_OF": functions.code_of,
         "COLUMN_TYPES": tuple(map(triton_dtype, functions.column_types)),
         "BLOCK_D": block,
         "BLOCK_Q": BLOCK_Q[block],

@@ -111,12 +111,10 @@ def stored_body(program: Expr) -> str:
     return indented([*writer.texts, f"return {result}"])
 
 
-def reads_body(reads: Sequence[Load]) -> str:
-    """Statements that return the elements of reads of rows or of keys as a tuple, for each position: numbers of 32 bits
-    where they are floating-point, of 8 where they are boolean.
-    """
+def reads_body(reads: Sequence[Load], types: Sequence[torch.dtype]) -> str:
+    """Statements that return the elements of reads of queries or of keys as a tuple, of these types."""
     writer = Writer(reads, torch.float32, keys_end=True)
-    found = [f"{writer.emit(read)}.to(tl.int8)" if read.dtype == torch.bool else writer.emit(read) for read in reads]
+    found = [f"{writer.emit(read)}.to(tl.{str(dtype)[6:]})" for read, dtype in zip(reads, types, strict=True)]
     return indented([*writer.texts, f"return ({', '.join(found)},)"])
 
 
