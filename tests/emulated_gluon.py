@@ -39,7 +39,8 @@ def tile(x: Any) -> Any:
 
 
 def number(x: Any) -> torch.Tensor:
-    return torch.tensor(x, dtype=torch.int32) if type(x) is int else torch.as_tensor(x)
+    narrow = type(x) is int and abs(x) < 2**31
+    return torch.tensor(x, dtype=torch.int32) if narrow else torch.as_tensor(x)
 
 
 class Pointer:
