@@ -8,6 +8,7 @@ What is left are look-ups, whose positions are sorted by element.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.evaluate import Tile, diagonals, overlaps, positions, strided
-from flashfuse.kernels.expr import Gather, Index, Load, free_symbols, sympify
+from flashfuse.kernels.expr import Expr, Gather, Index, Load, free_symbols, sympify
 from flashfuse.kernels.normal import index
 
 Axes = tuple[tuple[sympy.Symbol, range], ...]
@@ -45,13 +46,16 @@ def scatter_add(total: torch.Tensor, read: Load | Gather, values: torch.Tensor, 
         total.as_strided(*apart[:3]).add_(values.sum_to_size(apart.shape))
 
 
-def looks_up(total: torch.Tensor, read: Load | Gather, tile: Tile) -> bool:
-    """Whether `scatter_add` takes positions of elements for it, beside their values."""
-    found = _apart(total, read, tile).looked_up
-    if found and isinstance(read, Load):
+def look_ups(total: torch.Tensor, read: Load | Gather, tile: Tile) -> int:
+    """How many positions of elements `scatter_add` makes for it and sorts."""
+    apart = _apart(total, read, tile)
+    if apart.looked_up and isinstance(read, Load):
         indices, axes = _digits(read, tile.axes, tuple(tile.sizes.items()))
-        found = _apart(total, replace(read, indices=indices), replace(tile, axes=_flat(axes))).looked_up
-    return bool(found)
+        read, tile = replace(read, indices=indices), replace(tile, axes=_flat(axes))
+        apart = _apart(total, read, tile)
+    places = _places(read)
+    along = frozenset().union(*(free_symbols(places[d]) for d in apart.looked_up))
+    return math.prod(len(positions) for symbol, positions in tile.axes if symbol in along) if apart.looked_up else 0
 
 
 def _summed_along_diagonals(values: torch.Tensor) -> torch.Tensor:
@@ -158,7 +162,7 @@ def _parts(
     read: Load | Gather, symbols: tuple[sympy.Symbol, ...]
 ) -> tuple[tuple[tuple[int, ...], Load | None], ...]:
     """Dimensions of a tensor that a read goes through along the same axes, and the read of those, if it is a formula."""
-    places = [index(sympify(i)) for i in read.indices] if isinstance(read, Load) else read.at
+    places = _places(read)
     parts: list[tuple[frozenset[sympy.Symbol], tuple[int, ...]]] = []
     for dim, place in enumerate(places):
         along, dims = free_symbols(place) & frozenset(symbols), (dim,)
@@ -172,6 +176,10 @@ def _parts(
         return Load(read.dtype, read.tensor, formulas) if len(formulas) == len(dims) else None
 
     return tuple((dims, load(dims)) for _, dims in parts)
+
+
+def _places(read: Load | Gather) -> Sequence[Expr]:
+    return [index(sympify(i)) for i in read.indices] if isinstance(read, Load) else read.at
 
 
 def _add_looked_up(apart: _Apart, total: torch.Tensor, read: Load | Gather, values: torch.Tensor, tile: Tile) -> None:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from training import S, assert_trains, attention, compiled, qkvb
 
 import flashfuse
-from flashfuse.kernels.captured_reads import unsupported
 
 # What the graph of a form reads for each query at buckets of keys or of distances.
 LEFT = {"decomposed-positions", "disentangled", "clipped-distances"}

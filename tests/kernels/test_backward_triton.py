@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 
 from triton_backward import RUNS, backward, check, check_ranged, noise
 
+from flashfuse.kernels import captured_grad, launch_backward
+
 pytestmark = RUNS
 
 FP32_MIN = torch.finfo(torch.float32).min
@@ -67,6 +69,38 @@ PROGRAMS = {
 def test_programs(name: str) -> None:
     score, captured = PROGRAMS[name]
     check(make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured))
+
+
+AT = torch.arange(S)[:, None] * 7 + torch.arange(KV_LEN) * 3
+SHARED = {
+    "sums": ("qk + t0[q_idx + kv_idx]", [noise(S + KV_LEN - 1)]),
+    "halved": ("qk + t0[q_idx // 2, n1, kv_idx]", [noise(S // 2 + 1, H, KV_LEN)]),
+    "backwards": ("qk + t0[n0, 40 - q_idx, kv_idx]", [noise(B, S, KV_LEN)]),
+    "decomposed": (
+        "qk + t0[n1 + 2 * n0, q_idx // 7, q_idx % 7, kv_idx // 7] + t1[n1 + 2 * n0, q_idx // 7, q_idx % 7, kv_idx % 7]",
+        [noise(B * H, 6, 7, 5), noise(B * H, 6, 7, 7)],
+    ),
+    "buckets-of-rows": ("where(kv_idx <= q_idx, qk + t0[n1, q_idx, min(max(q_idx - kv_idx, 0), 9)], -inf)", [noise(H, S, 10)]),
+    "buckets-of-keys": ("(qk + t0[n1 + 2 * n0, kv_idx, min(max(9 + q_idx - kv_idx, 0), 18)]) * 0.3", [noise(B * H, KV_LEN, 19)]),
+    "looked-up": ("qk * 0.3 + t0[t1[q_idx, kv_idx], n1]", [noise(11, H), AT % 11]),
+    "looked-up-by-batch": ("qk + t0[t1[n0, q_idx, kv_idx] + q_idx]", [noise(99), torch.stack([AT % 11, AT % 13])]),
+    "one-tensor-twice": ("qk + t0[t1[q_idx, kv_idx]] * 2.0 + t0[q_idx + kv_idx]", [noise(99), AT % 5]),
+    "discarded": ("qk + where(kv_idx < 20, t0[q_idx + kv_idx], t0[kv_idx - 20])", [noise(60)]),
+    "with-an-owner": ("tanh(qk + t0[q_idx, kv_idx // 2]) + t1[q_idx, kv_idx]", [noise(S, 18), noise(S, KV_LEN)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_pairs_that_share_elements(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole backward was left to torch. Rows of pairs are added up some at a time, in whatever parts."""
+    score, captured = SHARED[name]
+    call = make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured)
+    monkeypatch.setattr(launch_backward, "attention_backward_tiled", None)
+    together = check(call)
+    for setting in ("WORKSPACE", "ENOUGH_PROGRAMS"):
+        monkeypatch.setattr(captured_grad, setting, 1)
+    apart = check(call)
+    assert all(torch.equal(a, b) for a, b in zip(together[:3], apart[:3], strict=True))
 
 
 @pytest.mark.parametrize("name", ["causal", "softcap", "temperature", "alibi", "bias", "key-bias"])
