@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.backward_rows import (
-    LOOPED_NUMBERS,
+    PARTED_NUMBERS,
     batch_position,
     load_delta,
     load_shifts,
@@ -28,11 +28,11 @@ from flashfuse.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=LOOPED_NUMBERS)
+@triton.jit(do_not_specialize=[*PARTED_NUMBERS, "tiles_each"])
 def attention_dense_backward_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, seed_ptr, dt_ptr,
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dt_strides,
-    batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_first, q_end, kv_each,
+    batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_first, q_end, tiles_each,
     q_len, kv_len, sizes, captured, captured_strides,
     PAIR_GRAD_MASKED: tl.constexpr, PAIR_GRAD_FULL: tl.constexpr, PAIR_SCALE: tl.constexpr,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
@@ -46,12 +46,12 @@ def attention_dense_backward_kernel(
 ):  # fmt: skip
     """dt_ij = PAIR_SCALE * sum_n PAIR_GRAD(n, i, j) over the batch positions n that share the element.
 
-    One program owns BLOCK_Q rows of dt by kv_each keys, whole tiles, at one of batch_0 * .. * batch_3 positions, for the
+    One program owns BLOCK_Q rows of dt by tiles_each tiles of keys at one of batch_0 * .. * batch_3 positions, for the
     SHARED_BY = loop_0 * .. * loop_3 positions that share them (of each axis one of the two is 1). Tiles that it skips
     are zeros. The first row of dt is that of the query q_first, and the last that before q_end.
     """
     q_tiles = tl.cdiv(q_end - q_first, BLOCK_Q)
-    kv_parts = tl.cdiv(kv_len, kv_each)
+    kv_parts = tl.cdiv(tl.cdiv(kv_len, BLOCK_KV), tiles_each)
     tile = tl.program_id(0) % q_tiles
     if LONGEST_FIRST:
         tile = q_tiles - 1 - tile
@@ -113,8 +113,8 @@ def attention_dense_backward_kernel(
         full_start, full_end = tl.maximum(full_start, full_first), tl.minimum(full_end, full_stop)
 
     # Key positions at whole tiles: first_key <= start <= full_start <= full_end <= end <= last_key.
-    first_key = part * kv_each
-    last_key = tl.cdiv(tl.minimum(first_key + kv_each, kv_len), BLOCK_KV) * BLOCK_KV
+    first_key = part * tiles_each * BLOCK_KV
+    last_key = tl.minimum((part + 1) * tiles_each, tl.cdiv(kv_len, BLOCK_KV)) * BLOCK_KV
     start = tl.minimum(tl.maximum(start // BLOCK_KV * BLOCK_KV, first_key), last_key)
     end = tl.maximum(tl.minimum(tl.cdiv(end, BLOCK_KV) * BLOCK_KV, last_key), start)
     full_start = tl.maximum(tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end), start)

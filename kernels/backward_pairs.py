@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.backward_rows import (
-    LOOPED_NUMBERS,
+    PARTED_NUMBERS,
     batch_position,
     load_delta,
     load_shifts,
@@ -29,7 +29,7 @@ from flashfuse.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=LOOPED_NUMBERS)
+@triton.jit(do_not_specialize=PARTED_NUMBERS)
 def attention_pairs_backward_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, seed_ptr, dt_ptr,
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dt_strides,

@@ -223,7 +223,7 @@ class _Preparation:
             else:
                 # Some of the keys each, where programs for all of them were few.
                 kernel, each = attention_dense_backward_kernel, -(-kv_tiles // _key_parts(programs, kv_tiles))
-                programs, numbers = programs * -(-kv_tiles // each), (*numbers, each * tiles.block_kv)
+                programs, numbers = programs * -(-kv_tiles // each), (*numbers, each)
             launches.append(self._launched(kernel, programs, variant, (*numbers, *self._lengths)))
         return tuple(launches)
 
