@@ -25,8 +25,8 @@ from flashfuse.kernels.spec import KV_IDX, Q_IDX, batch_symbol
 
 # From so many programs on, batch positions that share elements of pairs are passed over.
 ENOUGH_PROGRAMS = 512
-# Of rows of pairs that share elements: as many are left to be added up at a time, with what is needed beside each
-# position that is looked up, which is sorted.
+# Bytes of gradients of pairs that share elements, left to be added up at a time, and of what that takes for look-ups,
+# whose positions are sorted.
 WORKSPACE = 64 * 2**20
 LOOK_UP_BYTES = 48
 
@@ -134,7 +134,9 @@ class CapturedProgram:
         found: list[PairTarget] = []
         shared: dict[Hashable, list[int]] = {}
         for number, term in enumerate(self.program.pair_terms):
-            target = self._owned(number, term) if term.by_distance is None else self._distances(number, term, tiles.pairs)
+            target = (
+                self._owned(number, term) if term.by_distance is None else self._distances(number, term, tiles.pairs)
+            )
             if target is None:
                 shared.setdefault((term.grad, term.masked, term.full, term.scale), []).append(number)
             else:
@@ -169,7 +171,7 @@ class CapturedProgram:
         *batch, (_, queries), (_, keys) = self.pairs.axes
         owned = self._owners(reads, -(-len(queries) // tiles.pairs.block_q) * -(-len(keys) // tiles.pairs.block_kv))
         looked_up = max(look_ups(_meta(self.totals[_slot(read)]), read, self.pairs) for read in reads)
-        row_bytes = 4 * math.prod(owned) * len(keys) + LOOK_UP_BYTES * looked_up // len(queries)
+        row_bytes = max(4 * math.prod(owned) * len(keys), LOOK_UP_BYTES * looked_up // len(queries))
         block = max(tiles.pairs.block_q, tiles.dense.block_q)
         rows = min(max(WORKSPACE // row_bytes // block, 1) * block, len(queries))
         view = torch.empty((*owned, rows, len(keys)), dtype=torch.float32, device=META)

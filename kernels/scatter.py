@@ -1,15 +1,15 @@
 """Add up, for each element of a tensor, what the reads of it over a tile of positions give: sums in a fixed order.
 
-What an element takes is a sum over the positions that read it. Those are whole axes of the tile where indices are affine
-in positions, or in their quotients and remainders (rows and columns of an image), so it is a sum over axes, into a view.
-What is left are look-ups, whose positions are sorted by element.
+What an element takes is a sum over the positions that read it. Those are whole axes of the tile where indices are
+affine in positions or in their quotients and remainders (rows and columns of an image): a sum over axes, added to a
+view. What is left are look-ups, whose positions are sorted by element.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.evaluate import Tile, diagonals, overlaps, positions, strided
-from flashfuse.kernels.expr import Expr, Gather, Index, Load, free_symbols, sympify
-from flashfuse.kernels.normal import index
+from flashfuse.kernels.expr import Expr, Gather, Index, Load, free_symbols, sympify, walk
+from flashfuse.kernels.normal import index, rewrite
 
 Axes = tuple[tuple[sympy.Symbol, range], ...]
 Sizes = tuple[tuple[sympy.Symbol, int], ...]
@@ -33,12 +33,13 @@ def scatter_add(total: torch.Tensor, read: Load | Gather, values: torch.Tensor, 
     if total.numel() == 0:
         return
     apart = _apart(total, read, tile)
-    if apart.looked_up and isinstance(read, Load):
-        row = diagonals(total, read, tile)
+    if apart.looked_up:
+        row = diagonals(total, read, tile) if isinstance(read, Load) else None
         if row is not None and not overlaps(row):
             row += _summed_along_diagonals(values.sum_to_size(*row.shape[:-2], *values.shape[-2:]))
             return
-        read, values, tile = _by_digits(read, values, tile)
+        read, axes = _digits(read, tile.axes, tuple(tile.sizes.items()))
+        values, tile = _unflattened(values, axes), replace(tile, axes=_flat(axes))
         apart = _apart(total, read, tile)
     if apart.looked_up:
         _add_looked_up(apart, total, read, values, tile)
@@ -49,13 +50,14 @@ def scatter_add(total: torch.Tensor, read: Load | Gather, values: torch.Tensor, 
 def look_ups(total: torch.Tensor, read: Load | Gather, tile: Tile) -> int:
     """How many positions of elements `scatter_add` makes for it and sorts."""
     apart = _apart(total, read, tile)
-    if apart.looked_up and isinstance(read, Load):
-        indices, axes = _digits(read, tile.axes, tuple(tile.sizes.items()))
-        read, tile = replace(read, indices=indices), replace(tile, axes=_flat(axes))
+    if apart.looked_up:
+        read, axes = _digits(read, tile.axes, tuple(tile.sizes.items()))
+        tile = replace(tile, axes=_flat(axes))
         apart = _apart(total, read, tile)
-    places = _places(read)
-    along = frozenset().union(*(free_symbols(places[d]) for d in apart.looked_up))
-    return math.prod(len(positions) for symbol, positions in tile.axes if symbol in along) if apart.looked_up else 0
+    if not apart.looked_up:
+        return 0
+    along = frozenset().union(*(free_symbols(_places(read)[dim]) for dim in apart.looked_up))
+    return math.prod(len(positions) for symbol, positions in tile.axes if symbol in along)
 
 
 def _summed_along_diagonals(values: torch.Tensor) -> torch.Tensor:
@@ -72,38 +74,61 @@ def _summed_along_diagonals(values: torch.Tensor) -> torch.Tensor:
 # Positions as several digits
 
 
-def _by_digits(read: Load, values: torch.Tensor, tile: Tile) -> tuple[Load, torch.Tensor, Tile]:
-    """The same with an axis for each digit of a position whose quotients and remainders are read."""
-    indices, axes = _digits(read, tile.axes, tuple(tile.sizes.items()))
+@functools.lru_cache(maxsize=4096)
+def _digits(read: Load | Gather, axes: Axes, sizes: Sizes) -> tuple[Load | Gather, tuple[Axes, ...]]:
+    """The read over the digits of positions whose quotients and remainders it reads, and for each axis its digits, the
+    most significant first."""
+    read = _mapped(read, lambda formula: formula.xreplace(dict(sizes)))
+    found: list[Axes] = []
+    for symbol, along in axes:
+        digits: Axes = ()
+        while base := min((int(e.args[1]) for f in _formulas(read) for e in _divisions(f, symbol)), default=0):
+            upper: sympy.Expr = sympy.Integer(along[0] // base)
+            lower: sympy.Expr = symbol - base * upper
+            whole = not along.start % base and not len(along) % base
+            if whole:
+                upper, lower = (
+                    sympy.Symbol(f"{symbol}_{of}", integer=True, nonnegative=True) for of in ("high", "low")
+                )
+                digits = ((lower, range(base)), *digits)
+            elif along[0] // base != along[-1] // base:
+                break
+            read = _mapped(read, functools.partial(_divided, symbol=symbol, base=base, upper=upper, lower=lower))
+            if whole:
+                symbol, along = upper, range(along.start // base, along.stop // base)
+        found.append(((symbol, along), *digits))
+    return read, tuple(found)
+
+
+def _unflattened(values: torch.Tensor, axes: Sequence[Axes]) -> torch.Tensor:
+    """With an axis for each digit, of size 1 where the position's is."""
     for axis in reversed(range(len(axes))):
         if len(axes[axis]) > 1:
             sizes = [len(digit) if values.shape[axis] > 1 else 1 for _, digit in axes[axis]]
             values = values.unflatten(axis, sizes)
-    return replace(read, indices=indices), values, replace(tile, axes=_flat(axes))
+    return values
 
 
-def _flat(axes: tuple[Axes, ...]) -> Axes:
+def _flat(axes: Sequence[Axes]) -> Axes:
     return tuple(digit for axis in axes for digit in axis)
 
 
-@functools.lru_cache(maxsize=4096)
-def _digits(read: Load, axes: Axes, sizes: Sizes) -> tuple[tuple[sympy.Expr, ...], tuple[Axes, ...]]:
-    """The indices over the digits of positions, and for each axis its digits, the most significant first."""
-    indices = tuple(sympify(i).xreplace(dict(sizes)) for i in read.indices)
-    found: list[Axes] = []
-    for symbol, along in axes:
-        digits: Axes = ()
-        while (base := _least_divisor(indices, symbol)) and not (along.start % base or len(along) % base):
-            upper, lower = (sympy.Symbol(f"{symbol}_{part}", integer=True, nonnegative=True) for part in ("high", "low"))
-            indices = tuple(i.xreplace(_quotients(i, symbol, base, upper, lower)) for i in indices)
-            digits = ((lower, range(base)), *digits)
-            symbol, along = upper, range(along.start // base, along.stop // base)
-        found.append(((symbol, along), *digits))
-    return indices, tuple(found)
+def _formulas(read: Load | Gather) -> list[sympy.Expr]:
+    found = ((e.value,) if isinstance(e, Index) else e.indices for e in walk(read) if isinstance(e, (Index, Load)))
+    return [sympify(formula) for formulas in found for formula in formulas]
 
 
-def _least_divisor(indices: Sequence[sympy.Expr], symbol: sympy.Symbol) -> int | None:
-    return min((int(e.args[1]) for i in indices for e in _divisions(i, symbol)), default=None)
+def _mapped(read: Load | Gather, of: Callable[[sympy.Expr], sympy.Expr]) -> Load | Gather:
+    """The read with other formulas."""
+
+    def rule(e: Expr) -> Expr | None:
+        if isinstance(e, Load):
+            return replace(e, indices=tuple(of(sympify(i)) for i in e.indices))
+        return index(of(e.value)) if isinstance(e, Index) else None
+
+    found = rewrite(read, rule)
+    assert isinstance(found, (Load, Gather))
+    return found
 
 
 def _divisions(formula: sympy.Expr, symbol: sympy.Symbol) -> list[Any]:
@@ -112,18 +137,16 @@ def _divisions(formula: sympy.Expr, symbol: sympy.Symbol) -> list[Any]:
     return [e for e in found if e.args[0] == symbol and e.args[1].is_Integer and e.args[1] > 1]
 
 
-def _quotients(
-    formula: sympy.Expr, symbol: sympy.Symbol, base: int, upper: sympy.Symbol, lower: sympy.Symbol
-) -> dict[sympy.Expr, sympy.Expr]:
-    """What stands for a position base * upper + lower and its quotients and remainders by multiples of the base."""
+def _divided(formula: sympy.Expr, symbol: sympy.Symbol, base: int, upper: sympy.Expr, lower: sympy.Expr) -> sympy.Expr:
+    """With base * upper + lower for a position, in its quotients and remainders by multiples of the base too."""
     known: dict[sympy.Expr, sympy.Expr] = {symbol: base * upper + lower}
     for e in _divisions(formula, symbol):
         times, rest = divmod(int(e.args[1]), base)
-        if rest:
-            continue
-        left = e.func(upper, sympy.Integer(times)) if times > 1 else upper if isinstance(e, FloorDiv) else 0
-        known[e] = left if isinstance(e, FloorDiv) else base * left + lower
-    return known
+        if not rest and isinstance(e, FloorDiv):
+            known[e] = FloorDiv(upper, sympy.Integer(times)) if times > 1 else upper
+        elif not rest:
+            known[e] = (base * Mod(upper, sympy.Integer(times)) if times > 1 else 0) + lower
+    return formula.xreplace(known)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -154,21 +177,19 @@ def _apart(total: torch.Tensor, read: Load | Gather, tile: Tile) -> _Apart:
         shape = [max(sizes) for sizes in zip(shape, view.shape, strict=True)]
         strides = [sum(steps) for steps in zip(strides, view.stride(), strict=True)]
         offset += int(view.storage_offset()) - int(total.storage_offset())
-    return _Apart(shape, strides, offset, looked_up)
+    return _Apart(shape, strides, int(offset), looked_up)
 
 
 @functools.lru_cache(maxsize=4096)
-def _parts(
-    read: Load | Gather, symbols: tuple[sympy.Symbol, ...]
-) -> tuple[tuple[tuple[int, ...], Load | None], ...]:
-    """Dimensions of a tensor that a read goes through along the same axes, and the read of those, if it is a formula."""
+def _parts(read: Load | Gather, symbols: tuple[sympy.Symbol, ...]) -> tuple[tuple[tuple[int, ...], Load | None], ...]:
+    """Dimensions of a tensor that a read goes through along the same axes, and that as a read, if it is a formula."""
     places = _places(read)
     parts: list[tuple[frozenset[sympy.Symbol], tuple[int, ...]]] = []
     for dim, place in enumerate(places):
-        along, dims = free_symbols(place) & frozenset(symbols), (dim,)
+        along, dims = free_symbols(place) & frozenset(symbols), [dim]
         for other in [part for part in parts if part[0] & along]:
             parts.remove(other)
-            along, dims = along | other[0], (*other[1], *dims)
+            along, dims = along | other[0], [*other[1], *dims]
         parts.append((along, tuple(sorted(dims))))
 
     def load(dims: tuple[int, ...]) -> Load | None:

@@ -1,17 +1,18 @@
 """The Triton backward kernels at small odd sizes, see `triton_backward`."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from attention_cases import make_call
-from gradient_cases import Gradients, grad_out, reference_gradients
+from gradient_cases import Gradients, differentiable, grad_out, reference_gradients
 from numerics import assert_close_to_exact
 
 pytest.importorskip("triton")
 
-from triton_backward import RUNS, backward, check, check_ranged, noise
+from triton_backward import RUNS, TILES, backward, check, check_ranged, noise
 
 from flashfuse.kernels import captured_grad, launch_backward
 
@@ -71,36 +72,50 @@ def test_programs(name: str) -> None:
     check(make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured))
 
 
-AT = torch.arange(S)[:, None] * 7 + torch.arange(KV_LEN) * 3
+FEW, FEW_KEYS = 28, 21
+AT = torch.arange(FEW)[:, None] * 7 + torch.arange(FEW_KEYS) * 3
 SHARED = {
-    "sums": ("qk + t0[q_idx + kv_idx]", [noise(S + KV_LEN - 1)]),
-    "halved": ("qk + t0[q_idx // 2, n1, kv_idx]", [noise(S // 2 + 1, H, KV_LEN)]),
-    "backwards": ("qk + t0[n0, 40 - q_idx, kv_idx]", [noise(B, S, KV_LEN)]),
+    "sums": ("qk + t0[q_idx + kv_idx]", [noise(FEW + FEW_KEYS - 1)]),
+    "halved": ("qk + t0[q_idx // 2, n1, kv_idx]", [noise(14, H, FEW_KEYS)]),
+    "backwards": ("qk + t0[n0, 27 - q_idx, kv_idx]", [noise(B, FEW, FEW_KEYS)]),
     "decomposed": (
-        "qk + t0[n1 + 2 * n0, q_idx // 7, q_idx % 7, kv_idx // 7] + t1[n1 + 2 * n0, q_idx // 7, q_idx % 7, kv_idx % 7]",
-        [noise(B * H, 6, 7, 5), noise(B * H, 6, 7, 7)],
+        "qk + t0[n1 + 2 * n0, q_idx // 4, q_idx % 4, kv_idx // 7] + t1[n1 + 2 * n0, q_idx // 4, q_idx % 4, kv_idx % 7]",
+        [noise(B * H, 7, 4, 3), noise(B * H, 7, 4, 7)],
     ),
-    "buckets-of-rows": ("where(kv_idx <= q_idx, qk + t0[n1, q_idx, min(max(q_idx - kv_idx, 0), 9)], -inf)", [noise(H, S, 10)]),
-    "buckets-of-keys": ("(qk + t0[n1 + 2 * n0, kv_idx, min(max(9 + q_idx - kv_idx, 0), 18)]) * 0.3", [noise(B * H, KV_LEN, 19)]),
+    "of-rows": ("where(kv_idx <= q_idx, qk + t0[n1, q_idx, min(q_idx - kv_idx, 9)], -inf)", [noise(H, FEW, 10)]),
+    "of-keys": ("(qk + t0[n1 + 2 * n0, kv_idx, min(abs(q_idx - kv_idx), 8)]) * 0.3", [noise(B * H, FEW_KEYS, 9)]),
     "looked-up": ("qk * 0.3 + t0[t1[q_idx, kv_idx], n1]", [noise(11, H), AT % 11]),
-    "looked-up-by-batch": ("qk + t0[t1[n0, q_idx, kv_idx] + q_idx]", [noise(99), torch.stack([AT % 11, AT % 13])]),
-    "one-tensor-twice": ("qk + t0[t1[q_idx, kv_idx]] * 2.0 + t0[q_idx + kv_idx]", [noise(99), AT % 5]),
-    "discarded": ("qk + where(kv_idx < 20, t0[q_idx + kv_idx], t0[kv_idx - 20])", [noise(60)]),
-    "with-an-owner": ("tanh(qk + t0[q_idx, kv_idx // 2]) + t1[q_idx, kv_idx]", [noise(S, 18), noise(S, KV_LEN)]),
+    "looked-up-by-batch": ("qk + t0[t1[n0, q_idx, kv_idx] + q_idx]", [noise(50), torch.stack([AT % 11, AT % 13])]),
+    "one-tensor-twice": ("qk + t0[t1[q_idx, kv_idx]] * 2.0 + t0[q_idx + kv_idx]", [noise(50), AT % 5]),
+    "discarded": ("qk + where(kv_idx < 9, t0[q_idx + kv_idx], t0[kv_idx - 9])", [noise(40)]),
+    "with-an-owner": ("tanh(qk + t0[q_idx, kv_idx // 2]) + t1[q_idx, kv_idx]", [noise(FEW, 11), noise(FEW, FEW_KEYS)]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHARED)
 def test_pairs_that_share_elements(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole backward was left to torch. Rows of pairs are added up some at a time, in whatever parts."""
+    """The whole backward was left to torch. A few queries at a time; all of them in the tests of forms."""
     score, captured = SHARED[name]
-    call = make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured)
-    monkeypatch.setattr(launch_backward, "attention_backward_tiled", None)
-    together = check(call)
     for setting in ("WORKSPACE", "ENOUGH_PROGRAMS"):
         monkeypatch.setattr(captured_grad, setting, 1)
-    apart = check(call)
-    assert all(torch.equal(a, b) for a, b in zip(together[:3], apart[:3], strict=True))
+    monkeypatch.setattr(launch_backward, "attention_backward_tiled", None)
+    call = make_call(score, (B, H, FEW, 16), FEW_KEYS, captured=captured)
+    check(call, [3 + slot for slot, c in enumerate(captured) if c.is_floating_point()])
+
+
+@pytest.mark.parametrize("name", ["decomposed", "looked-up"])
+def test_rows_of_pairs_take_bounded_memory(name: str) -> None:
+    """However many queries there are; of reads with one slope they are made once."""
+    score, captured = SHARED[name]
+    call = make_call(score, (B, H, 6000, 16), 4000, captured=captured)
+    out, lse = torch.empty(B, H, 6000, 16), torch.empty(B, H, 6000, 2)
+    prepared = launch_backward.prepare_backward(call, out, out, lse, [True] * len(differentiable(call)), TILES)
+    assert prepared is not None
+    (target,), (launches,) = prepared.targets, prepared.pairs
+    assert len(target.reads) == score.count("t0[n") + score.count("t1[n") or 1
+    assert 4 * math.prod(target.whole.size) <= captured_grad.WORKSPACE
+    assert len(launches) == len(target.parts) > 1
+    assert [i for part in target.parts for i in captured_grad.queries_of(part)] == list(range(6000))
 
 
 @pytest.mark.parametrize("name", ["causal", "softcap", "temperature", "alibi", "bias", "key-bias"])

@@ -44,6 +44,7 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[0, n1, q_idx, kv_idx], -inf)", (BF16,), (4,)),
     "distances": ("where(kv_idx <= q_idx, qk * 0.125 + t0[n1, kv_idx - q_idx + (q_len - 1)], -inf)", (BF16,), (2,)),
     "buckets": ("qk * 0.125 + t0[min(abs(kv_idx - q_idx), 31), n1]", (BF16,), (2,)),
+    "shared": ("qk * 0.125 + t0[n1, q_idx, min(abs(kv_idx - q_idx), 31)]", (BF16,), (3,)),
     "dropout": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (), ()),
     "padding": ("where((kv_idx <= q_idx) & t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)", (torch.bool,), (2,)),
 }
@@ -71,6 +72,7 @@ CASES = [
 SINGLE = [
     ("sm90", "causal", 128, BF16, "queries"),
     *(("sm90", "bias", 64, BF16, name) for name in ("queries", "pairs", "dense")),
+    ("sm90", "shared", 128, BF16, "dense"),
     *((device, "distances", 64, BF16, "pairs") for device in ("sm80", "sm100", "gfx942")),
     ("sm90", "distances", 64, FP32, "pairs"),
 ]

@@ -111,6 +111,7 @@ def test_loads(indices: str, is_view: bool) -> None:
         "kv_idx % 2, n0, kv_idx // 2 % 2 + q_idx",
         "kv_idx // 4, kv_idx // 2 % 2 + q_idx, kv_idx % 2",
         "n0, q_idx + kv_idx, 2",
+        "n0 // 3, kv_idx // 8 + q_idx % 4, kv_idx % 12",
     ],
 )
 @pytest.mark.parametrize(("queries", "keys"), [(range(2, 5), range(1, 7)), (range(3), range(6))], ids=str)
@@ -136,6 +137,7 @@ def test_what_a_load_reads_is_where_its_gradient_goes(indices: str, queries: ran
         "t1[n0, kv_idx], q_idx, 2 * kv_idx",
         "n0, t1[q_idx, kv_idx], t1[0, kv_idx]",
         "t1[n0, 0], t1[0, n0], kv_idx % 2",
+        "n0, t1[q_idx // 2, kv_idx // 3], kv_idx % 3",
     ],
 )
 def test_what_a_look_up_reads_is_where_its_gradient_goes(indices: str) -> None:
@@ -144,7 +146,7 @@ def test_what_a_look_up_reads_is_where_its_gradient_goes(indices: str) -> None:
     base = torch.randn(3, 11, 17, dtype=torch.float64, requires_grad=True)
     table = torch.randint(0, 3, (5, 7), generator=torch.Generator().manual_seed(0))
     grad = torch.randn(2, 3, 6, dtype=torch.float64)
-    tile = replace(make_tile((base, table)), dtype=torch.float64)
+    tile = replace(make_tile((base, table), range(3), range(6)), dtype=torch.float64)
     (expected,) = torch.autograd.grad(evaluate(read, tile).expand(2, 3, 6), base, grad)
     total = torch.ones(3, 11, 17, dtype=torch.float64)
     scatter_add(total, read, grad, tile)
