@@ -12,6 +12,7 @@ import sympy
 import torch
 
 from flashfuse.kernels.backward_variants import BackwardLaunch
+from flashfuse.kernels.buckets import SumBuckets
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_backward import BackwardProgram, Term
 from flashfuse.kernels.derivative import derivative, leaves
@@ -195,12 +196,14 @@ class CapturedProgram:
 class CapturedGradients:
     """Accumulates the gradients of one call's captured tensors.
 
+    sum_buckets: of gradients of pairs that share elements.
     total: by slot, the gradients so far, in float32 unless one term writes all of it.
     """
 
     of: CapturedProgram
     captured: tuple[torch.Tensor, ...]
     empty: Empty
+    sum_buckets: SumBuckets
     total: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add_pair(self, target: PairTarget, whole: torch.Tensor, written: torch.Tensor, part: Tile) -> None:
@@ -212,7 +215,7 @@ class CapturedGradients:
             (_, queries), (_, keys) = self.of.pairs.axes[-2:]
             written = DistanceSums(whole, len(queries), len(keys)).sums()
         for read in target.reads:
-            self._scatter(read, written, part)
+            self._scatter(read, written, part, None if target.by_distance else self.sum_buckets)
 
     def add_rows(self, sums: Sequence[torch.Tensor], left: torch.Tensor | None) -> None:
         """sums: [N.., q_len] each, what the kernel has summed over keys; left: what rounding has left in delta."""
@@ -251,10 +254,12 @@ class CapturedGradients:
         """Take in what each position gives; values are the same along axes of size 1."""
         self._scatter(read, values.expand([len(positions) for _, positions in tile.axes]), tile)
 
-    def _scatter(self, read: Load | Gather, values: torch.Tensor, tile: Tile) -> None:
+    def _scatter(
+        self, read: Load | Gather, values: torch.Tensor, tile: Tile, sum_buckets: SumBuckets | None = None
+    ) -> None:
         """Take in values that have been summed over axes of size 1."""
         # A tile keeps the positions it has made, which are tensors of this call's.
-        scatter_add(self._total(_slot(read)), read, values, replace(tile, captured=self.captured))
+        scatter_add(self._total(_slot(read)), read, values, replace(tile, captured=self.captured), sum_buckets)
 
     def _total(self, slot: int) -> torch.Tensor:
         if slot not in self.total:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from flashfuse.kernels.backward_rows import DELTA, SINK_GRAD
 from flashfuse.kernels.captured_grad import CapturedGradients, CapturedProgram, PairTarget
 from flashfuse.kernels.codegen_backward import BackwardProgram
+from flashfuse.kernels.launch_buckets import sum_buckets
 from flashfuse.kernels.prepared import Buffer, Empty, KernelLaunch, Start, described
 from flashfuse.kernels.spec import AttentionSpec
 
@@ -109,7 +111,7 @@ class PreparedBackward:
         *captured: torch.Tensor,
     ) -> list[torch.Tensor]:
         """The wanted gradients, on the current device."""
-        gradients = CapturedGradients(self.captured, captured, empty)
+        gradients = CapturedGradients(self.captured, captured, empty, functools.partial(sum_buckets, empty, start))
         # vmap leaves what it does not map at stride 0.
         run = _Run(self, empty, start, grad_out, out, lse.contiguous(), q, k, v, kv_ranges, seed, captured, gradients)
         return run.gradients()

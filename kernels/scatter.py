@@ -17,18 +17,22 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
+from flashfuse.kernels.buckets import Buckets, BucketSums, SumBuckets, bucket_positions, buckets_of
 from flashfuse.kernels.evaluate import Tile, diagonals, overlaps, positions, strided
-from flashfuse.kernels.expr import Expr, Gather, Index, Load, free_symbols, sympify, walk
+from flashfuse.kernels.expr import Expr, Gather, Index, Load, free_symbols, places, sympify, walk
 from flashfuse.kernels.normal import index, rewrite
 
 Axes = tuple[tuple[sympy.Symbol, range], ...]
 Sizes = tuple[tuple[sympy.Symbol, int], ...]
 
 
-def scatter_add(total: torch.Tensor, read: Load | Gather, values: torch.Tensor, tile: Tile) -> None:
+def scatter_add(
+    total: torch.Tensor, read: Load | Gather, values: torch.Tensor, tile: Tile, sum_buckets: SumBuckets | None = None
+) -> None:
     """Add `values` to the elements of the contiguous `total` that `read` reads over the tile.
 
     values: of the tile's shape, or of size 1 on axes that they have been summed over, which `read` does not depend on.
+    sum_buckets: adds up what is in few buckets, where that is faster than to sort look-ups.
     """
     if total.numel() == 0:
         return
@@ -41,14 +45,17 @@ def scatter_add(total: torch.Tensor, read: Load | Gather, values: torch.Tensor, 
         read, axes = _digits(read, tile.axes, tuple(tile.sizes.items()))
         values, tile = _unflattened(values, axes), replace(tile, axes=_flat(axes))
         apart = _apart(total, read, tile)
-    if apart.looked_up:
+    buckets = buckets_of(total, read, tile, apart.looked_up) if sum_buckets is not None and apart.looked_up else None
+    if sum_buckets is not None and buckets is not None:
+        _add_buckets(buckets, apart, total, read, values, tile, sum_buckets)
+    elif apart.looked_up:
         _add_looked_up(apart, total, read, values, tile)
     else:
         total.as_strided(*apart[:3]).add_(values.sum_to_size(apart.shape))
 
 
 def look_ups(total: torch.Tensor, read: Load | Gather, tile: Tile) -> int:
-    """How many positions of elements `scatter_add` makes for it and sorts."""
+    """How many positions of elements `scatter_add` makes for it, and may sort."""
     apart = _apart(total, read, tile)
     if apart.looked_up:
         read, axes = _digits(read, tile.axes, tuple(tile.sizes.items()))
@@ -56,7 +63,7 @@ def look_ups(total: torch.Tensor, read: Load | Gather, tile: Tile) -> int:
         apart = _apart(total, read, tile)
     if not apart.looked_up:
         return 0
-    along = frozenset().union(*(free_symbols(_places(read)[dim]) for dim in apart.looked_up))
+    along = frozenset().union(*(free_symbols(places(read)[dim]) for dim in apart.looked_up))
     return math.prod(len(positions) for symbol, positions in tile.axes if symbol in along)
 
 
@@ -87,9 +94,7 @@ def _digits(read: Load | Gather, axes: Axes, sizes: Sizes) -> tuple[Load | Gathe
             lower: sympy.Expr = symbol - base * upper
             whole = not along.start % base and not len(along) % base
             if whole:
-                upper, lower = (
-                    sympy.Symbol(f"{symbol}_{of}", integer=True, nonnegative=True) for of in ("high", "low")
-                )
+                upper, lower = (sympy.Symbol(f"{symbol}_{of}", integer=True) for of in ("high", "low"))
                 digits = ((lower, range(base)), *digits)
             elif along[0] // base != along[-1] // base:
                 break
@@ -183,9 +188,8 @@ def _apart(total: torch.Tensor, read: Load | Gather, tile: Tile) -> _Apart:
 @functools.lru_cache(maxsize=4096)
 def _parts(read: Load | Gather, symbols: tuple[sympy.Symbol, ...]) -> tuple[tuple[tuple[int, ...], Load | None], ...]:
     """Dimensions of a tensor that a read goes through along the same axes, and that as a read, if it is a formula."""
-    places = _places(read)
     parts: list[tuple[frozenset[sympy.Symbol], tuple[int, ...]]] = []
-    for dim, place in enumerate(places):
+    for dim, place in enumerate(places(read)):
         along, dims = free_symbols(place) & frozenset(symbols), [dim]
         for other in [part for part in parts if part[0] & along]:
             parts.remove(other)
@@ -193,14 +197,10 @@ def _parts(read: Load | Gather, symbols: tuple[sympy.Symbol, ...]) -> tuple[tupl
         parts.append((along, tuple(sorted(dims))))
 
     def load(dims: tuple[int, ...]) -> Load | None:
-        formulas = tuple(place.value for d in dims if isinstance(place := places[d], Index))
+        formulas = tuple(place.value for d in dims if isinstance(place := places(read)[d], Index))
         return Load(read.dtype, read.tensor, formulas) if len(formulas) == len(dims) else None
 
     return tuple((dims, load(dims)) for _, dims in parts)
-
-
-def _places(read: Load | Gather) -> Sequence[Expr]:
-    return [index(sympify(i)) for i in read.indices] if isinstance(read, Load) else read.at
 
 
 def _add_looked_up(apart: _Apart, total: torch.Tensor, read: Load | Gather, values: torch.Tensor, tile: Tile) -> None:
@@ -217,6 +217,29 @@ def _add_looked_up(apart: _Apart, total: torch.Tensor, read: Load | Gather, valu
     at = torch.broadcast_tensors(*(found[d].clamp(0, total.shape[d] - 1) for d in looked_up))
     wanted = [max(sizes) for sizes in zip(shape, at[0].shape, strict=True)]
     values = values.sum_to_size(wanted).permute(*outer, *inner)
-    places = [None] * len(outer) + [one.squeeze(outer) for one in at]
+    every = [None] * len(outer)
     # Deterministic on every device, unlike index_add_; the check of positions that it leaves out would wait for them.
-    torch.ops.aten._index_put_impl_(target, places, values, accumulate=True, unsafe=True)
+    torch.ops.aten._index_put_impl_(
+        target, every + [one.squeeze(outer) for one in at], values, accumulate=True, unsafe=True
+    )
+
+
+def _add_buckets(
+    buckets: Buckets,
+    apart: _Apart,
+    total: torch.Tensor,
+    read: Load | Gather,
+    values: torch.Tensor,
+    tile: Tile,
+    sum_buckets: SumBuckets,
+) -> None:
+    (_, queries), (_, keys) = tile.axes[-2:]
+    values = values.sum_to_size(*apart.shape[:-2], len(queries), len(keys)).reshape(-1, len(queries), len(keys))
+    at, steps = bucket_positions(total, read, tile, buckets.dims)
+    sizes = [total.shape[dim] for dim in buckets.dims]
+    sums = sum_buckets(BucketSums(values, at, steps, math.prod(sizes), buckets.owner))
+    if buckets.owner == "pairs":
+        sums = sums.sum(1, keepdim=True)
+    shape = [*apart.shape[:-2], sums.shape[1], *sizes]
+    strides = [*apart.strides[:-2], buckets.step, *(total.stride(dim) for dim in buckets.dims)]
+    total.as_strided(shape, strides, apart.offset + buckets.offset).add_(sums.view(shape))
