@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.buckets import Buckets, BucketSums, SumBuckets, bucket_positions, buckets_of
+from flashfuse.kernels.buckets import Buckets, BucketSums, SumBuckets, bucket_positions, buckets_of, by_distance_at
 from flashfuse.kernels.evaluate import Tile, diagonals, overlaps, positions, strided
 from flashfuse.kernels.expr import Expr, Gather, Index, Load, free_symbols, places, sympify, walk
 from flashfuse.kernels.normal import index, rewrite
@@ -55,13 +55,14 @@ def scatter_add(
 
 
 def look_ups(total: torch.Tensor, read: Load | Gather, tile: Tile) -> int:
-    """How many positions of elements `scatter_add` makes for it, and may sort."""
+    """How many positions of elements `scatter_add` makes for it, and may sort; buckets of distances take few."""
     apart = _apart(total, read, tile)
     if apart.looked_up:
         read, axes = _digits(read, tile.axes, tuple(tile.sizes.items()))
         tile = replace(tile, axes=_flat(axes))
         apart = _apart(total, read, tile)
-    if not apart.looked_up:
+    buckets = buckets_of(total, read, tile, apart.looked_up) if apart.looked_up else None
+    if not apart.looked_up or (buckets is not None and by_distance_at(read, buckets.dims) is not None):
         return 0
     along = frozenset().union(*(free_symbols(places(read)[dim]) for dim in apart.looked_up))
     return math.prod(len(positions) for symbol, positions in tile.axes if symbol in along)

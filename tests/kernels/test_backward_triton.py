@@ -12,9 +12,11 @@ from numerics import assert_close_to_exact
 
 pytest.importorskip("triton")
 
-from triton_backward import RUNS, TILES, backward, check, check_ranged, noise
+from triton_backward import DEVICE, RUNS, TILES, backward, check, check_ranged, noise
 
-from flashfuse.kernels import captured_grad, launch_backward
+from flashfuse.kernels import captured_grad, launch_backward, launch_buckets
+from flashfuse.kernels.buckets import BucketSums
+from flashfuse.kernels.prepared import empty_on, start
 
 pytestmark = RUNS
 
@@ -99,8 +101,41 @@ def test_pairs_that_share_elements(name: str, monkeypatch: pytest.MonkeyPatch) -
     for setting in ("WORKSPACE", "ENOUGH_PROGRAMS"):
         monkeypatch.setattr(captured_grad, setting, 1)
     monkeypatch.setattr(launch_backward, "attention_backward_tiled", None)
-    call = make_call(score, (B, H, FEW, 16), FEW_KEYS, captured=captured)
+    dropout = 0.2 if name == "of-keys" else 0.0
+    call = make_call(score, (B, H, FEW, 16), FEW_KEYS, captured=captured, dropout=dropout)
     check(call, [3 + slot for slot, c in enumerate(captured) if c.is_floating_point()])
+
+
+def test_parts_of_rows_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some queries at a time, and some keys a program: in tiles that a mask rules out, and behind them."""
+    seen, read = "(kv_idx <= q_idx + 60) & (kv_idx > q_idx - 5)", "t0[q_idx, kv_idx] + t1[q_idx // 2, kv_idx]"
+    score = f"where({seen}, qk * 0.3 + {read}, -10000.0)"
+    captured = [noise(FEW, 150), noise(FEW // 2, 150)]
+    call = make_call(score, (2, FEW, 16), 150, captured=captured)
+    together = check(call, [3, 4])
+    monkeypatch.setattr(captured_grad, "WORKSPACE", 1)
+    monkeypatch.setattr(launch_backward, "ROWS_TILES", 1)
+    for mine, other in zip(backward(call, grad_out(call), [3, 4]), together, strict=True):
+        assert torch.equal(mine, other)
+
+
+OWNERS = {"rows": "npb", "keys": "nqb", "pairs": "nb"}
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+@pytest.mark.parametrize(("rows", "keys", "buckets"), [(1, 3, 1), (9, 70, 40), (14, 65, 5)])
+def test_sums_of_buckets(owner: str, rows: int, keys: int, buckets: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of values that lie apart, in buckets that are told by distances; those outside are the first and the last."""
+    monkeypatch.setattr(launch_buckets, "ENOUGH_PROGRAMS", 6)
+    values = noise(2, rows + 2, keys)[:, 1 : rows + 1].to(DEVICE)
+    told = (torch.arange(rows + keys - 1) * 7 % (buckets + 2) - 1).to(DEVICE)
+    at = BucketSums(values, told[rows - 1 :], (-1, 1), buckets, owner)
+    found = launch_buckets.sum_buckets(empty_on(values.device), start, at)
+    distances = torch.arange(keys) - torch.arange(rows)[:, None] + rows - 1
+    one_hot = torch.nn.functional.one_hot(told.cpu()[distances].clamp(0, buckets - 1), buckets).double()
+    expected = torch.einsum(f"npq,pqb->{OWNERS[owner]}", values.cpu().double(), one_hot)
+    found = found.sum(1) if owner == "pairs" else found
+    torch.testing.assert_close(found.cpu(), expected.float())
 
 
 @pytest.mark.parametrize("name", ["decomposed", "looked-up"])
@@ -337,6 +372,13 @@ RANGED = {
     "nothing": ("where(t0[n0, kv_idx], qk * 0.3, -10000.0)", [KEEP & torch.tensor([[True], [False]])]),
     "added": ("qk * 0.3 + t0[n0, 0, q_idx, kv_idx]", [torch.zeros(DENSE.shape).masked_fill(~DENSE, FP32_MIN)]),
 }
+
+
+def test_pairs_that_share_elements_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges are found by the place of a query among all, not among those that are added up at a time."""
+    monkeypatch.setattr(captured_grad, "WORKSPACE", 1)
+    score = "where((t0[q_idx] == t0[kv_idx]) & (kv_idx <= q_idx), qk * 0.3 + t1[q_idx, min(q_idx - kv_idx, 9)], -inf)"
+    check_ranged(make_call(score, (1, TQ, 16), TKV, captured=[torch.arange(TKV) // 70, noise(TQ, 10)]), [4])
 
 
 @pytest.mark.parametrize("name", RANGED)
