@@ -1,22 +1,17 @@
 """The Triton backward kernels at small odd sizes, see `triton_backward`."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from attention_cases import make_call
-from gradient_cases import Gradients, differentiable, grad_out, reference_gradients
+from gradient_cases import Gradients, grad_out, reference_gradients
 from numerics import assert_close_to_exact
 
 pytest.importorskip("triton")
 
-from triton_backward import DEVICE, RUNS, TILES, backward, check, check_ranged, noise
-
-from flashfuse.kernels import captured_grad, launch_backward, launch_buckets
-from flashfuse.kernels.buckets import BucketSums
-from flashfuse.kernels.prepared import empty_on, start
+from triton_backward import RUNS, backward, check, check_ranged, noise
 
 pytestmark = RUNS
 
@@ -72,85 +67,6 @@ PROGRAMS = {
 def test_programs(name: str) -> None:
     score, captured = PROGRAMS[name]
     check(make_call(score, (B, H, S, 20), KV_LEN, value_dim=12, captured=captured))
-
-
-FEW, FEW_KEYS = 28, 21
-AT = torch.arange(FEW)[:, None] * 7 + torch.arange(FEW_KEYS) * 3
-SHARED = {
-    "sums": ("qk + t0[q_idx + kv_idx]", [noise(FEW + FEW_KEYS - 1)]),
-    "halved": ("qk + t0[q_idx // 2, n1, kv_idx]", [noise(14, H, FEW_KEYS)]),
-    "backwards": ("qk + t0[n0, 27 - q_idx, kv_idx]", [noise(B, FEW, FEW_KEYS)]),
-    "decomposed": (
-        "qk + t0[n1 + 2 * n0, q_idx // 4, q_idx % 4, kv_idx // 7] + t1[n1 + 2 * n0, q_idx // 4, q_idx % 4, kv_idx % 7]",
-        [noise(B * H, 7, 4, 3), noise(B * H, 7, 4, 7)],
-    ),
-    "of-rows": ("where(kv_idx <= q_idx, qk + t0[n1, q_idx, min(q_idx - kv_idx, 9)], -inf)", [noise(H, FEW, 10)]),
-    "of-keys": ("(qk + t0[n1 + 2 * n0, kv_idx, min(abs(q_idx - kv_idx), 8)]) * 0.3", [noise(B * H, FEW_KEYS, 9)]),
-    "looked-up": ("qk * 0.3 + t0[t1[q_idx, kv_idx], n1]", [noise(11, H), AT % 11]),
-    "looked-up-by-batch": ("qk + t0[t1[n0, q_idx, kv_idx] + q_idx]", [noise(50), torch.stack([AT % 11, AT % 13])]),
-    "one-tensor-twice": ("qk + t0[t1[q_idx, kv_idx]] * 2.0 + t0[q_idx + kv_idx]", [noise(50), AT % 5]),
-    "discarded": ("qk + where(kv_idx < 9, t0[q_idx + kv_idx], t0[kv_idx - 9])", [noise(40)]),
-    "with-an-owner": ("tanh(qk + t0[q_idx, kv_idx // 2]) + t1[q_idx, kv_idx]", [noise(FEW, 11), noise(FEW, FEW_KEYS)]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SHARED)
-def test_pairs_that_share_elements(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole backward was left to torch. A few queries at a time; all of them in the tests of forms."""
-    score, captured = SHARED[name]
-    for setting in ("WORKSPACE", "ENOUGH_PROGRAMS"):
-        monkeypatch.setattr(captured_grad, setting, 1)
-    monkeypatch.setattr(launch_backward, "attention_backward_tiled", None)
-    dropout = 0.2 if name == "of-keys" else 0.0
-    call = make_call(score, (B, H, FEW, 16), FEW_KEYS, captured=captured, dropout=dropout)
-    check(call, [3 + slot for slot, c in enumerate(captured) if c.is_floating_point()])
-
-
-def test_parts_of_rows_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some queries at a time, and some keys a program: in tiles that a mask rules out, and behind them."""
-    seen, read = "(kv_idx <= q_idx + 60) & (kv_idx > q_idx - 5)", "t0[q_idx, kv_idx] + t1[q_idx // 2, kv_idx]"
-    score = f"where({seen}, qk * 0.3 + {read}, -10000.0)"
-    captured = [noise(FEW, 150), noise(FEW // 2, 150)]
-    call = make_call(score, (2, FEW, 16), 150, captured=captured)
-    together = check(call, [3, 4])
-    monkeypatch.setattr(captured_grad, "WORKSPACE", 1)
-    monkeypatch.setattr(launch_backward, "ROWS_TILES", 1)
-    for mine, other in zip(backward(call, grad_out(call), [3, 4]), together, strict=True):
-        assert torch.equal(mine, other)
-
-
-OWNERS = {"rows": "npb", "keys": "nqb", "pairs": "nb"}
-
-
-@pytest.mark.parametrize("owner", OWNERS)
-@pytest.mark.parametrize(("rows", "keys", "buckets"), [(1, 3, 1), (9, 70, 40), (14, 65, 5)])
-def test_sums_of_buckets(owner: str, rows: int, keys: int, buckets: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of values that lie apart, in buckets that are told by distances; those outside are the first and the last."""
-    monkeypatch.setattr(launch_buckets, "ENOUGH_PROGRAMS", 6)
-    values = noise(2, rows + 2, keys)[:, 1 : rows + 1].to(DEVICE)
-    told = (torch.arange(rows + keys - 1) * 7 % (buckets + 2) - 1).to(DEVICE)
-    at = BucketSums(values, told[rows - 1 :], (-1, 1), buckets, owner)
-    found = launch_buckets.sum_buckets(empty_on(values.device), start, at)
-    distances = torch.arange(keys) - torch.arange(rows)[:, None] + rows - 1
-    one_hot = torch.nn.functional.one_hot(told.cpu()[distances].clamp(0, buckets - 1), buckets).double()
-    expected = torch.einsum(f"npq,pqb->{OWNERS[owner]}", values.cpu().double(), one_hot)
-    found = found.sum(1) if owner == "pairs" else found
-    torch.testing.assert_close(found.cpu(), expected.float())
-
-
-@pytest.mark.parametrize("name", ["decomposed", "looked-up"])
-def test_rows_of_pairs_take_bounded_memory(name: str) -> None:
-    """However many queries there are; of reads with one slope they are made once."""
-    score, captured = SHARED[name]
-    call = make_call(score, (B, H, 6000, 16), 4000, captured=captured)
-    out, lse = torch.empty(B, H, 6000, 16), torch.empty(B, H, 6000, 2)
-    prepared = launch_backward.prepare_backward(call, out, out, lse, [True] * len(differentiable(call)), TILES)
-    assert prepared is not None
-    (target,), (launches,) = prepared.targets, prepared.pairs
-    assert len(target.reads) == score.count("t0[n") + score.count("t1[n") or 1
-    assert 4 * math.prod(target.whole.size) <= captured_grad.WORKSPACE
-    assert len(launches) == len(target.parts) > 1
-    assert [i for part in target.parts for i in captured_grad.queries_of(part)] == list(range(6000))
 
 
 @pytest.mark.parametrize("name", ["causal", "softcap", "temperature", "alibi", "bias", "key-bias"])
@@ -372,13 +288,6 @@ RANGED = {
     "nothing": ("where(t0[n0, kv_idx], qk * 0.3, -10000.0)", [KEEP & torch.tensor([[True], [False]])]),
     "added": ("qk * 0.3 + t0[n0, 0, q_idx, kv_idx]", [torch.zeros(DENSE.shape).masked_fill(~DENSE, FP32_MIN)]),
 }
-
-
-def test_pairs_that_share_elements_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranges are found by the place of a query among all, not among those that are added up at a time."""
-    monkeypatch.setattr(captured_grad, "WORKSPACE", 1)
-    score = "where((t0[q_idx] == t0[kv_idx]) & (kv_idx <= q_idx), qk * 0.3 + t1[q_idx, min(q_idx - kv_idx, 9)], -inf)"
-    check_ranged(make_call(score, (1, TQ, 16), TKV, captured=[torch.arange(TKV) // 70, noise(TQ, 10)]), [4])
 
 
 @pytest.mark.parametrize("name", RANGED)
