@@ -150,7 +150,7 @@ class CapturedProgram:
             return None
         is_total = sum(_slot(read) == _slot(term.read) for read in self.reads) == 1
         size, strides, dtype = self.results[_slot(term.read)]
-        whole = _meta(Buffer(size, strides, dtype if is_total else torch.float32))
+        whole = Buffer(size, strides, dtype if is_total else torch.float32).without_memory
         view = strided(whole, term.read, self.pairs)
         if view is None or overlaps(view):
             return None
@@ -171,7 +171,7 @@ class CapturedProgram:
         reads = tuple(read for n in numbers if (read := self.program.pair_terms[n].read) is not None)
         *batch, (_, queries), (_, keys) = self.pairs.axes
         owned = self._owners(reads, -(-len(queries) // tiles.pairs.block_q) * -(-len(keys) // tiles.pairs.block_kv))
-        looked_up = max(look_ups(_meta(self.totals[_slot(read)]), read, self.pairs) for read in reads)
+        looked_up = max(look_ups(self.totals[_slot(read)].without_memory, read, self.pairs) for read in reads)
         row_bytes = max(4 * math.prod(owned) * len(keys), LOOK_UP_BYTES * looked_up // len(queries))
         block = max(tiles.pairs.block_q, tiles.dense.block_q)
         rows = min(max(WORKSPACE // row_bytes // block, 1) * block, len(queries))
@@ -265,11 +265,6 @@ class CapturedGradients:
         if slot not in self.total:
             self.total[slot] = self.empty(*self.of.totals[slot]).zero_()
         return self.total[slot]
-
-
-def _meta(buffer: Buffer) -> torch.Tensor:
-    """A tensor without memory."""
-    return torch.empty_strided(buffer.size, buffer.strides, dtype=buffer.dtype, device=META)
 
 
 def _slot(read: Load | Gather) -> int:

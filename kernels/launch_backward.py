@@ -169,7 +169,7 @@ class _Preparation:
         call, tiles = self.call, self.launch.keys
         contiguous = 1 in (call.q.stride(-2), self.grad_out.stride(-2))
         variant = keys_constants(call.spec, self.program, call.head_dim, call.value_dim, tiles, contiguous)
-        ranges = None if self._ranges is None else _meta(self._ranges.buffer)
+        ranges = None if self._ranges is None else self._ranges.buffer.without_memory
         numbers = (
             *self._strides(call.k, call.v, self.grad_out, ranges, *map(_written, (dk, dv))),
             *padded_axes(owned), *padded_axes(loop_over(call.batch, owned)), *self._lengths,
@@ -257,12 +257,7 @@ def _key_parts(programs: int, kv_tiles: int) -> int:
 
 
 def _written(gradient: Gradient | None) -> torch.Tensor | None:
-    return None if gradient is None else _meta(gradient.written)
-
-
-def _meta(buffer: Buffer) -> torch.Tensor:
-    """A tensor without memory."""
-    return torch.empty_strided(buffer.size, buffer.strides, dtype=buffer.dtype, device="meta")
+    return None if gradient is None else gradient.written.without_memory
 
 
 def _float32(*size: int) -> Buffer:
