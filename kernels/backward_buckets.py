@@ -17,7 +17,7 @@ def bucket_sums_kernel(
     """sums[n, o, b] = sum_ij values[n, i, j] over the pairs of the owner o that are in bucket at[i, j] = b.
 
     values [N, rows, keys], at [rows, keys], sums [N, owners, buckets]. An owner is a row (OF_ROWS), a key (OF_KEYS), or
-    rows_each rows. What at says is clamped to the buckets.
+    rows_each rows, whole tiles. What at says is clamped to the buckets.
     """
     bucket_blocks = tl.cdiv(buckets, BLOCK_B)
     key_blocks = tl.cdiv(keys, BLOCK_KV)
@@ -34,7 +34,6 @@ def bucket_sums_kernel(
 
     # [block_b, block_q, block_kv]
     acc = tl.zeros([BLOCK_B, BLOCK_Q, BLOCK_KV], tl.float32)
-    end = rows if OF_ROWS or OF_KEYS else tl.minimum((owner_block + 1) * rows_each, rows)
     for step in tl.range(0, steps):
         if OF_ROWS:
             row, key = owner_block * BLOCK_Q, step * BLOCK_KV
@@ -44,7 +43,7 @@ def bucket_sums_kernel(
             row, key = owner_block * rows_each + step // key_blocks * BLOCK_Q, step % key_blocks * BLOCK_KV
         i = row + tl.arange(0, BLOCK_Q)
         j = key + tl.arange(0, BLOCK_KV)
-        exists = (i < end)[:, None] & (j < keys)[None, :]
+        exists = (i < rows)[:, None] & (j < keys)[None, :]
         # [block_q, block_kv]
         value_ptrs = values_ptr + n * values_stride + i.to(tl.int64)[:, None] * row_stride + j[None, :]
         values = tl.load(value_ptrs, mask=exists, other=0)

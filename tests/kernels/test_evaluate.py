@@ -110,6 +110,7 @@ def test_loads(indices: str, is_view: bool) -> None:
         "0, q_idx * 2 + kv_idx // 3, kv_idx % 3 + 1",
         "kv_idx % 2, n0, kv_idx // 2 % 2 + q_idx",
         "kv_idx // 4, kv_idx // 2 % 2 + q_idx, kv_idx % 2",
+        "n0, kv_idx % 6 + q_idx, kv_idx % 2",
         "n0, q_idx + kv_idx, 2",
         "n0 // 3, kv_idx // 8 + q_idx % 4, kv_idx % 12",
     ],

@@ -60,12 +60,16 @@ def test_pairs_that_share_elements(name: str, monkeypatch: pytest.MonkeyPatch) -
     check(call, [3 + slot for slot, c in enumerate(captured) if c.is_floating_point()])
 
 
-def test_parts_of_rows_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some queries at a time, and some keys a program: in tiles that a mask rules out, and behind them."""
-    seen, read = "(kv_idx <= q_idx + 60) & (kv_idx > q_idx - 5)", "t0[q_idx, kv_idx] + t1[q_idx // 2, kv_idx]"
+@pytest.mark.parametrize("batch", [2, 5])
+def test_parts_of_pairs(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some queries at a time, and some keys a program, by rows and, where many positions share them, by tiles of pairs.
+
+    Tiles before and behind those that the mask leaves are 0."""
+    seen, read = "(kv_idx <= q_idx + 90) & (kv_idx > q_idx + 40)", "t0[q_idx, kv_idx] + t1[q_idx // 2, kv_idx]"
     score = f"where({seen}, qk * 0.3 + {read}, -10000.0)"
     captured = [noise(S, 150), noise(S // 2, 150)]
-    call = make_call(score, (2, S, 16), 150, captured=captured)
+    call = make_call(score, (batch, S, 16), 150, captured=captured)
+    monkeypatch.setattr(captured_grad, "ENOUGH_PROGRAMS", 1)
     together = check(call, [3, 4])
     monkeypatch.setattr(captured_grad, "WORKSPACE", 1)
     monkeypatch.setattr(launch_backward, "ROWS_TILES", 1)
