@@ -72,7 +72,7 @@ def _listed(shape: tuple[int, ...]) -> str:
     return ", ".join(map(str, shape)) if shape else "()"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Program:
     """A function `attention` of tensors.
 
@@ -94,7 +94,7 @@ class Program:
     labels: tuple[str, ...] = field(default=(), compare=False)
 
     def __hash__(self) -> int:
-        return hash(str(self))
+        return hash(repr(self))
 
     @property
     def source(self) -> str:
@@ -117,7 +117,7 @@ class Program:
             scope = {"torch": torch, "math": math}
             return [eval(i.expression(self.sizes[call], self.dtype), scope) for i in self.inputs]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """As a test."""
         made = [f"    {i.name} = {i.expression(self.sizes[0], self.dtype)}" for i in self.inputs]
         calls = [f"# also called with {dict(sizes)}" for sizes in self.sizes[1:]]
