@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from hypothesis import HealthCheck, Phase, given, settings
+
 from fuzz.generate import programs
 from fuzz.oracle import check
 from fuzz.program import Program
-from hypothesis import HealthCheck, Phase, given, settings
 
 # Nothing is made smaller here: `python -m fuzz --shrink` does that.
 BOUNDED = settings(
