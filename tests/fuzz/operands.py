@@ -141,7 +141,7 @@ def rotated(draft: Draft, x: Var) -> Var:
         return x
     tables = [draft.given(name, (row, x.axes[-1]), "normal").name for name in ("cos", "sin")]
     items = ", ".join(":" if axis in (row, x.axes[-1]) else "None" for axis in x.axes)
-    cos, sin = (f"{name}[{items}]" for name in tables)
+    cos, sin = (f"{name}[{items}].to({x.name}.dtype)" for name in tables)
     turned = f"torch.cat([-{x.name}[..., 1:], {x.name}[..., :1]], -1)"
     return draft.let(x.name, f"{x.name} * {cos} + {turned} * {sin}", x.axes)
 
