@@ -139,6 +139,8 @@ def decoy(draft: Draft) -> tuple[None, str]:
     if where is BEFORE or draft.chance(6):
         _say(draft, draft.row(BEFORE), names)
     if where is NORMALISERS:
+        # Their exponentials are of other differences than those from the row's own maximum.
+        draft.left_open = True
         _say(draft, draft.row(NORMALISERS), names)
         p = Var("p", s.axes)
     else:
