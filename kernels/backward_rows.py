@@ -34,7 +34,7 @@ def attention_rows_backward_kernel(
     APART: whether the sum stays a number, or its logarithm becomes part of the exponent: of the shift, if that is no
     inner score (SLACK).
     sums_ptr: where the sums of the one pass start at 0, float32 [positions, Tq, D]; None without it. It is launched
-    while this kernel ends.
+    while this kernel ends, and may add to SINK_GRAD.
     """
     if sums_ptr is not None:
         gdc_launch_dependents()
@@ -94,6 +94,8 @@ def attention_rows_backward_kernel(
         sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
         prob = tl.div_rn(tl.exp2((sink - largest) * LOG2_E), row_sum)
         tl.store(rows_ptrs + SINK_GRAD * planes, tl.where(exists, -prob * delta, 0.0))
+    elif sums_ptr is not None:
+        tl.store(rows_ptrs + SINK_GRAD * planes, tl.zeros([BLOCK_Q], tl.float32))
 
 
 @triton.jit

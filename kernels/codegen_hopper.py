@@ -30,6 +30,7 @@ _NAMES = {
     "tl.full(": "gl.full(",
     "from flashfuse.kernels.tiles import product\n": "from flashfuse.kernels.hopper_tiles import arrived\n",
     "(q, k, PRECISION: tl.constexpr, ": "(qk, pairs, OUTSTANDING: tl.constexpr, ",
+    "(qk, n0, ": "(qk, pairs, n0, ",
     "product(q, k, PRECISION)": "arrived(qk, OUTSTANDING)",
 }
 
@@ -61,11 +62,15 @@ class HopperForwardProgram(ScoreProgram):
 
 @dataclass(frozen=True, eq=False)
 class HopperBackwardProgram:
-    """See `DerivativeProgram` and `BackwardProgram`, whose functions these are."""
+    """See `DerivativeProgram` and `BackwardProgram`, whose functions these are; of tiles, and of the tile of pairs.
+
+    pairs_at: as for `HopperForwardProgram`.
+    """
 
     score_and_grad_masked: Any
     score_and_grad_full: Any
     query_bounds: Any
+    pairs_at: Any
 
 
 @functools.lru_cache(maxsize=1024)
@@ -81,7 +86,7 @@ def load_hopper_forward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) 
     }
     return HopperForwardProgram(
         **{**{field.name: getattr(program, field.name) for field in fields(program)}, **own},
-        pairs_at=None if pairs is None else _module("pairs", *_pairs_at(pairs))("pairs_at"),
+        pairs_at=_pairs_at(pairs),
     )
 
 
@@ -107,21 +112,26 @@ def _loading(spec: AttentionSpec, read: Load | None) -> AttentionSpec:
     return spec if read is None else replace(spec, score=rewrite(spec.score, rule))
 
 
-def _pairs_at(read: Load) -> tuple[str, str]:
-    """(hash, source text) of the module of `HopperForwardProgram.pairs_at`."""
+def _pairs_at(read: Load | None) -> Any:
+    """See `HopperForwardProgram`."""
+    if read is None:
+        return None
     outer = [index_source(sympify(i)) for i in read.indices[:-2]]
     places = ", ".join([*outer, *("0",) * (_PAIR_AXES - len(outer))])
-    return finished(_PAIRS_AT.format(read=to_text(read), places=places), read.dtype)
+    return _module("pairs", *finished(_PAIRS_AT.format(read=to_text(read), places=places), read.dtype))("pairs_at")
 
 
 @functools.lru_cache(maxsize=1024)
 def load_hopper_backward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) -> HopperBackwardProgram:
     """Generate, write and import the functions of a spec, as `load_backward` does."""
+    pairs = pair_read(spec)
     spec = kernel_spec(spec, fewer_queries)
-    derivatives = _module("derivatives", *generate_derivatives(spec, ranged))
-    bounds = _module("backward", *backward_source(spec))
+    derivatives = _module("derivatives", *generate_derivatives(_loading(spec, pairs), ranged))
     return HopperBackwardProgram(
-        derivatives("score_and_grad_masked"), derivatives("score_and_grad_full"), bounds("query_bounds")
+        derivatives("score_and_grad_masked"),
+        derivatives("score_and_grad_full"),
+        _module("backward", *backward_source(spec))("query_bounds"),
+        _pairs_at(pairs),
     )
 
 

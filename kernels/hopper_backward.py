@@ -22,14 +22,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flashfuse.kernels.backward_rows import DELTA, MINUS_SHIFT, SHARE, batch_position, rows_length, slack_of
+from flashfuse.kernels.backward_rows import (
+    DELTA,
+    MINUS_SHIFT,
+    SHARE,
+    SINK_GRAD,
+    batch_position,
+    rows_length,
+    slack_of,
+)
 from flashfuse.kernels.backward_tile import probabilities
-from flashfuse.kernels.hopper_tiles import load_rows, next_stage, opaque, store_rows
+from flashfuse.kernels.hopper_query_visits import BLOCK_KV, GROUP_KV, owned_keys, visited_queries
+from flashfuse.kernels.hopper_tiles import load_own, load_rows, next_stage, opaque, store_rows
 from flashfuse.kernels.tiles import batch_pointer, tile_pointers
 
-# Keys of a group of warps, and of a program. Shapes of matrix instructions: no table chooses them.
-GROUP_KV: gl.constexpr = gl.constexpr(64)
-BLOCK_KV: gl.constexpr = gl.constexpr(128)
 # Queries of a product.
 HALF: gl.constexpr = gl.constexpr(64)
 # Tiles of queries that are loaded ahead.
@@ -45,19 +51,24 @@ MAX_REGISTERS = 168
     do_not_specialize_on_alignment=["loop_0", "loop_1", "loop_2", "loop_3"],
 )
 def attention_hopper_backward_kernel(
-    q_desc, k_desc, v_desc, grad_desc, dk_desc, dv_desc, dq_desc, rows_ptr, ranges_ptr, filled_ptr,
+    q_desc, k_desc, v_desc, grad_desc, dk_desc, dv_desc, dq_desc, pairs_desc, rows_ptr, ranges_ptr, filled_ptr,
     ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
     SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    FULL_MASKED: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    FULL_MASKED: gl.constexpr, SUMMED: gl.constexpr, PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr,
+    SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk_j = SLOPE sum_i ds_ij slope_ij q_i,  dv_j = sum_i p_ij grad_i,  dq_i += sum_j ds_ij slope_ij k_j.
 
     dq_desc [positions, Tq, D] holds zeros before, and has to be multiplied by SLOPE after; the other operands are
     [n0, n1, n2, T, D]. BLOCK_D: 64 or 128 columns, behind the last of which TMA gives zeros and writes nothing.
+    pairs_desc: [n0, n1, n2, Tq, Tkv], or None. PAIRS_AT: where on the three axes it is read. PAIRS_AXES: on which of
+    them it has positions of its own.
     FULL_MASKED: whether masks of data are left where others are not.
+    SUMMED: whether sum_j ds_ij is added to the row's SINK_GRAD. Each slope_ij is 0 or 1 then.
     SPREAD: how many positions take a tile of keys before the next is begun; a divisor of their number.
+    SHARED_BATCH: whether positions next to each other are those of the first axis.
     """
     dtype: gl.constexpr = q_desc.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -69,6 +80,12 @@ def attention_hopper_backward_kernel(
     grad_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_Q, BLOCK_D], ROWS)
     k_s = gl.allocate_shared_memory(dtype, [2, GROUP_KV, BLOCK_D], ROWS)
     v_s = gl.allocate_shared_memory(dtype, [2, GROUP_KV, BLOCK_D], ROWS)
+    # What is read for each pair of a tile, by the keys of each group.
+    if pairs_desc is not None:
+        pairs_s = gl.allocate_shared_memory(
+            pairs_desc.dtype, [2, HALF, GROUP_KV],
+            gl.NVMMASharedLayout.get_default_for([HALF, GROUP_KV], pairs_desc.dtype),
+        )  # fmt: skip
     # Two slots, by [half of the queries,] group of warps.
     ds_s = gl.allocate_shared_memory(dtype, [4 * HALVES, GROUP_KV, HALF], PAIRS)
     dq_s = gl.allocate_shared_memory(gl.float32, [2, 64, 64], SUMS)
@@ -79,12 +96,17 @@ def attention_hopper_backward_kernel(
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    pairs_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    pairs_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     mbarrier.init(keys_full, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=2)
         mbarrier.init(empty.index(stage), count=2)
+    for group in gl.static_range(2):
+        mbarrier.init(pairs_full.index(group), count=1)
+        mbarrier.init(pairs_empty.index(group), count=1)
     fence_async_shared()
-    barriers = (keys_full, full, empty)
+    barriers = (keys_full, full, empty, pairs_full, pairs_empty)
     written = (dk_desc, dv_desc, dq_desc, ds_s, dq_s)
     gdc_launch_dependents()
     # Nothing that a kernel has written is read before.
@@ -92,21 +114,22 @@ def attention_hopper_backward_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                0, written, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr, ranges_strides,
-                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
-                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED,
-                BLOCK_D, BLOCK_Q, SPREAD,
+                0, written, q_s, k_s, v_s, grad_s, rows_s, pairs_s if pairs_desc is not None else None, barriers,
+                rows_ptr, ranges_ptr, filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1,
+                loop_2, loop_3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, GRADS_FULL,
+                QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED, SUMMED, SHARED_BATCH, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_multiply, (
-                1, written, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr, ranges_strides,
-                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
-                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED,
-                BLOCK_D, BLOCK_Q, SPREAD,
+                1, written, q_s, k_s, v_s, grad_s, rows_s, pairs_s if pairs_desc is not None else None, barriers,
+                rows_ptr, ranges_ptr, filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1,
+                loop_2, loop_3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, GRADS_FULL,
+                QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED, SUMMED, SHARED_BATCH, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_load, (
-                q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr,
-                filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len,
-                kv_len, sizes, QUERY_BOUNDS, SLACK, BLOCK_Q, SPREAD,
+                q_desc, k_desc, v_desc, grad_desc, pairs_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s,
+                pairs_s if pairs_desc is not None else None, barriers, ranges_ptr, filled_ptr, ranges_strides,
+                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes,
+                QUERY_BOUNDS, SLACK, PAIRS_AT, PAIRS_AXES, SHARED_BATCH, BLOCK_Q, SPREAD,
             )),
         ],
         [4, 1],
@@ -115,63 +138,21 @@ def attention_hopper_backward_kernel(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Which tiles there are: the same for those who load and those who multiply
-
-
-@gluon.jit
-def _owned(batch_0, batch_1, batch_2, batch_3, kv_len, SPREAD: gl.constexpr):
-    """This program's first key, and its position on the four axes. The first keys have the most queries, if any do."""
-    tiles = gl.cdiv(kv_len, BLOCK_KV)
-    round_of = gl.program_id(0) // (tiles * SPREAD)
-    rest = gl.program_id(0) % (tiles * SPREAD)
-    n0, n1, n2, n3 = batch_position(round_of * SPREAD + rest % SPREAD, batch_0, batch_1, batch_2, batch_3)
-    return rest // SPREAD * BLOCK_KV, n0, n1, n2, n3
-
-
-@gluon.jit
-def _visited(
-    kv_start, position, n0, n1, n2, n3, ranges_ptr, filled_ptr, ranges_strides, q_len, kv_len, sizes,
-    QUERY_BOUNDS: gl.constexpr, BLOCK_Q: gl.constexpr,
-):  # fmt: skip
-    """(start, full_start, full_end, end) at whole tiles of queries, as in `backward`.
-
-    Queries that see every key lie within too, and so do those between: a mask is evaluated there.
-    """
-    kv_stop = gl.minimum(kv_start + BLOCK_KV, kv_len)
-    start, full_start, full_end, end = QUERY_BOUNDS(kv_start, kv_stop, n0, n1, n2, n3, kv_len, q_len, sizes)
-    if ranges_ptr is not None:
-        ranges = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3) + kv_start // BLOCK_KV * ranges_strides[4]
-        end = gl.minimum(end, gl.load(ranges + 3 * ranges_strides[5]))
-        start = gl.minimum(gl.maximum(start, gl.load(ranges)), end)
-        full_start = gl.maximum(gl.maximum(start, full_start), gl.load(ranges + ranges_strides[5]))
-        full_end = gl.minimum(gl.minimum(full_end, gl.load(ranges + 2 * ranges_strides[5])), end)
-    start = start // BLOCK_Q * BLOCK_Q
-    end = gl.cdiv(end, BLOCK_Q) * BLOCK_Q
-    full_start = gl.minimum(gl.cdiv(full_start, BLOCK_Q) * BLOCK_Q, end)
-    full_end = gl.where(kv_start + BLOCK_KV <= kv_len, full_end // BLOCK_Q * BLOCK_Q, full_start)
-    if filled_ptr is not None:
-        first = gl.load(filled_ptr + 2 * position)
-        stop = gl.load(filled_ptr + 2 * position + 1)
-        start = gl.minimum(start, first // BLOCK_Q * BLOCK_Q)
-        end = gl.maximum(end, gl.cdiv(stop, BLOCK_Q) * BLOCK_Q)
-    return start, full_start, gl.maximum(full_end, full_start), end
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The warp that loads
 
 
 @gluon.jit
 def _load(
-    q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr,
-    ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes,
-    QUERY_BOUNDS: gl.constexpr, SLACK: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    q_desc, k_desc, v_desc, grad_desc, pairs_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, pairs_s, barriers,
+    ranges_ptr, filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len,
+    kv_len, sizes, QUERY_BOUNDS: gl.constexpr, SLACK: gl.constexpr, PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr,
+    SHARED_BATCH: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """Keys and values once, and tiles of queries with their gradients and numbers as slots become free."""
-    keys_full, full, empty = barriers
+    keys_full, full, empty, pairs_full, pairs_empty = barriers
     HALVES: gl.constexpr = BLOCK_Q // HALF
     row = gl.arange(0, HALF, gl.BlockedLayout([2], [32], [1], [0]))
-    kv_start, n0, n1, n2, n3 = _owned(batch_0, batch_1, batch_2, batch_3, kv_len, SPREAD)
+    kv_start, n0, n1, n2, n3 = owned_keys(batch_0, batch_1, batch_2, batch_3, kv_len, SHARED_BATCH, SPREAD)
     mbarrier.expect(keys_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
     for group in gl.static_range(2):
         load_rows(k_desc, n0, n1, n2, kv_start + group * GROUP_KV, keys_full, k_s.index(group))
@@ -180,11 +161,12 @@ def _load(
     planes = (batch_0 * loop_0).to(gl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3 * rows_len
     stage = 0
     phase = 1
+    slot = 0
     for shared in range(loop_0 * loop_1 * loop_2 * loop_3):
         s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
         m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
         position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
-        start, _, _, end = _visited(
+        start, _, _, end = visited_queries(
             kv_start, position, m0, m1, m2, m3, ranges_ptr, filled_ptr, ranges_strides, q_len, kv_len, sizes,
             QUERY_BOUNDS, BLOCK_Q,
         )  # fmt: skip
@@ -205,6 +187,18 @@ def _load(
             gl.thread_barrier()
             mbarrier.arrive(full.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
+            if pairs_desc is not None:
+                p0, p1, p2 = PAIRS_AT(m0, m1, m2, m3, q_len, kv_len, sizes)
+                for half in gl.static_range(HALVES):
+                    turn = slot if HALVES == 1 else half
+                    for group in gl.static_range(2):
+                        mbarrier.wait(pairs_empty.index(group), turn ^ 1)
+                        mbarrier.expect(pairs_full.index(group), pairs_desc.block_type.nbytes)
+                        load_own(
+                            pairs_desc, p0, p1, p2, q_start + half * HALF, pairs_full.index(group),
+                            pairs_s.index(group), PAIRS_AXES, kv_start + group * GROUP_KV,
+                        )  # fmt: skip
+                slot ^= 1
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -213,14 +207,14 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    GROUP: gl.constexpr, written, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr, ranges_strides,
-    batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
+    GROUP: gl.constexpr, written, q_s, k_s, v_s, grad_s, rows_s, pairs_s, barriers, rows_ptr, ranges_ptr, filled_ptr,
+    ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
     captured_strides, GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
-    SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    FULL_MASKED: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr, FULL_MASKED: gl.constexpr, SUMMED: gl.constexpr,
+    SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk, dv of the 64 keys of one group, and half of what the program's 128 keys add to dq."""
-    keys_full, full, empty = barriers
+    keys_full, full, empty, pairs_full, pairs_empty = barriers
     dk_desc, dv_desc, dq_desc, ds_s, dq_s = written
     dtype: gl.constexpr = q_s.dtype
     HALVES: gl.constexpr = BLOCK_Q // HALF
@@ -228,11 +222,15 @@ def _multiply(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
-    kv_start, n0, n1, n2, n3 = _owned(batch_0, batch_1, batch_2, batch_3, kv_len, SPREAD)
+    kv_start, n0, n1, n2, n3 = owned_keys(batch_0, batch_1, batch_2, batch_3, kv_len, SHARED_BATCH, SPREAD)
     kv_start += GROUP * GROUP_KV
     dk = gl.zeros([GROUP_KV, BLOCK_D], gl.float32, SUMS)
     dv = gl.zeros([GROUP_KV, BLOCK_D], gl.float32, SUMS)
     nothing = gl.zeros([GROUP_KV, HALF], gl.float32, SCORES)
+    if SUMMED:
+        rows_len = rows_length(q_len)
+        planes = (batch_0 * loop_0).to(gl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3 * rows_len
+        sums_ptr = rows_ptr + SINK_GRAD * planes
     stage = 0
     phase = 0
     slot = 0
@@ -241,7 +239,7 @@ def _multiply(
         s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
         m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
         position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
-        start, full_start, full_end, end = _visited(
+        start, full_start, full_end, end = visited_queries(
             kv_start - GROUP * GROUP_KV, position, m0, m1, m2, m3, ranges_ptr, filled_ptr, ranges_strides, q_len,
             kv_len, sizes, QUERY_BOUNDS, BLOCK_Q,
         )  # fmt: skip
@@ -265,40 +263,53 @@ def _multiply(
                 qk = warpgroup_mma(k, q_0.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 dw = warpgroup_mma(v, grad_0.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 qk_1 = warpgroup_mma(k, q_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, 0)
                 qk = warpgroup_mma_wait(num_outstanding=2, deps=(qk,))
                 w, p = _weights(
-                    qk, rows_s, numbers, masked, kv_start, q_start, at, captured, captured_strides,
-                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, HALVES, WEIGHTS, dtype,
+                    qk, pairs, rows_s, numbers, masked, kv_start, q_start, at, captured, captured_strides,
+                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, SUMMED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw = warpgroup_mma_wait(num_outstanding=1, deps=(dw,))
-                ds = _gradients(dw, p, rows_s.index(numbers + HALVES), masked, FULL_MASKED, dtype)
+                ds, sums = _gradients(
+                    dw, p, rows_s.index(numbers + HALVES), masked, FULL_MASKED, SUMMED, dtype
+                )  # fmt: skip
+                if SUMMED:
+                    _add_sums(sums_ptr + position.to(gl.int64) * rows_len + q_start, sums)
                 ds_s.index(4 * slot + 2 * GROUP).store(ds)
                 dv = warpgroup_mma(w, grad_0, dv, is_async=True)
                 dk = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), q_0, dk, is_async=True)
                 dw = warpgroup_mma(v, grad_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, 1)
                 qk = warpgroup_mma_wait(num_outstanding=3, deps=(qk_1,))
                 w, p = _weights(
-                    qk, rows_s, numbers + 1, masked, kv_start, q_start + HALF, at, captured, captured_strides,
-                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, HALVES, WEIGHTS, dtype,
+                    qk, pairs, rows_s, numbers + 1, masked, kv_start, q_start + HALF, at, captured, captured_strides,
+                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, SUMMED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw, dv, dk = warpgroup_mma_wait(num_outstanding=0, deps=(dw, dv, dk))
-                ds = _gradients(dw, p, rows_s.index(numbers + HALVES + 1), masked, FULL_MASKED, dtype)
+                ds, sums = _gradients(
+                    dw, p, rows_s.index(numbers + HALVES + 1), masked, FULL_MASKED, SUMMED, dtype
+                )  # fmt: skip
                 q_last = q_1
                 grad_last = grad_1
                 ds_slot = ds_s.index(4 * slot + 2 * GROUP + 1)
             else:
                 qk = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 dw = warpgroup_mma(v, grad.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, slot)
                 qk = warpgroup_mma_wait(num_outstanding=1, deps=(qk,))
                 w, p = _weights(
-                    qk, rows_s, numbers, masked, kv_start, q_start, at, captured, captured_strides,
-                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, HALVES, WEIGHTS, dtype,
+                    qk, pairs, rows_s, numbers, masked, kv_start, q_start, at, captured, captured_strides,
+                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, SUMMED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw = warpgroup_mma_wait(num_outstanding=0, deps=(dw,))
-                ds = _gradients(dw, p, rows_s.index(numbers + HALVES), masked, FULL_MASKED, dtype)
+                ds, sums = _gradients(
+                    dw, p, rows_s.index(numbers + HALVES), masked, FULL_MASKED, SUMMED, dtype
+                )  # fmt: skip
                 q_last = q
                 grad_last = grad
                 ds_slot = ds_s.index(2 * slot + GROUP)
+            if SUMMED:
+                _add_sums(sums_ptr + position.to(gl.int64) * rows_len + q_start + (BLOCK_Q - HALF), sums)
             ds_slot.store(ds)
             # Issued before ds is stored, this one waits for its operand in registers, and the store with it.
             dv_next = warpgroup_mma(w, grad_last, dv, is_async=True)
@@ -334,10 +345,26 @@ def _multiply(
 
 
 @gluon.jit
+def _pairs(pairs_s, pairs_full, pairs_empty, GROUP: gl.constexpr, turn):
+    """[keys, queries] of what is read for each pair, when it is the group's turn in this phase; 0 where nothing is."""
+    if pairs_s is None:
+        return 0
+    else:
+        mbarrier.wait(pairs_full.index(GROUP), turn)
+        # A tensor has keys along its rows, and a group along its columns.
+        pairs = pairs_s.index(GROUP).permute((1, 0)).load(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16]))
+        # All threads have read before TMA writes there again.
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(pairs_empty.index(GROUP), count=1)
+        return pairs
+
+
+@gluon.jit
 def _weights(
-    qk, rows, number, masked, kv_start, q_start, at, captured, captured_strides, GRADS_MASKED: gl.constexpr,
+    qk, pairs, rows, number, masked, kv_start, q_start, at, captured, captured_strides, GRADS_MASKED: gl.constexpr,
     GRADS_FULL: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr, FULL_MASKED: gl.constexpr,
-    HALVES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr,
+    SUMMED: gl.constexpr, HALVES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """(p as an operand, p * slope) of a tile of products [keys, queries]; the numbers of its rows start at `number`.
 
@@ -345,26 +372,26 @@ def _weights(
     """
     if masked:
         w, p = _weights_of(
-            qk, rows, number, opaque(kv_start), q_start, at, captured, captured_strides, GRADS_MASKED, True, True,
-            SCALE, SLACK, HALVES, WEIGHTS, dtype,
+            qk, pairs, rows, number, opaque(kv_start), q_start, at, captured, captured_strides, GRADS_MASKED, True,
+            True, SUMMED, SCALE, SLACK, HALVES, WEIGHTS, dtype,
         )  # fmt: skip
     else:
         w, p = _weights_of(
-            qk, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS_FULL, False, FULL_MASKED,
-            SCALE, SLACK, HALVES, WEIGHTS, dtype,
+            qk, pairs, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS_FULL, False, FULL_MASKED,
+            SUMMED, SCALE, SLACK, HALVES, WEIGHTS, dtype,
         )  # fmt: skip
     return w, p
 
 
 @gluon.jit
 def _weights_of(
-    qk, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS: gl.constexpr, ENDS: gl.constexpr,
-    MASKED: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr, HALVES: gl.constexpr, WEIGHTS: gl.constexpr,
-    dtype: gl.constexpr,
+    qk, pairs, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS: gl.constexpr,
+    ENDS: gl.constexpr, MASKED: gl.constexpr, SUMMED: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr,
+    HALVES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Where the tile ENDS, both are 0 behind the last key; behind the last query the numbers of rows make them so.
 
-    MASKED: whether a mask may have made the score.
+    MASKED: whether a mask may have made the score. Where p is SUMMED and slope 0, the second is -p.
     """
     LAYOUT: gl.constexpr = qk.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
@@ -373,7 +400,7 @@ def _weights_of(
     q_idx = q_start + gl.arange(0, HALF, COLUMNS)[None, :]
     if ENDS:
         q_idx = gl.minimum(q_idx, q_len - 1)
-    s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
+    s, slope = GRADS(qk, pairs, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
     minus_shift = rows.index(number).load(COLUMNS)[None, :]
     share = minus_shift
     slack = minus_shift
@@ -384,20 +411,44 @@ def _weights_of(
     if ENDS:
         p = gl.where(kv_idx < kv_len, p, 0.0)
     w = gl.convert_layout(p.to(dtype), WEIGHTS)
-    p = gl.where(slope == 0, 0.0, p * slope) if MASKED else p * slope
+    if SUMMED:
+        p = gl.where(slope == 0, -p, p) if MASKED else p
+    else:
+        p = gl.where(slope == 0, 0.0, p * slope) if MASKED else p * slope
     return w, p
 
 
 @gluon.jit
-def _gradients(dw, p, deltas, masked, FULL_MASKED: gl.constexpr, dtype: gl.constexpr):
-    """ds * slope = p slope (dw - delta), but 0 where a mask has made p 0, whatever dw is."""
+def _gradients(
+    dw, p, deltas, masked, FULL_MASKED: gl.constexpr, SUMMED: gl.constexpr, dtype: gl.constexpr
+):  # fmt: skip
+    """ds * slope = p slope (dw - delta), but 0 where a mask has made p 0, whatever dw is; and ds, where it is SUMMED."""
     delta = deltas.load(gl.SliceLayout(0, dw.type.layout))
-    ds = p * (dw - delta[None, :])
-    if FULL_MASKED:
-        ds = gl.where(p == 0, 0.0, ds)
-    elif masked:
-        ds = gl.where(p == opaque(0).to(gl.float32), 0.0, ds)
-    return ds.to(dtype)
+    if SUMMED:
+        sums = gl.abs(p) * (dw - delta[None, :])
+        ds = sums
+        if FULL_MASKED:
+            sums = gl.where(p == 0, 0.0, sums)
+            ds = gl.where(p < 0, 0.0, sums)
+        elif masked:
+            nothing = opaque(0).to(gl.float32)
+            sums = gl.where(p == nothing, 0.0, sums)
+            ds = gl.where(p < nothing, 0.0, sums)
+        return ds.to(dtype), sums
+    else:
+        ds = p * (dw - delta[None, :])
+        if FULL_MASKED:
+            ds = gl.where(p == 0, 0.0, ds)
+        elif masked:
+            ds = gl.where(p == opaque(0).to(gl.float32), 0.0, ds)
+        return ds.to(dtype), 0
+
+
+@gluon.jit
+def _add_sums(ptr, ds):
+    """Add ds, summed over keys, to the numbers of the rows."""
+    sums = gl.sum(ds, 0)
+    gl.atomic_add(ptr + gl.arange(0, HALF, gl.SliceLayout(0, ds.type.layout)), sums, sem="relaxed")
 
 
 @gluon.jit

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 from flashfuse.kernels.forward import exponentials, finished_rows, shifts_with
-from flashfuse.kernels.hopper_tiles import arrived, load_rows, next_stage, opaque, store_rows
+from flashfuse.kernels.hopper_tiles import arrived, load_own, next_stage, opaque, store_rows
 from flashfuse.kernels.hopper_visits import (
     BLOCK_KV,
     BLOCK_Q,
@@ -177,14 +177,14 @@ def _load(
         mbarrier.expect(q_full.index(q_stage), 2 * q_desc.block_type.nbytes)
         for group in gl.static_range(2):
             slot = q_s.index(2 * q_stage + group)
-            _load_own(q_desc, n0, n1, n2, q_start + group * GROUP_Q, q_full.index(q_stage), slot, Q_AXES)
+            load_own(q_desc, n0, n1, n2, q_start + group * GROUP_Q, q_full.index(q_stage), slot, Q_AXES)
         at = (n0, n1, n2, n3, q_len, kv_len, sizes)
         for i in range((end - start) // BLOCK_KV):
             kv_start = end - (i + 1) * BLOCK_KV
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-            _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
-            _load_own(v_desc, m0, m1, m2, v_start, full.index(stage), v_s.index(stage), V_AXES)
+            load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
+            load_own(v_desc, m0, m1, m2, v_start, full.index(stage), v_s.index(stage), V_AXES)
             _load_pairs(pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, met, PAIRS_AT, PAIRS_AXES)
             met += 1
             m0, m1, m2, v_start = n0, n1, n2, kv_start
@@ -192,7 +192,7 @@ def _load(
         if FILL_THRESHOLD is not None:
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), v_desc.block_type.nbytes)
-            _load_own(v_desc, n0, n1, n2, start, full.index(stage), v_s.index(stage), V_AXES)
+            load_own(v_desc, n0, n1, n2, start, full.index(stage), v_s.index(stage), V_AXES)
             stage, phase = next_stage(stage, phase, STAGES)
             v_start = -BLOCK_KV
             mbarrier.wait(known, turn % 2)
@@ -201,8 +201,8 @@ def _load(
                 kv_start = skipped_tile(i, before, end)
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-                _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
-                _load_own(v_desc, n0, n1, n2, kv_start, full.index(stage), v_s.index(stage), V_AXES)
+                load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
+                load_own(v_desc, n0, n1, n2, kv_start, full.index(stage), v_s.index(stage), V_AXES)
                 _load_pairs(
                     pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, met, PAIRS_AT, PAIRS_AXES
                 )  # fmt: skip
@@ -217,7 +217,7 @@ def _load(
     if FILL_THRESHOLD is None:
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(full.index(stage), v_desc.block_type.nbytes)
-        _load_own(v_desc, m0, m1, m2, v_start, full.index(stage), v_s.index(stage), V_AXES)
+        load_own(v_desc, m0, m1, m2, v_start, full.index(stage), v_s.index(stage), V_AXES)
 
 
 @gluon.jit
@@ -233,17 +233,9 @@ def _load_pairs(
             mbarrier.wait(pairs_empty.index(group), (number & 1) ^ 1)
             mbarrier.expect(pairs_full.index(group), pairs_desc.block_type.nbytes)
             row = q_start + group * GROUP_Q
-            _load_own(
+            load_own(
                 pairs_desc, m0, m1, m2, row, pairs_full.index(group), pairs_s.index(group), PAIRS_AXES, kv_start
             )  # fmt: skip
-
-
-@gluon.jit
-def _load_own(desc, n0, n1, n2, row, barrier, slot, AXES: gl.constexpr, column=0):
-    """Rows of an operand; on axes where it has one position for all, that."""
-    load_rows(
-        desc, n0 if AXES[0] else 0, n1 if AXES[1] else 0, n2 if AXES[2] else 0, row, barrier, slot, column
-    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------

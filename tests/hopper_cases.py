@@ -12,9 +12,11 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from flashfuse.kernels import hopper_forward
 from flashfuse.kernels.codegen_backward import load_backward
+from flashfuse.kernels.codegen_derivative import load_derivatives
 from flashfuse.kernels.codegen_hopper import pair_read
-from flashfuse.kernels.hopper_backward import GROUP_KV, attention_hopper_backward_kernel
+from flashfuse.kernels.hopper_backward import HALF, attention_hopper_backward_kernel
 from flashfuse.kernels.hopper_forward import attention_hopper_forward_kernel
+from flashfuse.kernels.hopper_query_visits import GROUP_KV
 from flashfuse.kernels.launch_hopper_backward import BLOCK_Q, backward_constants
 from flashfuse.kernels.launch_hopper_forward import forward_constants
 from flashfuse.kernels.spec import AttentionSpec, parse
@@ -37,6 +39,7 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "bias": ("qk * 0.125 + t0[n1, q_idx, kv_idx]", (torch.bfloat16,), (3,)),
     "causal bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[n1, q_idx, kv_idx], -inf)", (torch.float16,), (3,)),
     "scaled bias": ("(qk + t0[n0, q_idx, kv_idx]) * 0.125", (torch.bfloat16,), (3,)),
+    "cap bias": ("tanh((qk + t0[n1, q_idx, kv_idx]) * 0.0025) * 50.0", (torch.bfloat16,), (3,)),
     "fill": ("where(kv_idx <= q_idx - 200, qk * 0.125, -10000.0)", (), ()),
     "sink": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (torch.float32,), (1,)),
 }
@@ -48,7 +51,10 @@ def compiled_backward(program: str, head_dim: int, dtype: torch.dtype, shared: b
     """The kernel for sm_90, of one position or more (shared) for each that has keys; of documents with their ranges."""
     spec = _spec(program, dtype)
     ranged = program == "documents"
-    backward = load_backward(spec, (False,) * len(spec.captured), ranged, True)
+    pairs = pair_read(spec)
+    # With sums of the scores' gradients where it can have them.
+    wanted = pairs is not None and load_derivatives(spec, ranged).is_flat
+    backward = load_backward(spec, (wanted,) * len(spec.captured), ranged, True)
     rows, keys = BLOCK_Q[head_dim], GROUP_KV.value
     given = {
         "ranges_ptr": "*i32" if ranged else None,
@@ -58,8 +64,9 @@ def compiled_backward(program: str, head_dim: int, dtype: torch.dtype, shared: b
         **{f"{name}_desc": described(dtype, rows, head_dim) for name in ("q", "grad")},
         **{f"{name}_desc": described(dtype, keys, head_dim) for name in ("k", "v", "dk", "dv")},
         "dq_desc": described(torch.float32, 64, 64, batch_axes=1),
+        "pairs_desc": None if pairs is None else described(pairs.dtype, HALF.value, keys),
     }
-    variant = backward_constants(spec, backward, head_dim, ranged, True, SPREAD)
+    variant = backward_constants(spec, backward, head_dim, AXES, ranged, True, SPREAD)
     return _compiled(attention_hopper_backward_kernel, program, variant, given)
 
 
