@@ -33,6 +33,7 @@ from flashfuse.kernels.backward_rows import (
 )
 from flashfuse.kernels.backward_tile import probabilities
 from flashfuse.kernels.hopper_query_visits import BLOCK_KV, GROUP_KV, owned_keys, visited_queries
+from flashfuse.kernels.hopper_sums import ADD_SUMS, ADD_SUMS_OPERANDS
 from flashfuse.kernels.hopper_tiles import load_own, load_rows, next_stage, opaque, store_rows
 from flashfuse.kernels.tiles import batch_pointer, tile_pointers
 
@@ -423,32 +424,38 @@ def _gradients(
     dw, p, deltas, masked, FULL_MASKED: gl.constexpr, SUMMED: gl.constexpr, dtype: gl.constexpr
 ):  # fmt: skip
     """ds * slope = p slope (dw - delta), but 0 where a mask has made p 0, whatever dw is; and ds, where it is SUMMED."""
-    delta = deltas.load(gl.SliceLayout(0, dw.type.layout))
-    if SUMMED:
-        sums = gl.abs(p) * (dw - delta[None, :])
-        ds = sums
-        if FULL_MASKED:
-            sums = gl.where(p == 0, 0.0, sums)
-            ds = gl.where(p < 0, 0.0, sums)
-        elif masked:
-            nothing = opaque(0).to(gl.float32)
-            sums = gl.where(p == nothing, 0.0, sums)
-            ds = gl.where(p < nothing, 0.0, sums)
-        return ds.to(dtype), sums
-    else:
+    if not SUMMED:
+        delta = deltas.load(gl.SliceLayout(0, dw.type.layout))
         ds = p * (dw - delta[None, :])
         if FULL_MASKED:
             ds = gl.where(p == 0, 0.0, ds)
         elif masked:
             ds = gl.where(p == opaque(0).to(gl.float32), 0.0, ds)
         return ds.to(dtype), 0
+    elif masked:
+        return _summed_gradients(dw, p, deltas, opaque(0).to(gl.float32), True, dtype)
+    else:
+        return _summed_gradients(dw, p, deltas, 0.0, FULL_MASKED, dtype)
+
+
+@gluon.jit
+def _summed_gradients(dw, p, deltas, nothing, MASKED: gl.constexpr, dtype: gl.constexpr):
+    """The same, each in one step from p, which is negative where slope is 0. nothing: 0."""
+    delta = deltas.load(gl.SliceLayout(0, dw.type.layout))
+    ds = gl.abs(p) * (dw - delta[None, :]) if MASKED else p * (dw - delta[None, :])
+    if MASKED:
+        ds = gl.where(p == nothing, 0.0, ds)
+        return gl.where(p < nothing, 0.0, ds).to(dtype), ds
+    else:
+        return ds.to(dtype), ds
 
 
 @gluon.jit
 def _add_sums(ptr, ds):
-    """Add ds, summed over keys, to the numbers of the rows."""
-    sums = gl.sum(ds, 0)
-    gl.atomic_add(ptr + gl.arange(0, HALF, gl.SliceLayout(0, ds.type.layout)), sums, sem="relaxed")
+    """Add the sums of ds [keys, queries] over keys to 64 numbers, each warp those of its 16 keys."""
+    gl.inline_asm_elementwise(
+        ADD_SUMS, ADD_SUMS_OPERANDS, [ds, ptr.to(gl.uint64, bitcast=True)], dtype=gl.int8, is_pure=False, pack=32
+    )  # fmt: skip
 
 
 @gluon.jit

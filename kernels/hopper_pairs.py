@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_hopper import pair_read
-from flashfuse.kernels.expr import Load
+from flashfuse.kernels.expr import Load, free_symbols
 from flashfuse.kernels.launch_hopper import BATCH_AXES
+from flashfuse.kernels.spec import batch_symbol
 
 
 def of_pairs(call: AttentionCall) -> torch.Tensor | None:
@@ -26,6 +30,17 @@ def pair_axes(pairs: torch.Tensor | None) -> tuple[bool, ...]:
     """On which of three axes that tensor is not the same everywhere."""
     found = () if pairs is None else tuple(stride != 0 for stride in pairs.stride()[:-2])
     return (*found, *(True,) * (BATCH_AXES - len(found)))
+
+
+def sharing(read: Load | None, batch: tuple[int, ...], shared_batch: bool) -> int:
+    """How many positions in a row read the same elements; shared_batch: those of the first axis come next to each other."""
+    if read is None:
+        return 1
+    if shared_batch:
+        return math.prod(batch[:1])
+    symbols = free_symbols(read)
+    axes = itertools.takewhile(lambda axis: batch_symbol(axis) not in symbols, reversed(range(len(batch))))
+    return math.prod(batch[axis] for axis in axes)
 
 
 def own_positions(x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from flashfuse.kernels.backward_variants import slack_in
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_backward import BackwardProgram
 from flashfuse.kernels.codegen_hopper import load_hopper_backward, pair_read
-from flashfuse.kernels.hopper_pairs import of_pairs, own_positions, pair_axes, slot_of
+from flashfuse.kernels.hopper_pairs import of_pairs, own_positions, pair_axes, sharing, slot_of
 from flashfuse.kernels.launch import Device, padded, shape_of
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
@@ -129,16 +129,18 @@ def backward_constants(
     axes: tuple[bool, ...],
     ranged: bool,
     fewer_queries: bool,
-    positions: int,
+    owned: tuple[int, ...],
 ) -> Mapping[str, Any]:
     """Compile-time arguments and options.
 
-    axes: on which of three what is read for each pair has positions of its own. positions: how many own keys.
+    axes: on which of three what is read for each pair has positions of its own. owned: the batch positions that own keys.
     """
     from flashfuse.kernels.hopper_backward import MAX_REGISTERS
 
     functions = load_hopper_backward(spec, ranged, fewer_queries)
-    spread = program.forward.longest_first or functions.pairs_at is not None
+    shared_batch = program.forward.shared_batch
+    # Tiles of as much work, and those that read the same pairs, at one time.
+    together = math.prod(owned) if program.forward.longest_first else sharing(pair_read(spec), owned, shared_batch)
     return {
         "GRADS_MASKED": functions.score_and_grad_masked,
         "GRADS_FULL": functions.score_and_grad_full,
@@ -150,10 +152,10 @@ def backward_constants(
         "SUMMED": bool(program.corrected),
         "PAIRS_AT": functions.pairs_at,
         "PAIRS_AXES": axes,
-        "SHARED_BATCH": program.forward.shared_batch,
+        "SHARED_BATCH": shared_batch,
         "BLOCK_D": block,
         "BLOCK_Q": BLOCK_Q[block],
-        "SPREAD": math.gcd(MAX_SPREAD, positions) if spread else 1,
+        "SPREAD": math.gcd(MAX_SPREAD, together),
         "num_warps": 4,
         "maxnreg": MAX_REGISTERS,
         "launch_pdl": True,
@@ -183,15 +185,15 @@ def prepare_one_pass(
     from flashfuse.kernels.hopper_query_visits import BLOCK_KV, GROUP_KV
 
     owned = tuple(dk.own.size[:-2])
-    positions, rows = math.prod(owned), BLOCK_Q[block]
+    rows = BLOCK_Q[block]
     sums = Buffer.contiguous((math.prod(call.batch), call.q_len, call.head_dim), torch.float32)
     ranges, ranged, fewer_queries = None, call.kv_ranges is not None, call.q_len <= call.kv_len
     if call.kv_ranges is not None:
         ranges = query_ranges(call.kv_ranges, call.q_len, call.kv_len, BLOCK_KV.value)
     of_ranges = (0,) * 6 if ranges is None else strides_of(torch.empty(ranges.buffer.size, device="meta"), call.batch)
     read, pairs = pair_read(call.spec), of_pairs(call)
-    variant = backward_constants(call.spec, program, block, pair_axes(pairs), ranged, fewer_queries, positions)
-    programs = positions * -(-call.kv_len // BLOCK_KV.value)
+    variant = backward_constants(call.spec, program, block, pair_axes(pairs), ranged, fewer_queries, owned)
+    programs = math.prod(owned) * -(-call.kv_len // BLOCK_KV.value)
     loop = loop_over(call.batch, owned)
     numbers = (of_ranges, *padded_axes(owned), *padded_axes(loop), call.q_len, call.kv_len, call.program_sizes)
     strides = tuple(c.stride() for c in call.captured)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import triton.language as tl
 from triton.language.core import constexpr
 from triton.runtime.jit import JITFunction
 
@@ -47,6 +48,10 @@ class Pointer:
         self.storage, self.offset = storage, offset
         self.dtype = SimpleNamespace(element_ty=storage.dtype)
 
+    @property
+    def shape(self) -> torch.Size:
+        return torch.as_tensor(self.offset).shape
+
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.storage, self.offset + other)
 
@@ -60,6 +65,11 @@ class Pointer:
         found: torch.Tensor = self.storage[self.offset].clone()
         self.storage[self.offset] += x
         return found
+
+    def add_all(self, x: torch.Tensor) -> None:
+        """To as many elements from here on."""
+        with Map.lock:
+            self.storage[int(self.offset) :][: len(x)] += x
 
     def load(self, mask: Any = None, other: Any = 0) -> Any:
         at = torch.as_tensor(self.offset).long()
@@ -249,7 +259,7 @@ def _language(program: int, programs: int) -> Any:
         zeros=lambda shape, dtype, *_: tile(torch.zeros(tuple(shape), dtype=dtype)),
         full=lambda shape, value, dtype, *_: tile(torch.full(tuple(shape), value, dtype=dtype)),
         cdiv=lambda a, b: -(-a // b),
-        range=range,
+        range=lambda *ends, num_stages=None: range(*ends),
         static_range=range,
         where=_where,
         load=lambda at, mask=None, other=0: at.load(mask, other),
@@ -266,6 +276,9 @@ def _language(program: int, programs: int) -> Any:
         max=_reduced(lambda x, axis: x.amax(axis)),
         min=_reduced(lambda x, axis: x.amin(axis)),
         convert_layout=lambda x, _: x,
+        trans=lambda x: x.mT,
+        expand_dims=lambda x, axis: x.unsqueeze(axis),
+        dot=lambda a, b, **_: _product(a, b, None, use_acc=False),
         allocate_shared_memory=_allocated,
         thread_barrier=anything,
         warp_specialize=_run_all,
@@ -281,6 +294,7 @@ def _instructions() -> dict[str, Any]:
         "_meet": lambda: meeting.wait(),
         "opaque": torch.as_tensor,
         "next_stage": lambda stage, phase, stages: ((stage + 1) % stages, phase ^ (stage == stages - 1)),
+        "_add_sums": lambda to, tile: to.add_all(tile.sum(0)),
         "_add_to_global": lambda to, at, part: to.store(at, part, add=True),
         "fence_async_shared": lambda: None,
         "gdc_launch_dependents": lambda: None,
@@ -338,6 +352,8 @@ def start(launch: KernelLaunch, arguments: tuple[Any, ...]) -> None:
         done: dict[int, Any] = {}
 
         def constant(x: Any, meanings: Any = meanings, done: Any = done) -> Any:
+            if isinstance(x, tl.dtype):
+                return getattr(torch, {"fp16": "float16", "bf16": "bfloat16"}[x.name])
             return _python(x, meanings, done) if isinstance(x, JITFunction) else x
 
         _python(launch.kernel, meanings, done)(*given, *(constant(launch.variant[name]) for name in names))

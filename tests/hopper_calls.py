@@ -203,6 +203,7 @@ def _bias_calls() -> dict[str, Callable[[], Call]]:
     add("fill", filled, most, lambda: bias(FP16, 2, 301, 417), dtype=FP16)
     add("sink", causal, most, lambda: bias(FP16, 2, 301, 417), sink="0.5", dtype=FP16)
     add("mask", f"qk * 0.125 + {heads}", most, masking)
+    add("cap", f"tanh((qk + {heads}) * 0.0025) * 50.0", most, lambda: bias(BF16, 2, 301, 417))
     for d in (64, 128):
         found[f"bias-ranges-{d}"] = lambda d=d: with_ranges(  # type: ignore[misc]
             make_call("qk * 0.125 + t0[q_idx, kv_idx]", (4, 301, d), 417, captured=[masking()[0]], dtype=BF16)
@@ -224,3 +225,11 @@ def masking() -> torch.Tensor:
 
 
 BIAS_CALLS = _bias_calls()
+
+
+def wanted(name: str) -> tuple[int, ...]:
+    """The places of the operands whose gradients come from the one pass, or from kernels beside it.
+
+    That of a tensor of pairs where each score is a multiple of the product, and a tensor.
+    """
+    return (0, 1, 2, 3) if name in BIAS_CALLS and name.split("-")[1] not in ("twice", "cap") else (0, 1, 2)

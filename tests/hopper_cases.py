@@ -66,7 +66,7 @@ def compiled_backward(program: str, head_dim: int, dtype: torch.dtype, shared: b
         "dq_desc": described(torch.float32, 64, 64, batch_axes=1),
         "pairs_desc": None if pairs is None else described(pairs.dtype, HALF.value, keys),
     }
-    variant = backward_constants(spec, backward, head_dim, AXES, ranged, True, SPREAD)
+    variant = backward_constants(spec, backward, head_dim, AXES, ranged, True, (SPREAD, 1))
     return _compiled(attention_hopper_backward_kernel, program, variant, given)
 
 

@@ -33,10 +33,11 @@ BACKWARD = [
     ("cap", 128, BF16, False),
     ("causal cap", 64, BF16, False),
     ("causal cap", 128, BF16, False),
-    ("keys", 64, BF16, False),
     ("keys", 128, BF16, False),
-    ("padding", 64, BF16, False),
     ("padding", 128, BF16, False),
+    ("bias", 64, BF16, True),
+    ("causal bias", 128, BF16, False),
+    ("cap bias", 128, FP16, False),
     ("documents", 64, BF16, True),
     ("documents", 128, BF16, False),
 ]
