@@ -225,11 +225,10 @@ def masking() -> torch.Tensor:
 
 
 BIAS_CALLS = _bias_calls()
+# Those that the one-pass backward takes: an element that multiplies the product may be infinite.
+BACKWARD_BIAS_CALLS = {name: make for name, make in BIAS_CALLS.items() if "twice" not in name}
 
 
 def wanted(name: str) -> tuple[int, ...]:
-    """The places of the operands whose gradients come from the one pass, or from kernels beside it.
-
-    That of a tensor of pairs where each score is a multiple of the product, and a tensor.
-    """
-    return (0, 1, 2, 3) if name in BIAS_CALLS and name.split("-")[1] not in ("twice", "cap") else (0, 1, 2)
+    """The places of the operands whose gradients come from the one pass, or from kernels beside it."""
+    return (0, 1, 2, 3) if name in BIAS_CALLS and "cap" not in name else (0, 1, 2)

@@ -17,7 +17,7 @@ from numerics import assert_close_to_exact
 triton = pytest.importorskip("triton")
 
 from emulated_gluon import start  # noqa: E402
-from hopper_calls import BIAS_CALLS, FEW_HEADS, FP16, bias, nan_filled_on, wanted  # noqa: E402
+from hopper_calls import BACKWARD_BIAS_CALLS, FEW_HEADS, FP16, bias, nan_filled_on, wanted  # noqa: E402
 
 from flashfuse.kernels import launch_backward, launch_hopper, launch_hopper_backward  # noqa: E402
 from flashfuse.kernels.backward_tiled import attention_backward_tiled  # noqa: E402
@@ -40,7 +40,7 @@ SOME = (
     "bias-causal-64", "bias-grouped-128", "bias-longer-64", "bias-sink-128", "bias-fill-64", "bias-cap-64", "bias-ranges-128",
 )  # fmt: skip
 
-ALL = {**FEW_HEADS, **BIAS_CALLS}
+ALL = {**FEW_HEADS, **BACKWARD_BIAS_CALLS}
 
 
 @pytest.fixture(autouse=True)
