@@ -1,8 +1,12 @@
-"""The numbers of rows that the backward kernels share: what a row subtracts, the inverse of its sum, its delta."""
+"""What the backward does by rows.
+
+The numbers that its kernels share come first: what a row subtracts, the inverse of its sum, its delta. Last, behind the
+one pass of `hopper_backward`, its sums become gradients.
+"""
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashfuse.kernels.forward import HUGE, LARGE, LARGEST_FLOAT32, LOG2_E
 from flashfuse.kernels.tiles import batch_pointer, load_columns, tile_pointers
@@ -96,6 +100,26 @@ def attention_rows_backward_kernel(
         tl.store(rows_ptrs + SINK_GRAD * planes, tl.where(exists, -prob * delta, 0.0))
     elif sums_ptr is not None:
         tl.store(rows_ptrs + SINK_GRAD * planes, tl.zeros([BLOCK_Q], tl.float32))
+
+
+@triton.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len"])
+def scaled_rows_kernel(
+    sums_ptr, dq_ptr, dq_strides, batch_0, batch_1, batch_2, batch_3, q_len,
+    SLOPE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """dq = SLOPE sums, of sums [positions, Tq, D]."""
+    gdc_wait()
+    q_tiles = tl.cdiv(q_len, BLOCK_Q)
+    position = tl.program_id(0) // q_tiles
+    n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
+    offs_q = tl.program_id(0) % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    offs_d = tl.arange(0, BLOCK_D)
+    exists = (offs_q < q_len)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    # [block_q, block_d]
+    at = (position.to(tl.int64) * q_len + offs_q)[:, None] * HEAD_DIM + offs_d[None, :]
+    dq_ptrs = tile_pointers(batch_pointer(dq_ptr, dq_strides, n0, n1, n2, n3), offs_q, offs_d, dq_strides)
+    sums = tl.load(sums_ptr + at, mask=exists, other=0.0)
+    tl.store(dq_ptrs, (sums * SLOPE).to(dq_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit

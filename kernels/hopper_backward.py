@@ -4,11 +4,11 @@ The plain passes of `backward` form seven products of a tile, since each of the 
 a program owns 128 keys, and adds its part of dq to float32 sums in global memory, by reductions of the tensor memory
 accelerator (TMA): five products, and a dq whose last digits depend on who came first. One warp loads, two groups of
 four warps have 64 keys each. A product runs from where it is issued to where it is waited for.
+A captured tensor that is read for each pair comes in tiles, as in `hopper_forward`; its gradient is no business of this
+pass, but sums that it waits for are.
 Shah et al., FlashAttention-3, https://arxiv.org/abs/2407.08608, section 3.
 """
 
-import triton
-import triton.language as tl
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,10 +32,9 @@ from flashfuse.kernels.backward_rows import (
     slack_of,
 )
 from flashfuse.kernels.backward_tile import probabilities
-from flashfuse.kernels.hopper_query_visits import BLOCK_KV, GROUP_KV, owned_keys, visited_queries
+from flashfuse.kernels.hopper_query_visits import GROUP_KV, owned_keys, visited_queries
 from flashfuse.kernels.hopper_sums import ADD_SUMS, ADD_SUMS_OPERANDS
 from flashfuse.kernels.hopper_tiles import load_own, load_rows, next_stage, opaque, store_rows
-from flashfuse.kernels.tiles import batch_pointer, tile_pointers
 
 # Queries of a product.
 HALF: gl.constexpr = gl.constexpr(64)
@@ -423,7 +422,7 @@ def _weights_of(
 def _gradients(
     dw, p, deltas, masked, FULL_MASKED: gl.constexpr, SUMMED: gl.constexpr, dtype: gl.constexpr
 ):  # fmt: skip
-    """ds * slope = p slope (dw - delta), but 0 where a mask has made p 0, whatever dw is; and ds, where it is SUMMED."""
+    """ds * slope = p slope (dw - delta), but 0 where a mask has made p 0, whatever dw is; and ds if it is SUMMED."""
     if not SUMMED:
         delta = deltas.load(gl.SliceLayout(0, dw.type.layout))
         ds = p * (dw - delta[None, :])
@@ -486,27 +485,3 @@ def _add_to_global(desc, coord, src, _semantic=None):
     """global tile += shared tile, by TMA; Gluon 3.6 has the operation and no name for it."""
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# After the pass
-
-
-@triton.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len"])
-def scaled_rows_kernel(
-    sums_ptr, dq_ptr, dq_strides, batch_0, batch_1, batch_2, batch_3, q_len,
-    SLOPE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """dq = SLOPE sums, of sums [positions, Tq, D]."""
-    gdc_wait()
-    q_tiles = tl.cdiv(q_len, BLOCK_Q)
-    position = tl.program_id(0) // q_tiles
-    n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
-    offs_q = tl.program_id(0) % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    offs_d = tl.arange(0, BLOCK_D)
-    exists = (offs_q < q_len)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    # [block_q, block_d]
-    at = (position.to(tl.int64) * q_len + offs_q)[:, None] * HEAD_DIM + offs_d[None, :]
-    dq_ptrs = tile_pointers(batch_pointer(dq_ptr, dq_strides, n0, n1, n2, n3), offs_q, offs_d, dq_strides)
-    sums = tl.load(sums_ptr + at, mask=exists, other=0.0)
-    tl.store(dq_ptrs, (sums * SLOPE).to(dq_ptr.dtype.element_ty), mask=exists)

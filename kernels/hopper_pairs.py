@@ -33,7 +33,7 @@ def pair_axes(pairs: torch.Tensor | None) -> tuple[bool, ...]:
 
 
 def sharing(read: Load | None, batch: tuple[int, ...], shared_batch: bool) -> int:
-    """How many positions in a row read the same elements; shared_batch: those of the first axis come next to each other."""
+    """How many positions in a row read the same elements; shared_batch: those of the first axis lie in a row."""
     if read is None:
         return 1
     if shared_batch:

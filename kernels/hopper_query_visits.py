@@ -1,4 +1,4 @@
-"""Which tiles of queries the one-pass backward for Hopper visits: the same for those who load and multiply. In Gluon."""
+"""Which tiles of queries the one pass for Hopper visits: the same for those who load and multiply. In Gluon."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

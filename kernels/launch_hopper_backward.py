@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flashfuse.kernels.backward_rows import scaled_rows_kernel
 from flashfuse.kernels.backward_variants import slack_in
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_backward import BackwardProgram
@@ -133,7 +134,7 @@ def backward_constants(
 ) -> Mapping[str, Any]:
     """Compile-time arguments and options.
 
-    axes: on which of three what is read for each pair has positions of its own. owned: the batch positions that own keys.
+    axes: on which of three what is read for each pair has positions of its own. owned: the positions that own keys.
     """
     from flashfuse.kernels.hopper_backward import MAX_REGISTERS
 
@@ -218,8 +219,6 @@ def prepare_one_pass(
 
 def _scaled(call: AttentionCall, program: BackwardProgram, dq: Gradient) -> Launched:
     """The kernel that makes the gradient of q of its sums."""
-    from flashfuse.kernels.hopper_backward import scaled_rows_kernel
-
     block = padded(call.head_dim)
     rows = SCALED_ELEMENTS // block
     variant = {

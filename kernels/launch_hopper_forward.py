@@ -12,8 +12,8 @@ import torch
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_hopper import load_hopper_forward, pair_read
 from flashfuse.kernels.expr import Product, walk
-from flashfuse.kernels.launch import LOG2_E, Device, device_index, device_of, in_torch, shape_of, subtracts_scores
 from flashfuse.kernels.hopper_pairs import of_pairs, own_positions, pair_axes, slot_of
+from flashfuse.kernels.launch import LOG2_E, Device, device_index, device_of, in_torch, shape_of, subtracts_scores
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
     MAX_SPREAD,

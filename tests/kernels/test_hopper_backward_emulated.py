@@ -37,7 +37,8 @@ SOME = (
     "least-fill-128", "alibi-128", "causal-cap-64", "low-keys-128", "rows-64", "sink-64",
     "batch2x2x3-2x2x1-causal-64", "batch3x2-1x1-plain-128", "batch--causal-64", "documents-64",
     "padding-64", "padded-64", "rows_apart-128", "heads_inside-64",
-    "bias-causal-64", "bias-grouped-128", "bias-longer-64", "bias-sink-128", "bias-fill-64", "bias-cap-64", "bias-ranges-128",
+    "bias-causal-64", "bias-grouped-128", "bias-longer-64", "bias-sink-128", "bias-fill-64", "bias-cap-64",
+    "bias-ranges-128",
 )  # fmt: skip
 
 ALL = {**FEW_HEADS, **BACKWARD_BIAS_CALLS}

@@ -89,7 +89,7 @@ def assert_near(mine: torch.Tensor, other: torch.Tensor) -> None:
 def test_every_launch_gives_the_same_with_a_bias(
     shape: tuple[int, int, int], dtype: torch.dtype, score: str, head_dim: int
 ) -> None:
-    """Its tiles are read by ordinary loads, behind which TMA writes the next; its gradient waits for sums in any order."""
+    """Its tiles are read by ordinary loads, behind which TMA writes the next; its gradient needs sums in any order."""
     _, heads, length = shape
     captured = [bias(dtype, heads, length, length)]
     call = make_call(

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from flashfuse.kernels.hopper_sums import ADD_SUMS, ADD_SUMS_OPERANDS  # noqa: E402
+from flashfuse.kernels.hopper_sums import ADD_SUMS, ADD_SUMS_OPERANDS
 
 LANES = torch.arange(32)
 Registers = dict[str, torch.Tensor]
