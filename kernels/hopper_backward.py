@@ -26,14 +26,13 @@ from flashfuse.kernels.backward_rows import (
     DELTA,
     MINUS_SHIFT,
     SHARE,
-    SINK_GRAD,
     batch_position,
     rows_length,
     slack_of,
 )
 from flashfuse.kernels.backward_tile import probabilities
-from flashfuse.kernels.hopper_query_visits import GROUP_KV, owned_keys, visited_queries
-from flashfuse.kernels.hopper_sums import ADD_SUMS, ADD_SUMS_OPERANDS
+from flashfuse.kernels.hopper_query_visits import BLOCK_KV, GROUP_KV, owned_keys, visited_queries
+from flashfuse.kernels.hopper_sums import FOLDED, FOLDED_OPERANDS
 from flashfuse.kernels.hopper_tiles import load_own, load_rows, next_stage, opaque, store_rows
 
 # Queries of a product.
@@ -51,12 +50,12 @@ MAX_REGISTERS = 168
     do_not_specialize_on_alignment=["loop_0", "loop_1", "loop_2", "loop_3"],
 )
 def attention_hopper_backward_kernel(
-    q_desc, k_desc, v_desc, grad_desc, dk_desc, dv_desc, dq_desc, pairs_desc, rows_ptr, ranges_ptr, filled_ptr,
-    ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
+    q_desc, k_desc, v_desc, grad_desc, dk_desc, dv_desc, dq_desc, pairs_desc, rows_ptr, left_ptr, ranges_ptr,
+    filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
     SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    FULL_MASKED: gl.constexpr, SUMMED: gl.constexpr, PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr,
+    FULL_MASKED: gl.constexpr, PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr,
     SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk_j = SLOPE sum_i ds_ij slope_ij q_i,  dv_j = sum_i p_ij grad_i,  dq_i += sum_j ds_ij slope_ij k_j.
@@ -66,7 +65,8 @@ def attention_hopper_backward_kernel(
     pairs_desc: [n0, n1, n2, Tq, Tkv], or None. PAIRS_AT: where on the three axes it is read. PAIRS_AXES: on which of
     them it has positions of its own.
     FULL_MASKED: whether masks of data are left where others are not.
-    SUMMED: whether sum_j ds_ij is added to the row's SINK_GRAD. Each slope_ij is 0 or 1 then.
+    left_ptr: sum_j ds_ij over the keys of each program, float32 [positions, tiles of keys, rows_length], 0 where a tile
+    is skipped; each slope_ij is 0 or 1 then. None where nobody asks.
     SPREAD: how many positions take a tile of keys before the next is begun; a divisor of their number.
     SHARED_BATCH: whether positions next to each other are those of the first axis.
     """
@@ -89,6 +89,11 @@ def attention_hopper_backward_kernel(
     # Two slots, by [half of the queries,] group of warps.
     ds_s = gl.allocate_shared_memory(dtype, [4 * HALVES, GROUP_KV, HALF], PAIRS)
     dq_s = gl.allocate_shared_memory(gl.float32, [2, 64, 64], SUMS)
+    # By slot, half, group: the sums of each warp over its keys.
+    if left_ptr is not None:
+        left_s = gl.allocate_shared_memory(
+            gl.float32, [4 * HALVES, 4, HALF], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        )  # fmt: skip
     # Of each stage the shifts of the halves, then their deltas and, where there is slack, their shares.
     rows_s = gl.allocate_shared_memory(
         gl.float32, [4 * STAGES * HALVES, HALF], gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -114,16 +119,18 @@ def attention_hopper_backward_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                0, written, q_s, k_s, v_s, grad_s, rows_s, pairs_s if pairs_desc is not None else None, barriers,
-                rows_ptr, ranges_ptr, filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1,
-                loop_2, loop_3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, GRADS_FULL,
-                QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED, SUMMED, SHARED_BATCH, BLOCK_D, BLOCK_Q, SPREAD,
+                0, written, q_s, k_s, v_s, grad_s, rows_s, pairs_s if pairs_desc is not None else None,
+                left_s if left_ptr is not None else None, barriers, left_ptr, ranges_ptr, filled_ptr, ranges_strides,
+                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
+                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED,
+                SHARED_BATCH, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_multiply, (
-                1, written, q_s, k_s, v_s, grad_s, rows_s, pairs_s if pairs_desc is not None else None, barriers,
-                rows_ptr, ranges_ptr, filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1,
-                loop_2, loop_3, q_len, kv_len, sizes, captured, captured_strides, GRADS_MASKED, GRADS_FULL,
-                QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED, SUMMED, SHARED_BATCH, BLOCK_D, BLOCK_Q, SPREAD,
+                1, written, q_s, k_s, v_s, grad_s, rows_s, pairs_s if pairs_desc is not None else None,
+                left_s if left_ptr is not None else None, barriers, left_ptr, ranges_ptr, filled_ptr, ranges_strides,
+                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
+                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED,
+                SHARED_BATCH, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, grad_desc, pairs_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s,
@@ -207,30 +214,31 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    GROUP: gl.constexpr, written, q_s, k_s, v_s, grad_s, rows_s, pairs_s, barriers, rows_ptr, ranges_ptr, filled_ptr,
-    ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
-    captured_strides, GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
-    SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr, FULL_MASKED: gl.constexpr, SUMMED: gl.constexpr,
-    SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    GROUP: gl.constexpr, written, q_s, k_s, v_s, grad_s, rows_s, pairs_s, left_s, barriers, left_ptr, ranges_ptr,
+    filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len,
+    sizes, captured, captured_strides, GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr,
+    QUERY_BOUNDS: gl.constexpr, SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
+    FULL_MASKED: gl.constexpr, SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr,
+    SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk, dv of the 64 keys of one group, and half of what the program's 128 keys add to dq."""
     keys_full, full, empty, pairs_full, pairs_empty = barriers
     dk_desc, dv_desc, dq_desc, ds_s, dq_s = written
     dtype: gl.constexpr = q_s.dtype
     HALVES: gl.constexpr = BLOCK_Q // HALF
+    SUMMED: gl.constexpr = left_ptr is not None
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
+    # A thread has all rows of a column.
+    COLUMN: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, COLUMN)
     kv_start, n0, n1, n2, n3 = owned_keys(batch_0, batch_1, batch_2, batch_3, kv_len, SHARED_BATCH, SPREAD)
     kv_start += GROUP * GROUP_KV
     dk = gl.zeros([GROUP_KV, BLOCK_D], gl.float32, SUMS)
     dv = gl.zeros([GROUP_KV, BLOCK_D], gl.float32, SUMS)
     nothing = gl.zeros([GROUP_KV, HALF], gl.float32, SCORES)
-    if SUMMED:
-        rows_len = rows_length(q_len)
-        planes = (batch_0 * loop_0).to(gl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3 * rows_len
-        sums_ptr = rows_ptr + SINK_GRAD * planes
     stage = 0
     phase = 0
     slot = 0
@@ -244,6 +252,10 @@ def _multiply(
             kv_len, sizes, QUERY_BOUNDS, BLOCK_Q,
         )  # fmt: skip
         at = (m0, m1, m2, m3, q_len, kv_len, sizes)
+        of_left = position.to(gl.int64) * gl.cdiv(kv_len, BLOCK_KV) + kv_start // BLOCK_KV
+        if SUMMED and GROUP == 0:
+            _clear(left_ptr + of_left * rows_length(q_len), 0, gl.minimum(start, rows_length(q_len)))
+            _clear(left_ptr + of_left * rows_length(q_len), gl.maximum(end, 0), rows_length(q_len))
         for q_start in range(start, end, BLOCK_Q):
             masked = (q_start < full_start) | (q_start >= full_end)
             # Addresses that follow from a number of the loop are not kept in registers, which would spill.
@@ -274,7 +286,7 @@ def _multiply(
                     dw, p, rows_s.index(numbers + HALVES), masked, FULL_MASKED, SUMMED, dtype
                 )  # fmt: skip
                 if SUMMED:
-                    _add_sums(sums_ptr + position.to(gl.int64) * rows_len + q_start, sums)
+                    left_s.index(4 * slot + GROUP).store(_warp_sums(sums))
                 ds_s.index(4 * slot + 2 * GROUP).store(ds)
                 dv = warpgroup_mma(w, grad_0, dv, is_async=True)
                 dk = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), q_0, dk, is_async=True)
@@ -309,7 +321,7 @@ def _multiply(
                 grad_last = grad
                 ds_slot = ds_s.index(2 * slot + GROUP)
             if SUMMED:
-                _add_sums(sums_ptr + position.to(gl.int64) * rows_len + q_start + (BLOCK_Q - HALF), sums)
+                left_s.index(2 * HALVES * slot + 2 * (HALVES - 1) + GROUP).store(_warp_sums(sums))
             ds_slot.store(ds)
             # Issued before ds is stored, this one waits for its operand in registers, and the store with it.
             dv_next = warpgroup_mma(w, grad_last, dv, is_async=True)
@@ -322,6 +334,13 @@ def _multiply(
             # One thread waits until the reduction before has read the buffer, and the others for it.
             tma.store_wait(0)
             gl.thread_barrier()
+            if SUMMED:
+                left_ptrs = left_ptr + (of_left + here) * rows_length(q_len) + q_start + gl.arange(0, HALF, COLUMNS)
+                # One half is each group's, or in turn the only one.
+                if HALVES == 2:
+                    gl.store(left_ptrs + GROUP * HALF, _group_sums(left_s, 4 * slot + 2 * GROUP, COLUMN))
+                elif slot == GROUP:
+                    gl.store(left_ptrs, _group_sums(left_s, 2 * slot, COLUMN))
             dq_s.index(GROUP).store(dq)
             fence_async_shared()
             gl.thread_barrier()
@@ -450,11 +469,29 @@ def _summed_gradients(dw, p, deltas, nothing, MASKED: gl.constexpr, dtype: gl.co
 
 
 @gluon.jit
-def _add_sums(ptr, ds):
-    """Add the sums of ds [keys, queries] over keys to 64 numbers, each warp those of its 16 keys."""
-    gl.inline_asm_elementwise(
-        ADD_SUMS, ADD_SUMS_OPERANDS, [ds, ptr.to(gl.uint64, bitcast=True)], dtype=gl.int8, is_pure=False, pack=32
-    )  # fmt: skip
+def _warp_sums(x):
+    """[4, 64]: the sums of x [64, 64] over the 16 rows of each warp."""
+    found = gl.inline_asm_elementwise(FOLDED, FOLDED_OPERANDS, [x], dtype=gl.float32, is_pure=True, pack=32)
+    # Of a thread's elements in 8 groups of columns and 2 of rows, the first of each.
+    found = found.reshape([4, 2, 8, 2, 2, 2, 4, 2]).permute((0, 2, 6, 7, 1, 3, 4, 5))
+    for _ in gl.static_range(4):
+        found, _rest = gl.split(found)
+    return found.reshape([4, 64])
+
+
+@gluon.jit
+def _group_sums(left_s, first, LAYOUT: gl.constexpr):
+    """[64]: the sums of what the 8 warps of both groups have summed, always in one order."""
+    first_4 = gl.sum(left_s.index(first).load(LAYOUT), 0)
+    return first_4 + gl.sum(left_s.index(first + 1).load(LAYOUT), 0)
+
+
+@gluon.jit
+def _clear(ptr, start, end):
+    """Make numbers 0, 64 at a time."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    for at in range(start, end, HALF):
+        gl.store(ptr + at + gl.arange(0, HALF, LAYOUT), gl.zeros([HALF], gl.float32, LAYOUT))
 
 
 @gluon.jit

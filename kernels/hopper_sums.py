@@ -1,4 +1,4 @@
-"""Sums over the rows of a tile that matrix instructions have made, added to numbers in global memory: PTX for Gluon.
+"""Sums over the rows of a tile that matrix instructions have made, warp by warp: PTX for Gluon.
 
 A warp has 16 rows of 64 columns: a thread 2 columns of each 8, of the row lane / 4 and the 8th after that. Of what is
 left when the two are added, a thread keeps half of the columns and passes the others on, three times, to threads that
@@ -11,24 +11,22 @@ from collections.abc import Iterator
 
 from triton.experimental.gluon import language as gl
 
-# Elements of a thread, and the registers of as many results, which nobody reads.
+# Elements of a thread; of as many results the first two are sums.
 _ELEMENTS = 32
-_RESULTS = _ELEMENTS // 4
 
 
-def _added() -> str:
-    """The text: operands are results, elements, and the address of the first number for each element."""
+def _folded() -> str:
+    """The text: operands are results and elements."""
     return "\n".join(["{", *_statements(), "}"])
 
 
 def _statements() -> Iterator[str]:
     yield ".reg .f32 s<16>, kept, passed;"
     yield ".reg .b32 lane, bit;"
-    yield ".reg .b64 at;"
     yield ".reg .pred upper;"
     yield "mov.u32 lane, %laneid;"
     for column in range(16):
-        first = _RESULTS + column // 2 * 4 + column % 2
+        first = _ELEMENTS + column // 2 * 4 + column % 2
         yield f"add.f32 s{column}, ${first}, ${first + 2};"
     for lanes, columns in ((16, 8), (8, 4), (4, 2)):
         yield f"and.b32 bit, lane, {lanes};"
@@ -38,13 +36,9 @@ def _statements() -> Iterator[str]:
             yield f"selp.f32 passed, s{column}, s{column + columns}, upper;"
             yield f"shfl.sync.bfly.b32 passed, passed, {lanes}, 31, -1;"
             yield f"add.f32 s{column}, kept, passed;"
-    yield f"mad.wide.u32 at, lane, 8, ${_RESULTS + _ELEMENTS};"
-    yield "red.relaxed.gpu.global.add.v2.f32 [at], {s0, s1};"
-    for result in range(_RESULTS):
-        yield f"mov.b32 ${result}, 0;"
+    for result in range(_ELEMENTS):
+        yield f"mov.b32 ${result}, {f's{result}' if result < 2 else 0};"
 
 
-ADD_SUMS: gl.constexpr = gl.constexpr(_added())
-ADD_SUMS_OPERANDS: gl.constexpr = gl.constexpr(
-    ",".join([*("=r",) * _RESULTS, *("f",) * _ELEMENTS, *("l",) * _ELEMENTS])
-)
+FOLDED: gl.constexpr = gl.constexpr(_folded())
+FOLDED_OPERANDS: gl.constexpr = gl.constexpr(",".join([*("=f",) * _ELEMENTS, *("f",) * _ELEMENTS]))

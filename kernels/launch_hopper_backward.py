@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flashfuse.kernels.backward_rows import scaled_rows_kernel
+from flashfuse.kernels.backward_rows import ROWS_BLOCK, scaled_rows_kernel
 from flashfuse.kernels.backward_variants import slack_in
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_backward import BackwardProgram
@@ -33,7 +33,7 @@ from flashfuse.kernels.prepared_backward import Gradient, Launched, OnePass
 from flashfuse.kernels.spec import AttentionSpec
 
 # Shared memory of the program with the most.
-SHARED_BYTES = 216 * 1024
+SHARED_BYTES = 221 * 1024
 # Columns of a tile, and the queries beside them: what registers and shared memory hold.
 BLOCK_Q = {64: 128, 128: 64}
 # The same, and from how many queries on it is faster than the plain passes.
@@ -150,7 +150,6 @@ def backward_constants(
         "SLOPE": program.derivatives.slope,
         "SLACK": slack_in(spec, program),
         "FULL_MASKED": program.derivatives.full_where is not None,
-        "SUMMED": bool(program.corrected),
         "PAIRS_AT": functions.pairs_at,
         "PAIRS_AXES": axes,
         "SHARED_BATCH": shared_batch,
@@ -187,14 +186,17 @@ def prepare_one_pass(
 
     owned = tuple(dk.own.size[:-2])
     rows = BLOCK_Q[block]
-    sums = Buffer.contiguous((math.prod(call.batch), call.q_len, call.head_dim), torch.float32)
+    positions, kv_tiles = math.prod(call.batch), -(-call.kv_len // BLOCK_KV.value)
+    sums = Buffer.contiguous((positions, call.q_len, call.head_dim), torch.float32)
+    rows_len = -(-call.q_len // ROWS_BLOCK.value) * ROWS_BLOCK.value
+    left = Buffer.contiguous((positions, kv_tiles, rows_len), torch.float32) if program.corrected else None
     ranges, ranged, fewer_queries = None, call.kv_ranges is not None, call.q_len <= call.kv_len
     if call.kv_ranges is not None:
         ranges = query_ranges(call.kv_ranges, call.q_len, call.kv_len, BLOCK_KV.value)
     of_ranges = (0,) * 6 if ranges is None else strides_of(torch.empty(ranges.buffer.size, device="meta"), call.batch)
     read, pairs = pair_read(call.spec), of_pairs(call)
     variant = backward_constants(call.spec, program, block, pair_axes(pairs), ranged, fewer_queries, owned)
-    programs = math.prod(owned) * -(-call.kv_len // BLOCK_KV.value)
+    programs = math.prod(owned) * kv_tiles
     loop = loop_over(call.batch, owned)
     numbers = (of_ranges, *padded_axes(owned), *padded_axes(loop), call.q_len, call.kv_len, call.program_sizes)
     strides = tuple(c.stride() for c in call.captured)
@@ -209,26 +211,28 @@ def prepare_one_pass(
     )
     return OnePass(
         sums=sums,
+        left=left,
         operands=operands,
         pairs=None if read is None else slot_of(read),
         ranges=ranges,
         one_pass=Launched(KernelLaunch(attention_hopper_backward_kernel, programs, variant), numbers, strides),
-        scaled=_scaled(call, program, dq),
+        scaled=_scaled(call, program, dq, kv_tiles),
     )
 
 
-def _scaled(call: AttentionCall, program: BackwardProgram, dq: Gradient) -> Launched:
-    """The kernel that makes the gradient of q of its sums."""
+def _scaled(call: AttentionCall, program: BackwardProgram, dq: Gradient, kv_tiles: int) -> Launched:
+    """The kernel that makes the gradient of q of its sums, and right deltas of those of the scores' gradients."""
     block = padded(call.head_dim)
     rows = SCALED_ELEMENTS // block
     variant = {
         "SLOPE": program.derivatives.slope,
+        "WITH_SINK": call.spec.sink is not None,
         "HEAD_DIM": call.head_dim,
         "BLOCK_D": block,
         "BLOCK_Q": rows,
         "launch_pdl": True,
     }
     written = torch.empty_strided(dq.own.size, dq.own.strides, device="meta")
-    numbers = (strides_of(written, call.batch), *padded_axes(call.batch), call.q_len)
+    numbers = (strides_of(written, call.batch), *padded_axes(call.batch), call.q_len, kv_tiles)
     programs = math.prod(call.batch) * -(-call.q_len // rows)
     return Launched(KernelLaunch(scaled_rows_kernel, programs, variant), numbers)

@@ -55,6 +55,7 @@ class OnePass(NamedTuple):
     """
 
     sums: Buffer
+    left: Buffer | None
     operands: tuple[Any, ...]
     pairs: int | None
     ranges: Found | None
@@ -140,7 +141,7 @@ class _Run:
         sums = None if self.of.one_pass is None else self.empty(*self.of.one_pass.sums)
         rows, left = self._rows(sums), None
         if self.of.one_pass is not None:
-            left = self._one_pass(self.of.one_pass, rows, sums)
+            self._one_pass(self.of.one_pass, rows, sums)
         if self.of.queries is not None:
             left = self._queries(self.of.queries, rows)
         if self.of.keys is not None:
@@ -169,17 +170,17 @@ class _Run:
     def _of_sinks(self, rows: torch.Tensor) -> torch.Tensor:
         return rows[SINK_GRAD.value][..., : self.q.shape[-2]]
 
-    def _one_pass(self, of: OnePass, rows: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor | None:
-        """The gradients of q, k and v; what rounding the output has left in delta, see `_queries`."""
+    def _one_pass(self, of: OnePass, rows: torch.Tensor, sums: torch.Tensor | None) -> None:
+        """The gradients of q, k and v, and right deltas for those of pairs."""
         ranges, filled = self._found(of.ranges, self.kv_ranges), self._found(self.of.filled, self.lse)
         dq, dk, dv = self._new(self.of.dq), self._new(self.of.dk), self._new(self.of.dv)
         pairs = None if of.pairs is None else self.captured[of.pairs]
         tensors = (self.q, self.k, self.v, self.grad_out, dk, dv, sums, pairs)
-        self._launch(of.one_pass, *map(described, of.operands, tensors), rows, ranges, filled)
-        self._launch(of.scaled, sums, dq)
+        left = None if of.left is None else self.empty(*of.left)
+        self._launch(of.one_pass, *map(described, of.operands, tensors), rows, left, ranges, filled)
+        self._launch(of.scaled, sums, left, rows, dq)
         for place, gradient, found in ((0, self.of.dq, dq), (1, self.of.dk, dk), (2, self.of.dv, dv)):
             self._keep(place, gradient, found)
-        return self._of_sinks(rows) if self.of.program.corrected else None
 
     def _queries(self, launched: Launched, rows: torch.Tensor) -> torch.Tensor | None:
         """The gradient of q and those of reads at queries; what rounding the output has left in delta, [N.., Tq]: but

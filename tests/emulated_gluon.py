@@ -55,21 +55,11 @@ class Pointer:
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.storage, self.offset + other)
 
-    def to(self, dtype: torch.dtype, bitcast: bool) -> Pointer:
-        assert bitcast
-        assert dtype.itemsize == self.storage.dtype.itemsize
-        return Pointer(self.storage.view(dtype), self.offset)
-
     def add(self, x: int) -> torch.Tensor:
         """What was there before."""
         found: torch.Tensor = self.storage[self.offset].clone()
         self.storage[self.offset] += x
         return found
-
-    def add_all(self, x: torch.Tensor) -> None:
-        """To as many elements from here on."""
-        with Map.lock:
-            self.storage[int(self.offset) :][: len(x)] += x
 
     def load(self, mask: Any = None, other: Any = 0) -> Any:
         at = torch.as_tensor(self.offset).long()
@@ -294,7 +284,7 @@ def _instructions() -> dict[str, Any]:
         "_meet": lambda: meeting.wait(),
         "opaque": torch.as_tensor,
         "next_stage": lambda stage, phase, stages: ((stage + 1) % stages, phase ^ (stage == stages - 1)),
-        "_add_sums": lambda to, tile: to.add_all(tile.sum(0)),
+        "_warp_sums": lambda x: tile(torch.as_tensor(x).view(4, -1, x.shape[-1]).sum(1)),
         "_add_to_global": lambda to, at, part: to.store(at, part, add=True),
         "fence_async_shared": lambda: None,
         "gdc_launch_dependents": lambda: None,

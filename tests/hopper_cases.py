@@ -60,6 +60,7 @@ def compiled_backward(program: str, head_dim: int, dtype: torch.dtype, shared: b
         "ranges_ptr": "*i32" if ranged else None,
         "filled_ptr": None if backward.fill_threshold is None else "*i32",
         "rows_ptr": "*fp32",
+        "left_ptr": "*fp32" if backward.corrected else None,
         **{f"loop_{axis}": "i32" if shared and axis == 2 else 1 for axis in range(4)},
         **{f"{name}_desc": described(dtype, rows, head_dim) for name in ("q", "grad")},
         **{f"{name}_desc": described(dtype, keys, head_dim) for name in ("k", "v", "dk", "dv")},
