@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from flashfuse.kernels.codegen import ScoreProgram, generate, load_program
-from flashfuse.kernels.codegen_backward import backward_source
+from flashfuse.kernels.codegen_backward import Term, backward_source
 from flashfuse.kernels.codegen_derivative import generate_derivatives
 from flashfuse.kernels.expr import Expr, Load, Loaded, free_symbols, loads, sympify
 from flashfuse.kernels.mask import kernel_spec
@@ -133,6 +133,13 @@ def load_hopper_backward(spec: AttentionSpec, ranged: bool, fewer_queries: bool)
         _module("backward", *backward_source(spec))("query_bounds"),
         _pairs_at(pairs),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def load_hopper_pair_grad(spec: AttentionSpec, term: Term, fewer_queries: bool) -> tuple[Any, Any]:
+    """What one read at pairs gets of a tile that may meet a mask, and of another; see `BackwardProgram.pair_grads`."""
+    function = _module("backward", *backward_source(kernel_spec(spec, fewer_queries), pair_terms=(term,)))
+    return function("pair_grad0_masked"), function("pair_grad0_full")
 
 
 def _module(name: str, digest: str, source: str) -> Any:

@@ -32,7 +32,7 @@ from flashfuse.kernels.backward_rows import (
 )
 from flashfuse.kernels.backward_tile import probabilities
 from flashfuse.kernels.hopper_query_visits import BLOCK_KV, GROUP_KV, owned_keys, visited_queries
-from flashfuse.kernels.hopper_sums import FOLDED, FOLDED_OPERANDS
+from flashfuse.kernels.hopper_sums import clear, group_sums, warp_sums
 from flashfuse.kernels.hopper_tiles import load_own, load_rows, next_stage, opaque, store_rows
 
 # Queries of a product.
@@ -254,8 +254,8 @@ def _multiply(
         at = (m0, m1, m2, m3, q_len, kv_len, sizes)
         of_left = position.to(gl.int64) * gl.cdiv(kv_len, BLOCK_KV) + kv_start // BLOCK_KV
         if SUMMED and GROUP == 0:
-            _clear(left_ptr + of_left * rows_length(q_len), 0, gl.minimum(start, rows_length(q_len)))
-            _clear(left_ptr + of_left * rows_length(q_len), gl.maximum(end, 0), rows_length(q_len))
+            clear(left_ptr + of_left * rows_length(q_len), 0, gl.minimum(start, rows_length(q_len)))
+            clear(left_ptr + of_left * rows_length(q_len), gl.maximum(end, 0), rows_length(q_len))
         for q_start in range(start, end, BLOCK_Q):
             masked = (q_start < full_start) | (q_start >= full_end)
             # Addresses that follow from a number of the loop are not kept in registers, which would spill.
@@ -286,7 +286,7 @@ def _multiply(
                     dw, p, rows_s.index(numbers + HALVES), masked, FULL_MASKED, SUMMED, dtype
                 )  # fmt: skip
                 if SUMMED:
-                    left_s.index(4 * slot + GROUP).store(_warp_sums(sums))
+                    left_s.index(4 * slot + GROUP).store(warp_sums(sums))
                 ds_s.index(4 * slot + 2 * GROUP).store(ds)
                 dv = warpgroup_mma(w, grad_0, dv, is_async=True)
                 dk = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), q_0, dk, is_async=True)
@@ -321,7 +321,7 @@ def _multiply(
                 grad_last = grad
                 ds_slot = ds_s.index(2 * slot + GROUP)
             if SUMMED:
-                left_s.index(2 * HALVES * slot + 2 * (HALVES - 1) + GROUP).store(_warp_sums(sums))
+                left_s.index(2 * HALVES * slot + 2 * (HALVES - 1) + GROUP).store(warp_sums(sums))
             ds_slot.store(ds)
             # Issued before ds is stored, this one waits for its operand in registers, and the store with it.
             dv_next = warpgroup_mma(w, grad_last, dv, is_async=True)
@@ -338,9 +338,9 @@ def _multiply(
                 left_ptrs = left_ptr + (of_left + here) * rows_length(q_len) + q_start + gl.arange(0, HALF, COLUMNS)
                 # One half is each group's, or in turn the only one.
                 if HALVES == 2:
-                    gl.store(left_ptrs + GROUP * HALF, _group_sums(left_s, 4 * slot + 2 * GROUP, COLUMN))
+                    gl.store(left_ptrs + GROUP * HALF, group_sums(left_s, 4 * slot + 2 * GROUP, COLUMN))
                 elif slot == GROUP:
-                    gl.store(left_ptrs, _group_sums(left_s, 2 * slot, COLUMN))
+                    gl.store(left_ptrs, group_sums(left_s, 2 * slot, COLUMN))
             dq_s.index(GROUP).store(dq)
             fence_async_shared()
             gl.thread_barrier()
@@ -466,32 +466,6 @@ def _summed_gradients(dw, p, deltas, nothing, MASKED: gl.constexpr, dtype: gl.co
         return gl.where(p < nothing, 0.0, ds).to(dtype), ds
     else:
         return ds.to(dtype), ds
-
-
-@gluon.jit
-def _warp_sums(x):
-    """[4, 64]: the sums of x [64, 64] over the 16 rows of each warp."""
-    found = gl.inline_asm_elementwise(FOLDED, FOLDED_OPERANDS, [x], dtype=gl.float32, is_pure=True, pack=32)
-    # Of a thread's elements in 8 groups of columns and 2 of rows, the first of each.
-    found = found.reshape([4, 2, 8, 2, 2, 2, 4, 2]).permute((0, 2, 6, 7, 1, 3, 4, 5))
-    for _ in gl.static_range(4):
-        found, _rest = gl.split(found)
-    return found.reshape([4, 64])
-
-
-@gluon.jit
-def _group_sums(left_s, first, LAYOUT: gl.constexpr):
-    """[64]: the sums of what the 8 warps of both groups have summed, always in one order."""
-    first_4 = gl.sum(left_s.index(first).load(LAYOUT), 0)
-    return first_4 + gl.sum(left_s.index(first + 1).load(LAYOUT), 0)
-
-
-@gluon.jit
-def _clear(ptr, start, end):
-    """Make numbers 0, 64 at a time."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    for at in range(start, end, HALF):
-        gl.store(ptr + at + gl.arange(0, HALF, LAYOUT), gl.zeros([HALF], gl.float32, LAYOUT))
 
 
 @gluon.jit

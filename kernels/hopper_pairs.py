@@ -46,3 +46,8 @@ def sharing(read: Load | None, batch: tuple[int, ...], shared_batch: bool) -> in
 def own_positions(x: torch.Tensor) -> torch.Tensor:
     """The positions of a tensor [n.., T, D] that are its own: one along an axis that it is shared over."""
     return x[tuple(slice(None) if stride else slice(1) for stride in x.stride()[:-2])]
+
+
+def own_axes(own: torch.Tensor, batch: tuple[int, ...]) -> tuple[bool, ...]:
+    """On which of three axes an operand has a position for each of the batch."""
+    return (*(n == size for n, size in zip(own.shape, batch, strict=False)), *(True,) * (BATCH_AXES - len(batch)))

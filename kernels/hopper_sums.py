@@ -1,4 +1,4 @@
-"""Sums over the rows of a tile that matrix instructions have made, warp by warp: PTX for Gluon.
+"""Sums over the rows of a tile that matrix instructions have made, of each warp and then of all: PTX, and Gluon.
 
 A warp has 16 rows of 64 columns: a thread 2 columns of each 8, of the row lane / 4 and the 8th after that. Of what is
 left when the two are added, a thread keeps half of the columns and passes the others on, three times, to threads that
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 # Elements of a thread; of as many results the first two are sums.
@@ -42,3 +43,29 @@ def _statements() -> Iterator[str]:
 
 FOLDED: gl.constexpr = gl.constexpr(_folded())
 FOLDED_OPERANDS: gl.constexpr = gl.constexpr(",".join([*("=f",) * _ELEMENTS, *("f",) * _ELEMENTS]))
+
+
+@gluon.jit
+def warp_sums(x):
+    """[4, 64]: the sums of x [64, 64] over the 16 rows of each warp."""
+    found = gl.inline_asm_elementwise(FOLDED, FOLDED_OPERANDS, [x], dtype=gl.float32, is_pure=True, pack=32)
+    # Of a thread's elements in 8 groups of columns and 2 of rows, the first of each.
+    found = found.reshape([4, 2, 8, 2, 2, 2, 4, 2]).permute((0, 2, 6, 7, 1, 3, 4, 5))
+    for _ in gl.static_range(4):
+        found, _rest = gl.split(found)
+    return found.reshape([4, 64])
+
+
+@gluon.jit
+def group_sums(left_s, first, LAYOUT: gl.constexpr):
+    """[64]: the sums of what the 8 warps of both groups have summed, always in one order."""
+    first_4 = gl.sum(left_s.index(first).load(LAYOUT), 0)
+    return first_4 + gl.sum(left_s.index(first + 1).load(LAYOUT), 0)
+
+
+@gluon.jit
+def clear(ptr, start, end):
+    """Make numbers 0, 64 at a time."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    for at in range(start, end, 64):
+        gl.store(ptr + at + gl.arange(0, 64, LAYOUT), gl.zeros([64], gl.float32, LAYOUT))

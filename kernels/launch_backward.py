@@ -31,9 +31,10 @@ from flashfuse.kernels.captured_reads import unsupported
 from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
 from flashfuse.kernels.launch import Device, Launch, choose_launch, device_index, device_of, padded, shape_of
 from flashfuse.kernels.launch_hopper_backward import prepare_one_pass
+from flashfuse.kernels.launch_hopper_dense import prepare_hopper_pairs
 from flashfuse.kernels.launch_ranges import filled_rows, query_ranges
 from flashfuse.kernels.prepared import Buffer, KernelLaunch, empty_on, loop_over, padded_axes, start, strides_of
-from flashfuse.kernels.prepared_backward import Found, Gradient, Launched, PreparedBackward
+from flashfuse.kernels.prepared_backward import Found, Gradient, HopperPairs, Launched, PreparedBackward
 from flashfuse.kernels.spec import AttentionSpec
 
 # Numbers kept for each row beside the log-sum-exp: see `backward`.
@@ -96,15 +97,15 @@ def prepare_backward(
     targets = captured.pair_targets(launch.pairs)
     if targets is None:
         return None
-    one_pass_on = None if searching else device_of(device)
-    return _Preparation(call, grad_out, out, program, captured, launch, one_pass_on).prepared(wanted, targets)
+    hopper_on = None if searching else device_of(device)
+    return _Preparation(call, grad_out, out, program, captured, launch, hopper_on).prepared(wanted, targets)
 
 
 @dataclass(frozen=True, eq=False)
 class _Preparation:
     """A call, and what was found for it so far.
 
-    one_pass_on: the device, where the launch does not say that the plain passes have to run.
+    hopper_on: the device, where the launch does not say that the plain passes have to run.
     """
 
     call: AttentionCall
@@ -113,7 +114,7 @@ class _Preparation:
     program: BackwardProgram
     captured: CapturedProgram
     launch: BackwardLaunch
-    one_pass_on: Device | None
+    hopper_on: Device | None
 
     def prepared(self, wanted: tuple[int, ...], targets: Sequence[PairTarget]) -> PreparedBackward:
         call, program, rows_batch = self.call, self.program, self.call.batch
@@ -121,8 +122,8 @@ class _Preparation:
         dq = self._gradient(call.q, rows_batch) if 0 in wanted else None
         dk, dv = (self._gradient(x, owned) if at in wanted else None for at, x in ((1, call.k), (2, call.v)))
         one_pass = None
-        if self.one_pass_on is not None:
-            one_pass = prepare_one_pass(self.one_pass_on, call, self.grad_out, program, wanted, (dq, dk, dv))
+        if self.hopper_on is not None:
+            one_pass = prepare_one_pass(self.hopper_on, call, self.grad_out, program, wanted, (dq, dk, dv))
         by_queries = one_pass is None and (dq is not None or program.num_row_sums > 0)
         by_keys = one_pass is None and (dk is not None or dv is not None or bool(program.key_terms))
         rows_len = -(-call.q_len // ROWS_BLOCK.value) * ROWS_BLOCK.value
@@ -146,7 +147,7 @@ class _Preparation:
             dk=dk,
             dv=dv,
             key_sums=(_float32(*rows_batch, call.kv_len),) * len(program.key_terms),
-            pairs=tuple(self._pairs(i, target.view) for i, target in enumerate(targets)),
+            pairs=tuple(self._pairs(i, target) for i, target in enumerate(targets)),
             targets=tuple(targets),
         )
 
@@ -204,20 +205,25 @@ class _Preparation:
         numbers = (*strides, *padded_axes(call.batch), *self._lengths)
         return self._launched(attention_queries_backward_kernel, programs, variant, numbers)
 
-    def _pairs(self, number: int, target: torch.Tensor) -> Launched:
+    def _pairs(self, number: int, target: PairTarget) -> Launched | HopperPairs:
         """The kernel that writes the gradients of one read at pairs, or its sums by distance."""
-        call, owned = self.call, tuple(target.shape[:-2])
-        strides = self._strides(call.k, call.v, self.grad_out, call.kv_ranges, target)
+        call, view, owned = self.call, target.view, tuple(target.view.shape[:-2])
+        found = None
+        if self.hopper_on is not None:
+            found = prepare_hopper_pairs(self.hopper_on, call, self.grad_out, self.program, target)
+        if found is not None:
+            return found
+        strides = self._strides(call.k, call.v, self.grad_out, call.kv_ranges, view)
         of = call.spec, self.program, number, call.head_dim, call.value_dim
         shared_by = math.prod(call.batch) // max(math.prod(owned), 1)
-        tiles = None if self.program.pair_terms[number].by_distance is not None else self._dense_tiles(shared_by)
+        tiles = None if target.term.by_distance is not None else self._dense_tiles(shared_by)
         if tiles is not None:
             programs = math.prod(owned) * -(-call.q_len // tiles.block_q)
             variant = dense_constants(*of, tiles, shared_by)
             numbers = (*strides, *padded_axes(owned), *padded_axes(loop_over(call.batch, owned)), *self._lengths)
             return self._launched(attention_dense_backward_kernel, programs, variant, numbers)
         tiles = self.launch.pairs
-        row_tiles, column_tiles = -(-target.shape[-2] // tiles.block_q), -(-target.shape[-1] // tiles.block_kv)
+        row_tiles, column_tiles = -(-view.shape[-2] // tiles.block_q), -(-view.shape[-1] // tiles.block_kv)
         programs = math.prod(owned) * row_tiles * column_tiles
         numbers = (*strides, *padded_axes(owned), *padded_axes(loop_over(call.batch, owned)), *self._lengths)
         return self._launched(attention_pairs_backward_kernel, programs, pairs_constants(*of, tiles), numbers)

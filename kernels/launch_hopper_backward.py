@@ -64,7 +64,7 @@ def takes(
         and _takes_wanted(call.spec, program, wanted)
         and all(gradient.own is gradient.written for gradient in found)
         and len(call.batch) <= BATCH_AXES
-        and _takes_program(call.spec, program)
+        and takes_program(call.spec, program)
         and _is_long_enough(call)
         # The sums of dq have rows of this many float32.
         and call.head_dim % 4 == 0
@@ -76,7 +76,7 @@ def takes(
     )
 
 
-def _takes_program(spec: AttentionSpec, program: BackwardProgram) -> bool:
+def takes_program(spec: AttentionSpec, program: BackwardProgram) -> bool:
     """Whether its numbers are those that the kernel reads, and of pairs are none or one tensor's tiles."""
     shape = shape_of(spec, 1, 1, 1)
     return (

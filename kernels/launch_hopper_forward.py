@@ -12,7 +12,7 @@ import torch
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_hopper import load_hopper_forward, pair_read
 from flashfuse.kernels.expr import Product, walk
-from flashfuse.kernels.hopper_pairs import of_pairs, own_positions, pair_axes, slot_of
+from flashfuse.kernels.hopper_pairs import of_pairs, own_axes, own_positions, pair_axes, slot_of
 from flashfuse.kernels.launch import LOG2_E, Device, device_index, device_of, in_torch, shape_of, subtracts_scores
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
@@ -98,11 +98,6 @@ def takes_program(spec: AttentionSpec) -> bool:
     )
 
 
-def _own_axes(own: torch.Tensor, batch: tuple[int, ...]) -> tuple[bool, ...]:
-    """On which of three axes an operand has a position for each of the batch."""
-    return (*(n == size for n, size in zip(own.shape, batch, strict=False)), *(True,) * (BATCH_AXES - len(batch)))
-
-
 @functools.lru_cache(maxsize=4096)
 def forward_constants(
     spec: AttentionSpec,
@@ -163,7 +158,7 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
     out, lse = empty_output(call)
     own = [own_positions(x) for x in (call.q, call.k, call.v)]
     read, pairs = pair_read(call.spec), of_pairs(call)
-    axes = (*(_own_axes(x, call.batch) for x in own), pair_axes(pairs))
+    axes = (*(own_axes(x, call.batch) for x in own), pair_axes(pairs))
     positions, fewer_queries = math.prod(call.batch), call.q_len <= call.kv_len
     variant = forward_constants(call.spec, blocks, axes, call.kv_ranges is not None, fewer_queries, positions)
     of_ranges = (0,) * 6 if call.kv_ranges is None else strides_of(call.kv_ranges, call.batch)

@@ -63,6 +63,18 @@ class OnePass(NamedTuple):
     scaled: Launched
 
 
+class HopperPairs(NamedTuple):
+    """The gradient of a read at pairs by the kernel of `hopper_dense`.
+
+    operands: descriptors of q, k, v, the output's gradient, what is written, and the captured tensor at the place
+        `pairs`, without tensors.
+    """
+
+    operands: tuple[Any, ...]
+    pairs: int
+    launched: Launched
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedBackward:
     """All that follows from the element types, sizes and strides of a call's tensors.
@@ -94,7 +106,7 @@ class PreparedBackward:
     dk: Gradient | None
     dv: Gradient | None
     key_sums: tuple[Buffer, ...]
-    pairs: tuple[Launched, ...]
+    pairs: tuple[Launched | HopperPairs, ...]
     targets: tuple[PairTarget, ...]
 
     def compute(
@@ -151,9 +163,7 @@ class _Run:
         for launched, target in zip(self.of.pairs, self.of.targets, strict=True):
             whole = target.whole_by(self.empty)
             written = target.written(whole)
-            self._launch(
-                launched, self.q, self.k, self.v, self.grad_out, rows, self.kv_ranges, self.seed, written
-            )  # fmt: skip
+            self._pairs(launched, rows, written)
             self.of_captured.add_pair(target, whole, written)
         return [self.found[at] if at < 3 else self.of_captured.result(at - 3) for at in self.of.wanted]
 
@@ -208,6 +218,15 @@ class _Run:
             self.of_captured.add_keys(term, found)
         self._keep(1, self.of.dk, dk)
         self._keep(2, self.of.dv, dv)
+
+    def _pairs(self, of: Launched | HopperPairs, rows: torch.Tensor, written: torch.Tensor) -> None:
+        """The gradients of one read at pairs."""
+        operands = (self.q, self.k, self.v, self.grad_out)
+        if isinstance(of, HopperPairs):
+            tensors = (*operands, written, self.captured[of.pairs])
+            self._launch(of.launched, *map(described, of.operands, tensors), rows, self.kv_ranges)
+        else:
+            self._launch(of, *operands, rows, self.kv_ranges, self.seed, written)
 
     def _launch(self, launched: Launched, *tensors: Any) -> None:
         launch, numbers, strides = launched

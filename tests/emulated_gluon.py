@@ -284,7 +284,7 @@ def _instructions() -> dict[str, Any]:
         "_meet": lambda: meeting.wait(),
         "opaque": torch.as_tensor,
         "next_stage": lambda stage, phase, stages: ((stage + 1) % stages, phase ^ (stage == stages - 1)),
-        "_warp_sums": lambda x: tile(torch.as_tensor(x).view(4, -1, x.shape[-1]).sum(1)),
+        "warp_sums": lambda x: tile(torch.as_tensor(x).view(4, -1, x.shape[-1]).sum(1)),
         "_add_to_global": lambda to, at, part: to.store(at, part, add=True),
         "fence_async_shared": lambda: None,
         "gdc_launch_dependents": lambda: None,

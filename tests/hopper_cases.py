@@ -10,7 +10,7 @@ from compile_targets import DEVICES, POINTERS, compiled
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from flashfuse.kernels import hopper_forward
+from flashfuse.kernels import hopper_dense, hopper_forward
 from flashfuse.kernels.codegen_backward import load_backward
 from flashfuse.kernels.codegen_derivative import load_derivatives
 from flashfuse.kernels.codegen_hopper import pair_read
@@ -18,6 +18,7 @@ from flashfuse.kernels.hopper_backward import HALF, attention_hopper_backward_ke
 from flashfuse.kernels.hopper_forward import attention_hopper_forward_kernel
 from flashfuse.kernels.hopper_query_visits import GROUP_KV
 from flashfuse.kernels.launch_hopper_backward import BLOCK_Q, backward_constants
+from flashfuse.kernels.launch_hopper_dense import dense_hopper_constants
 from flashfuse.kernels.launch_hopper_forward import forward_constants
 from flashfuse.kernels.spec import AttentionSpec, parse
 
@@ -69,6 +70,26 @@ def compiled_backward(program: str, head_dim: int, dtype: torch.dtype, shared: b
     }
     variant = backward_constants(spec, backward, head_dim, AXES, ranged, True, (SPREAD, 1))
     return _compiled(attention_hopper_backward_kernel, program, variant, given)
+
+
+def compiled_dense(program: str, head_dim: int, dtype: torch.dtype, shared_by: int) -> tuple[Any, str]:
+    """The kernel of rows of pairs for sm_90, where so many positions of the first axis share them."""
+    spec = _spec(program, dtype)
+    pairs = pair_read(spec)
+    assert pairs is not None
+    backward = load_backward(spec, (True,) * len(spec.captured), False, True)
+    rows, keys = hopper_dense.GROUP_Q.value, hopper_dense.BLOCK_KV.value
+    given = {
+        "ranges_ptr": None,
+        "rows_ptr": "*fp32",
+        **{f"loop_{axis}": "i32" if shared_by > 1 and axis == 0 else 1 for axis in range(4)},
+        **{f"{name}_desc": described(dtype, rows, head_dim) for name in ("q", "grad")},
+        **{f"{name}_desc": described(dtype, keys, head_dim) for name in ("k", "v")},
+        **{f"{name}_desc": described(pairs.dtype, rows, keys) for name in ("dt", "pairs")},
+    }
+    axes = ((True, True, True), (True, True, True), AXES)
+    variant = dense_hopper_constants(spec, backward, head_dim, axes, False, True, shared_by)
+    return _compiled(hopper_dense.attention_hopper_dense_backward_kernel, program, variant, given)
 
 
 def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[Any, str]:
