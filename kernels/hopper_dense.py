@@ -213,8 +213,8 @@ def _multiply(
     q_s, grad_s, k_s, v_s, pairs_s = shared_memory
     rows_full, full, empty, pairs_full, pairs_empty = barriers
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KV, 16])
-    q_start += GROUP * GROUP_Q
-    rows = q_start + gl.arange(0, GROUP_Q, gl.SliceLayout(1, SCORES))
+    own_start = q_start + GROUP * GROUP_Q
+    rows = own_start + gl.arange(0, GROUP_Q, gl.SliceLayout(1, SCORES))
     planes = (batch_0 * loop_0).to(gl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3
     planes *= rows_length(q_len)
     # Of each position what its rows subtract, and their deltas.
@@ -261,12 +261,12 @@ def _multiply(
             at = (m0, m1, m2, m3, q_len, kv_len, sizes)
             if masked:
                 p = _probabilities(
-                    qk, pairs, minus_shift, share, q_start, opaque(kv_start), at, captured, captured_strides,
+                    qk, pairs, minus_shift, share, own_start, opaque(kv_start), at, captured, captured_strides,
                     GRADS_MASKED, True, SCALE, SLACK,
                 )  # fmt: skip
             else:
                 p = _probabilities(
-                    qk, pairs, minus_shift, share, q_start, kv_start, at, captured, captured_strides, GRADS_FULL,
+                    qk, pairs, minus_shift, share, own_start, kv_start, at, captured, captured_strides, GRADS_FULL,
                     False, SCALE, SLACK,
                 )  # fmt: skip
             if shared + 1 < SHARED_BY:
@@ -277,14 +277,16 @@ def _multiply(
             ds = p * (dw - delta[:, None])
             if masked:
                 total += _pair_gradients(
-                    ds, qk, q_start, opaque(kv_start), at, captured, captured_strides, PAIR_GRAD_MASKED
+                    ds, qk, own_start, opaque(kv_start), at, captured, captured_strides, PAIR_GRAD_MASKED
                 )  # fmt: skip
             else:
-                total += _pair_gradients(ds, qk, q_start, kv_start, at, captured, captured_strides, PAIR_GRAD_FULL)
-        store_rows(dt_desc, n0, n1, n2, q_start, pairs_s.index(slot), (total * PAIR_SCALE).to(dt_desc.dtype), kv_start)
+                total += _pair_gradients(ds, qk, own_start, kv_start, at, captured, captured_strides, PAIR_GRAD_FULL)
+        store_rows(
+            dt_desc, n0, n1, n2, own_start, pairs_s.index(slot), (total * PAIR_SCALE).to(dt_desc.dtype), kv_start
+        )
     tma.store_wait(0)
     gl.thread_barrier()
-    _write_zeros(dt_desc, n0, n1, n2, q_start, start, end, kv_len, pairs_s.index(GROUP), SCORES)
+    _write_zeros(dt_desc, n0, n1, n2, own_start, start, end, kv_len, pairs_s.index(GROUP), SCORES)
     tma.store_wait(0)
 
 

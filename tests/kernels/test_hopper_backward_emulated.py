@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 from emulated_gluon import start  # noqa: E402
 from hopper_calls import BACKWARD_BIAS_CALLS, FEW_HEADS, FP16, bias, nan_filled_on, wanted  # noqa: E402
 
-from flashfuse.kernels import launch_backward, launch_hopper, launch_hopper_backward  # noqa: E402
+from flashfuse.kernels import launch_backward, launch_hopper, launch_hopper_backward, launch_hopper_dense  # noqa: E402
 from flashfuse.kernels.backward_tiled import attention_backward_tiled  # noqa: E402
 from flashfuse.kernels.launch import Device  # noqa: E402
 from flashfuse.kernels.launch_backward import prepare_backward  # noqa: E402
@@ -47,6 +47,7 @@ ALL = {**FEW_HEADS, **BACKWARD_BIAS_CALLS}
 @pytest.fixture(autouse=True)
 def _on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_hopper_backward, "LEAST_QUERIES", {64: 0, 128: 0})
+    monkeypatch.setattr(launch_hopper_dense, "LEAST_LENGTH", 0)
     monkeypatch.setattr(launch_backward, "device_of", lambda _: Device("cuda", 90, 232448, 2))
 
 
