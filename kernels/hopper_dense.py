@@ -236,8 +236,10 @@ def _multiply(
         masked = (kv_start < full_start) | (kv_start >= full_end)
         turn = (kv_start - start) // BLOCK_KV
         slot = 2 * (turn & 1) + GROUP
+        # Addresses that follow from a number of the loop are not kept in registers, which would spill.
+        own = GROUP + opaque(0)
         mbarrier.wait(full.index(stage), phase)
-        qk_next, dw_next = _products(q_s, grad_s, k_s, v_s, GROUP, stage, SCORES)
+        qk_next, dw_next = _products(q_s, grad_s, k_s, v_s, own, stage, SCORES)
         if turn > 0:
             # One thread waits until the gradients before have left their slot, and the others for it.
             tma.store_wait(0)
@@ -253,10 +255,11 @@ def _multiply(
             stage, phase = next_stage(stage, phase, STAGES)
             if shared + 1 < SHARED_BY:
                 mbarrier.wait(full.index(stage), phase)
-                qk_next, dw_next = _products(q_s, grad_s, k_s, v_s, 2 * shared + 2 + GROUP, stage, SCORES)
-                qk = warpgroup_mma_wait(num_outstanding=3, deps=(qk,))
+                qk_next, dw_next = _products(q_s, grad_s, k_s, v_s, 2 * shared + 2 + own, stage, SCORES)
+                # What is summed so far is, or the compiler puts that off and keeps all of its operands.
+                qk, total = warpgroup_mma_wait(num_outstanding=3, deps=(qk, total))
             else:
-                qk = warpgroup_mma_wait(num_outstanding=1, deps=(qk,))
+                qk, total = warpgroup_mma_wait(num_outstanding=1, deps=(qk, total))
             minus_shift, share, delta, m0, m1, m2, m3 = positions[shared]
             at = (m0, m1, m2, m3, q_len, kv_len, sizes)
             if masked:
