@@ -66,6 +66,14 @@ FORWARD = [
     ("fill", 128, 128, BF16),
     ("sink", 128, 128, BF16),
 ]
+# The most that the kernel of rows of pairs does, and how many positions share them.
+ROWS_SPILLS = {1: 0, 2: 80, 4: 400}
+ROWS_OF_PAIRS = [
+    ("bias", 128, BF16, 2),
+    ("causal bias", 128, FP16, 1),
+    ("scaled bias", 64, BF16, 4),
+    ("causal bias", 64, BF16, 2),
+]
 
 
 @pytest.mark.parametrize(("program", "head_dim", "dtype", "shared"), BACKWARD)
@@ -82,6 +90,19 @@ def test_backward_compiles_within_limits(program: str, head_dim: int, dtype: tor
     assert "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add" in ptx
     assert "C75" not in report
     assert spilled_bytes(report) <= SPILLS[head_dim]
+
+
+@pytest.mark.parametrize(("program", "head_dim", "dtype", "shared_by"), ROWS_OF_PAIRS)
+def test_rows_of_pairs_compile_within_limits(program: str, head_dim: int, dtype: torch.dtype, shared_by: int) -> None:
+    from compile_targets import DEVICES, spilled_bytes
+    from hopper_cases import compiled_dense
+
+    from flashfuse.kernels.launch_hopper_dense import SHARED_BYTES
+
+    kernel, report = compiled_dense(program, head_dim, dtype, shared_by)
+    assert kernel.metadata.shared <= SHARED_BYTES <= DEVICES["sm90"][0].shared_bytes
+    assert "C75" not in report
+    assert spilled_bytes(report) <= ROWS_SPILLS[shared_by]
 
 
 @pytest.mark.parametrize(("program", "head_dim", "value_dim", "dtype"), FORWARD)

@@ -17,12 +17,21 @@ from numerics import assert_close_to_exact
 triton = pytest.importorskip("triton")
 
 from emulated_gluon import start  # noqa: E402
-from hopper_calls import BACKWARD_BIAS_CALLS, FEW_HEADS, FP16, bias, nan_filled_on, wanted  # noqa: E402
+from hopper_calls import (  # noqa: E402
+    BACKWARD_BIAS_CALLS,
+    FEW_HEADS,
+    FP16,
+    ROWS_OF_PAIRS_CALLS,
+    bias,
+    nan_filled_on,
+    wanted,
+)
 
 from flashfuse.kernels import launch_backward, launch_hopper, launch_hopper_backward, launch_hopper_dense  # noqa: E402
 from flashfuse.kernels.backward_tiled import attention_backward_tiled  # noqa: E402
 from flashfuse.kernels.launch import Device  # noqa: E402
 from flashfuse.kernels.launch_backward import prepare_backward  # noqa: E402
+from flashfuse.kernels.prepared_backward import HopperPairs  # noqa: E402
 from flashfuse.kernels.tiled import attention_tiled  # noqa: E402
 
 pytestmark = [
@@ -38,10 +47,11 @@ SOME = (
     "batch2x2x3-2x2x1-causal-64", "batch3x2-1x1-plain-128", "batch--causal-64", "documents-64",
     "padding-64", "padded-64", "rows_apart-128", "heads_inside-64",
     "bias-causal-64", "bias-grouped-128", "bias-longer-64", "bias-sink-128", "bias-fill-64", "bias-cap-64",
-    "bias-ranges-128",
+    "bias-ranges-128", "rows-of-bias-bf16-128", "rows-of-bias-causal-64", "rows-of-bias-batch-64",
+    "rows-of-bias-grouped-64", "rows-of-bias-longer-128", "rows-of-bias-fill-64", "rows-of-bias-ranges-64",
 )  # fmt: skip
 
-ALL = {**FEW_HEADS, **BACKWARD_BIAS_CALLS}
+ALL = {**FEW_HEADS, **BACKWARD_BIAS_CALLS, **ROWS_OF_PAIRS_CALLS}
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +67,8 @@ def backward(call: Call, grad: torch.Tensor, needed: Sequence[int]) -> Gradients
     prepared = prepare_backward(call, grad, out, lse, needs)
     assert prepared is not None
     assert prepared.one_pass is not None
+    # Rows of gradients at multiples of 16 bytes.
+    assert [isinstance(of, HopperPairs) for of in prepared.pairs] == [call.kv_len % 8 == 0] * len(prepared.pairs)
     return prepared.compute(nan_filled_on("cpu"), start, grad, out, lse, *call.tensors)
 
 

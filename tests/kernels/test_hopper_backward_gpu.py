@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +13,24 @@ from numerics import assert_close_to_exact
 
 triton = pytest.importorskip("triton")
 
-from hopper_calls import BACKWARD_BIAS_CALLS, BF16, CALLS, CAUSAL, FP16, PLAIN, bias, nan_filled_on, wanted  # noqa: E402
+from hopper_calls import (  # noqa: E402
+    BACKWARD_BIAS_CALLS,
+    BF16,
+    CALLS,
+    CAUSAL,
+    FP16,
+    PLAIN,
+    ROWS_OF_PAIRS_CALLS,
+    bias,
+    nan_filled_on,
+    wanted,
+)
 
-from flashfuse.kernels import launch_hopper, launch_hopper_backward, plans  # noqa: E402
+from flashfuse.kernels import launch_hopper, launch_hopper_backward, launch_hopper_dense, plans  # noqa: E402
 from flashfuse.kernels.launch import attention_forward  # noqa: E402
 from flashfuse.kernels.launch_backward import attention_backward, prepare_backward  # noqa: E402
 from flashfuse.kernels.prepared import empty_on, start  # noqa: E402
+from flashfuse.kernels.prepared_backward import HopperPairs  # noqa: E402
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -28,12 +41,13 @@ pytestmark = [
 
 # Launches of one small problem: what is missing between a store and a read of it shows in some.
 LAUNCHES = 30
-ALL = {**CALLS, **BACKWARD_BIAS_CALLS}
+ALL = {**CALLS, **BACKWARD_BIAS_CALLS, **ROWS_OF_PAIRS_CALLS}
 
 
 @pytest.fixture(autouse=True)
 def _on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(launch_hopper_backward, "LEAST_QUERIES", {64: 0, 128: 0})
+    monkeypatch.setattr(launch_hopper_dense, "LEAST_LENGTH", 0)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
     plans.attention_backward.plans.clear()
@@ -41,20 +55,22 @@ def _on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plans.attention_backward.plans.clear()
 
 
-def backward(call: Call, grad: torch.Tensor, needed: Sequence[int]) -> Gradients:
-    """Those of q, k and v by the one pass and nothing else."""
+def backward(call: Call, grad: torch.Tensor, needed: Sequence[int], by_rows: bool = False) -> Gradients:
+    """Those of q, k and v by the one pass and nothing else; by_rows: those of pairs by rows of them."""
     needs = [at in needed for at in differentiable(call)]
     out, lse = attention_forward(call)
     prepared = prepare_backward(call, grad, out, lse, needs)
     assert prepared is not None
     assert prepared.one_pass is not None, "the plain passes were chosen"
     assert prepared.queries is None
+    assert not by_rows or isinstance(prepared.pairs[0], HopperPairs)
     return prepared.compute(nan_filled_on("cuda"), start, grad, out, lse, *call.tensors)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_gradients(name: str) -> None:
-    check_gradients(ALL[name]().to("cuda"), backward, wanted=wanted(name), draws=2)
+    by_rows = name in ROWS_OF_PAIRS_CALLS
+    check_gradients(ALL[name]().to("cuda"), partial(backward, by_rows=by_rows), wanted=wanted(name), draws=2)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -96,7 +112,8 @@ def test_every_launch_gives_the_same_with_a_bias(
         score.format("t0[n1, q_idx, kv_idx]"), (*shape, head_dim), captured=captured, dtype=BF16
     ).to("cuda")  # fmt: skip
     grad = grad_out(call)
-    first = check_gradients(call, backward, wanted=(0, 1, 2, 3))
+    by_rows = (head_dim, shape[0]) in launch_hopper_dense.STAGES
+    first = check_gradients(call, partial(backward, by_rows=by_rows), wanted=(0, 1, 2, 3))
     for _ in range(LAUNCHES):
         dq, dk, dv, of_bias = backward(call, grad, (0, 1, 2, 3))
         assert torch.equal(dk, first[1])
