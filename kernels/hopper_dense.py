@@ -215,20 +215,10 @@ def _multiply(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KV, 16])
     own_start = q_start + GROUP * GROUP_Q
     rows = own_start + gl.arange(0, GROUP_Q, gl.SliceLayout(1, SCORES))
-    planes = (batch_0 * loop_0).to(gl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3
-    planes *= rows_length(q_len)
-    # Of each position what its rows subtract, and their deltas.
-    positions = ()
-    for shared in gl.static_range(SHARED_BY):
-        s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
-        m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
-        position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
-        numbers = rows_ptr + position.to(gl.int64) * rows_length(q_len) + rows
-        minus_shift = gl.load(numbers + MINUS_SHIFT * planes)
-        share = minus_shift
-        if SLACK is not None:
-            share = gl.load(numbers + SHARE * planes)
-        positions = positions + ((minus_shift, share, gl.load(numbers + DELTA * planes), m0, m1, m2, m3),)  # noqa: RUF005
+    positions = _of_positions(
+        rows_ptr, rows, n0, n1, n2, n3, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len,
+        SLACK, SHARED_BY,
+    )  # fmt: skip
     stage = 0
     phase = 0
     mbarrier.wait(rows_full, 0)
@@ -291,6 +281,29 @@ def _multiply(
     gl.thread_barrier()
     _write_zeros(dt_desc, n0, n1, n2, own_start, start, end, kv_len, pairs_s.index(GROUP), SCORES)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _of_positions(
+    rows_ptr, rows, n0, n1, n2, n3, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len,
+    SLACK: gl.constexpr, SHARED_BY: gl.constexpr,
+):  # fmt: skip
+    """Of each position that shares the rows: (minus_shift, share, delta, its place), see `load_shifts`."""
+    planes = (batch_0 * loop_0).to(gl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3
+    planes *= rows_length(q_len)
+    positions = ()
+    for shared in gl.static_range(SHARED_BY):
+        s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
+        m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
+        position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
+        numbers = rows_ptr + position.to(gl.int64) * rows_length(q_len) + rows
+        minus_shift = gl.load(numbers + MINUS_SHIFT * planes)
+        share = minus_shift
+        if SLACK is not None:
+            share = gl.load(numbers + SHARE * planes)
+        found = (minus_shift, share, gl.load(numbers + DELTA * planes), m0, m1, m2, m3)
+        positions = positions + (found,)  # type: ignore[assignment]  # noqa: RUF005
+    return positions
 
 
 @gluon.jit
