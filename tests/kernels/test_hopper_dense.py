@@ -11,13 +11,13 @@ from attention_cases import Call
 
 pytest.importorskip("triton")
 
-from hopper_calls import FP16, bias, call_of  # noqa: E402
+from hopper_calls import FP16, bias, call_of
 
-from flashfuse.kernels import launch_hopper_dense  # noqa: E402
-from flashfuse.kernels.backward_variants import choose_backward  # noqa: E402
-from flashfuse.kernels.captured_grad import CapturedProgram  # noqa: E402
-from flashfuse.kernels.codegen_backward import load_backward  # noqa: E402
-from flashfuse.kernels.launch import Device, shape_of  # noqa: E402
+from flashfuse.kernels import launch_hopper_dense
+from flashfuse.kernels.backward_variants import choose_backward
+from flashfuse.kernels.captured_grad import CapturedProgram
+from flashfuse.kernels.codegen_backward import load_backward
+from flashfuse.kernels.launch import Device, shape_of
 
 HOPPER = Device("cuda", 90, 232448, 132)
 PAIRS = "t0[n1, q_idx, kv_idx]"
