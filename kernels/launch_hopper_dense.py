@@ -47,7 +47,7 @@ def takes(
         and takes_program(call.spec, program)
         and call.q.shape[:-2] == grad_out.shape[:-2] == torch.Size(call.batch)
         and all(x.dtype == call.spec.product_dtype for x in (call.q, call.k, call.v, grad_out))
-        and all(is_read(own_positions(x)) for x in (call.q, call.k, call.v, grad_out, pairs))
+        and all(map(is_read, (call.q, grad_out, *map(own_positions, (call.k, call.v, pairs)))))
         and target.view.dtype == pairs.dtype
         and has_map(Buffer.like(target.view))
         and target.view.storage_offset() * pairs.itemsize % STRIDE_BYTES == 0

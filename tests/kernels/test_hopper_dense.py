@@ -56,6 +56,8 @@ def test_rows_of_pairs(
     assert rows_of_pairs(call)
     assert not rows_of_pairs(call, replace(HOPPER, arch=100))
     assert not rows_of_pairs(call, q=call.q.float())
+    assert not rows_of_pairs(call, q=call.q[:1].expand_as(call.q))
+    assert rows_of_pairs(call, k=call.k[:1].expand_as(call.k))
     monkeypatch.undo()
     assert not rows_of_pairs(call)
 
