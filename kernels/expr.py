@@ -44,7 +44,12 @@ class Load(Expr):
 
 @dataclass(frozen=True)
 class Loaded(Load):
-    """A read at pairs of a query and a key that a kernel makes itself: generated functions are given its tile."""
+    """A read that a kernel makes itself: generated functions are given its tile, by this name.
+
+    A floating-point one may have another type in the tile, and a boolean one is a number there.
+    """
+
+    name: str
 
 
 @dataclass(frozen=True)

@@ -22,23 +22,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flashfuse.kernels.backward_rows import (
-    DELTA,
-    MINUS_SHIFT,
-    SHARE,
-    batch_position,
-    rows_length,
-    slack_of,
-)
+from flashfuse.kernels.backward_rows import batch_position, rows_length, slack_of
 from flashfuse.kernels.backward_tile import probabilities
+from flashfuse.kernels.hopper_backward_loader import HALF, STAGES, load_tiles
 from flashfuse.kernels.hopper_query_visits import BLOCK_KV, GROUP_KV, owned_keys, visited_queries
 from flashfuse.kernels.hopper_sums import clear, group_sums, warp_sums
-from flashfuse.kernels.hopper_tiles import load_own, load_rows, next_stage, opaque, store_rows
+from flashfuse.kernels.hopper_tiles import column_buffers, load_columns, next_stage, opaque, store_rows
 
-# Queries of a product.
-HALF: gl.constexpr = gl.constexpr(64)
-# Tiles of queries that are loaded ahead.
-STAGES: gl.constexpr = gl.constexpr(2)
 # Registers of a thread that multiplies, and of one that loads; `MAX_REGISTERS` of each are there to be shared out.
 REGISTERS: gl.constexpr = gl.constexpr(240)
 LOADER_REGISTERS: gl.constexpr = gl.constexpr(24)
@@ -55,7 +45,8 @@ def attention_hopper_backward_kernel(
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
     SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    FULL_MASKED: gl.constexpr, PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr,
+    FULL_MASKED: gl.constexpr, PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr, COLUMNS: gl.constexpr,
+    CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr, COLUMN_TYPES: gl.constexpr,
     SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk_j = SLOPE sum_i ds_ij slope_ij q_i,  dv_j = sum_i p_ij grad_i,  dq_i += sum_j ds_ij slope_ij k_j.
@@ -65,6 +56,7 @@ def attention_hopper_backward_kernel(
     pairs_desc: [n0, n1, n2, Tq, Tkv], or None. PAIRS_AT: where on the three axes it is read. PAIRS_AXES: on which of
     them it has positions of its own.
     FULL_MASKED: whether masks of data are left where others are not.
+    COLUMNS, CODED_ROWS, CODE_OF, COLUMN_TYPES: see `columns`.
     left_ptr: sum_j ds_ij over the keys of each program, float32 [positions, tiles of keys, rows_length], 0 where a tile
     is skipped; each slope_ij is 0 or 1 then. None where nobody asks.
     SPREAD: how many positions take a tile of keys before the next is begun; a divisor of their number.
@@ -98,6 +90,8 @@ def attention_hopper_backward_kernel(
     rows_s = gl.allocate_shared_memory(
         gl.float32, [4 * STAGES * HALVES, HALF], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )  # fmt: skip
+    # What is read for each query of those halves.
+    columns_s = column_buffers(COLUMN_TYPES, CODE_OF, STAGES * HALVES, HALF)
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -119,24 +113,25 @@ def attention_hopper_backward_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                0, written, q_s, k_s, v_s, grad_s, rows_s, pairs_s if pairs_desc is not None else None,
+                0, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, pairs_s if pairs_desc is not None else None,
                 left_s if left_ptr is not None else None, barriers, left_ptr, ranges_ptr, filled_ptr, ranges_strides,
                 batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
-                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED,
+                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED, CODE_OF,
                 SHARED_BATCH, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_multiply, (
-                1, written, q_s, k_s, v_s, grad_s, rows_s, pairs_s if pairs_desc is not None else None,
+                1, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, pairs_s if pairs_desc is not None else None,
                 left_s if left_ptr is not None else None, barriers, left_ptr, ranges_ptr, filled_ptr, ranges_strides,
                 batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
-                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED,
+                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED, CODE_OF,
                 SHARED_BATCH, BLOCK_D, BLOCK_Q, SPREAD,
             )),
-            (_load, (
-                q_desc, k_desc, v_desc, grad_desc, pairs_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s,
+            (load_tiles, (
+                q_desc, k_desc, v_desc, grad_desc, pairs_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, columns_s,
                 pairs_s if pairs_desc is not None else None, barriers, ranges_ptr, filled_ptr, ranges_strides,
-                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes,
-                QUERY_BOUNDS, SLACK, PAIRS_AT, PAIRS_AXES, SHARED_BATCH, BLOCK_Q, SPREAD,
+                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
+                captured_strides, QUERY_BOUNDS, SLACK, PAIRS_AT, PAIRS_AXES, COLUMNS, CODED_ROWS, CODE_OF,
+                SHARED_BATCH, BLOCK_Q, SPREAD,
             )),
         ],
         [4, 1],
@@ -145,81 +140,17 @@ def attention_hopper_backward_kernel(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The warp that loads
-
-
-@gluon.jit
-def _load(
-    q_desc, k_desc, v_desc, grad_desc, pairs_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, pairs_s, barriers,
-    ranges_ptr, filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len,
-    kv_len, sizes, QUERY_BOUNDS: gl.constexpr, SLACK: gl.constexpr, PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr,
-    SHARED_BATCH: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
-):  # fmt: skip
-    """Keys and values once, and tiles of queries with their gradients and numbers as slots become free."""
-    keys_full, full, empty, pairs_full, pairs_empty = barriers
-    HALVES: gl.constexpr = BLOCK_Q // HALF
-    row = gl.arange(0, HALF, gl.BlockedLayout([2], [32], [1], [0]))
-    kv_start, n0, n1, n2, n3 = owned_keys(batch_0, batch_1, batch_2, batch_3, kv_len, SHARED_BATCH, SPREAD)
-    mbarrier.expect(keys_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
-    for group in gl.static_range(2):
-        load_rows(k_desc, n0, n1, n2, kv_start + group * GROUP_KV, keys_full, k_s.index(group))
-        load_rows(v_desc, n0, n1, n2, kv_start + group * GROUP_KV, keys_full, v_s.index(group))
-    rows_len = rows_length(q_len)
-    planes = (batch_0 * loop_0).to(gl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3 * rows_len
-    stage = 0
-    phase = 1
-    slot = 0
-    for shared in range(loop_0 * loop_1 * loop_2 * loop_3):
-        s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
-        m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
-        position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
-        start, _, _, end = visited_queries(
-            kv_start, position, m0, m1, m2, m3, ranges_ptr, filled_ptr, ranges_strides, q_len, kv_len, sizes,
-            QUERY_BOUNDS, BLOCK_Q,
-        )  # fmt: skip
-        for q_start in range(start, end, BLOCK_Q):
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(full.index(stage), q_desc.block_type.nbytes + grad_desc.block_type.nbytes)
-            load_rows(q_desc, m0, m1, m2, q_start, full.index(stage), q_s.index(stage))
-            load_rows(grad_desc, m0, m1, m2, q_start, full.index(stage), grad_s.index(stage))
-            numbers = rows_ptr + position.to(gl.int64) * rows_len + q_start
-            for half in gl.static_range(HALVES):
-                shifts = gl.load(numbers + MINUS_SHIFT * planes + half * HALF + row)
-                deltas = gl.load(numbers + DELTA * planes + half * HALF + row)
-                rows_s.index(4 * HALVES * stage + half).store(shifts)
-                rows_s.index(4 * HALVES * stage + HALVES + half).store(deltas)
-                if SLACK is not None:
-                    shares = gl.load(numbers + SHARE * planes + half * HALF + row)
-                    rows_s.index(4 * HALVES * stage + 2 * HALVES + half).store(shares)
-            gl.thread_barrier()
-            mbarrier.arrive(full.index(stage), count=1)
-            stage, phase = next_stage(stage, phase, STAGES)
-            if pairs_desc is not None:
-                p0, p1, p2 = PAIRS_AT(m0, m1, m2, m3, q_len, kv_len, sizes)
-                for half in gl.static_range(HALVES):
-                    turn = slot if HALVES == 1 else half
-                    for group in gl.static_range(2):
-                        mbarrier.wait(pairs_empty.index(group), turn ^ 1)
-                        mbarrier.expect(pairs_full.index(group), pairs_desc.block_type.nbytes)
-                        load_own(
-                            pairs_desc, p0, p1, p2, q_start + half * HALF, pairs_full.index(group),
-                            pairs_s.index(group), PAIRS_AXES, kv_start + group * GROUP_KV,
-                        )  # fmt: skip
-                slot ^= 1
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The groups of warps that multiply
 
 
 @gluon.jit
 def _multiply(
-    GROUP: gl.constexpr, written, q_s, k_s, v_s, grad_s, rows_s, pairs_s, left_s, barriers, left_ptr, ranges_ptr,
-    filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len,
-    sizes, captured, captured_strides, GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr,
+    GROUP: gl.constexpr, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, pairs_s, left_s, barriers, left_ptr,
+    ranges_ptr, filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len,
+    kv_len, sizes, captured, captured_strides, GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr,
     QUERY_BOUNDS: gl.constexpr, SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    FULL_MASKED: gl.constexpr, SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr,
-    SPREAD: gl.constexpr,
+    FULL_MASKED: gl.constexpr, CODE_OF: gl.constexpr, SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk, dv of the 64 keys of one group, and half of what the program's 128 keys add to dq."""
     keys_full, full, empty, pairs_full, pairs_empty = barriers
@@ -264,7 +195,8 @@ def _multiply(
             v = v_s.index(GROUP + here)
             q = q_s.index(stage)
             grad = grad_s.index(stage)
-            numbers = 4 * HALVES * stage
+            first = 4 * HALVES * stage
+            of_queries = (rows_s, columns_s, stage, GROUP, CODE_OF)
             mbarrier.wait(full.index(stage), phase)
             if HALVES == 2:
                 # The products of the second half run under the exponentials of the first.
@@ -278,12 +210,12 @@ def _multiply(
                 pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, 0)
                 qk = warpgroup_mma_wait(num_outstanding=2, deps=(qk,))
                 w, p = _weights(
-                    qk, pairs, rows_s, numbers, masked, kv_start, q_start, at, captured, captured_strides,
+                    qk, pairs, of_queries, 0, masked, kv_start, q_start, at, captured, captured_strides,
                     GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, SUMMED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw = warpgroup_mma_wait(num_outstanding=1, deps=(dw,))
                 ds, sums = _gradients(
-                    dw, p, rows_s.index(numbers + HALVES), masked, FULL_MASKED, SUMMED, dtype
+                    dw, p, rows_s.index(first + HALVES), masked, FULL_MASKED, SUMMED, dtype
                 )  # fmt: skip
                 if SUMMED:
                     left_s.index(4 * slot + GROUP).store(warp_sums(sums))
@@ -294,12 +226,12 @@ def _multiply(
                 pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, 1)
                 qk = warpgroup_mma_wait(num_outstanding=3, deps=(qk_1,))
                 w, p = _weights(
-                    qk, pairs, rows_s, numbers + 1, masked, kv_start, q_start + HALF, at, captured, captured_strides,
+                    qk, pairs, of_queries, 1, masked, kv_start, q_start + HALF, at, captured, captured_strides,
                     GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, SUMMED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw, dv, dk = warpgroup_mma_wait(num_outstanding=0, deps=(dw, dv, dk))
                 ds, sums = _gradients(
-                    dw, p, rows_s.index(numbers + HALVES + 1), masked, FULL_MASKED, SUMMED, dtype
+                    dw, p, rows_s.index(first + HALVES + 1), masked, FULL_MASKED, SUMMED, dtype
                 )  # fmt: skip
                 q_last = q_1
                 grad_last = grad_1
@@ -310,12 +242,12 @@ def _multiply(
                 pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, slot)
                 qk = warpgroup_mma_wait(num_outstanding=1, deps=(qk,))
                 w, p = _weights(
-                    qk, pairs, rows_s, numbers, masked, kv_start, q_start, at, captured, captured_strides,
+                    qk, pairs, of_queries, 0, masked, kv_start, q_start, at, captured, captured_strides,
                     GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, SUMMED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw = warpgroup_mma_wait(num_outstanding=0, deps=(dw,))
                 ds, sums = _gradients(
-                    dw, p, rows_s.index(numbers + HALVES), masked, FULL_MASKED, SUMMED, dtype
+                    dw, p, rows_s.index(first + HALVES), masked, FULL_MASKED, SUMMED, dtype
                 )  # fmt: skip
                 q_last = q
                 grad_last = grad
@@ -381,30 +313,30 @@ def _pairs(pairs_s, pairs_full, pairs_empty, GROUP: gl.constexpr, turn):
 
 @gluon.jit
 def _weights(
-    qk, pairs, rows, number, masked, kv_start, q_start, at, captured, captured_strides, GRADS_MASKED: gl.constexpr,
+    qk, pairs, of_queries, half, masked, kv_start, q_start, at, captured, captured_strides, GRADS_MASKED: gl.constexpr,
     GRADS_FULL: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr, FULL_MASKED: gl.constexpr,
     SUMMED: gl.constexpr, HALVES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
-    """(p as an operand, p * slope) of a tile of products [keys, queries]; the numbers of its rows start at `number`.
+    """(p as an operand, p * slope) of a tile of products [keys, queries], the half of a stage `of_queries`.
 
     masked: whether the tile may meet a mask, or reach behind the last key or query.
     """
     if masked:
         w, p = _weights_of(
-            qk, pairs, rows, number, opaque(kv_start), q_start, at, captured, captured_strides, GRADS_MASKED, True,
+            qk, pairs, of_queries, half, opaque(kv_start), q_start, at, captured, captured_strides, GRADS_MASKED, True,
             True, SUMMED, SCALE, SLACK, HALVES, WEIGHTS, dtype,
         )  # fmt: skip
     else:
         w, p = _weights_of(
-            qk, pairs, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS_FULL, False, FULL_MASKED,
-            SUMMED, SCALE, SLACK, HALVES, WEIGHTS, dtype,
+            qk, pairs, of_queries, half, kv_start, q_start, at, captured, captured_strides, GRADS_FULL, False,
+            FULL_MASKED, SUMMED, SCALE, SLACK, HALVES, WEIGHTS, dtype,
         )  # fmt: skip
     return w, p
 
 
 @gluon.jit
 def _weights_of(
-    qk, pairs, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS: gl.constexpr,
+    qk, pairs, of_queries, half, kv_start, q_start, at, captured, captured_strides, GRADS: gl.constexpr,
     ENDS: gl.constexpr, MASKED: gl.constexpr, SUMMED: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr,
     HALVES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
@@ -414,12 +346,17 @@ def _weights_of(
     """
     LAYOUT: gl.constexpr = qk.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    rows, columns_s, stage, group, code_of = of_queries
+    number = 4 * HALVES * stage + half
     n0, n1, n2, n3, q_len, kv_len, sizes = at
     kv_idx = kv_start + gl.arange(0, GROUP_KV, gl.SliceLayout(1, LAYOUT))[:, None]
     q_idx = q_start + gl.arange(0, HALF, COLUMNS)[None, :]
     if ENDS:
         q_idx = gl.minimum(q_idx, q_len - 1)
-    s, slope = GRADS(qk, pairs, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
+    columns = load_columns((columns_s, HALVES * stage + half, group, code_of), LAYOUT)
+    s, slope = GRADS(
+        qk, pairs, columns, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides
+    )  # fmt: skip
     minus_shift = rows.index(number).load(COLUMNS)[None, :]
     share = minus_shift
     slack = minus_shift

@@ -323,7 +323,7 @@ def _probabilities(
     """Of a tile of products. Where it ENDS, 0 behind the last key; behind the last query the rows' numbers say so."""
     n0, n1, n2, n3, q_len, kv_len, sizes = at
     q_idx, kv_idx = _positions(qk, q_start, kv_start, q_len)
-    s, _ = GRADS(qk, pairs, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
+    s, _ = GRADS(qk, pairs, (), n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
     minus_shift = minus_shift[:, None]
     slack = minus_shift
     if SLACK is not None:

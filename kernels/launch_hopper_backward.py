@@ -14,7 +14,7 @@ from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_backward import BackwardProgram
 from flashfuse.kernels.codegen_hopper import load_hopper_backward, pair_read
 from flashfuse.kernels.hopper_pairs import of_pairs, own_positions, pair_axes, sharing, slot_of
-from flashfuse.kernels.launch import Device, padded, shape_of
+from flashfuse.kernels.launch import Device, padded, shape_of, triton_dtype
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
     MAX_SPREAD,
@@ -33,7 +33,7 @@ from flashfuse.kernels.prepared_backward import Gradient, Launched, OnePass
 from flashfuse.kernels.spec import AttentionSpec
 
 # Shared memory of the program with the most.
-SHARED_BYTES = 221 * 1024
+SHARED_BYTES = 227 * 1024
 # Columns of a tile, and the queries beside them: what registers and shared memory hold.
 BLOCK_Q = {64: 128, 128: 64}
 # The same, and from how many queries on it is faster than the plain passes.
@@ -153,6 +153,10 @@ def backward_constants(
         "PAIRS_AT": functions.pairs_at,
         "PAIRS_AXES": axes,
         "SHARED_BATCH": shared_batch,
+        "COLUMNS": functions.columns,
+        "CODED_ROWS": functions.coded_rows,
+        "CODE_OF": functions.code_of,
+        "COLUMN_TYPES": tuple(map(triton_dtype, functions.column_types)),
         "BLOCK_D": block,
         "BLOCK_Q": BLOCK_Q[block],
         "SPREAD": math.gcd(MAX_SPREAD, together),

@@ -12,7 +12,7 @@ from flashfuse.kernels.backward_variants import slack_in
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.captured_grad import PairTarget
 from flashfuse.kernels.codegen_backward import BackwardProgram, Term
-from flashfuse.kernels.codegen_hopper import load_hopper_backward, load_hopper_forward, load_hopper_pair_grad, pair_read
+from flashfuse.kernels.codegen_hopper import load_hopper_forward, load_hopper_pairs, pair_read
 from flashfuse.kernels.expr import free_symbols, loads
 from flashfuse.kernels.hopper_pairs import of_pairs, own_axes, own_positions, pair_axes, slot_of
 from flashfuse.kernels.launch import Device
@@ -81,11 +81,10 @@ def dense_hopper_constants(
     from flashfuse.kernels.hopper_dense import MAX_REGISTERS
 
     (term,) = program.pair_terms
-    functions = load_hopper_backward(spec, ranged, fewer_queries)
-    masked, full = load_hopper_pair_grad(spec, term, fewer_queries)
+    functions = load_hopper_pairs(spec, term, ranged, fewer_queries)
     return {
-        "PAIR_GRAD_MASKED": masked,
-        "PAIR_GRAD_FULL": full,
+        "PAIR_GRAD_MASKED": functions.pair_grad_masked,
+        "PAIR_GRAD_FULL": functions.pair_grad_full,
         "PAIR_SCALE": term.scale,
         "GRADS_MASKED": functions.score_and_grad_masked,
         "GRADS_FULL": functions.score_and_grad_full,

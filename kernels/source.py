@@ -111,6 +111,20 @@ def stored_body(program: Expr) -> str:
     return indented([*writer.texts, f"return {result}"])
 
 
+def reads_body(reads: Sequence[Load], types: Sequence[torch.dtype]) -> str:
+    """Statements that return the elements of reads of queries or of keys as a tuple, of these types."""
+    writer = Writer(reads, torch.float32, keys_end=True)
+    found = [f"{writer.emit(read)}.to(tl.{str(dtype)[6:]})" for read, dtype in zip(reads, types, strict=True)]
+    return indented([*writer.texts, f"return ({', '.join(found)},)"])
+
+
+def is_needed_everywhere(program: Expr, read: Load) -> bool:
+    """Whether a read of a program lies inside its tensor at every position: no condition decides on it."""
+    writer = Writer([program], torch.float32, keys_end=True)
+    writer.emit(program)
+    return not any(e == read and guards for e, guards in writer.values)
+
+
 def is_row(program: Expr) -> bool:
     """Whether a program has one value for all keys of a query."""
     return KV_IDX not in free_symbols(program) and not _products(program)
@@ -162,6 +176,11 @@ class Writer:
         self._names[key] = name
         return name
 
+    @property
+    def values(self) -> Iterable[tuple[Expr, Guards]]:
+        """What has a name, and the conditions under which it is used."""
+        return self._names
+
     def _text(self, expr: Expr, guards: Guards) -> str:
         match expr:
             case Product(slot=0):
@@ -172,8 +191,9 @@ class Writer:
                 return self._constant(value)
             case Index(value=value):
                 return index_source(value)
-            case Loaded():
-                return f"pairs.to({self._float})"
+            case Loaded(name=name):
+                widened = f"{name}.to({self._float})" if expr.dtype.is_floating_point else name
+                return f"({name} != 0)" if expr.dtype == torch.bool else widened
             case Load() | Gather():
                 return self._load(expr, guards)
             case Pointwise(op="to_float", args=(Index(value=value),)):

@@ -64,11 +64,16 @@ def with_ranges(call: Call) -> Call:
     return call.on(call.operands, ranges)
 
 
-def documents(head_dim: int) -> Call:
-    ids = torch.bucketize(torch.arange(600), torch.tensor([70, 230, 130, 170]).cumsum(0), right=True)
+def documents(head_dim: int, apart: int = 1) -> Call:
+    ids = apart * torch.bucketize(torch.arange(600), torch.tensor([70, 230, 130, 170]).cumsum(0), right=True)
     score = "where((t0[n0, q_idx] == t0[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125, -inf)"
     captured = [ids.expand(2, 600).contiguous()]
     return with_ranges(make_call(score, (2, 2, 600, head_dim), captured=captured, dtype=FP16))
+
+
+def far_apart(head_dim: int) -> Call:
+    """Documents with numbers whose last 32 bits are the same."""
+    return documents(head_dim, apart=-(2**32))
 
 
 def padded(head_dim: int) -> Call:
@@ -132,7 +137,7 @@ def _calls(heads: int) -> dict[str, Callable[[], Call]]:
         for (batch, k_batch), name in itertools.product(BATCHES, ("plain", "causal")):
             title = f"batch{'x'.join(map(str, batch))}-{'x'.join(map(str, k_batch))}-{name}-{d}"
             add(title, SCORES[name], (*batch, 330, d), 290, k_batch=k_batch, dtype=BF16)
-        for make in (documents, padded, heads_inside, rows_apart):
+        for make in (documents, far_apart, padded, heads_inside, rows_apart):
             found[f"{make.__name__}-{d}"] = lambda make=make, d=d: make(d)  # type: ignore[misc]
     return found
 
@@ -198,8 +203,8 @@ def _bias_calls(kv_len: int) -> dict[str, Callable[[], Call]]:
     add("batch", "qk * 0.125 + t0[n0, 0, q_idx, kv_idx]", (2, 3), pairs(BF16, 2, 1))
     expanded = lambda: bias(BF16, 1, 3, 301, kv_len).expand(2, -1, -1, -1)  # noqa: E731
     add("expanded", f"qk * 0.125 + {position}", (2, 3), expanded)
-    grouped = "qk * 0.125 + t0[n1 * 3 + n2, q_idx, kv_idx]"
-    add("grouped", grouped, (2, 2, 3), pairs(BF16, 6), k_batch=(2, 2, 1))
+    grouped = "qk * 0.125 + t0[n1 * 2 + n2, q_idx, kv_idx]"
+    add("grouped", grouped, (2, 2, 2), pairs(BF16, 4), k_batch=(2, 2, 1))
     last = "where(kv_idx <= q_idx + (kv_len - q_len), 0.0, -inf)"
     add("longer", f"qk * 0.125 + {heads} + {last}", most, lambda: longer(kv_len))
     add("twice", f"qk * {heads} + {heads} * to_float(kv_idx - q_idx) * 0.01", most, pairs(BF16, 2))
@@ -208,9 +213,19 @@ def _bias_calls(kv_len: int) -> dict[str, Callable[[], Call]]:
     add("sink", causal, most, pairs(FP16, 2), sink="0.5", dtype=FP16)
     add("mask", f"qk * 0.125 + {heads}", most, lambda: masking(kv_len))
     add("cap", f"tanh((qk + {heads}) * 0.0025) * 50.0", most, pairs(BF16, 2))
+    # Beside reads at rows and at columns of tiles.
+    ids = torch.bucketize(torch.arange(kv_len), torch.tensor([90, 220, 250]), right=True).expand(2, -1).contiguous()
+    same = f"where((t1[n0, q_idx] == t1[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125 + {heads}, -inf)"
+    ends = f"qk * 0.125 + {heads} + t1[n0, q_idx] * t2[n0, kv_idx]"
     for d in (64, 128):
         found[f"bias-ranges-{d}"] = lambda d=d: with_ranges(  # type: ignore[misc]
             make_call("qk * 0.125 + t0[q_idx, kv_idx]", (4, 301, d), kv_len, captured=[masking(kv_len)[0]], dtype=BF16)
+        )
+        found[f"bias-documents-{d}"] = lambda d=d: with_ranges(  # type: ignore[misc]
+            make_call(same, (2, 2, 301, d), kv_len, captured=[pairs(FP16, 2)(), ids], dtype=FP16)
+        )
+        found[f"bias-ends-{d}"] = lambda d=d: make_call(  # type: ignore[misc]
+            ends, (2, 2, 301, d), kv_len, captured=[pairs(FP16, 2)(), noise(2, 301), noise(2, kv_len)], dtype=FP16
         )
     return found
 

@@ -34,13 +34,17 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "padding": ("where(t0[n0, kv_idx], qk * 0.125, -inf)", (torch.bool,), (2,)),
     "documents": (
         "where((t0[n0, q_idx] == t0[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125, -inf)",
-        (torch.bool,),
+        (torch.int64,),
         (2,),
     ),
     "bias": ("qk * 0.125 + t0[n1, q_idx, kv_idx]", (torch.bfloat16,), (3,)),
     "causal bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[n1, q_idx, kv_idx], -inf)", (torch.float16,), (3,)),
     "scaled bias": ("(qk + t0[n0, q_idx, kv_idx]) * 0.125", (torch.bfloat16,), (3,)),
-    "cap bias": ("tanh((qk + t0[n1, q_idx, kv_idx]) * 0.0025) * 50.0", (torch.bfloat16,), (3,)),
+    "documents bias": (
+        "where((t1[n0, q_idx] == t1[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125 + t0[n1, q_idx, kv_idx], -inf)",
+        (torch.float16, torch.int64),
+        (3, 2),
+    ),
     "fill": ("where(kv_idx <= q_idx - 200, qk * 0.125, -10000.0)", (), ()),
     "sink": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (torch.float32,), (1,)),
 }
@@ -51,7 +55,7 @@ AXES = (True, True, False)
 def compiled_backward(program: str, head_dim: int, dtype: torch.dtype, shared: bool) -> tuple[Any, str]:
     """The kernel for sm_90, of one position or more (shared) for each that has keys; of documents with their ranges."""
     spec = _spec(program, dtype)
-    ranged = program == "documents"
+    ranged = program.startswith("documents")
     pairs = pair_read(spec)
     # With sums of the scores' gradients where it can have them.
     wanted = pairs is not None and load_derivatives(spec, ranged).is_flat
@@ -95,7 +99,7 @@ def compiled_dense(program: str, head_dim: int, dtype: torch.dtype, shared_by: i
 def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[Any, str]:
     """The kernel for sm_90, of keys that one axis shares; of documents with their ranges."""
     spec = _spec(program, dtype)
-    ranged = program == "documents"
+    ranged = program.startswith("documents")
     axes = ((True, True, True), AXES, AXES, (True, True, True))
     variant = forward_constants(spec, (head_dim, value_dim), axes, ranged, True, SPREAD)
     rows, keys = hopper_forward.GROUP_Q.value, hopper_forward.BLOCK_KV.value
