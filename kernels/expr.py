@@ -197,6 +197,11 @@ def loads(expr: Expr) -> tuple[Load | Gather, ...]:
     return tuple(dict.fromkeys(e for e in walk(expr) if isinstance(e, (Load, Gather))))
 
 
+def places(read: Load | Gather) -> tuple[Expr, ...]:
+    """Where a read goes, in each dimension of its tensor."""
+    return read.at if isinstance(read, Gather) else tuple(Index(torch.int64, sympify(i)) for i in read.indices)
+
+
 def sympify(value: Any) -> sympy.Expr:
     return value if isinstance(value, sympy.Basic) else sympy.sympify(value)
 

@@ -236,7 +236,6 @@ def _scaled(call: AttentionCall, program: BackwardProgram, dq: Gradient, kv_tile
         "BLOCK_Q": rows,
         "launch_pdl": True,
     }
-    written = torch.empty_strided(dq.own.size, dq.own.strides, device="meta")
-    numbers = (strides_of(written, call.batch), *padded_axes(call.batch), call.q_len, kv_tiles)
+    numbers = (strides_of(dq.own.without_memory, call.batch), *padded_axes(call.batch), call.q_len, kv_tiles)
     programs = math.prod(call.batch) * -(-call.q_len // rows)
     return Launched(KernelLaunch(scaled_rows_kernel, programs, variant), numbers)

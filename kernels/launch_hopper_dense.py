@@ -40,7 +40,7 @@ def takes(
         is_hopper(device, SHARED_BYTES)
         and pairs is not None
         and len(program.pair_terms) == 1
-        and takes_term(target.term)
+        and takes_term(program.pair_terms[target.number])
         and (block_of(call.head_dim, call.value_dim), _shared_by(call, target)) in STAGES
         and min(call.q_len, call.kv_len) >= LEAST_LENGTH
         and len(call.batch) <= BATCH_AXES

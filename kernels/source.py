@@ -26,9 +26,10 @@ from flashfuse.kernels.expr import (
     Product,
     free_symbols,
     loads,
+    places,
     walk,
 )
-from flashfuse.kernels.normal import index, number, pointwise
+from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import D_IDX, KV_IDX, MAX_BATCH_AXES, Q_IDX, batch_symbol
 
@@ -70,21 +71,17 @@ def operands_body(program: Expr, float_dtype: torch.dtype, keys_end: bool) -> st
 
 def _is_copied_ahead(read: Load | Gather) -> bool:
     """Whether Triton may copy a read to shared memory ahead of time: of pairs, those of neighbouring keys together."""
-    last = _places(read)[-1] if {Q_IDX, KV_IDX} <= free_symbols(read) else None
+    last = places(read)[-1] if {Q_IDX, KV_IDX} <= free_symbols(read) else None
     return isinstance(last, Index) and not {Q_IDX, KV_IDX} & (last.value - KV_IDX).free_symbols
 
 
 def _lanes_along(read: Load | Gather) -> str | None:
     """The positions along which neighbours are read from the same row of a tensor, if the others choose its row."""
-    *outer, last = map(free_symbols, _places(read))
+    *outer, last = map(free_symbols, places(read))
     rows = frozenset().union(*outer) & {Q_IDX, KV_IDX}
     if len(rows) != 1 or not {Q_IDX, KV_IDX} <= last:
         return None
     return "q_idx" if KV_IDX in rows else "kv_idx"
-
-
-def _places(read: Load | Gather) -> Sequence[Expr]:
-    return read.at if isinstance(read, Gather) else [index(i) for i in read.indices]
 
 
 def tile_values(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool) -> tuple[list[str], list[str]]:
@@ -269,7 +266,7 @@ class Writer:
     def _offsets(self, load: Load | Gather, guards: Guards) -> list[str]:
         """The terms of the address: scalars first, and terms in both positions last."""
         terms: list[tuple[int, str]] = []
-        for axis, at in enumerate(_places(load)):
+        for axis, at in enumerate(places(load)):
             stride = f"strides[{load.tensor}][{axis}]"
             if isinstance(at, Index):
                 terms += [(_position_rank(t), _offset(t, stride)) for t in sympy.Add.make_args(sympy.expand(at.value))]

@@ -67,7 +67,7 @@ def backward(call: Call, grad: torch.Tensor, needed: Sequence[int]) -> Gradients
     assert prepared is not None
     assert prepared.one_pass is not None
     # Rows of gradients at multiples of 16 bytes.
-    by_rows = [isinstance(of, HopperPairs) for of in prepared.pairs]
+    by_rows = [isinstance(of, HopperPairs) for (of,) in prepared.pairs]
     assert by_rows == [c.shape[-1] % 8 == 0 for c in call.captured[: len(by_rows)]]
     return prepared.compute(nan_filled_on("cpu"), start, grad, out, lse, *call.tensors)
 

@@ -63,7 +63,7 @@ def backward(call: Call, grad: torch.Tensor, needed: Sequence[int], by_rows: boo
     assert prepared is not None
     assert prepared.one_pass is not None, "the plain passes were chosen"
     assert prepared.queries is None
-    assert not by_rows or isinstance(prepared.pairs[0], HopperPairs)
+    assert not by_rows or isinstance(prepared.pairs[0][0], HopperPairs)
     return prepared.compute(nan_filled_on("cuda"), start, grad, out, lse, *call.tensors)
 
 

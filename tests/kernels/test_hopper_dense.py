@@ -34,8 +34,7 @@ def rows_of_pairs(call: Call, device: Device = HOPPER, **changes: Any) -> bool:
     captured = CapturedProgram.of(call, program, (True,) * len(call.captured))
     launch = choose_backward(HOPPER, shape_of(call.spec, call.q_len, call.head_dim, call.value_dim))
     assert launch is not None
-    targets = captured.pair_targets(launch.pairs)
-    assert targets is not None
+    targets = captured.pair_targets(launch)
     grad_out = torch.empty(*call.batch, call.q_len, call.value_dim, dtype=call.spec.out_dtype)
     return launch_hopper_dense.takes(device, replace(call, **changes), grad_out, program, targets[0])
 
