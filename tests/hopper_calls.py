@@ -213,8 +213,8 @@ def _bias_calls(kv_len: int) -> dict[str, Callable[[], Call]]:
     add("sink", causal, most, pairs(FP16, 2), sink="0.5", dtype=FP16)
     add("mask", f"qk * 0.125 + {heads}", most, lambda: masking(kv_len))
     add("cap", f"tanh((qk + {heads}) * 0.0025) * 50.0", most, pairs(BF16, 2))
-    # Beside reads at rows and at columns of tiles.
-    ids = torch.bucketize(torch.arange(kv_len), torch.tensor([90, 220, 250]), right=True).expand(2, -1).contiguous()
+    # Beside reads at rows and at columns of tiles; shared by as many as there is room for among rows of pairs.
+    ids = torch.bucketize(torch.arange(kv_len), torch.tensor([90, 220, 250]), right=True).expand(4, -1).contiguous()
     same = f"where((t1[n0, q_idx] == t1[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125 + {heads}, -inf)"
     ends = f"qk * 0.125 + {heads} + t1[n0, q_idx] * t2[n0, kv_idx]"
     for d in (64, 128):
@@ -222,7 +222,7 @@ def _bias_calls(kv_len: int) -> dict[str, Callable[[], Call]]:
             make_call("qk * 0.125 + t0[q_idx, kv_idx]", (4, 301, d), kv_len, captured=[masking(kv_len)[0]], dtype=BF16)
         )
         found[f"bias-documents-{d}"] = lambda d=d: with_ranges(  # type: ignore[misc]
-            make_call(same, (2, 2, 301, d), kv_len, captured=[pairs(FP16, 2)(), ids], dtype=FP16)
+            make_call(same, (256 // d, 2, 301, d), kv_len, captured=[pairs(FP16, 2)(), ids], dtype=FP16)
         )
         found[f"bias-ends-{d}"] = lambda d=d: make_call(  # type: ignore[misc]
             ends, (2, 2, 301, d), kv_len, captured=[pairs(FP16, 2)(), noise(2, 301), noise(2, kv_len)], dtype=FP16

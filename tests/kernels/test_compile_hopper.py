@@ -20,6 +20,7 @@ FORWARD_SPILLS = 80
 # Beside these, where something is read for each column: addresses, at the same places; and for documents what the warp
 # that loads has 24 registers for, in a loop that few ever see.
 MORE_SPILLS = {"keys": 100, "padding": 100, "documents": 400}
+# A mask of documents beside a tile of pairs: in masked tiles too.
 FORWARD_MORE_SPILLS = {**MORE_SPILLS, "documents bias": 900}
 BACKWARD = [
     ("plain", 64, BF16, False),

@@ -122,6 +122,19 @@ def test_every_launch_gives_the_same_with_a_bias(
         assert torch.equal(of_bias, first[3])
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["documents", "rows-of-bias-documents"])
+def test_every_launch_gives_the_same_with_documents(name: str, head_dim: int) -> None:
+    """Alone and beside a bias: all but dq to the bit."""
+    call = ALL[f"{name}-{head_dim}"]().to("cuda")
+    grad, needed = grad_out(call), wanted(f"{name}-{head_dim}")
+    first = backward(call, grad, needed)
+    for _ in range(LAUNCHES):
+        dq, *others = backward(call, grad, needed)
+        assert_near(dq, first[0])
+        assert all(map(torch.equal, others, first[1:]))
+
+
 def test_rows_of_a_bias() -> None:
     """Its gradient may be summed up over many keys: what rounding the output leaves in delta is not in it."""
     call = make_call(
