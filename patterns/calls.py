@@ -29,12 +29,20 @@ _STATEFUL: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def name_of(node: fx.Node) -> str:
-    """The bare name of what the node calls: "softmax", "masked_fill_", "scaled_dot_product_attention"."""
+    """The bare name of what the node calls: "softmax", "masked_fill_", "scaled_dot_product_attention"; "" for nothing."""
+    target = node.target
     if node.op == "call_method":
-        return str(node.target)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.overloadpacket.__name__
-    return str(getattr(node.target, "__name__", node.target))
+        return str(target)
+    if node.op in ("placeholder", "get_attr", "output"):
+        return ""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__
+    return str(getattr(target, "__name__", target))
+
+
+def label_of(node: fx.Node) -> str:
+    """What a sentence calls the node by: what it calls, or where the graph has it from."""
+    return name_of(node) or str(node.target)
 
 
 def functional_target(node: fx.Node) -> Any:

@@ -114,8 +114,10 @@ class Graph:
         self.fake_mode = self._find_fake_mode()
         self.autocast = self._autocast_regions()
         self.no_grad = self._no_grad_regions()
+        self.mutated = {node: mutated_inputs(node) for node in self.nodes}
         self.writes = self._writes()
         self.live = self._live()
+        self.weights = self._made_of_parameters()
         self.forward_mode = any(map(is_forward_mode, self.nodes))
 
     def _find_fake_mode(self) -> FakeTensorMode | None:
@@ -154,7 +156,7 @@ class Graph:
         """For every storage that the graph writes, the writing nodes in order."""
         writes: dict[int, list[fx.Node]] = {}
         for node in self.nodes:
-            for target in mutated_inputs(node):
+            for target in self.mutated[node]:
                 where = storage(target)
                 if where is not None:
                     writes.setdefault(where, []).append(node)
@@ -164,10 +166,23 @@ class Graph:
         """Nodes that reach an output or write memory."""
         live: set[fx.Node] = set()
         for node in reversed(self.nodes):
-            if node.op == "output" or node in live or mutated_inputs(node):
+            if node.op == "output" or node in live or self.mutated[node]:
                 live.add(node)
                 live.update(node.all_input_nodes)
         return live
+
+    def _made_of_parameters(self) -> frozenset[fx.Node]:
+        """The nodes whose values are made from parameters alone."""
+        made: set[fx.Node] = set()
+        for node in self.nodes:
+            inputs = node.all_input_nodes
+            if inputs and node.op != "output":
+                alone = all(n in made for n in inputs)
+            else:
+                alone = isinstance(value(node), torch.nn.Parameter)
+            if alone:
+                made.add(node)
+        return frozenset(made)
 
     def writer_between(self, node: fx.Node, after: fx.Node, before: fx.Node) -> fx.Node | None:
         """The last node strictly between two nodes that writes the memory behind `node`."""

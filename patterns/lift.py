@@ -22,6 +22,7 @@ from flashfuse.patterns.calls import mutated_inputs
 from flashfuse.patterns.draw import drawn
 from flashfuse.patterns.graph import Graph, shape, storage, tensor, to_sympy, value, wants_gradient
 from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds, resimplify
+from flashfuse.patterns.region import Region
 from flashfuse.patterns.trace import CannotTrace, Trace, trace
 
 
@@ -37,15 +38,15 @@ class Lifter:
     """Lifts the nodes of one graph. Keeps the extent of every index symbol it made, and each node's expansion.
 
     history: whether what is lifted has to keep its gradient, so that no place where one ends is looked through.
+    region: what has been looked at since the analysis at hand began.
     """
 
     def __init__(self, graph: Graph, history: bool = False) -> None:
         self.graph, self.history = graph, history
         self.ranges: dict[sympy.Symbol, sympy.Expr] = {}
-        self._first_read: dict[fx.Node, fx.Node] = {}
-        self._overwritten: set[fx.Node] = set()
+        self.region = Region(graph.position)
         self._traces: dict[fx.Node, Trace | CannotTrace] = {}
-        self._expansions: dict[fx.Node, tuple[Indices, Expr] | CannotLift] = {}
+        self._expansions: dict[fx.Node, tuple[tuple[Indices, Expr] | CannotLift, Region]] = {}
 
     def symbol(self, prefix: str, extent: sympy.Expr) -> sympy.Symbol:
         """A new index symbol that runs over 0 <= symbol < extent."""
@@ -58,6 +59,7 @@ class Lifter:
         return tuple(ZERO if size == 1 else self.symbol(prefix, size) for size in sizes)
 
     def load(self, node: fx.Node, position: Indices) -> Load:
+        self.region.see(node)
         t = tensor(node)
         if t is None:
             raise CannotLift(node, "is not a tensor")
@@ -66,16 +68,13 @@ class Lifter:
     def read(self, node: fx.Node, reader: fx.Node) -> fx.Node:
         """The node whose value `reader` sees where it reads `node`; the earliest such place is remembered."""
         source = self.graph.current(node, reader)
-        if source is None:
-            source = node
-            self._overwritten.add(node)
-        known = self._first_read.get(source, reader)
-        self._first_read[source] = min(known, reader, key=self.graph.position.__getitem__)
-        return source
+        self.region.see(node)
+        self.region.read(node if source is None else source, reader, overwritten=source is None)
+        return node if source is None else source
 
     def writer_before(self, node: fx.Node, site: fx.Node) -> fx.Node | None:
         """What writes the memory of `node` after its value was read and before `site`, where the kernel reads it."""
-        reader = self._first_read.get(node)
+        reader = self.region.first_read.get(node)
         if reader is not None and any(storage(n) == storage(node) for n in mutated_inputs(reader)):
             return reader
         return self.graph.writer_between(node, reader or node, site)
@@ -107,11 +106,17 @@ class Lifter:
         node = load.tensor
         if not isinstance(node, fx.Node):
             raise CannotLift(None, "is drawn at random")
-        if node in self._overwritten:
+        self.region.open(node)
+        if node in self.region.overwritten:
             raise CannotLift(node, "is written through another view before it is read")
         if node not in self._expansions:
-            self._expansions[node] = self._expand(node)
-        known = self._expansions[node]
+            outer, self.region = self.region, Region(self.graph.position)
+            try:
+                self._expansions[node] = self._expand(node), self.region
+            finally:
+                self.region = outer
+        known, region = self._expansions[node]
+        self.region.add(region)
         if isinstance(known, CannotLift):
             raise known
         position, expr = known
@@ -175,6 +180,7 @@ class Lifter:
 
     def traced(self, node: fx.Node) -> Trace:
         """The ATen calls that the node makes. Raises CannotTrace."""
+        self.region.open(node)
         if node not in self._traces:
             try:
                 self._traces[node] = trace(self.graph, node)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.calls import label_of, name_of
 from flashfuse.patterns.graph import is_weighted
 
 
@@ -62,7 +62,7 @@ def blocked(node: fx.Node, reason: str) -> Refused:
         return mixed(node)
     candidates = (node, *(m for n in node.all_input_nodes for m in (n, *n.all_input_nodes[:1])))
     known = next((found for n in candidates if (found := _over_rows(n)) is not None), None)
-    return known or Refused("unknown-operator", f"`{name_of(node)}` before the softmax {reason}", node)
+    return known or Refused("unknown-operator", f"`{label_of(node)}` before the softmax {reason}", node)
 
 
 def mixing_layer(softmax: fx.Node, limit: int = 8) -> Refused | None:
