@@ -31,10 +31,8 @@ _STATEFUL: dict[str, tuple[tuple[str, ...], str]] = {
 def name_of(node: fx.Node) -> str:
     """The bare name of what the node calls: "softmax", "masked_fill_", "scaled_dot_product_attention"; "" for nothing."""
     target = node.target
-    if node.op == "call_method":
-        return str(target)
-    if node.op in ("placeholder", "get_attr", "output"):
-        return ""
+    if isinstance(target, str):
+        return target if node.op == "call_method" else ""
     if isinstance(target, torch._ops.OpOverload):
         return target.overloadpacket.__name__
     return str(getattr(target, "__name__", target))
@@ -57,9 +55,11 @@ def functional_target(node: fx.Node) -> Any:
 
 def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     """The input nodes whose memory this node may write."""
+    target, told = node.target, node.kwargs
     if node.op in ("placeholder", "output", "get_attr"):
         return ()
-    target = node.target
+    if _only_reads(node.op, target) and "out" not in told and "inplace" not in told:
+        return ()
     if isinstance(target, torch._ops.HigherOrderOperator):
         return tuple(node.all_input_nodes) if _may_mutate(node) else ()
     if isinstance(target, torch._ops.OpOverload):
@@ -75,14 +75,28 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     return written
 
 
-def _writes_first(node: fx.Node) -> bool:
-    """Whether a function or method of torch writes its first argument: by its trailing underscore, or inplace=True."""
-    name = name_of(node)
-    if node.target in _INPLACE_OPERATORS or name in ("setitem", "__setitem__"):
+@functools.lru_cache(maxsize=4096)
+def _only_reads(op: str, target: Any) -> bool:
+    """Whether a function or method of torch's or Python's own writes nothing, whatever its positional arguments are."""
+    if isinstance(target, (torch._ops.OperatorBase, torch._ops.OpOverloadPacket)) or is_foreign(target):
+        return False
+    name = target if isinstance(target, str) else str(getattr(target, "__name__", target))
+    takes_flag = op == "call_function" and _inplace_argument(target) is not None
+    return not takes_flag and name not in _STATEFUL and not _is_inplace(name, target)
+
+
+def _is_inplace(name: str, target: Any) -> bool:
+    """Whether a function or method of torch writes its first argument by its name."""
+    if target in _INPLACE_OPERATORS or name in ("setitem", "__setitem__"):
         return True
     if name.startswith("__i") and name.endswith("__") and hasattr(operator, name.strip("_")):
         return True
-    if name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_"):
+    return name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_")
+
+
+def _writes_first(node: fx.Node) -> bool:
+    """Whether a function or method of torch writes its first argument: by its name, or inplace=True."""
+    if _is_inplace(name_of(node), node.target):
         return True
     place = _inplace_argument(node.target) if node.op == "call_function" else None
     flag = node.kwargs.get("inplace", node.args[place] if place is not None and place < len(node.args) else False)

@@ -18,9 +18,7 @@ from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.region import Region
 
 
-def private_chain(
-    graph: Graph, region: Region, products: Sequence[fx.Node], site: fx.Node
-) -> tuple[fx.Node, ...]:
+def private_chain(graph: Graph, region: Region, products: Sequence[fx.Node], site: fx.Node) -> tuple[fx.Node, ...]:
     """The nodes from the products to the site, in order. Raises Refused where something else needs one of them.
 
     region: is told what is looked at.

@@ -5,7 +5,7 @@ What is compared with nothing but itself, such as a tensor in a transform, gives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -33,16 +33,18 @@ class Facts:
 
     def seen(self, node: fx.Node) -> int:
         """Of its value, where it comes from, and whether a product lies behind it."""
-        return self._known(self._seen, node, self._as_seen)
+        if node not in self._seen:
+            self._seen[node] = self._number(self._as_seen(node))
+        return self._seen[node]
 
     def opened(self, node: fx.Node) -> int:
         """The same, and of what it calls: everything but which nodes its inputs are."""
-        return self._known(self._opened, node, self._as_opened)
+        if node not in self._opened:
+            self._opened[node] = self._number(self._as_opened(node))
+        return self._opened[node]
 
-    def _known(self, known: dict[fx.Node, int], node: fx.Node, facts: Callable[[fx.Node], Hashable]) -> int:
-        if node not in known:
-            known[node] = self._numbers.setdefault(facts(node), len(self._numbers))
-        return known[node]
+    def _number(self, facts: Hashable) -> int:
+        return self._numbers.setdefault(facts, len(self._numbers))
 
     def _as_seen(self, node: fx.Node) -> Hashable:
         calls = node.op if node.op in _CALLS else ""
@@ -69,23 +71,22 @@ def _of_tensor(t: torch.Tensor, node: fx.Node) -> Hashable:
     """A fake tensor on strided memory; any other, and one that knows its elements, is like no other."""
     if type(t) is not FakeTensor or t.layout != torch.strided or t.is_nested or t.constant is not None:
         return node
-    layout = tuple(_of_size(n, node) for n in (*t.shape, *t.stride(), t.storage_offset()))
+    layout: tuple[Hashable, ...] = (*t.shape, *t.stride(), t.storage_offset())
+    if t._has_symbolic_sizes_strides:
+        layout = tuple(_of_number(n, node) for n in layout)
     flags = isinstance(t, torch.nn.Parameter), t.requires_grad, t.is_conj(), t.is_neg()
     return torch.Tensor, t.dtype, t.device, flags, layout
 
 
-def _of_size(size: Any, node: fx.Node) -> Hashable:
-    return size if type(size) is int else _of_number(size, node)
-
-
 def _of_number(value: Any, node: fx.Node) -> Hashable:
     """Numbers of different types may be equal, and a NaN or a signed zero is told by its text alone."""
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        expr = getattr(value.node, "expr", node)
-        return type(value), repr(value.node.hint) if is_own_symbol(value) else expr
+    if isinstance(value, _VALUES):
+        return value
     if isinstance(value, (bool, int, float, complex)):
         return type(value), repr(value)
-    return value if isinstance(value, _VALUES) else node
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return node
+    return type(value), repr(value.node.hint) if is_own_symbol(value) else getattr(value.node, "expr", node)
 
 
 def is_own_symbol(value: Any) -> bool:
@@ -94,14 +95,13 @@ def is_own_symbol(value: Any) -> bool:
 
 
 def _of_argument(argument: Any, inputs: Mapping[fx.Node, int], node: fx.Node) -> Hashable:
-    """An argument with its nodes as numbers of the node's inputs."""
-    match argument:
-        case fx.Node():
-            return fx.Node, inputs[argument]
-        case tuple() | list():
-            return type(argument), *(_of_argument(a, inputs, node) for a in argument)
-        case dict():
-            return type(argument), *((k, _of_argument(a, inputs, node)) for k, a in argument.items())
-        case slice(start=start, stop=stop, step=step):
-            return slice, *(_of_argument(a, inputs, node) for a in (start, stop, step))
+    """An argument, in which a bare number stands for an input of the node."""
+    if isinstance(argument, fx.Node):
+        return inputs[argument]
+    if isinstance(argument, (tuple, list)):
+        return type(argument), *[_of_argument(a, inputs, node) for a in argument]
+    if isinstance(argument, slice):
+        return slice, *[_of_argument(a, inputs, node) for a in (argument.start, argument.stop, argument.step)]
+    if isinstance(argument, dict):
+        return type(argument), *[(k, _of_argument(a, inputs, node)) for k, a in argument.items()]
     return _of_number(argument, node)

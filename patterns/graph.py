@@ -54,6 +54,8 @@ def wants_gradient(node: fx.Node) -> bool:
 
 def to_sympy(size: Any) -> sympy.Expr:
     """A size, possibly symbolic, as a sympy expression over the graph's size symbols."""
+    if type(size) is int:
+        return sympy.Integer(size)
     if not isinstance(size, (torch.SymInt, torch.SymFloat)):
         return sympy.sympify(size)
     expr: sympy.Expr = size.node.expr

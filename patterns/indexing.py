@@ -31,8 +31,23 @@ def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
     """a / b where b divides a whatever the symbols stand for, else None."""
     if a.is_Integer and b.is_Integer:
         return sympy.Integer(int(a) // int(b)) if int(a) % int(b) == 0 else None
+    if _is_monomial(b) and all(map(_is_monomial, terms := sympy.Add.make_args(sympy.expand(a)))):
+        parts = [term / b for term in terms]
+        return sympy.Add(*parts) if all(map(_is_monomial, parts)) else None
     ratio = sympy.cancel(a / b)
     return sympy.expand(ratio) if _is_whole(ratio) else None
+
+
+def _is_monomial(expr: sympy.Expr) -> bool:
+    """Whether the expression is an integer times powers of symbols and divisions, none in a denominator."""
+    coefficient, rest = expr.as_coeff_Mul()
+    return coefficient.is_Integer and all(_is_power(factor) for factor in sympy.Mul.make_args(rest))
+
+
+def _is_power(factor: sympy.Expr) -> bool:
+    base, exponent = factor.as_base_exp()
+    whole = base.is_Symbol or isinstance(base, (FloorDiv, Mod)) or base == 1
+    return whole and exponent.is_Integer and exponent.is_positive
 
 
 def _is_whole(expr: sympy.Expr) -> bool:

@@ -157,8 +157,11 @@ class Lifter:
         position = self.position(shape(t))
         try:
             rule = NODE_ROWS.get(node.target) if node.op == "call_function" else None
+            direct = DIRECT_ROWS.get(node.target)
             if rule is not None:
                 expr = rule(NodeView(self, node), position)
+            elif direct is not None and (read := direct(NodeView(self, node), position)) is not None:
+                expr = read
             elif node.target is operator.getitem and not isinstance(value(node.args[0]), torch.Tensor):  # type: ignore[arg-type]
                 expr = self._expand_part(node, position)
             else:
@@ -296,6 +299,9 @@ def aligned(position: Indices, sizes: tuple[sympy.Expr, ...]) -> Indices:
 Row = Callable[..., Expr]
 ATEN_ROWS: dict[Any, Row] = {}
 NODE_ROWS: dict[Any, Row] = {}
+# Of nodes that are run where their row gives None.
+DirectRow = Callable[..., Expr | None]
+DIRECT_ROWS: dict[Any, DirectRow] = {}
 
 
 def _tensor_literal(view: NodeView, position: Indices) -> Expr:

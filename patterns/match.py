@@ -19,6 +19,7 @@ import flashfuse.patterns.aten
 import flashfuse.patterns.aten_layout
 import flashfuse.patterns.aten_numbers
 import flashfuse.patterns.aten_windows
+import flashfuse.patterns.direct
 import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols, loads
@@ -57,7 +58,7 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     sites: list[AttentionSite] = []
     refused: dict[fx.Node, Refused] = {}
     claimed: set[fx.Node] = set()
-    for node in graph.nodes:
+    for node in up.starts:
         seeds = up.seeds(node)
         # An output that was taken already is not rescaled by anything that belongs to its attention.
         taken = seeds <= claimed if is_contraction(node) else bool(seeds & claimed)

@@ -68,7 +68,7 @@ class Analyses:
         self.lifters = {history: Lifter(graph, history) for history in (False, True)}
         self.done: dict[tuple[bool, int], list[_Done]] = {}
         self.count = 0
-        self._storages: dict[fx.Node, int | None] = {}
+        self._identities: dict[fx.Node, tuple[int | None, Hashable]] = {}
 
     def site(self, root: fx.Node, history: bool) -> AttentionSite | None:
         """The attention whose output `root` is, None where it is none. Raises Refused."""
@@ -130,7 +130,8 @@ class Analyses:
             of = facts.opened if step.called else facts.seen
             if node is not step.node and of(node) != of(step.node):
                 return None
-            following = self._following(node, step.inputs, step.users)
+            itself = node is step.node
+            following = step.following if itself else self._following(node, step.inputs, step.users)
             if len(following) != len(step.following):
                 return None
             for one, other in zip(step.following, following, strict=True):
@@ -153,29 +154,25 @@ class Analyses:
 
     def _writers(self, node: fx.Node) -> Sequence[fx.Node]:
         """Who writes the memory behind a node."""
-        where = self._storage(node)
+        where, _ = self._identity(node)
         return () if where is None else self.graph.writes.get(where, ())
 
     def _same(self, nodes: Iterable[fx.Node]) -> tuple[tuple[int, int], ...]:
         """For each node the first that has the same memory, and the first with the same tensor or symbol as its value."""
-        storages: dict[int | None, int] = {}
+        memory: dict[Hashable, int] = {}
         values: dict[Hashable, int] = {}
-        found = []
-        for number, node in enumerate(nodes):
-            found.append((storages.setdefault(self._storage(node), number), values.setdefault(_identity(node), number)))
-        return tuple(found)
+        known = enumerate(map(self._identity, nodes))
+        return tuple(
+            (memory.setdefault(one, number), values.setdefault(other, number)) for number, (one, other) in known
+        )
 
-    def _storage(self, node: fx.Node) -> int | None:
-        if node not in self._storages:
-            self._storages[node] = storage(node)
-        return self._storages[node]
-
-
-def _identity(node: fx.Node) -> Hashable:
-    v = raw_value(node)
-    if isinstance(v, torch.Tensor):
-        return id(v)
-    return v.node.expr if is_own_symbol(v) else None
+    def _identity(self, node: fx.Node) -> tuple[int | None, Hashable]:
+        """Of the memory behind a node, and of the tensor or symbol that is its value."""
+        if node not in self._identities:
+            v = raw_value(node)
+            by_value = id(v) if isinstance(v, torch.Tensor) else v.node.expr if is_own_symbol(v) else None
+            self._identities[node] = storage(node), by_value
+        return self._identities[node]
 
 
 def _renamed(result: Result, nodes: Renaming) -> Result:
