@@ -29,7 +29,7 @@ _STATEFUL: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def name_of(node: fx.Node) -> str:
-    """The bare name of what the node calls: "softmax", "masked_fill_", "scaled_dot_product_attention"; "" for nothing."""
+    """The bare name of what the node calls: "softmax", "masked_fill_", "scaled_dot_product_attention"; or ""."""
     target = node.target
     if isinstance(target, str):
         return target if node.op == "call_method" else ""

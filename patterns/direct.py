@@ -38,12 +38,11 @@ def _plain(node: Any, dtype: torch.dtype) -> torch.Tensor | None:
 
 
 def _moved(view: NodeView) -> tuple[fx.Node, torch.Tensor, torch.Tensor] | None:
-    """The only tensor that a layout operator takes, its value and the result's."""
+    """The tensor that a layout operator takes first, its value and the result's."""
     node, out = view.node, tensor(view.node)
-    assert out is not None
-    source = _plain(node.args[0], out.dtype) if node.args and not node.kwargs else None
-    given = node.args[0] if source is not None and len(node.all_input_nodes) > 0 else None
-    return (given, source, out) if isinstance(given, fx.Node) and source is not None else None
+    given = node.args[0] if node.args and not node.kwargs else None
+    source = None if out is None else _plain(given, out.dtype)
+    return (given, source, out) if isinstance(given, fx.Node) and source is not None and out is not None else None
 
 
 @_direct("view", "reshape", "flatten", torch.reshape, torch.flatten)
@@ -63,11 +62,10 @@ def _same_element(view: NodeView, position: Indices) -> Expr | None:
 
 @_direct("transpose", torch.transpose)
 def _transposed(view: NodeView, position: Indices) -> Expr | None:
-    moved, dims = _moved(view), view.node.args[1:]
-    if moved is None or not position or len(dims) != 2 or not all(type(d) is int for d in dims):
+    moved, dims = _moved(view), [d for d in view.node.args[1:] if type(d) is int]
+    if moved is None or not position or len(dims) != 2:
         return None
-    swapped = list(position)
-    a, b = (d for d in dims if isinstance(d, int))
+    swapped, (a, b) = list(position), dims
     swapped[a], swapped[b] = swapped[b], swapped[a]
     return view.input(moved[0], tuple(swapped))
 
@@ -77,11 +75,12 @@ def _permuted(view: NodeView, position: Indices) -> Expr | None:
     moved, dims = _moved(view), view.node.args[1:]
     if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
         dims = tuple(dims[0])
-    if moved is None or len(dims) != len(position) or not all(type(d) is int for d in dims):
+    order = [d % len(position) for d in dims if type(d) is int]
+    if moved is None or len(order) != len(dims) or len(dims) != len(position):
         return None
     source: list[sympy.Expr] = [ZERO] * len(position)
-    for at, dim in zip(position, dims, strict=True):
-        source[dim % len(position)] = at  # type: ignore[operator]
+    for at, dim in zip(position, order, strict=True):
+        source[dim] = at
     return view.input(moved[0], tuple(source))
 
 

@@ -7,6 +7,7 @@ values and sizes, which inputs are one node, which memory is one and who writes 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,26 +124,25 @@ class Analyses:
         """The node in the place of each that `done` read, if all facts are the same from `root` on."""
         facts = self.facts
         pairs: dict[fx.Node | None, fx.Node | None] = {None: None, done.walk[0].node: root}
-        taken: set[fx.Node | None] = {None, root}
         for step in done.walk:
             node = pairs[step.node]
             assert node is not None
-            of = facts.opened if step.called else facts.seen
-            if node is not step.node and of(node) != of(step.node):
-                return None
-            itself = node is step.node
-            following = step.following if itself else self._following(node, step.inputs, step.users)
+            following = step.following
+            if node is not step.node:
+                of = facts.opened if step.called else facts.seen
+                if of(node) != of(step.node):
+                    return None
+                following = self._following(node, step.inputs, step.users)
             if len(following) != len(step.following):
                 return None
             for one, other in zip(step.following, following, strict=True):
-                if one not in pairs and other not in taken:
-                    pairs[one] = other
-                    taken.add(other)
-                elif pairs.get(one) is not other:
+                if pairs.setdefault(one, other) is not other:
                     return None
+        if len(set(pairs.values())) != len(pairs):
+            return None
         nodes = {one: other for one, other in pairs.items() if one is not None and other is not None}
         positions = [self.graph.position[nodes[one]] for one in done.order]
-        ordered = all(a < b for a, b in zip(positions, positions[1:], strict=False))
+        ordered = all(a < b for a, b in itertools.pairwise(positions))
         return nodes if ordered and self._same(nodes.values()) == done.same else None
 
     def _following(self, node: fx.Node, inputs: bool, users: bool) -> tuple[fx.Node | None, ...]:
@@ -158,7 +158,7 @@ class Analyses:
         return () if where is None else self.graph.writes.get(where, ())
 
     def _same(self, nodes: Iterable[fx.Node]) -> tuple[tuple[int, int], ...]:
-        """For each node the first that has the same memory, and the first with the same tensor or symbol as its value."""
+        """For each node the first that has the same memory, and the first whose value is the same tensor or symbol."""
         memory: dict[Hashable, int] = {}
         values: dict[Hashable, int] = {}
         known = enumerate(map(self._identity, nodes))
