@@ -18,6 +18,7 @@ from flashfuse.kernels.expr import Dot, Expr
 from flashfuse.patterns.graph import shape, tensor
 from flashfuse.patterns.indexing import ZERO, Indices, reshape
 from flashfuse.patterns.lift import DIRECT_ROWS, DirectRow, NodeView
+from flashfuse.patterns.trace import autocasts
 
 
 def _direct(*targets: Any) -> Callable[[DirectRow], DirectRow]:
@@ -98,7 +99,7 @@ def _product(view: NodeView, position: Indices) -> Expr | None:
     """sum_r a[.., i, r] * b[.., r, j]. Autocast would convert both."""
     node, out = view.node, tensor(view.node)
     assert out is not None
-    if node.kwargs or len(node.args) != 2 or torch._C._is_any_autocast_enabled() or node in view.lifter.graph.autocast:
+    if node.kwargs or len(node.args) != 2 or autocasts(view.lifter.graph, node):
         return None
     a, b = (_plain(given, out.dtype) for given in node.args)
     if a is None or b is None or min(a.dim(), b.dim()) < 2 or shape(a)[-1] == 1:
@@ -108,3 +109,47 @@ def _product(view: NodeView, position: Indices) -> Expr | None:
     r = view.symbol(extent)
     *batch, i, j = position
     return Dot(out.dtype, view.input(left, (*batch, i, r)), view.input(right, (*batch, r, j)), r, extent)
+
+
+@_direct(operator.getitem)
+def _sliced(view: NodeView, position: Indices) -> Expr | None:
+    """x[a:, .., None, n]: every other kind of index is left to be run."""
+    moved = _moved(view)
+    if moved is None or len(view.node.args) != 2 or not isinstance(view.node.args[0], fx.Node):
+        return None
+    source, before, _ = moved
+    given = view.node.args[1]
+    items = _in_full(given if isinstance(given, tuple) else (given,), before.dim())
+    if items is None:
+        return None
+    result, places, size = iter(position), [], iter(zip(shape(before), before.stride(), strict=True))
+    for item in items:
+        if item is None:
+            next(result)
+            continue
+        begin = _begin(item, *next(size))
+        if begin is None:
+            return None
+        places.append(begin + next(result) if isinstance(item, slice) else begin)
+    return view.input(source, tuple(places))
+
+
+def _in_full(items: tuple[Any, ...], rank: int) -> list[Any] | None:
+    """An item for every dimension of the tensor, and None for new ones; None where an item is of another kind."""
+    if not all(i is None or i is ... or isinstance(i, slice) or type(i) is int for i in items) or items.count(...) > 1:
+        return None
+    taken = sum(i is not None and i is not ... for i in items)
+    at = items.index(...) if ... in items else len(items)
+    return [*items[:at], *[slice(None)] * (rank - taken), *items[at + 1 :]]
+
+
+def _begin(item: slice | int, size: sympy.Expr, stride: Any) -> sympy.Expr | None:
+    """Where a slice with step 1 begins or an index is; None where that takes more than numbers to say."""
+    first = item.start if isinstance(item, slice) else item
+    if isinstance(item, slice) and (item.step not in (None, 1) or not (first is None or type(first) is int)):
+        return None
+    if first in (None, 0) or size == 1:
+        return ZERO
+    if not size.is_Integer or stride == 0:
+        return None
+    return sympy.Integer(min(max(first + size, 0), size) if first < 0 else min(first, size))

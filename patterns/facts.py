@@ -52,8 +52,9 @@ class Facts:
         return given, bool(calls), node in self.leads, node in self.graph.weights, _of_value(raw_value(node), node)
 
     def _as_opened(self, node: fx.Node) -> Hashable:
-        graph, inputs = self.graph, {n: i for i, n in enumerate(node.all_input_nodes)}
-        written = tuple(inputs[n] for n in graph.mutated[node] if n in inputs)
+        graph = self.graph
+        inputs = {n: i for i, n in enumerate(graph.inputs[node])}
+        written = tuple(inputs[n] for n in graph.mutated[node])
         where = graph.autocast.get(node, ()), node in graph.no_grad, node in graph.live
         called = (node.op, type(node.target), node.target) if name_of(node) else node.op
         return self.seen(node), called, _of_argument((node.args, node.kwargs), inputs, node), written, where
@@ -74,7 +75,7 @@ def _of_tensor(t: torch.Tensor, node: fx.Node) -> Hashable:
     layout: tuple[Hashable, ...] = (*t.shape, *t.stride(), t.storage_offset())
     if t._has_symbolic_sizes_strides:
         layout = tuple(_of_number(n, node) for n in layout)
-    flags = isinstance(t, torch.nn.Parameter), t.requires_grad, t.is_conj(), t.is_neg()
+    flags = isinstance(t, torch.nn.Parameter), t.requires_grad, t.is_neg(), t.dtype.is_complex and t.is_conj()
     return torch.Tensor, t.dtype, t.device, flags, layout
 
 

@@ -89,6 +89,8 @@ def storage(node: fx.Node) -> int | None:
 _LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "embedding"})
 # Products that are layers when one argument, at this place and of this name, is a parameter.
 _LINEAR = {"linear": (1, "weight"), "addmm": (2, "mat2")}
+# The names of all that may apply weights.
+WEIGHTED = _LAYERS | _LINEAR.keys()
 
 
 def is_weighted(node: fx.Node) -> bool:
@@ -112,6 +114,7 @@ class Graph:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
         self.nodes = tuple(module.graph.nodes)
+        self.inputs = {node: node.all_input_nodes for node in self.nodes}
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.fake_mode = self._find_fake_mode()
         self.autocast = self._autocast_regions()
@@ -170,19 +173,14 @@ class Graph:
         for node in reversed(self.nodes):
             if node.op == "output" or node in live or self.mutated[node]:
                 live.add(node)
-                live.update(node.all_input_nodes)
+                live.update(self.inputs[node])
         return live
 
     def _made_of_parameters(self) -> frozenset[fx.Node]:
         """The nodes whose values are made from parameters alone."""
         made: set[fx.Node] = set()
-        for node in self.nodes:
-            inputs = node.all_input_nodes
-            if inputs and node.op != "output":
-                alone = all(n in made for n in inputs)
-            else:
-                alone = isinstance(value(node), torch.nn.Parameter)
-            if alone:
+        for node, inputs in self.inputs.items():
+            if made.issuperset(inputs) if inputs else isinstance(raw_value(node), torch.nn.Parameter):
                 made.add(node)
         return frozenset(made)
 

@@ -146,7 +146,7 @@ class Analyses:
         return nodes if ordered and self._same(nodes.values()) == done.same else None
 
     def _following(self, node: fx.Node, inputs: bool, users: bool) -> tuple[fx.Node | None, ...]:
-        found: list[fx.Node | None] = [*node.all_input_nodes] if inputs else []
+        found: list[fx.Node | None] = [*self.graph.inputs[node]] if inputs else []
         found.append(None)
         if users:
             found += sorted(node.users, key=self.graph.position.__getitem__)

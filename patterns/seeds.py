@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from flashfuse.patterns.calls import name_of
-from flashfuse.patterns.graph import Graph, is_weighted
+from flashfuse.patterns.graph import WEIGHTED, Graph, is_weighted
 from flashfuse.patterns.normaliser import NORMALISERS
 
 Seeds = frozenset[fx.Node]
@@ -77,13 +77,13 @@ def upstream(graph: Graph) -> Upstream:
     normalisers: dict[fx.Node, Seeds] = {}
     curved: dict[fx.Node, Seeds] = {}
     starts: list[fx.Node] = []
-    for node in graph.nodes:
+    for node, inputs in graph.inputs.items():
         name = name_of(node)
         if not name:
             continue
-        inputs = node.all_input_nodes
+        weighted = name in WEIGHTED and is_weighted(node)
         seeds = _union(normalisers, inputs)
-        if name in WHOLE or is_contraction(node):
+        if name in WHOLE or (name in _CONTRACTIONS and not weighted):
             starts.append(node)
             products[node] = node
             if seeds or name in WHOLE:
@@ -91,7 +91,6 @@ def upstream(graph: Graph) -> Upstream:
             continue
         if name in _GATES:
             starts.append(node)
-        weighted = is_weighted(node)
         behind = next((products[n] for n in inputs if n in products), None)
         if behind is not None and not (weighted and behind in values):
             products[node] = behind
@@ -111,7 +110,9 @@ def upstream(graph: Graph) -> Upstream:
 
 def _union(known: Mapping[fx.Node, Seeds], nodes: Sequence[fx.Node]) -> Seeds:
     found = [known[n] for n in nodes if n in known]
-    return NONE.union(*found) if len(found) != 1 else found[0]
+    if len(found) < 2:
+        return found[0] if found else NONE
+    return NONE.union(*found)
 
 
 def unclaimed(graph: Graph, up: Upstream, claimed: set[fx.Node]) -> Iterable[fx.Node]:
