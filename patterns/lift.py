@@ -16,12 +16,13 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import Expr, Index, Load, Pointwise, loads
+from flashfuse.kernels.expr import Expr, Index, Load, loads
 from flashfuse.kernels.normal import const, converted, index, rewrite, stored, substitute
 from flashfuse.patterns.calls import mutated_inputs
 from flashfuse.patterns.draw import drawn
 from flashfuse.patterns.graph import Graph, shape, storage, tensor, to_sympy, value, wants_gradient
-from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds, resimplify
+from flashfuse.patterns.indexing import ZERO, Indices, resimplify
+from flashfuse.patterns.limits import may_wrap
 from flashfuse.patterns.region import Region
 from flashfuse.patterns.trace import CannotTrace, Trace, trace
 
@@ -253,41 +254,6 @@ class NodeView:
         if isinstance(call.output, torch.Tensor) and may_wrap(result, call.output.dtype, self.ranges):
             raise CannotLift(self.node, f"computes in {call.output.dtype}, which may wrap around")
         return result
-
-
-_ARITHMETIC = ("add", "sub", "mul", "neg", "abs", "pow")
-
-
-def may_wrap(expr: Expr, dtype: torch.dtype, ranges: Ranges) -> bool:
-    """Whether integer arithmetic may leave the range of its type; what int64 tensors hold is taken to be small."""
-    if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
-        return False
-    if isinstance(expr, Pointwise):
-        return expr.op == "pow" or (expr.op in _ARITHMETIC and dtype != torch.int64)
-    if not isinstance(expr, Index) or (isinstance(expr.value, (sympy.Integer, sympy.Symbol)) and dtype == torch.int32):
-        return False
-    limits = bounds(expr.value, ranges)
-    if limits is None or not all(limit.is_Integer for limit in limits):
-        limit = {torch.int32: (16, 2**30), torch.int64: (2**31, 2**62)}.get(dtype)
-        return limit is None or not _small(expr.value, *limit)
-    info = torch.iinfo(dtype)
-    return not (info.min <= limits[0] and limits[1] <= info.max)
-
-
-def _small(value: sympy.Expr, most: int, constant: int) -> bool:
-    """Whether a position is a sum of positions and sizes, each far below 2**31, that stays small.
-
-    `most` bounds the sum of the coefficients, `constant` the constant term.
-    """
-    terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(value))]
-    if most <= 16 and not all(rest.is_Symbol or rest == 1 for _, rest in terms):
-        return False
-    return all(abs(c) <= (constant if r == 1 else most) for c, r in terms) and sum(1 for _, r in terms if r != 1) <= 16
-
-
-def small_position(value: sympy.Expr) -> bool:
-    """Whether float32 holds the position exactly: a sum of a few positions and sizes, below 2**24 in any model."""
-    return _small(value, 16, 2**20)
 
 
 def aligned(position: Indices, sizes: tuple[sympy.Expr, ...]) -> Indices:

@@ -25,7 +25,7 @@ from flashfuse.patterns.graph import is_weighted
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import NORMALISERS, Normalised, as_softmax, opened_or_none
 from flashfuse.patterns.operand import exactly_promotes
-from flashfuse.patterns.refusal import Refused
+from flashfuse.patterns.refusal import Refused, mixed
 from flashfuse.patterns.seeds import is_contraction
 from flashfuse.patterns.shift import limited_by_number, same_value, without_shift
 
@@ -230,9 +230,7 @@ def _refuse_opaque(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
         reason = f"probabilities are dropped at random in a way that has no kernel: `{name}` {error.reason}"
         raise Refused("dropout", reason, node)
     if is_contraction(node) or is_weighted(node):
-        raise Refused(
-            "head-mixing", f"the probabilities are mixed across heads by `{name}` before they meet the values", node
-        )
+        raise mixed(node, "probabilities", "before they meet the values")
     raise Refused("unknown-operator", f"`{name}` between the softmax and the values {error.reason}", node)
 
 
