@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -118,6 +119,8 @@ def _state_written(node: fx.Node) -> tuple[fx.Node, ...]:
 @functools.cache
 def _inplace_argument(function: Any) -> int | None:
     """The place of the argument `inplace` of a Python function, None where it takes none."""
+    if isinstance(function, types.BuiltinFunctionType) and "inplace" not in (function.__text_signature__ or ""):
+        return None
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
