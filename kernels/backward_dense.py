@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.backward_rows import (
-    LOOPED_NUMBERS,
+    PARTED_NUMBERS,
     batch_position,
     load_delta,
     load_shifts,
@@ -28,11 +28,11 @@ from flashfuse.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=LOOPED_NUMBERS)
+@triton.jit(do_not_specialize=[*PARTED_NUMBERS, "tiles_each"])
 def attention_dense_backward_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, seed_ptr, dt_ptr,
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dt_strides,
-    batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
+    batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_first, q_end, tiles_each,
     q_len, kv_len, sizes, captured, captured_strides,
     PAIR_GRAD_MASKED: tl.constexpr, PAIR_GRAD_FULL: tl.constexpr, PAIR_SCALE: tl.constexpr,
     GRADS_MASKED: tl.constexpr, GRADS_FULL: tl.constexpr, KV_BOUNDS: tl.constexpr,
@@ -46,15 +46,18 @@ def attention_dense_backward_kernel(
 ):  # fmt: skip
     """dt_ij = PAIR_SCALE * sum_n PAIR_GRAD(n, i, j) over the batch positions n that share the element.
 
-    One program owns BLOCK_Q rows of dt at one of batch_0 * .. * batch_3 positions, for the SHARED_BY = loop_0 * .. *
-    loop_3 positions that share them (of each axis one of the two is 1). Tiles that it skips are zeros.
+    One program owns BLOCK_Q rows of dt by tiles_each tiles of keys at one of batch_0 * .. * batch_3 positions, for the
+    SHARED_BY = loop_0 * .. * loop_3 positions that share them (of each axis one of the two is 1). Tiles that it skips
+    are zeros. The first row of dt is that of the query q_first, and the last that before q_end.
     """
-    q_tiles = tl.cdiv(q_len, BLOCK_Q)
+    q_tiles = tl.cdiv(q_end - q_first, BLOCK_Q)
+    kv_parts = tl.cdiv(tl.cdiv(kv_len, BLOCK_KV), tiles_each)
     tile = tl.program_id(0) % q_tiles
     if LONGEST_FIRST:
         tile = q_tiles - 1 - tile
-    n0, n1, n2, n3 = batch_position(tl.program_id(0) // q_tiles, batch_0, batch_1, batch_2, batch_3)
-    q_start = tile * BLOCK_Q
+    part = tl.program_id(0) // q_tiles % kv_parts
+    n0, n1, n2, n3 = batch_position(tl.program_id(0) // q_tiles // kv_parts, batch_0, batch_1, batch_2, batch_3)
+    q_start = q_first + tile * BLOCK_Q
     q_stop = tl.minimum(q_start + BLOCK_Q, q_len)
     offs_q = q_start + tl.arange(0, BLOCK_Q)
     q_idx = tl.minimum(offs_q, q_len - 1)
@@ -64,7 +67,7 @@ def attention_dense_backward_kernel(
     exists = offs_q < q_len
     # [block_q, block_kv]
     dt_base = batch_pointer(dt_ptr, dt_strides, n0, n1, n2, n3)
-    dt_ptrs = tile_pointers(dt_base, offs_q, tl.arange(0, BLOCK_KV), dt_strides)
+    dt_ptrs = tile_pointers(dt_base, offs_q - q_first, tl.arange(0, BLOCK_KV), dt_strides)
     keys = tl.arange(0, BLOCK_KV)
     all_positions = (batch_0 * loop_0).to(tl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3
     planes = all_positions * rows_length(q_len)
@@ -109,15 +112,17 @@ def attention_dense_backward_kernel(
         start, end = tl.minimum(start, first), tl.maximum(end, stop)
         full_start, full_end = tl.maximum(full_start, full_first), tl.minimum(full_end, full_stop)
 
-    # Key positions at whole tiles: start <= full_start <= full_end <= end.
-    start = start // BLOCK_KV * BLOCK_KV
-    end = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
-    full_start = tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end)
-    full_end = tl.maximum(full_end // BLOCK_KV * BLOCK_KV, full_start)
+    # Key positions at whole tiles: first_key <= start <= full_start <= full_end <= end <= last_key.
+    first_key = part * tiles_each * BLOCK_KV
+    last_key = tl.minimum((part + 1) * tiles_each, tl.cdiv(kv_len, BLOCK_KV)) * BLOCK_KV
+    start = tl.minimum(tl.maximum(start // BLOCK_KV * BLOCK_KV, first_key), last_key)
+    end = tl.maximum(tl.minimum(tl.cdiv(end, BLOCK_KV) * BLOCK_KV, last_key), start)
+    full_start = tl.maximum(tl.minimum(tl.cdiv(full_start, BLOCK_KV) * BLOCK_KV, end), start)
+    full_end = tl.maximum(tl.minimum(full_end // BLOCK_KV * BLOCK_KV, end), full_start)
 
-    tiles_behind = tl.cdiv(tl.maximum(kv_len - end, 0), BLOCK_KV)
-    for i in tl.range(0, start // BLOCK_KV + tiles_behind):
-        kv_start = tl.where(i * BLOCK_KV < start, 0, end - start) + i * BLOCK_KV
+    tiles_ahead = (start - first_key) // BLOCK_KV
+    for i in tl.range(0, tiles_ahead + (last_key - end) // BLOCK_KV):
+        kv_start = tl.where(i < tiles_ahead, first_key, end - tiles_ahead * BLOCK_KV) + i * BLOCK_KV
         stored = exists[:, None] & (kv_start + keys < kv_len)[None, :]
         zeros = tl.zeros([BLOCK_Q, BLOCK_KV], dt_ptr.dtype.element_ty)
         tl.store(dt_ptrs + kv_start.to(tl.int64) * dt_strides[5], zeros, mask=stored)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.backward_rows import (
-    LOOPED_NUMBERS,
+    PARTED_NUMBERS,
     batch_position,
     load_delta,
     load_shifts,
@@ -29,11 +29,11 @@ from flashfuse.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=LOOPED_NUMBERS)
+@triton.jit(do_not_specialize=PARTED_NUMBERS)
 def attention_pairs_backward_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, ranges_ptr, seed_ptr, dt_ptr,
     q_strides, k_strides, v_strides, grad_strides, ranges_strides, dt_strides,
-    batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
+    batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_first, q_end,
     q_len, kv_len, sizes, captured, captured_strides,
     BY_DISTANCE: tl.constexpr, PAIR_GRAD: tl.constexpr, PAIR_SCALE: tl.constexpr, GRADS_MASKED: tl.constexpr,
     KV_BOUNDS: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, APART: tl.constexpr, NORMALISED: tl.constexpr,
@@ -47,8 +47,9 @@ def attention_pairs_backward_kernel(
 
     One program owns BLOCK_Q queries by BLOCK_KV keys at one of batch_0 * .. * batch_3 positions, and passes over the
     loop_0 * .. * loop_3 positions that share them (of each axis one of the two is 1). BY_DISTANCE: it owns a distance
-    of tiles, and passes over the query tiles too; dt is `DistanceSums.tiles`. SKIPS: whether masks rule tiles out; a
-    loop without that question loads ahead.
+    of tiles, and passes over the query tiles too; dt is `DistanceSums.tiles`. Else the first row of dt is that of the
+    query q_first, and the last that before q_end. SKIPS: whether masks rule tiles out; a loop without that question
+    loads ahead.
     """
     q_tiles = tl.cdiv(q_len, BLOCK_Q)
     kv_tiles = tl.cdiv(kv_len, BLOCK_KV)
@@ -56,7 +57,7 @@ def attention_pairs_backward_kernel(
         row_tiles = 1
         column_tiles = (q_tiles - 1) * (BLOCK_Q // BLOCK_KV) + kv_tiles
     else:
-        row_tiles = q_tiles
+        row_tiles = tl.cdiv(q_end - q_first, BLOCK_Q)
         column_tiles = kv_tiles
     column = tl.program_id(0) % column_tiles
     row = tl.program_id(0) // column_tiles % row_tiles
@@ -67,8 +68,8 @@ def attention_pairs_backward_kernel(
         first_tile = tl.cdiv(tl.maximum(-distance, 0), BLOCK_Q)
         tiles = tl.minimum(q_tiles, tl.cdiv(kv_len - distance, BLOCK_Q)) - first_tile
     else:
-        distance = column * BLOCK_KV - row * BLOCK_Q
-        first_tile = row
+        first_tile = q_first // BLOCK_Q + row
+        distance = column * BLOCK_KV - first_tile * BLOCK_Q
         tiles = 1
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -140,5 +141,5 @@ def attention_pairs_backward_kernel(
     columns = column * BLOCK_KV + tl.arange(0, BLOCK_KV)
     dt_ptrs = tile_pointers(batch_pointer(dt_ptr, dt_strides, n0, n1, n2, n3), rows, columns, dt_strides)
     # Every row and column of sums by distance exists.
-    stored = None if BY_DISTANCE else (rows[:, None] < q_len) & (columns[None, :] < kv_len)
+    stored = None if BY_DISTANCE else (rows[:, None] < q_end - q_first) & (columns[None, :] < kv_len)
     tl.store(dt_ptrs, (dt * PAIR_SCALE).to(dt_ptr.dtype.element_ty), mask=stored)

@@ -18,6 +18,8 @@ SINK_GRAD: tl.constexpr = tl.constexpr(4)
 
 # The numbers, not to be specialised, of kernels whose programs own positions and pass over those that share them.
 LOOPED_NUMBERS = [*(f"{kind}_{axis}" for kind in ("batch", "loop") for axis in range(4)), "q_len", "kv_len", "sizes"]
+# And of those among them that may own some of the pairs at a time.
+PARTED_NUMBERS = [*LOOPED_NUMBERS, "q_first", "q_end"]
 
 
 @triton.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])

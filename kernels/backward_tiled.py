@@ -25,11 +25,12 @@ from flashfuse.kernels import tiled
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.derivative import derivative, leaves
 from flashfuse.kernels.dropout import keep_scale
-from flashfuse.kernels.evaluate import Tile, evaluate, scatter_add
+from flashfuse.kernels.evaluate import Tile, evaluate
 from flashfuse.kernels.expr import Expr, Gather, Load, Product
 from flashfuse.kernels.normal import number
 from flashfuse.kernels.output import empty_gradients
 from flashfuse.kernels.problem import Axes, Box, Problem, slices
+from flashfuse.kernels.scatter import scatter_add
 from flashfuse.kernels.tiled import key_tiles, row_boxes
 
 # Places of the operands that have batch axes; captured tensor c is at place OPERANDS + c.

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import sympy
 import torch
 
+from flashfuse.kernels.backward_variants import BackwardLaunch
+from flashfuse.kernels.buckets import SumBuckets
 from flashfuse.kernels.call import AttentionCall
-from flashfuse.kernels.captured_reads import owned_view
 from flashfuse.kernels.codegen_backward import BackwardProgram, Term
 from flashfuse.kernels.derivative import derivative, leaves
 from flashfuse.kernels.distances import DISTANCE, DistanceSums
-from flashfuse.kernels.evaluate import Tile, evaluate, scatter_add, size_values
+from flashfuse.kernels.evaluate import Tile, evaluate, overlaps, size_values, strided
 from flashfuse.kernels.expr import Expr, Gather, Load, free_symbols
 from flashfuse.kernels.launch import Launch
 from flashfuse.kernels.prepared import Buffer, Empty
+from flashfuse.kernels.scatter import look_ups, scatter_add
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, batch_symbol
 
-# From so many programs on, one for each distance of tiles, batch positions that share distances are passed over.
+# From so many programs on, batch positions that share elements of pairs are passed over.
 ENOUGH_PROGRAMS = 512
+# Bytes of gradients of pairs that share elements, left to be added up at a time, and of what that takes for look-ups,
+# whose positions are sorted.
+WORKSPACE = 64 * 2**20
+LOOK_UP_BYTES = 48
 
 META = torch.device("meta")
 # The reads of a program whose gradient is wanted, each with the program's derivative by it.
@@ -31,25 +37,35 @@ Slopes = tuple[tuple[Load | Gather, Expr], ...]
 
 
 class PairTarget(NamedTuple):
-    """Where a kernel writes the gradients of one read at pairs: all of a view, of size 1 on axes to be summed over.
+    """Where a kernel writes the gradients of a read at pairs: all of a view, of size 1 on axes to be summed over.
 
+    number: of the pair term. reads: all that have these gradients; those by distance over `DISTANCE`.
     whole: what it is a view of, zeros elsewhere. view: without memory. is_total: whether `whole` is the tensor's
         gradient then, and not a part.
+    parts: the positions that are written, one part after the other into the same rows, and then added up.
     """
 
-    term: Term
+    number: int
+    by_distance: bool
+    reads: tuple[Load | Gather, ...]
     whole: Buffer
     view: torch.Tensor
     is_total: bool
+    parts: tuple[Tile, ...]
 
     def whole_by(self, empty: Empty) -> torch.Tensor:
         whole = empty(*self.whole)
         # Sums by distance overlap as a view of theirs.
-        covered = self.term.by_distance is None and self.view.numel() == whole.numel()
+        covered = not self.by_distance and self.view.numel() == whole.numel()
         return whole if covered else whole.zero_()
 
-    def written(self, whole: torch.Tensor) -> torch.Tensor:
-        return whole.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset())
+    def written(self, whole: torch.Tensor, part: Tile) -> torch.Tensor:
+        view = whole.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset())
+        return view if self.by_distance else view.narrow(-2, 0, len(queries_of(part)))
+
+
+def queries_of(part: Tile) -> range:
+    return part.axes[-2][1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,60 +129,93 @@ class CapturedProgram:
         """Whether the sink reads a tensor whose gradient is wanted."""
         return bool(self.sink)
 
-    def pair_targets(self, tiles: Launch) -> list[PairTarget] | None:
-        """One for each pair term; None where a read has no owner: two positions read one element, or one outside."""
-        found = [
-            self._pairs(t) if t.by_distance is None else self._distances(t, tiles) for t in self.program.pair_terms
-        ]
-        return None if None in found else [target for target in found if target is not None]
+    def pair_targets(self, tiles: BackwardLaunch) -> list[PairTarget]:
+        """One for each pair term, but one for all of those with the same slope whose reads have no owner: two positions
+        read one element, or one outside."""
+        found: list[PairTarget] = []
+        shared: dict[Hashable, list[int]] = {}
+        for number, term in enumerate(self.program.pair_terms):
+            target = (
+                self._owned(number, term) if term.by_distance is None else self._distances(number, term, tiles.pairs)
+            )
+            if target is None:
+                shared.setdefault((term.grad, term.masked, term.full, term.scale), []).append(number)
+            else:
+                found.append(target)
+        return [*found, *(self._shared(numbers, tiles) for numbers in shared.values())]
 
-    def _pairs(self, term: Term) -> PairTarget | None:
+    def _owned(self, number: int, term: Term) -> PairTarget | None:
         """[n.., q_len, kv_len] over the elements that the term's read reads."""
-        assert isinstance(term.read, Load)
+        if not isinstance(term.read, Load):
+            return None
         is_total = sum(_slot(read) == _slot(term.read) for read in self.reads) == 1
         size, strides, dtype = self.results[_slot(term.read)]
-        whole = torch.empty_strided(size, strides, dtype=dtype if is_total else torch.float32, device=META)
-        view = owned_view(whole, term.read, self.pairs)
-        return None if view is None else PairTarget(term, Buffer.like(whole), view, is_total)
+        whole = Buffer(size, strides, dtype if is_total else torch.float32).without_memory
+        view = strided(whole, term.read, self.pairs)
+        if view is None or overlaps(view):
+            return None
+        return PairTarget(number, False, (term.read,), Buffer.like(whole), view, is_total, (self.pairs,))
 
-    def _distances(self, term: Term, tiles: Launch) -> PairTarget:
+    def _distances(self, number: int, term: Term, tiles: Launch) -> PairTarget:
         """Sums by distance, see `DistanceSums`."""
-        *batch, (_, queries), (_, keys) = self.pairs.axes
         assert term.by_distance is not None
-        symbols = free_symbols(term.by_distance)
-        owned = [len(positions) if symbol in symbols else 1 for symbol, positions in batch]
+        (_, queries), (_, keys) = self.pairs.axes[-2:]
         apart = -(-len(queries) // tiles.block_kv) + -(-len(keys) // tiles.block_kv)
+        owned = self._owners([term.by_distance], apart)
+        sums = DistanceSums.zeros(owned, len(queries), len(keys), tiles.block_q, tiles.block_kv, META)
+        whole = Buffer.like(sums.skewed)
+        return PairTarget(number, True, (term.by_distance,), whole, sums.tiles, False, (self.distances,))
+
+    def _shared(self, numbers: Sequence[int], tiles: BackwardLaunch) -> PairTarget:
+        """[n.., rows, kv_len], a part of the queries at a time."""
+        reads = tuple(read for n in numbers if (read := self.program.pair_terms[n].read) is not None)
+        *batch, (_, queries), (_, keys) = self.pairs.axes
+        owned = self._owners(reads, -(-len(queries) // tiles.pairs.block_q) * -(-len(keys) // tiles.pairs.block_kv))
+        looked_up = max(look_ups(self.totals[_slot(read)].without_memory, read, self.pairs) for read in reads)
+        row_bytes = max(4 * math.prod(owned) * len(keys), LOOK_UP_BYTES * looked_up // len(queries))
+        block = max(tiles.pairs.block_q, tiles.dense.block_q)
+        rows = min(max(WORKSPACE // row_bytes // block, 1) * block, len(queries))
+        view = torch.empty((*owned, rows, len(keys)), dtype=torch.float32, device=META)
+        parts = (queries[start : start + rows] for start in range(0, len(queries), rows))
+        over = tuple(replace(self.pairs, axes=(*batch, (Q_IDX, part), (KV_IDX, keys))) for part in parts)
+        return PairTarget(numbers[0], False, reads, Buffer.like(view), view, False, over)
+
+    def _owners(self, reads: Iterable[Load | Gather], programs: int) -> list[int]:
+        """The batch positions that have sums of their own: those that read others, and more where programs are few."""
+        batch = self.pairs.axes[:-2]
+        symbols = frozenset().union(*map(free_symbols, reads))
+        owned = [len(positions) if symbol in symbols else 1 for symbol, positions in batch]
         for axis in reversed(range(len(owned))):
-            if math.prod(owned) * apart >= ENOUGH_PROGRAMS:
+            if math.prod(owned) * programs >= ENOUGH_PROGRAMS:
                 break
             owned[axis] = len(batch[axis][1])
-        sums = DistanceSums.zeros(owned, len(queries), len(keys), tiles.block_q, tiles.block_kv, META)
-        return PairTarget(term, Buffer.like(sums.skewed), sums.tiles, False)
+        return owned
 
 
 @dataclass(eq=False, slots=True)
 class CapturedGradients:
     """Accumulates the gradients of one call's captured tensors.
 
+    sum_buckets: of gradients of pairs that share elements.
     total: by slot, the gradients so far, in float32 unless one term writes all of it.
     """
 
     of: CapturedProgram
     captured: tuple[torch.Tensor, ...]
     empty: Empty
+    sum_buckets: SumBuckets
     total: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def add_pair(self, target: PairTarget, whole: torch.Tensor, written: torch.Tensor) -> None:
-        """Take in what the kernel has written."""
-        read, by_distance = target.term.read, target.term.by_distance
-        assert read is not None
+    def add_pair(self, target: PairTarget, whole: torch.Tensor, written: torch.Tensor, part: Tile) -> None:
+        """Take in what the kernel has written of a part."""
         if target.is_total:
-            self.total[_slot(read)] = whole
-        elif by_distance is None:
-            self._scatter(read, written, self.of.pairs)
-        else:
+            self.total[_slot(target.reads[0])] = whole
+            return
+        if target.by_distance:
             (_, queries), (_, keys) = self.of.pairs.axes[-2:]
-            self._scatter(by_distance, DistanceSums(whole, len(queries), len(keys)).sums(), self.of.distances)
+            written = DistanceSums(whole, len(queries), len(keys)).sums()
+        for read in target.reads:
+            self._scatter(read, written, part, None if target.by_distance else self.sum_buckets)
 
     def add_rows(self, sums: Sequence[torch.Tensor], left: torch.Tensor | None) -> None:
         """sums: [N.., q_len] each, what the kernel has summed over keys; left: what rounding has left in delta."""
@@ -205,10 +254,12 @@ class CapturedGradients:
         """Take in what each position gives; values are the same along axes of size 1."""
         self._scatter(read, values.expand([len(positions) for _, positions in tile.axes]), tile)
 
-    def _scatter(self, read: Load | Gather, values: torch.Tensor, tile: Tile) -> None:
+    def _scatter(
+        self, read: Load | Gather, values: torch.Tensor, tile: Tile, sum_buckets: SumBuckets | None = None
+    ) -> None:
         """Take in values that have been summed over axes of size 1."""
         # A tile keeps the positions it has made, which are tensors of this call's.
-        scatter_add(self._total(_slot(read)), read, values, replace(tile, captured=self.captured))
+        scatter_add(self._total(_slot(read)), read, values, replace(tile, captured=self.captured), sum_buckets)
 
     def _total(self, slot: int) -> torch.Tensor:
         if slot not in self.total:

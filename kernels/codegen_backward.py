@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from flashfuse.kernels.bounds import BoundsProgram
-from flashfuse.kernels.captured_reads import is_of_pairs
 from flashfuse.kernels.codegen import ScoreProgram, bounds_body, load_program
 from flashfuse.kernels.codegen_derivative import DerivativeProgram, load_derivatives
 from flashfuse.kernels.derivative import Leaf, derivative, leaves
@@ -28,7 +27,7 @@ from flashfuse.kernels.normal import const, number
 from flashfuse.kernels.query_ranges import query_bounds
 from flashfuse.kernels.scale import inner_score, unscaled
 from flashfuse.kernels.source import TILE_ARGUMENTS, indented, is_row, tile_values
-from flashfuse.kernels.spec import KV_IDX, AttentionSpec, to_text
+from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, to_text
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ class Term:
 
     @property
     def is_of_pairs(self) -> bool:
-        return self.read is not None and is_of_pairs(self.read)
+        """Whether the read has elements for pairs of a query and a key: its gradient is no sum over either."""
+        return self.read is not None and free_symbols(self.read) >= {Q_IDX, KV_IDX}
 
     @property
     def by_distance(self) -> Load | Gather | None:

@@ -122,12 +122,16 @@ def {name}_HASH({arguments}):
 Formulas = Mapping[str, Expr]
 
 
-def generate_derivatives(spec: AttentionSpec, ranged: bool = False) -> tuple[str, str]:
-    """(hash, source text) of the module of a spec's derivatives, for calls with `kv_ranges` or for those without."""
+def generate_derivatives(spec: AttentionSpec, ranged: bool = False, by_score: bool = False) -> tuple[str, str]:
+    """(hash, source text) of the module of a spec's derivatives, for calls with `kv_ranges` or for those without.
+
+    by_score: whether slopes ask the score, not the mask, where a mask has made it -inf. Kept for a second use, the
+    masks of a tile may take more registers than there are.
+    """
     scale, inner = inner_score(spec)
     full = _unmasked(spec, ranged=False)
     divisor = _only_number(derivative(inner, _product_of(inner)))
-    masked, unmasked = (_with_product(score, divisor) for score in (inner, _unmasked(spec, ranged)))
+    masked, unmasked = (_with_product(score, divisor, by_score) for score in (inner, _unmasked(spec, ranged)))
     functions = [*_tiles("score_and_grad", masked, unmasked, spec)]
     # An added mask that is zero throughout a tile has a gradient there all the same.
     for i, leaf in enumerate(_reads(inner)):
@@ -146,11 +150,23 @@ def _derivative(name: str, program: Expr, leaf: Leaf) -> Formulas:
     return {f"d{name}/d{to_text(leaf)}": derivative(program, leaf)}
 
 
-def _with_product(score: Expr, divisor: float) -> Formulas:
-    ((name, slope),) = _derivative("s", score, _product_of(score)).items()
+def _with_product(score: Expr, divisor: float, by_score: bool) -> Formulas:
+    product = _product_of(score)
+    name = f"ds/d{to_text(product)}"
     if divisor != 1.0:
         name = f"{name} / {divisor!r}"
+    slope = _slope_by_score(score, product) if by_score else derivative(score, product)
     return {"s": score, name: _divided(slope, divisor)}
+
+
+def _slope_by_score(score: Expr, product: Product) -> Expr:
+    if isinstance(score, Pointwise) and score.op == "where":
+        _, *branches = score.args
+        for fill, kept in (branches, branches[::-1]):
+            if number(fill) == -math.inf:
+                masked = pointwise("eq", score, fill)
+                return pointwise("where", masked, const(0.0), derivative(kept, product))
+    return derivative(score, product)
 
 
 def _unmasked(spec: AttentionSpec, ranged: bool) -> Expr:

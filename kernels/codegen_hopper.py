@@ -2,12 +2,14 @@
 
 Both languages share their builtins but for a constant tile, which has a layout in Gluon: there the compiler finds it.
 A product is one that the kernel has issued, and is waited for where Triton's text forms it. Of one captured tensor at
-pairs of a query and a key the kernel has loaded the tile too.
+pairs of a query and a key the kernel has loaded the tile too, and what is read for the columns of a tile alone (keys in
+the forward, queries in the backward, where a thread has 16 of them or more) the warp that loads puts in shared memory.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from flashfuse.kernels.codegen import ScoreProgram, generate, load_program
 from flashfuse.kernels.codegen_backward import backward_source
 from flashfuse.kernels.codegen_derivative import generate_derivatives
+from flashfuse.kernels.columns import Columns
 from flashfuse.kernels.expr import Expr, Load, Loaded, free_symbols, loads, sympify
 from flashfuse.kernels.mask import kernel_spec
 from flashfuse.kernels.modules import finished, load_module
@@ -29,8 +32,9 @@ _NAMES = {
     ),
     "tl.full(": "gl.full(",
     "from flashfuse.kernels.tiles import product\n": "from flashfuse.kernels.hopper_tiles import arrived\n",
-    "(q, k, PRECISION: tl.constexpr, ": "(qk, pairs, OUTSTANDING: tl.constexpr, ",
+    "(q, k, PRECISION: tl.constexpr, ": "(qk, pairs, columns, OUTSTANDING: tl.constexpr, ",
     "product(q, k, PRECISION)": "arrived(qk, OUTSTANDING)",
+    "(qk, n0, ": "(qk, columns, n0, ",
 }
 
 # Element types of a tile of pairs that there is room for.
@@ -51,21 +55,35 @@ def pairs_at_HASH(n0, n1, n2, n3, q_len, kv_len, sizes):
 
 @dataclass(frozen=True, eq=False)
 class HopperForwardProgram(ScoreProgram):
-    """A score is one of a tile of products under way, of the tile of pairs, and of the number of products since.
+    """A score is one of a tile of products under way, of the tile of pairs, what was read for its keys, and of the
+    number of products since.
 
     pairs_at: position in the batch -> that of the tile of pairs on three axes; None where none is loaded.
+    columns, coded_rows, column_types, code_of: see `Columns`; the functions are None where there is nothing to read.
     """
 
     pairs_at: Any
+    columns: Any
+    coded_rows: Any
+    column_types: tuple[torch.dtype, ...]
+    code_of: int | None
 
 
 @dataclass(frozen=True, eq=False)
 class HopperBackwardProgram:
-    """See `DerivativeProgram` and `BackwardProgram`, whose functions these are."""
+    """See `DerivativeProgram` and `BackwardProgram`, whose functions these are, the former of what was read for queries
+    too.
+
+    columns, coded_rows, column_types, code_of: see `Columns`; the functions are None where there is nothing to read.
+    """
 
     score_and_grad_masked: Any
     score_and_grad_full: Any
     query_bounds: Any
+    columns: Any
+    coded_rows: Any
+    column_types: tuple[torch.dtype, ...]
+    code_of: int | None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -73,7 +91,12 @@ def load_hopper_forward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) 
     """As `load_program`."""
     program = load_program(spec, ranged, fewer_queries)
     pairs = pair_read(spec)
-    function = _module("score", *generate(_loading(kernel_spec(spec, fewer_queries), pairs), ranged, fewer_queries))
+    others: dict[Expr, Expr] = {}
+    if pairs is not None:
+        others[pairs] = Loaded(pairs.dtype, pairs.tensor, pairs.indices, "pairs")
+    own_spec = kernel_spec(spec, fewer_queries)
+    columns = Columns.of(own_spec.score, KV_IDX)
+    function = _module("score", *generate(_loading(own_spec, others | columns.made), ranged, fewer_queries))
     optional = ("sink", "row_factor", "row_kept")
     own = {
         **{name: function(name) for name in ("score_masked", "score_full", "kv_bounds")},
@@ -82,6 +105,9 @@ def load_hopper_forward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) 
     return HopperForwardProgram(
         **{**{field.name: getattr(program, field.name) for field in fields(program)}, **own},
         pairs_at=None if pairs is None else _module("pairs", *_pairs_at(pairs))("pairs_at"),
+        **_functions(columns),
+        column_types=columns.types,
+        code_of=columns.code_of,
     )
 
 
@@ -98,13 +124,16 @@ def pair_read(spec: AttentionSpec) -> Load | None:
     return read if (row, column) == (Q_IDX, KV_IDX) and not along and len(outer) <= _PAIR_AXES else None
 
 
-def _loading(spec: AttentionSpec, read: Load | None) -> AttentionSpec:
-    """The spec for a kernel that makes a read itself."""
+def _loading(spec: AttentionSpec, made: Mapping[Expr, Expr]) -> AttentionSpec:
+    """The spec for a kernel that makes some reads itself."""
+    return replace(spec, score=rewrite(spec.score, made.get)) if made else spec
 
-    def rule(e: Expr) -> Expr | None:
-        return Loaded(e.dtype, e.tensor, e.indices) if isinstance(e, Load) and e == read else None
 
-    return spec if read is None else replace(spec, score=rewrite(spec.score, rule))
+def _functions(columns: Columns) -> Mapping[str, Any]:
+    sources = columns.sources()
+    return {
+        name: _module(name, *sources[name])(name) if name in sources else None for name in ("columns", "coded_rows")
+    }
 
 
 def _pairs_at(read: Load) -> tuple[str, str]:
@@ -118,10 +147,16 @@ def _pairs_at(read: Load) -> tuple[str, str]:
 def load_hopper_backward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) -> HopperBackwardProgram:
     """Generate, write and import the functions of a spec, as `load_backward` does."""
     spec = kernel_spec(spec, fewer_queries)
-    derivatives = _module("derivatives", *generate_derivatives(spec, ranged))
+    columns = Columns.of(spec.score, Q_IDX)
+    derivatives = _module("derivatives", *generate_derivatives(_loading(spec, columns.made), ranged, by_score=True))
     bounds = _module("backward", *backward_source(spec))
     return HopperBackwardProgram(
-        derivatives("score_and_grad_masked"), derivatives("score_and_grad_full"), bounds("query_bounds")
+        score_and_grad_masked=derivatives("score_and_grad_masked"),
+        score_and_grad_full=derivatives("score_and_grad_full"),
+        query_bounds=bounds("query_bounds"),
+        **_functions(columns),
+        column_types=columns.types,
+        code_of=columns.code_of,
     )
 
 

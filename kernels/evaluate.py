@@ -174,26 +174,7 @@ def positions(read: Load | Gather, tile: Tile) -> list[torch.Tensor]:
     if isinstance(read, Gather):
         return [evaluate(at, tile) for at in read.at]
     found = (evaluate_index(index, tile.symbols) for index in read.indices)
-    return [p if isinstance(p, torch.Tensor) else torch.tensor(p, device=tile.device) for p in found]
-
-
-def scatter_add(total: torch.Tensor, read: Load | Gather, values: torch.Tensor, tile: Tile) -> None:
-    """Add `values`, of the tile's shape, to the elements of the contiguous `total` that `read` reads over the tile."""
-    if total.numel() == 0:
-        return
-    view = strided(total, read, tile) if isinstance(read, Load) else None
-    if view is not None and not overlaps(view):
-        view += values.sum_to_size(view.shape)
-        return
-    row = diagonals(total, read, tile) if isinstance(read, Load) and view is None else None
-    if row is not None and not overlaps(row):
-        row += _summed_along_diagonals(values.sum_to_size(*row.shape[:-2], *values.shape[-2:]))
-        return
-    at = torch.zeros((1,) * len(tile.axes), dtype=torch.int64, device=tile.device)
-    for position, extent, stride in zip(positions(read, tile), total.shape, total.stride(), strict=True):
-        at = at + position.clamp(0, extent - 1) * stride
-    # Unlike index_add_, this is deterministic on every device.
-    total.view(-1).index_put_((at.flatten(),), values.sum_to_size(at.shape).flatten(), accumulate=True)
+    return [p if isinstance(p, torch.Tensor) else torch.full((), p, device=tile.device) for p in found]
 
 
 def diagonals(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | None:
@@ -210,16 +191,6 @@ def diagonals(tensor: torch.Tensor, load: Load, tile: Tile) -> torch.Tensor | No
     over = replace(tile, axes=(*outer, (query, range(1)), (DISTANCE, distances)))
     row = strided(tensor, read, over)
     return row if row is not None and row.shape[-1] == len(distances) else None
-
-
-def _summed_along_diagonals(values: torch.Tensor) -> torch.Tensor:
-    """[.., queries, keys] to [.., 1, queries + keys - 1], summed by key minus query position.
-
-    Rows from the last query on, one element longer than the result, are in the result's rows shifted by one each.
-    """
-    rows, columns = values.shape[-2:]
-    padded = torch.nn.functional.pad(values.flip(-2), (0, rows)).flatten(-2)
-    return padded[..., :-rows].unflatten(-1, (rows, rows + columns - 1)).sum(-2, keepdim=True)
 
 
 def overlaps(view: torch.Tensor) -> bool:

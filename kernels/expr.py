@@ -44,7 +44,12 @@ class Load(Expr):
 
 @dataclass(frozen=True)
 class Loaded(Load):
-    """A read at pairs of a query and a key that a kernel makes itself: generated functions are given its tile."""
+    """A read that a kernel makes itself: generated functions are given its tile, by this name.
+
+    A floating-point one may have another type in the tile, and a boolean one is a number there.
+    """
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,11 @@ def free_symbols(expr: Expr) -> frozenset[sympy.Symbol]:
 def loads(expr: Expr) -> tuple[Load | Gather, ...]:
     """The distinct reads of tensors in the expression, in order of first use."""
     return tuple(dict.fromkeys(e for e in walk(expr) if isinstance(e, (Load, Gather))))
+
+
+def places(read: Load | Gather) -> tuple[Expr, ...]:
+    """Where a read goes, in each dimension of its tensor."""
+    return read.at if isinstance(read, Gather) else tuple(Index(torch.int64, sympify(i)) for i in read.indices)
 
 
 def sympify(value: Any) -> sympy.Expr:

@@ -24,7 +24,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashfuse.kernels.backward_rows import DELTA, MINUS_SHIFT, SHARE, batch_position, rows_length, slack_of
 from flashfuse.kernels.backward_tile import probabilities
-from flashfuse.kernels.hopper_tiles import load_rows, next_stage, opaque, store_rows
+from flashfuse.kernels.hopper_tiles import (
+    column_buffers,
+    load_columns,
+    load_rows,
+    next_stage,
+    opaque,
+    read_columns,
+    store_columns,
+    store_rows,
+)
 from flashfuse.kernels.tiles import batch_pointer, tile_pointers
 
 # Keys of a group of warps, and of a program. Shapes of matrix instructions: no table chooses them.
@@ -50,13 +59,15 @@ def attention_hopper_backward_kernel(
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
     SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    FULL_MASKED: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    FULL_MASKED: gl.constexpr, COLUMNS: gl.constexpr, CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr,
+    COLUMN_TYPES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk_j = SLOPE sum_i ds_ij slope_ij q_i,  dv_j = sum_i p_ij grad_i,  dq_i += sum_j ds_ij slope_ij k_j.
 
     dq_desc [positions, Tq, D] holds zeros before, and has to be multiplied by SLOPE after; the other operands are
     [n0, n1, n2, T, D]. BLOCK_D: 64 or 128 columns, behind the last of which TMA gives zeros and writes nothing.
     FULL_MASKED: whether masks of data are left where others are not.
+    COLUMNS, CODED_ROWS, CODE_OF, COLUMN_TYPES: see `columns`.
     SPREAD: how many positions take a tile of keys before the next is begun; a divisor of their number.
     """
     dtype: gl.constexpr = q_desc.dtype
@@ -76,6 +87,8 @@ def attention_hopper_backward_kernel(
     rows_s = gl.allocate_shared_memory(
         gl.float32, [4 * STAGES * HALVES, HALF], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )  # fmt: skip
+    # What is read for each query of those halves.
+    columns_s = column_buffers(COLUMN_TYPES, CODE_OF, STAGES * HALVES, HALF)
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -92,21 +105,22 @@ def attention_hopper_backward_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                0, written, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr, ranges_strides,
-                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
-                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED,
-                BLOCK_D, BLOCK_Q, SPREAD,
+                0, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers, ranges_ptr, filled_ptr,
+                ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len,
+                sizes, captured, captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK,
+                FULL_MASKED, CODE_OF, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_multiply, (
-                1, written, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr, ranges_strides,
-                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
-                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED,
-                BLOCK_D, BLOCK_Q, SPREAD,
+                1, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers, ranges_ptr, filled_ptr,
+                ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len,
+                sizes, captured, captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK,
+                FULL_MASKED, CODE_OF, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_load, (
-                q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr,
-                filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len,
-                kv_len, sizes, QUERY_BOUNDS, SLACK, BLOCK_Q, SPREAD,
+                q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers,
+                ranges_ptr, filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2,
+                loop_3, q_len, kv_len, sizes, captured, captured_strides, QUERY_BOUNDS, SLACK, COLUMNS,
+                CODED_ROWS, CODE_OF, BLOCK_Q, SPREAD,
             )),
         ],
         [4, 1],
@@ -163,14 +177,16 @@ def _visited(
 
 @gluon.jit
 def _load(
-    q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr,
-    ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes,
-    QUERY_BOUNDS: gl.constexpr, SLACK: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers, ranges_ptr,
+    filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len,
+    sizes, captured, captured_strides, QUERY_BOUNDS: gl.constexpr, SLACK: gl.constexpr, COLUMNS: gl.constexpr,
+    CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """Keys and values once, and tiles of queries with their gradients and numbers as slots become free."""
     keys_full, full, empty = barriers
     HALVES: gl.constexpr = BLOCK_Q // HALF
     row = gl.arange(0, HALF, gl.BlockedLayout([2], [32], [1], [0]))
+    keys = gl.arange(0, BLOCK_KV, gl.BlockedLayout([4], [32], [1], [0]))
     kv_start, n0, n1, n2, n3 = _owned(batch_0, batch_1, batch_2, batch_3, kv_len, SPREAD)
     mbarrier.expect(keys_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
     for group in gl.static_range(2):
@@ -188,6 +204,7 @@ def _load(
             kv_start, position, m0, m1, m2, m3, ranges_ptr, filled_ptr, ranges_strides, q_len, kv_len, sizes,
             QUERY_BOUNDS, BLOCK_Q,
         )  # fmt: skip
+        at = (m0, m1, m2, m3, q_len, kv_len, sizes)
         for q_start in range(start, end, BLOCK_Q):
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), q_desc.block_type.nbytes + grad_desc.block_type.nbytes)
@@ -202,6 +219,11 @@ def _load(
                 if SLACK is not None:
                     shares = gl.load(numbers + SHARE * planes + half * HALF + row)
                     rows_s.index(4 * HALVES * stage + 2 * HALVES + half).store(shares)
+                q_idx = gl.minimum(q_start + half * HALF + row, q_len - 1)
+                columns = read_columns(
+                    at, q_idx, kv_start + keys, captured, captured_strides, COLUMNS, CODED_ROWS, CODE_OF
+                )  # fmt: skip
+                store_columns(columns_s, HALVES * stage + half, columns)
             gl.thread_barrier()
             mbarrier.arrive(full.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
@@ -213,11 +235,12 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    GROUP: gl.constexpr, written, q_s, k_s, v_s, grad_s, rows_s, barriers, ranges_ptr, filled_ptr, ranges_strides,
-    batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
+    GROUP: gl.constexpr, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers, ranges_ptr, filled_ptr,
+    ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
     captured_strides, GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
     SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    FULL_MASKED: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    FULL_MASKED: gl.constexpr, CODE_OF: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr,
+    SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk, dv of the 64 keys of one group, and half of what the program's 128 keys add to dq."""
     keys_full, full, empty = barriers
@@ -254,7 +277,8 @@ def _multiply(
             v = v_s.index(GROUP + here)
             q = q_s.index(stage)
             grad = grad_s.index(stage)
-            numbers = 4 * HALVES * stage
+            first = 4 * HALVES * stage
+            of_queries = (rows_s, columns_s, stage, GROUP, CODE_OF)
             mbarrier.wait(full.index(stage), phase)
             if HALVES == 2:
                 # The products of the second half run under the exponentials of the first.
@@ -267,22 +291,22 @@ def _multiply(
                 qk_1 = warpgroup_mma(k, q_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 qk = warpgroup_mma_wait(num_outstanding=2, deps=(qk,))
                 w, p = _weights(
-                    qk, rows_s, numbers, masked, kv_start, q_start, at, captured, captured_strides,
+                    qk, of_queries, 0, masked, kv_start, q_start, at, captured, captured_strides,
                     GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw = warpgroup_mma_wait(num_outstanding=1, deps=(dw,))
-                ds = _gradients(dw, p, rows_s.index(numbers + HALVES), masked, FULL_MASKED, dtype)
+                ds = _gradients(dw, p, rows_s.index(first + HALVES), masked, FULL_MASKED, dtype)
                 ds_s.index(4 * slot + 2 * GROUP).store(ds)
                 dv = warpgroup_mma(w, grad_0, dv, is_async=True)
                 dk = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), q_0, dk, is_async=True)
                 dw = warpgroup_mma(v, grad_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 qk = warpgroup_mma_wait(num_outstanding=3, deps=(qk_1,))
                 w, p = _weights(
-                    qk, rows_s, numbers + 1, masked, kv_start, q_start + HALF, at, captured, captured_strides,
+                    qk, of_queries, 1, masked, kv_start, q_start + HALF, at, captured, captured_strides,
                     GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw, dv, dk = warpgroup_mma_wait(num_outstanding=0, deps=(dw, dv, dk))
-                ds = _gradients(dw, p, rows_s.index(numbers + HALVES + 1), masked, FULL_MASKED, dtype)
+                ds = _gradients(dw, p, rows_s.index(first + HALVES + 1), masked, FULL_MASKED, dtype)
                 q_last = q_1
                 grad_last = grad_1
                 ds_slot = ds_s.index(4 * slot + 2 * GROUP + 1)
@@ -291,11 +315,11 @@ def _multiply(
                 dw = warpgroup_mma(v, grad.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 qk = warpgroup_mma_wait(num_outstanding=1, deps=(qk,))
                 w, p = _weights(
-                    qk, rows_s, numbers, masked, kv_start, q_start, at, captured, captured_strides,
+                    qk, of_queries, 0, masked, kv_start, q_start, at, captured, captured_strides,
                     GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw = warpgroup_mma_wait(num_outstanding=0, deps=(dw,))
-                ds = _gradients(dw, p, rows_s.index(numbers + HALVES), masked, FULL_MASKED, dtype)
+                ds = _gradients(dw, p, rows_s.index(first + HALVES), masked, FULL_MASKED, dtype)
                 q_last = q
                 grad_last = grad
                 ds_slot = ds_s.index(2 * slot + GROUP)
@@ -335,22 +359,22 @@ def _multiply(
 
 @gluon.jit
 def _weights(
-    qk, rows, number, masked, kv_start, q_start, at, captured, captured_strides, GRADS_MASKED: gl.constexpr,
+    qk, of_queries, half, masked, kv_start, q_start, at, captured, captured_strides, GRADS_MASKED: gl.constexpr,
     GRADS_FULL: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr, FULL_MASKED: gl.constexpr,
     HALVES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
-    """(p as an operand, p * slope) of a tile of products [keys, queries]; the numbers of its rows start at `number`.
+    """(p as an operand, p * slope) of a tile of products [keys, queries], the half of a stage `of_queries`.
 
     masked: whether the tile may meet a mask, or reach behind the last key or query.
     """
     if masked:
         w, p = _weights_of(
-            qk, rows, number, opaque(kv_start), q_start, at, captured, captured_strides, GRADS_MASKED, True, True,
+            qk, of_queries, half, opaque(kv_start), q_start, at, captured, captured_strides, GRADS_MASKED, True, True,
             SCALE, SLACK, HALVES, WEIGHTS, dtype,
         )  # fmt: skip
     else:
         w, p = _weights_of(
-            qk, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS_FULL, False, FULL_MASKED,
+            qk, of_queries, half, kv_start, q_start, at, captured, captured_strides, GRADS_FULL, False, FULL_MASKED,
             SCALE, SLACK, HALVES, WEIGHTS, dtype,
         )  # fmt: skip
     return w, p
@@ -358,7 +382,7 @@ def _weights(
 
 @gluon.jit
 def _weights_of(
-    qk, rows, number, kv_start, q_start, at, captured, captured_strides, GRADS: gl.constexpr, ENDS: gl.constexpr,
+    qk, of_queries, half, kv_start, q_start, at, captured, captured_strides, GRADS: gl.constexpr, ENDS: gl.constexpr,
     MASKED: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr, HALVES: gl.constexpr, WEIGHTS: gl.constexpr,
     dtype: gl.constexpr,
 ):  # fmt: skip
@@ -368,12 +392,15 @@ def _weights_of(
     """
     LAYOUT: gl.constexpr = qk.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    rows, columns_s, stage, group, code_of = of_queries
+    number = 4 * HALVES * stage + half
     n0, n1, n2, n3, q_len, kv_len, sizes = at
     kv_idx = kv_start + gl.arange(0, GROUP_KV, gl.SliceLayout(1, LAYOUT))[:, None]
     q_idx = q_start + gl.arange(0, HALF, COLUMNS)[None, :]
     if ENDS:
         q_idx = gl.minimum(q_idx, q_len - 1)
-    s, slope = GRADS(qk, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
+    columns = load_columns((columns_s, HALVES * stage + half, group, code_of), LAYOUT)
+    s, slope = GRADS(qk, columns, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
     minus_shift = rows.index(number).load(COLUMNS)[None, :]
     share = minus_shift
     slack = minus_shift

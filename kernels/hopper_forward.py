@@ -15,22 +15,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 from flashfuse.kernels.forward import exponentials, finished_rows, shifts_with
-from flashfuse.kernels.hopper_tiles import arrived, load_rows, next_stage, opaque, store_rows
+from flashfuse.kernels.hopper_forward_loader import GROUP_Q, load_tiles
+from flashfuse.kernels.hopper_tiles import (
+    arrived,
+    column_buffers,
+    load_columns,
+    next_stage,
+    opaque,
+    store_rows,
+)
 from flashfuse.kernels.hopper_visits import (
     BLOCK_KV,
-    BLOCK_Q,
     TILE_LEN,
-    owned,
     said_keys,
     said_rows,
-    say,
     skipped,
     skipped_tile,
-    visited,
 )
 
-# Queries of a group of warps.
-GROUP_Q: gl.constexpr = gl.constexpr(64)
 # Registers of a thread that multiplies, and of one that loads; `MAX_REGISTERS` of each are there to be shared out.
 REGISTERS: gl.constexpr = gl.constexpr(240)
 LOADER_REGISTERS: gl.constexpr = gl.constexpr(24)
@@ -45,13 +47,15 @@ def attention_hopper_forward_kernel(
     LOG2_SCALE: gl.constexpr, FILL_THRESHOLD: gl.constexpr, LARGE_SCORES: gl.constexpr, FILLS: gl.constexpr,
     ZERO_EMPTY_ROWS: gl.constexpr, LONGEST_FIRST: gl.constexpr, SINK: gl.constexpr, ROW_FACTOR: gl.constexpr,
     ROW_KEPT: gl.constexpr, Q_AXES: gl.constexpr, K_AXES: gl.constexpr, V_AXES: gl.constexpr,
-    PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr, SHARED_BATCH: gl.constexpr,
+    PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr, COLUMNS: gl.constexpr,
+    CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr, COLUMN_TYPES: gl.constexpr, SHARED_BATCH: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)): see `forward`, whose results these are.
 
     q_desc, .., out_desc: [n0, n1, n2, T, D]; pairs_desc: [n0, n1, n2, Tq, Tkv], or None. Q_AXES, ..: on which of the
     three axes the operand has positions of its own. PAIRS_AT: where on them pairs_desc is read.
+    COLUMNS, CODED_ROWS, CODE_OF, COLUMN_TYPES: see `columns`.
     counter_ptr: a 0 that counts the tiles taken beside each program's first; without it a program takes every
     num_programs-th.
     BLOCK_D, BLOCK_DV: 64 or 128 columns, behind the last of which TMA gives zeros and writes nothing.
@@ -80,6 +84,8 @@ def attention_hopper_forward_kernel(
             pairs_desc.dtype, [2, GROUP_Q, BLOCK_KV],
             gl.NVMMASharedLayout.get_default_for([GROUP_Q, BLOCK_KV], pairs_desc.dtype),
         )  # fmt: skip
+    # What is read for each key of a tile.
+    columns_s = column_buffers(COLUMN_TYPES, CODE_OF, STAGES, BLOCK_KV)
     # Of two tiles of queries: what `say` says, and whether those of a group see the keys that a mask has ruled out.
     said_s = gl.allocate_shared_memory(gl.int32, [2 * TILE_LEN, 1], NUMBERS)
     filled_s = gl.allocate_shared_memory(gl.int32, [4, 1], NUMBERS)
@@ -100,13 +106,13 @@ def attention_hopper_forward_kernel(
         mbarrier.init(q_full.index(stage), count=1)
         mbarrier.init(q_empty.index(stage), count=2)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=1 if COLUMNS is None else 2)
         mbarrier.init(empty.index(stage), count=2)
     for group in gl.static_range(2):
         mbarrier.init(pairs_full.index(group), count=1)
         mbarrier.init(pairs_empty.index(group), count=1)
     fence_async_shared()
-    shared = (q_s, k_s, v_s, said_s, filled_s)
+    shared = (q_s, k_s, v_s, columns_s, said_s, filled_s)
     barriers = (said, heard, known, q_full, q_empty, full, empty, pairs_full, pairs_empty)
     gl.warp_specialize(
         [
@@ -114,135 +120,23 @@ def attention_hopper_forward_kernel(
                 0, out_desc, lse_ptr, out_s, shared, pairs_s if pairs_desc is not None else None, barriers,
                 batch_1, batch_2, batch_3, q_len, kv_len, sizes,
                 captured, captured_strides, SCORE_MASKED, SCORE_FULL, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS,
-                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT, BLOCK_DV, Q_STAGES, STAGES,
+                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT, CODE_OF, BLOCK_DV, Q_STAGES, STAGES,
             )),
             (_attend, (
                 1, out_desc, lse_ptr, out_s, shared, pairs_s if pairs_desc is not None else None, barriers,
                 batch_1, batch_2, batch_3, q_len, kv_len, sizes,
                 captured, captured_strides, SCORE_MASKED, SCORE_FULL, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS,
-                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT, BLOCK_DV, Q_STAGES, STAGES,
+                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT, CODE_OF, BLOCK_DV, Q_STAGES, STAGES,
             )),
-            (_load, (
+            (load_tiles, (
                 q_desc, k_desc, v_desc, pairs_desc, shared, pairs_s if pairs_desc is not None else None, barriers,
-                ranges_ptr, counter_ptr, ranges_strides,
-                batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, KV_BOUNDS, FILL_THRESHOLD, LONGEST_FIRST,
-                Q_AXES, K_AXES, V_AXES, PAIRS_AT, PAIRS_AXES, SHARED_BATCH, Q_STAGES, STAGES, SPREAD,
+                ranges_ptr, counter_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes,
+                captured, captured_strides, KV_BOUNDS, FILL_THRESHOLD, LONGEST_FIRST, Q_AXES, K_AXES, V_AXES,
+                PAIRS_AT, PAIRS_AXES, COLUMNS, CODED_ROWS, CODE_OF, SHARED_BATCH, Q_STAGES, STAGES, SPREAD,
             )),
         ],
         [4, 1],
         [REGISTERS, LOADER_REGISTERS],
-    )  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The warp that loads
-
-
-@gluon.jit
-def _load(
-    q_desc, k_desc, v_desc, pairs_desc, shared, pairs_s, barriers, ranges_ptr, counter_ptr, ranges_strides,
-    batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, KV_BOUNDS: gl.constexpr, FILL_THRESHOLD: gl.constexpr,
-    LONGEST_FIRST: gl.constexpr, Q_AXES: gl.constexpr, K_AXES: gl.constexpr, V_AXES: gl.constexpr,
-    PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr, SHARED_BATCH: gl.constexpr,
-    Q_STAGES: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr,
-):  # fmt: skip
-    """Queries, and tiles of keys as stages become free, the last tile first: each with the values of the one before.
-
-    Who is done first takes the next tile of queries.
-    """
-    q_s, k_s, v_s, said_s, filled_s = shared
-    said, heard, known, q_full, q_empty, full, empty, pairs_full, pairs_empty = barriers
-    stage = 0
-    phase = 1
-    turn = 0
-    # Tiles of keys before.
-    met = 0
-    # Where the values of the tile before lie. In front of the first row TMA reads zeros.
-    m0 = 0
-    m1 = 0
-    m2 = 0
-    v_start = -BLOCK_KV
-    tiles = batch_0 * batch_1 * batch_2 * batch_3 * gl.cdiv(q_len, BLOCK_Q)
-    number = gl.program_id(0)
-    while number < tiles:
-        q_start, n0, n1, n2, n3 = owned(
-            number, batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST, SHARED_BATCH, SPREAD
-        )  # fmt: skip
-        start, full_start, full_end, end = visited(
-            q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS
-        )  # fmt: skip
-        say(said_s, said, heard, turn, (q_start, n0, n1, n2, n3, start, full_start, full_end, end))
-        q_stage = turn % Q_STAGES
-        mbarrier.wait(q_empty.index(q_stage), turn // Q_STAGES % 2 ^ 1)
-        mbarrier.expect(q_full.index(q_stage), 2 * q_desc.block_type.nbytes)
-        for group in gl.static_range(2):
-            slot = q_s.index(2 * q_stage + group)
-            _load_own(q_desc, n0, n1, n2, q_start + group * GROUP_Q, q_full.index(q_stage), slot, Q_AXES)
-        at = (n0, n1, n2, n3, q_len, kv_len, sizes)
-        for i in range((end - start) // BLOCK_KV):
-            kv_start = end - (i + 1) * BLOCK_KV
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-            _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
-            _load_own(v_desc, m0, m1, m2, v_start, full.index(stage), v_s.index(stage), V_AXES)
-            _load_pairs(pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, met, PAIRS_AT, PAIRS_AXES)
-            met += 1
-            m0, m1, m2, v_start = n0, n1, n2, kv_start
-            stage, phase = next_stage(stage, phase, STAGES)
-        if FILL_THRESHOLD is not None:
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(full.index(stage), v_desc.block_type.nbytes)
-            _load_own(v_desc, n0, n1, n2, start, full.index(stage), v_s.index(stage), V_AXES)
-            stage, phase = next_stage(stage, phase, STAGES)
-            v_start = -BLOCK_KV
-            mbarrier.wait(known, turn % 2)
-            before, behind = skipped(filled_s, turn, start, end, kv_len)
-            for i in range(before + behind):
-                kv_start = skipped_tile(i, before, end)
-                mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-                _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
-                _load_own(v_desc, n0, n1, n2, kv_start, full.index(stage), v_s.index(stage), V_AXES)
-                _load_pairs(
-                    pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, met, PAIRS_AT, PAIRS_AXES
-                )  # fmt: skip
-                met += 1
-                stage, phase = next_stage(stage, phase, STAGES)
-        turn += 1
-        if counter_ptr is None:
-            number += gl.num_programs(0)
-        else:
-            number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
-    say(said_s, said, heard, turn, (-1, 0, 0, 0, 0, 0, 0, 0, 0))
-    if FILL_THRESHOLD is None:
-        mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(full.index(stage), v_desc.block_type.nbytes)
-        _load_own(v_desc, m0, m1, m2, v_start, full.index(stage), v_s.index(stage), V_AXES)
-
-
-@gluon.jit
-def _load_pairs(
-    pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, number, PAIRS_AT: gl.constexpr,
-    PAIRS_AXES: gl.constexpr,
-):  # fmt: skip
-    """What is read for each pair of the program's tile with this number, if anything is."""
-    if pairs_desc is not None:
-        n0, n1, n2, n3, q_len, kv_len, sizes = at
-        m0, m1, m2 = PAIRS_AT(n0, n1, n2, n3, q_len, kv_len, sizes)
-        for group in gl.static_range(2):
-            mbarrier.wait(pairs_empty.index(group), (number & 1) ^ 1)
-            mbarrier.expect(pairs_full.index(group), pairs_desc.block_type.nbytes)
-            row = q_start + group * GROUP_Q
-            _load_own(
-                pairs_desc, m0, m1, m2, row, pairs_full.index(group), pairs_s.index(group), PAIRS_AXES, kv_start
-            )  # fmt: skip
-
-
-@gluon.jit
-def _load_own(desc, n0, n1, n2, row, barrier, slot, AXES: gl.constexpr, column=0):
-    """Rows of an operand; on axes where it has one position for all, that."""
-    load_rows(
-        desc, n0 if AXES[0] else 0, n1 if AXES[1] else 0, n2 if AXES[2] else 0, row, barrier, slot, column
     )  # fmt: skip
 
 
@@ -255,14 +149,14 @@ def _attend(
     GROUP: gl.constexpr, out_desc, lse_ptr, out_s, shared, pairs_s, barriers, batch_1, batch_2, batch_3, q_len, kv_len,
     sizes, captured, captured_strides, SCORE_MASKED: gl.constexpr, SCORE_FULL: gl.constexpr, LOG2_SCALE: gl.constexpr,
     FILL_THRESHOLD: gl.constexpr, LARGE_SCORES: gl.constexpr, FILLS: gl.constexpr, ZERO_EMPTY_ROWS: gl.constexpr,
-    SINK: gl.constexpr, ROW_FACTOR: gl.constexpr, ROW_KEPT: gl.constexpr, BLOCK_DV: gl.constexpr,
-    Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    SINK: gl.constexpr, ROW_FACTOR: gl.constexpr, ROW_KEPT: gl.constexpr, CODE_OF: gl.constexpr,
+    BLOCK_DV: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The output and the log-sum-exp of 64 queries of each tile.
 
     Where rows may see keys that a mask has ruled out, a tile of queries ends before the next begins.
     """
-    q_s, k_s, v_s, said_s, filled_s = shared
+    q_s, k_s, v_s, columns_s, said_s, filled_s = shared
     said, heard, known, q_full, q_empty, full, empty, pairs_full, pairs_empty = barriers
     dtype: gl.constexpr = q_s.dtype
     RUNS_ON: gl.constexpr = FILL_THRESHOLD is None
@@ -299,11 +193,16 @@ def _attend(
         if RUNS_ON:
             acc_next = warpgroup_mma(w, v_s.index(stage), acc, is_async=True)
         pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
+        columns = (columns_s, stage, GROUP, CODE_OF)
         met += 1
         if RUNS_ON:
-            score = _scores(qk, pairs, q_start, end - BLOCK_KV, at, captured, captured_strides, SCORE_MASKED, 1)
+            score = _scores(
+                qk, pairs, columns, q_start, end - BLOCK_KV, at, captured, captured_strides, SCORE_MASKED, 1,
+            )  # fmt: skip
         else:
-            score = _scores(qk, pairs, q_start, end - BLOCK_KV, at, captured, captured_strides, SCORE_MASKED, 0)
+            score = _scores(
+                qk, pairs, columns, q_start, end - BLOCK_KV, at, captured, captured_strides, SCORE_MASKED, 0,
+            )  # fmt: skip
         new_max, new_shift, subtracted = shifts_with(score, nowhere, LOG2_SCALE, LARGE_SCORES)
         if RUNS_ON:
             acc = arrived(acc_next, 0)
@@ -328,11 +227,16 @@ def _attend(
             qk = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             acc_next = warpgroup_mma(w, v_s.index(stage), acc, is_async=True)
             pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
+            columns = (columns_s, stage, GROUP, CODE_OF)
             met += 1
             if masked:
-                score = _scores(qk, pairs, q_start, opaque(kv_start), at, captured, captured_strides, SCORE_MASKED, 1)
+                score = _scores(
+                    qk, pairs, columns, q_start, opaque(kv_start), at, captured, captured_strides, SCORE_MASKED, 1,
+                )  # fmt: skip
             else:
-                score = _scores(qk, pairs, q_start, kv_start, at, captured, captured_strides, SCORE_FULL, 1)
+                score = _scores(
+                    qk, pairs, columns, q_start, kv_start, at, captured, captured_strides, SCORE_FULL, 1
+                )  # fmt: skip
             new_max, new_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
             acc = arrived(acc_next, 0)
             mbarrier.arrive(empty.index(stage), count=1)
@@ -364,8 +268,11 @@ def _attend(
                 mbarrier.wait(full.index(stage), phase)
                 qk = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
                 pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
+                columns = (columns_s, stage, GROUP, CODE_OF)
                 met += 1
-                score = _scores(qk, pairs, q_start, kv_start, at, captured, captured_strides, SCORE_MASKED, 0)
+                score = _scores(
+                    qk, pairs, columns, q_start, kv_start, at, captured, captured_strides, SCORE_MASKED, 0,
+                )  # fmt: skip
                 new_max, new_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
                 p, correction = exponentials(score, row_max, row_shift, subtracted, LOG2_SCALE, LARGE_SCORES, False)
                 row_sum = row_sum * correction + gl.sum(p, 1)
@@ -446,14 +353,19 @@ def _pairs(pairs_s, pairs_full, pairs_empty, GROUP: gl.constexpr, number):
 
 @gluon.jit
 def _scores(
-    qk, pairs, q_start, kv_start, at, captured, captured_strides, SCORE: gl.constexpr, OUTSTANDING: gl.constexpr
+    qk, pairs, columns, q_start, kv_start, at, captured, captured_strides,
+    SCORE: gl.constexpr, OUTSTANDING: gl.constexpr,
 ):  # fmt: skip
-    """The inner scores of a tile whose products are under way, and OUTSTANDING products issued after those."""
+    """The inner scores of a tile whose products are under way, and OUTSTANDING products issued after those.
+
+    columns: see `load_columns`.
+    """
     n0, n1, n2, n3, q_len, kv_len, sizes = at
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KV, 16])
     q_idx = gl.minimum(q_start + gl.arange(0, GROUP_Q, gl.SliceLayout(1, LAYOUT)), q_len - 1)[:, None]
     kv_idx = kv_start + gl.arange(0, BLOCK_KV, gl.SliceLayout(0, LAYOUT))[None, :]
+    read = load_columns(columns, LAYOUT)
     score, _ = SCORE(
-        qk, pairs, OUTSTANDING, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides
+        qk, pairs, read, OUTSTANDING, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides
     )  # fmt: skip
     return score

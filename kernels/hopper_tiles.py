@@ -4,6 +4,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
+# Rows of a tile of scores, half of them of each group of warps.
+ROWS: gl.constexpr = gl.constexpr(128)
+# The least of 64-bit integers.
+MINUS: gl.constexpr = gl.constexpr(-(2**63))
+
 
 @gluon.jit
 def load_rows(desc, n0, n1, n2, row, barrier, slot, column=0):
@@ -22,6 +27,80 @@ def store_rows(desc, n0, n1, n2, row, slot, x):
     tma.async_copy_shared_to_global(
         desc, [n0, n1, n2, row, 0], slot._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
     )
+
+
+@gluon.jit
+def column_buffers(TYPES: gl.constexpr, CODE_OF: gl.constexpr, SLOTS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Shared memory for what is read for the columns of tiles [ROWS, COLUMNS], of some types, and of coded rows."""
+    NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    found = ()
+    for i in gl.static_range(len(TYPES)):
+        found = found + (gl.allocate_shared_memory(TYPES[i], [SLOTS, COLUMNS], NUMBERS),)  # type: ignore[assignment]  # noqa: RUF005
+    if CODE_OF is not None:
+        found = found + (gl.allocate_shared_memory(gl.int32, [SLOTS, ROWS], NUMBERS),)  # type: ignore[assignment]  # noqa: RUF005
+    return found
+
+
+@gluon.jit
+def read_columns(
+    at, idx, row_idx, captured, captured_strides, READ: gl.constexpr, CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr
+):  # fmt: skip
+    """What `column_buffers` are for, for the columns at idx and rows at row_idx."""
+    if READ is None:
+        return ()
+    else:
+        n0, n1, n2, n3, q_len, kv_len, sizes = at
+        values = READ(n0, n1, n2, n3, idx, q_len, kv_len, sizes, captured, captured_strides)
+        if CODE_OF is None:
+            return values
+        else:
+            rows = CODED_ROWS(n0, n1, n2, n3, row_idx, q_len, kv_len, sizes, captured, captured_strides)[0]
+            columns = values[CODE_OF]
+            fits = gl.minimum(_fits(columns), _fits(rows))
+            column_codes, row_codes = columns.to(gl.int32), rows.to(gl.int32)
+            if fits == 0:
+                # Rare. The code is the last column that holds the same; of rows that no column equals it is -1.
+                row_codes = row_codes * 0 - 1
+                for column in range(idx.shape[0]):
+                    this = gl.max(gl.where(gl.arange(0, idx.shape[0], idx.type.layout) == column, columns, MINUS), 0)
+                    column_codes = gl.where(columns == this, column, column_codes)
+                    row_codes = gl.where(rows == this, column, row_codes)
+            found = ()
+            for i in gl.static_range(len(values)):
+                found = found + (column_codes if i == CODE_OF else values[i],)  # type: ignore[assignment]  # noqa: RUF005
+            return found + (row_codes,)  # noqa: RUF005
+
+
+@gluon.jit
+def _fits(integers):
+    """Whether all fit in 32 bits, 1 or 0."""
+    return gl.min((integers == integers.to(gl.int32)).to(gl.int32), 0)
+
+
+@gluon.jit
+def store_columns(buffers, slot, values):
+    """What `read_columns` gives, into a slot."""
+    for i in gl.static_range(len(buffers)):
+        buffers[i].index(slot).store(values[i])
+
+
+@gluon.jit
+def load_columns(at, LAYOUT: gl.constexpr):
+    """What a slot holds for the rows of a group, [1, COLUMNS] or [ROWS / 2, 1] beside tiles of a layout.
+
+    at: (`column_buffers`, the slot, the group, which of the columns is coded).
+    """
+    buffers, slot, GROUP, CODE_OF = at
+    NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    OF_COLUMNS: gl.constexpr = len(buffers) if CODE_OF is None else len(buffers) - 1
+    found = ()
+    for i in gl.static_range(OF_COLUMNS):
+        found = found + (buffers[i].index(slot).load(gl.SliceLayout(0, LAYOUT))[None, :],)  # type: ignore[assignment]  # noqa: RUF005
+    if CODE_OF is not None:
+        rows = buffers[OF_COLUMNS]
+        rows = rows._reinterpret(gl.int32, [2 * rows.shape[0], ROWS // 2], NUMBERS).index(2 * slot + GROUP)
+        found = found + (rows.load(gl.SliceLayout(1, LAYOUT))[:, None],)  # type: ignore[assignment]  # noqa: RUF005
+    return found
 
 
 @gluon.jit

@@ -26,8 +26,7 @@ from flashfuse.kernels.backward_variants import (
     rows_constants,
 )
 from flashfuse.kernels.call import AttentionCall
-from flashfuse.kernels.captured_grad import CapturedProgram, PairTarget
-from flashfuse.kernels.captured_reads import unsupported
+from flashfuse.kernels.captured_grad import CapturedProgram, PairTarget, queries_of
 from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
 from flashfuse.kernels.launch import Device, Launch, choose_launch, device_index, device_of, padded, shape_of
 from flashfuse.kernels.launch_hopper_backward import prepare_one_pass
@@ -40,6 +39,8 @@ from flashfuse.kernels.spec import AttentionSpec
 ROW_PLANES = 5
 # Elements of the output that one program of the rows kernel reads.
 ROW_ELEMENTS = 8192
+# Programs with rows of pairs that a device takes at once, and the least tiles of keys that each has.
+ROWS_PROGRAMS, ROWS_TILES = 256, 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -89,15 +90,12 @@ def prepare_backward(
     wanted = tuple(at for at, need in zip(floating, needs, strict=True) if need)
     by_slot = tuple(slot + 3 in wanted for slot in range(len(call.captured)))
     empty = out.numel() == 0 or call.kv_len == 0 or call.q.numel() == 0
-    if empty or launch is None or spec.compute_dtype == torch.float64 or unsupported(spec, by_slot):
+    if empty or launch is None or spec.compute_dtype == torch.float64:
         return None
     program = load_backward(spec, by_slot, call.kv_ranges is not None, call.q_len <= call.kv_len)
     captured = CapturedProgram.of(call, program, by_slot)
-    targets = captured.pair_targets(launch.pairs)
-    if targets is None:
-        return None
     one_pass_on = None if searching else device_of(device)
-    return _Preparation(call, grad_out, out, program, captured, launch, one_pass_on).prepared(wanted, targets)
+    return _Preparation(call, grad_out, out, program, captured, launch, one_pass_on).prepared(wanted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +113,7 @@ class _Preparation:
     launch: BackwardLaunch
     one_pass_on: Device | None
 
-    def prepared(self, wanted: tuple[int, ...], targets: Sequence[PairTarget]) -> PreparedBackward:
+    def prepared(self, wanted: tuple[int, ...]) -> PreparedBackward:
         call, program, rows_batch = self.call, self.program, self.call.batch
         owned = self._owned_by_keys()
         dq = self._gradient(call.q, rows_batch) if 0 in wanted else None
@@ -127,6 +125,7 @@ class _Preparation:
         by_keys = one_pass is None and (dk is not None or dv is not None or bool(program.key_terms))
         rows_len = -(-call.q_len // ROWS_BLOCK.value) * ROWS_BLOCK.value
         threshold = program.fill_threshold
+        targets = self.captured.pair_targets(self.launch)
         return PreparedBackward(
             spec=call.spec,
             program=program,
@@ -146,7 +145,7 @@ class _Preparation:
             dk=dk,
             dv=dv,
             key_sums=(_float32(*rows_batch, call.kv_len),) * len(program.key_terms),
-            pairs=tuple(self._pairs(i, target.view) for i, target in enumerate(targets)),
+            pairs=tuple(map(self._pairs, targets)),
             targets=tuple(targets),
         )
 
@@ -170,7 +169,7 @@ class _Preparation:
         call, tiles = self.call, self.launch.keys
         contiguous = 1 in (call.q.stride(-2), self.grad_out.stride(-2))
         variant = keys_constants(call.spec, self.program, call.head_dim, call.value_dim, tiles, contiguous)
-        ranges = None if self._ranges is None else _meta(self._ranges.buffer)
+        ranges = None if self._ranges is None else self._ranges.buffer.without_memory
         numbers = (
             *self._strides(call.k, call.v, self.grad_out, ranges, *map(_written, (dk, dv))),
             *padded_axes(owned), *padded_axes(loop_over(call.batch, owned)), *self._lengths,
@@ -204,23 +203,29 @@ class _Preparation:
         numbers = (*strides, *padded_axes(call.batch), *self._lengths)
         return self._launched(attention_queries_backward_kernel, programs, variant, numbers)
 
-    def _pairs(self, number: int, target: torch.Tensor) -> Launched:
-        """The kernel that writes the gradients of one read at pairs, or its sums by distance."""
-        call, owned = self.call, tuple(target.shape[:-2])
-        strides = self._strides(call.k, call.v, self.grad_out, call.kv_ranges, target)
-        of = call.spec, self.program, number, call.head_dim, call.value_dim
+    def _pairs(self, target: PairTarget) -> tuple[Launched, ...]:
+        """The kernel that writes the gradients of reads at pairs, or their sums by distance, for each part."""
+        call, owned = self.call, tuple(target.view.shape[:-2])
+        strides = tuple(self._strides(call.k, call.v, self.grad_out, call.kv_ranges, target.view))
+        axes = (*padded_axes(owned), *padded_axes(loop_over(call.batch, owned)))
+        of = call.spec, self.program, target.number, call.head_dim, call.value_dim
         shared_by = math.prod(call.batch) // max(math.prod(owned), 1)
-        tiles = None if self.program.pair_terms[number].by_distance is not None else self._dense_tiles(shared_by)
-        if tiles is not None:
-            programs = math.prod(owned) * -(-call.q_len // tiles.block_q)
-            variant = dense_constants(*of, tiles, shared_by)
-            numbers = (*strides, *padded_axes(owned), *padded_axes(loop_over(call.batch, owned)), *self._lengths)
-            return self._launched(attention_dense_backward_kernel, programs, variant, numbers)
-        tiles = self.launch.pairs
-        row_tiles, column_tiles = -(-target.shape[-2] // tiles.block_q), -(-target.shape[-1] // tiles.block_kv)
-        programs = math.prod(owned) * row_tiles * column_tiles
-        numbers = (*strides, *padded_axes(owned), *padded_axes(loop_over(call.batch, owned)), *self._lengths)
-        return self._launched(attention_pairs_backward_kernel, programs, pairs_constants(*of, tiles), numbers)
+        dense = None if target.by_distance else self._dense_tiles(shared_by)
+        tiles = dense or self.launch.pairs
+        kv_tiles = -(-target.view.shape[-1] // tiles.block_kv)
+        variant = pairs_constants(*of, tiles) if dense is None else dense_constants(*of, dense, shared_by)
+        launches = []
+        for queries in map(queries_of, target.parts):
+            programs = math.prod(owned) * -(-len(queries) // tiles.block_q)
+            numbers: tuple[Any, ...] = (*strides, *axes, queries.start, queries.stop)
+            if dense is None:
+                kernel, programs = attention_pairs_backward_kernel, programs * kv_tiles
+            else:
+                # Some of the keys each, where programs for all of them were few.
+                kernel, each = attention_dense_backward_kernel, -(-kv_tiles // _key_parts(programs, kv_tiles))
+                programs, numbers = programs * -(-kv_tiles // each), (*numbers, each)
+            launches.append(self._launched(kernel, programs, variant, (*numbers, *self._lengths)))
+        return tuple(launches)
 
     def _dense_tiles(self, shared_by: int) -> Launch | None:
         """The tile for rows of pairs that so many positions share, None where tiles of pairs are for them."""
@@ -246,13 +251,13 @@ class _Preparation:
         return Gradient(own, own if x.shape == shape else _float32(*shape))
 
 
+def _key_parts(programs: int, kv_tiles: int) -> int:
+    """Among how many programs the keys of rows of pairs are divided."""
+    return max(1, min(ROWS_PROGRAMS // programs, kv_tiles // ROWS_TILES))
+
+
 def _written(gradient: Gradient | None) -> torch.Tensor | None:
-    return None if gradient is None else _meta(gradient.written)
-
-
-def _meta(buffer: Buffer) -> torch.Tensor:
-    """A tensor without memory."""
-    return torch.empty_strided(buffer.size, buffer.strides, dtype=buffer.dtype, device="meta")
+    return None if gradient is None else gradient.written.without_memory
 
 
 def _float32(*size: int) -> Buffer:

@@ -12,7 +12,7 @@ from flashfuse.kernels.backward_variants import slack_in
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_backward import BackwardProgram
 from flashfuse.kernels.codegen_hopper import load_hopper_backward
-from flashfuse.kernels.launch import Device, padded, shape_of
+from flashfuse.kernels.launch import Device, padded, shape_of, triton_dtype
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
     MAX_SPREAD,
@@ -117,6 +117,10 @@ def backward_constants(
         "SLOPE": program.derivatives.slope,
         "SLACK": slack_in(spec, program),
         "FULL_MASKED": program.derivatives.full_where is not None,
+        "COLUMNS": functions.columns,
+        "CODED_ROWS": functions.coded_rows,
+        "CODE_OF": functions.code_of,
+        "COLUMN_TYPES": tuple(map(triton_dtype, functions.column_types)),
         "BLOCK_D": block,
         "BLOCK_Q": BLOCK_Q[block],
         "SPREAD": math.gcd(MAX_SPREAD, positions) if program.forward.longest_first else 1,

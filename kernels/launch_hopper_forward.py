@@ -12,7 +12,16 @@ import torch
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_hopper import load_hopper_forward, pair_read
 from flashfuse.kernels.expr import Load, Product, walk
-from flashfuse.kernels.launch import LOG2_E, Device, device_index, device_of, in_torch, shape_of, subtracts_scores
+from flashfuse.kernels.launch import (
+    LOG2_E,
+    Device,
+    device_index,
+    device_of,
+    in_torch,
+    shape_of,
+    subtracts_scores,
+    triton_dtype,
+)
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
     MAX_SPREAD,
@@ -30,7 +39,7 @@ from flashfuse.kernels.prepared import Buffer, KernelLaunch, Prepared, padded_ax
 from flashfuse.kernels.spec import AttentionSpec
 
 # Shared memory of the program with the most.
-SHARED_BYTES = 226 * 1024
+SHARED_BYTES = 227 * 1024
 # Queries of a program's tile, and keys.
 BLOCK = 128
 # Tiles of queries that are loaded ahead, one beside tiles of pairs; tiles of keys and values, by their wider columns.
@@ -69,8 +78,6 @@ def is_faster(device: Device, call: AttentionCall) -> bool:
         min(call.q_len, call.kv_len) >= LEAST_LENGTH
         and taken >= device.multiprocessors
         and taken * -(-call.kv_len // BLOCK) >= LEAST_TILES
-        # Rows that ranges make short are those that the plain kernel is good at, unless it reads pairs.
-        and (call.kv_ranges is None or pair_read(call.spec) is not None)
         and not is_computed_by(call.spec.score, SPECIAL)
     )
 
@@ -158,6 +165,10 @@ def forward_constants(
         "K_AXES": axes[1],
         "V_AXES": axes[2],
         "PAIRS_AT": program.pairs_at,
+        "COLUMNS": program.columns,
+        "CODED_ROWS": program.coded_rows,
+        "CODE_OF": program.code_of,
+        "COLUMN_TYPES": tuple(map(triton_dtype, program.column_types)),
         "PAIRS_AXES": axes[3],
         "SHARED_BATCH": program.shared_batch,
         "BLOCK_D": blocks[0],

@@ -49,6 +49,10 @@ class Buffer(NamedTuple):
     def contiguous(size: Sequence[int], dtype: torch.dtype) -> Buffer:
         return Buffer.like(torch.empty(tuple(size), dtype=dtype, device="meta"))
 
+    @property
+    def without_memory(self) -> torch.Tensor:
+        return torch.empty_strided(self.size, self.strides, dtype=self.dtype, device="meta")
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:

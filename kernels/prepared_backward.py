@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from flashfuse.kernels.backward_rows import DELTA, SINK_GRAD
 from flashfuse.kernels.captured_grad import CapturedGradients, CapturedProgram, PairTarget
 from flashfuse.kernels.codegen_backward import BackwardProgram
+from flashfuse.kernels.launch_buckets import sum_buckets
 from flashfuse.kernels.prepared import Buffer, Empty, KernelLaunch, Start, described
 from flashfuse.kernels.spec import AttentionSpec
 
@@ -70,7 +72,7 @@ class PreparedBackward:
     one_pass: in the place of queries and keys, None where there is none.
     queries, keys: None where nothing of that pass is needed. dq, dk, dv: None where it is not wanted.
     ranges, filled: what the pass by keys asks of data, where it does.
-    pairs: a launch for each of the targets.
+    pairs: for each of the targets a launch for each of its parts.
     """
 
     spec: AttentionSpec
@@ -91,7 +93,7 @@ class PreparedBackward:
     dk: Gradient | None
     dv: Gradient | None
     key_sums: tuple[Buffer, ...]
-    pairs: tuple[Launched, ...]
+    pairs: tuple[tuple[Launched, ...], ...]
     targets: tuple[PairTarget, ...]
 
     def compute(
@@ -109,7 +111,7 @@ class PreparedBackward:
         *captured: torch.Tensor,
     ) -> list[torch.Tensor]:
         """The wanted gradients, on the current device."""
-        gradients = CapturedGradients(self.captured, captured, empty)
+        gradients = CapturedGradients(self.captured, captured, empty, functools.partial(sum_buckets, empty, start))
         # vmap leaves what it does not map at stride 0.
         run = _Run(self, empty, start, grad_out, out, lse.contiguous(), q, k, v, kv_ranges, seed, captured, gradients)
         return run.gradients()
@@ -145,13 +147,8 @@ class _Run:
             self._keys(self.of.keys, rows)
         if left is not None and self.of.pairs:
             rows[DELTA.value][..., : self.q.shape[-2]].add_(left)
-        for launched, target in zip(self.of.pairs, self.of.targets, strict=True):
-            whole = target.whole_by(self.empty)
-            written = target.written(whole)
-            self._launch(
-                launched, self.q, self.k, self.v, self.grad_out, rows, self.kv_ranges, self.seed, written
-            )  # fmt: skip
-            self.of_captured.add_pair(target, whole, written)
+        for launches, target in zip(self.of.pairs, self.of.targets, strict=True):
+            self._pairs(launches, target, rows)
         return [self.found[at] if at < 3 else self.of_captured.result(at - 3) for at in self.of.wanted]
 
     def _rows(self, sums: torch.Tensor | None) -> torch.Tensor:
@@ -203,6 +200,16 @@ class _Run:
             self.of_captured.add_keys(term, found)
         self._keep(1, self.of.dk, dk)
         self._keep(2, self.of.dv, dv)
+
+    def _pairs(self, launches: Sequence[Launched], target: PairTarget, rows: torch.Tensor) -> None:
+        """The gradients of reads at pairs, of all queries or of some at a time."""
+        whole = target.whole_by(self.empty)
+        for launched, part in zip(launches, target.parts, strict=True):
+            written = target.written(whole, part)
+            self._launch(
+                launched, self.q, self.k, self.v, self.grad_out, rows, self.kv_ranges, self.seed, written
+            )  # fmt: skip
+            self.of_captured.add_pair(target, whole, written, part)
 
     def _launch(self, launched: Launched, *tensors: Any) -> None:
         launch, numbers, strides = launched

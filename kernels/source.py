@@ -26,9 +26,10 @@ from flashfuse.kernels.expr import (
     Product,
     free_symbols,
     loads,
+    places,
     walk,
 )
-from flashfuse.kernels.normal import index, number, pointwise
+from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import D_IDX, KV_IDX, MAX_BATCH_AXES, Q_IDX, batch_symbol
 
@@ -70,21 +71,17 @@ def operands_body(program: Expr, float_dtype: torch.dtype, keys_end: bool) -> st
 
 def _is_copied_ahead(read: Load | Gather) -> bool:
     """Whether Triton may copy a read to shared memory ahead of time: of pairs, those of neighbouring keys together."""
-    last = _places(read)[-1] if {Q_IDX, KV_IDX} <= free_symbols(read) else None
+    last = places(read)[-1] if {Q_IDX, KV_IDX} <= free_symbols(read) else None
     return isinstance(last, Index) and not {Q_IDX, KV_IDX} & (last.value - KV_IDX).free_symbols
 
 
 def _lanes_along(read: Load | Gather) -> str | None:
     """The positions along which neighbours are read from the same row of a tensor, if the others choose its row."""
-    *outer, last = map(free_symbols, _places(read))
+    *outer, last = map(free_symbols, places(read))
     rows = frozenset().union(*outer) & {Q_IDX, KV_IDX}
     if len(rows) != 1 or not {Q_IDX, KV_IDX} <= last:
         return None
     return "q_idx" if KV_IDX in rows else "kv_idx"
-
-
-def _places(read: Load | Gather) -> Sequence[Expr]:
-    return read.at if isinstance(read, Gather) else [index(i) for i in read.indices]
 
 
 def tile_values(programs: Sequence[Expr], float_dtype: torch.dtype, keys_end: bool) -> tuple[list[str], list[str]]:
@@ -109,6 +106,20 @@ def stored_body(program: Expr) -> str:
     writer = Writer([program], torch.float32, keys_end=False)
     result = writer.filled(program, "x.shape")
     return indented([*writer.texts, f"return {result}"])
+
+
+def reads_body(reads: Sequence[Load], types: Sequence[torch.dtype]) -> str:
+    """Statements that return the elements of reads of queries or of keys as a tuple, of these types."""
+    writer = Writer(reads, torch.float32, keys_end=True)
+    found = [f"{writer.emit(read)}.to(tl.{str(dtype)[6:]})" for read, dtype in zip(reads, types, strict=True)]
+    return indented([*writer.texts, f"return ({', '.join(found)},)"])
+
+
+def is_needed_everywhere(program: Expr, read: Load) -> bool:
+    """Whether a read of a program lies inside its tensor at every position: no condition decides on it."""
+    writer = Writer([program], torch.float32, keys_end=True)
+    writer.emit(program)
+    return not any(e == read and guards for e, guards in writer.values)
 
 
 def is_row(program: Expr) -> bool:
@@ -162,6 +173,11 @@ class Writer:
         self._names[key] = name
         return name
 
+    @property
+    def values(self) -> Iterable[tuple[Expr, Guards]]:
+        """What has a name, and the conditions under which it is used."""
+        return self._names
+
     def _text(self, expr: Expr, guards: Guards) -> str:
         match expr:
             case Product(slot=0):
@@ -172,8 +188,9 @@ class Writer:
                 return self._constant(value)
             case Index(value=value):
                 return index_source(value)
-            case Loaded():
-                return f"pairs.to({self._float})"
+            case Loaded(name=name):
+                widened = f"{name}.to({self._float})" if expr.dtype.is_floating_point else name
+                return f"({name} != 0)" if expr.dtype == torch.bool else widened
             case Load() | Gather():
                 return self._load(expr, guards)
             case Pointwise(op="to_float", args=(Index(value=value),)):
@@ -249,7 +266,7 @@ class Writer:
     def _offsets(self, load: Load | Gather, guards: Guards) -> list[str]:
         """The terms of the address: scalars first, and terms in both positions last."""
         terms: list[tuple[int, str]] = []
-        for axis, at in enumerate(_places(load)):
+        for axis, at in enumerate(places(load)):
             stride = f"strides[{load.tensor}][{axis}]"
             if isinstance(at, Index):
                 terms += [(_position_rank(t), _offset(t, stride)) for t in sympy.Add.make_args(sympy.expand(at.value))]

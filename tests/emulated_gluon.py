@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from triton.language.core import constexpr
+from triton.language.core import constexpr, dtype
 from triton.runtime.jit import JITFunction
 
 from flashfuse.kernels.prepared import KernelLaunch
@@ -21,6 +21,8 @@ from flashfuse.kernels.prepared import KernelLaunch
 # Seconds after which a thread that waits is taken to wait for ever.
 PATIENCE = 20.0
 ELEMENTWISE = ("exp", "exp2", "log2", "abs", "floor")
+# Of tiles that are kept in shared memory, by Triton's names.
+TYPES = {"fp32": torch.float32, "int8": torch.int8, "int32": torch.int32, "int64": torch.int64}
 LAYOUTS = ("SliceLayout", "BlockedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SwizzledSharedLayout")
 
 
@@ -37,7 +39,8 @@ def tile(x: Any) -> Any:
 
 
 def number(x: Any) -> torch.Tensor:
-    return torch.tensor(x, dtype=torch.int32) if type(x) is int else torch.as_tensor(x)
+    narrow = type(x) is int and abs(x) < 2**31
+    return torch.tensor(x, dtype=torch.int32) if narrow else torch.as_tensor(x)
 
 
 class Pointer:
@@ -213,8 +216,8 @@ def _run_all(partitions: Sequence[tuple[Any, tuple[Any, ...]]], *_: Any) -> None
         )
 
 
-def _allocated(dtype: torch.dtype, shape: Sequence[int], _: Any) -> Any:
-    if dtype == torch.int64:
+def _allocated(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Any:
+    if layout == "barrier":
         return Barrier() if len(shape) == 1 else Barriers(Barrier() for _ in range(shape[0]))
     return Shared(torch.full((torch.Size(shape).numel() * dtype.itemsize,), 255, dtype=torch.uint8), dtype, shape)
 
@@ -235,7 +238,9 @@ def _reduced(function: Any) -> Any:
 def _language(program: int, programs: int) -> Any:
     """The names of both languages, for one program."""
     anything = lambda *_, **__: None  # noqa: E731
-    dtypes = {str(d)[6:]: d for d in (torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64)}
+    dtypes = {
+        str(d)[6:]: d for d in (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.int32, torch.int64)
+    }
     return SimpleNamespace(
         **dtypes,
         int1=torch.bool,
@@ -288,7 +293,7 @@ def _instructions() -> dict[str, Any]:
         "warpgroup_mma": _product,
         "warpgroup_mma_wait": _waited,
         "mbarrier": SimpleNamespace(
-            MBarrierLayout=lambda: None,
+            MBarrierLayout=lambda: "barrier",
             init=lambda barrier, count: barrier.init(count),
             expect=lambda barrier, n: barrier.arrive(count=1, expected=n),
             arrive=lambda barrier, count: barrier.arrive(count=count),
@@ -338,6 +343,10 @@ def start(launch: KernelLaunch, arguments: tuple[Any, ...]) -> None:
         done: dict[int, Any] = {}
 
         def constant(x: Any, meanings: Any = meanings, done: Any = done) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(constant, x))
+            if isinstance(x, dtype):
+                return TYPES[x.name]
             return _python(x, meanings, done) if isinstance(x, JITFunction) else x
 
         _python(launch.kernel, meanings, done)(*given, *(constant(launch.variant[name]) for name in names))

@@ -64,11 +64,16 @@ def with_ranges(call: Call) -> Call:
     return call.on(call.operands, ranges)
 
 
-def documents(head_dim: int) -> Call:
-    ids = torch.bucketize(torch.arange(600), torch.tensor([70, 230, 130, 170]).cumsum(0), right=True)
+def documents(head_dim: int, apart: int = 1) -> Call:
+    ids = apart * torch.bucketize(torch.arange(600), torch.tensor([70, 230, 130, 170]).cumsum(0), right=True)
     score = "where((t0[n0, q_idx] == t0[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125, -inf)"
     captured = [ids.expand(2, 600).contiguous()]
     return with_ranges(make_call(score, (2, 2, 600, head_dim), captured=captured, dtype=FP16))
+
+
+def far_apart(head_dim: int) -> Call:
+    """Documents with numbers whose last 32 bits are the same."""
+    return documents(head_dim, apart=-(2**32))
 
 
 def padded(head_dim: int) -> Call:
@@ -132,7 +137,7 @@ def _calls(heads: int) -> dict[str, Callable[[], Call]]:
         for (batch, k_batch), name in itertools.product(BATCHES, ("plain", "causal")):
             title = f"batch{'x'.join(map(str, batch))}-{'x'.join(map(str, k_batch))}-{name}-{d}"
             add(title, SCORES[name], (*batch, 330, d), 290, k_batch=k_batch, dtype=BF16)
-        for make in (documents, padded, heads_inside, rows_apart):
+        for make in (documents, far_apart, padded, heads_inside, rows_apart):
             found[f"{make.__name__}-{d}"] = lambda make=make, d=d: make(d)  # type: ignore[misc]
     return found
 

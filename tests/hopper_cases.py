@@ -31,7 +31,7 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "padding": ("where(t0[n0, kv_idx], qk * 0.125, -inf)", (torch.bool,), (2,)),
     "documents": (
         "where((t0[n0, q_idx] == t0[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125, -inf)",
-        (torch.bool,),
+        (torch.int64,),
         (2,),
     ),
     "bias": ("qk * 0.125 + t0[n1, q_idx, kv_idx]", (torch.bfloat16,), (3,)),

@@ -10,7 +10,7 @@ from gradient_cases import Gradients, check_gradients, differentiable, grad_out
 
 pytest.importorskip("triton")
 
-from flashfuse.kernels import launch_backward
+from flashfuse.kernels import captured_grad, launch_backward
 from flashfuse.kernels.launch import attention_forward
 from flashfuse.kernels.launch_backward import attention_backward
 
@@ -95,6 +95,21 @@ PROGRAMS: dict[str, tuple[str, list[torch.Tensor]]] = {
         [noise(717)],
     ),
     "buckets": ("qk * 0.125 + t0[min(max(kv_idx - q_idx, -20), 20) + 20, n1]", [noise(41, 4)]),
+    "decomposed": (
+        "qk * 0.125 + t0[n1 + 4 * n0, q_idx // 20, q_idx % 20, kv_idx // 20]"
+        " + t1[n1 + 4 * n0, q_idx // 20, q_idx % 20, kv_idx % 20]",
+        [noise(8, 16, 20, 21, dtype=BF16), noise(8, 16, 20, 20, dtype=BF16)],
+    ),
+    "buckets-of-rows": ("qk * 0.125 + t0[n1, q_idx, min(max(kv_idx - q_idx, -9), 9) + 9]", [noise(4, 301, 19)]),
+    "buckets-of-keys": (
+        "where(kv_idx <= q_idx, qk * 0.125 + t0[n0, n1, kv_idx, min(q_idx - kv_idx, 31)], -inf)",
+        [noise(2, 4, 417, 32, dtype=BF16)],
+    ),
+    "looked-up": (
+        "qk * 0.125 + t0[t1[q_idx, kv_idx], n1]",
+        [noise(50, 4), (torch.arange(301)[:, None] * 7 + torch.arange(417) * 3) % 50],
+    ),
+    "sums": ("qk * 0.125 + t0[q_idx + kv_idx]", [noise(717)]),
     "key-bias": ("qk * 0.125 + t0[n0, kv_idx]", [noise(2, 417)]),
     "bool": ("where(t0[n0, q_idx, kv_idx], qk * 0.125, -inf)", [noise(2, 301, 417) < 1.0]),
     "padding": (f"qk * 0.125 + where(t0[n0, kv_idx], 0.0, {FP32_MIN!r})", [noise(2, 417) < 0.5]),
@@ -171,6 +186,8 @@ LONG = {
     "alibi": ("to_float(kv_idx - q_idx) * t0[n1]", torch.tensor([0.5, 0.01])),
     "distances": ("t0[n1, q_idx - kv_idx]", noise(2, 4096)),
     "buckets": ("t0[min(q_idx - kv_idx, 31), n1]", noise(32, 2)),
+    "buckets-of-rows": ("t0[n1, q_idx, min(q_idx - kv_idx, 31)]", noise(2, 4096, 32)),
+    "sums": ("t0[n1, q_idx + kv_idx]", noise(2, 8192)),
 }
 
 
@@ -185,13 +202,17 @@ def test_long_sequence_is_deterministic(name: str, head_dim: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_inside_a_cuda_graph() -> None:
-    call = make_call(CAUSAL, (2, 4, 300, 64), dtype=BF16).to("cuda")
-    grad = grad_out(call)
-    expected = backward(call, grad, [0, 1, 2])
+@pytest.mark.parametrize("name", ["alibi", "buckets", "decomposed", "buckets-of-rows", "looked-up"])
+def test_inside_a_cuda_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for the device; the check of positions that are looked up did."""
+    monkeypatch.setattr(captured_grad, "WORKSPACE", 2**20)
+    score, captured = PROGRAMS[name]
+    call = make_call(score, (2, 4, 301, 64), 417, captured=captured, dtype=BF16).to("cuda")
+    grad, wanted = grad_out(call), differentiable(call)
+    expected = backward(call, grad, wanted)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = backward(call, grad, [0, 1, 2])
+        captured = backward(call, grad, wanted)
     for x in captured:
         x.fill_(torch.nan)
     graph.replay()
@@ -199,13 +220,14 @@ def test_inside_a_cuda_graph() -> None:
 
 
 @pytest.mark.usefixtures("_by_the_kernels")
-@pytest.mark.parametrize("table", [False, True])
-def test_memory_is_linear_in_the_sequence(table: bool) -> None:
-    """Beside the gradients, numbers of rows only, and a tile for each distance of tiles where a table has them."""
+@pytest.mark.parametrize("read", ["", "t0[q_idx - kv_idx]", "t0[min(q_idx - kv_idx, q_idx // 2)]"])
+def test_memory_is_linear_in_the_sequence(read: str) -> None:
+    """Beside the gradients, numbers of rows only, and a tile for each distance of tiles where a table has them, or
+    gradients of as many pairs at a time where they share elements."""
 
     def peak(length: int) -> int:
-        score = "where(kv_idx <= q_idx, qk * 0.125 + t0[q_idx - kv_idx], -inf)" if table else CAUSAL
-        call = make_call(score, (1, 2, length, 64), captured=[noise(length)] if table else [], dtype=BF16).to("cuda")
+        score = f"where(kv_idx <= q_idx, qk * 0.125 + {read}, -inf)" if read else CAUSAL
+        call = make_call(score, (1, 2, length, 64), captured=[noise(length)] if read else [], dtype=BF16).to("cuda")
         grad, (out, lse) = grad_out(call), attention_forward(call)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -21,14 +21,17 @@ triton = pytest.importorskip("triton")
 from compile_targets import DEVICES, IS_LATER, accumulators, assembler_report, compiled, source_of, spilled_bytes  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from flashfuse.kernels import backward, backward_dense, backward_pairs  # noqa: E402
+from flashfuse.kernels import backward, backward_dense, backward_pairs, launch_buckets  # noqa: E402
 from flashfuse.kernels import backward_variants as variants  # noqa: E402
+from flashfuse.kernels.backward_buckets import bucket_sums_kernel  # noqa: E402
 from flashfuse.kernels.backward_ranges import filled_rows_kernel, query_ranges_kernel  # noqa: E402
 from flashfuse.kernels.backward_rows import attention_rows_backward_kernel  # noqa: E402
+from flashfuse.kernels.buckets import BucketSums  # noqa: E402
 from flashfuse.kernels.codegen_backward import load_backward  # noqa: E402
 from flashfuse.kernels.launch import shape_of  # noqa: E402
 from flashfuse.kernels.launch_ranges import filled_rows, query_ranges  # noqa: E402
 from flashfuse.kernels.mask import mask_of  # noqa: E402
+from flashfuse.kernels.prepared import empty_on  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled when interpreted"
@@ -44,6 +47,7 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[0, n1, q_idx, kv_idx], -inf)", (BF16,), (4,)),
     "distances": ("where(kv_idx <= q_idx, qk * 0.125 + t0[n1, kv_idx - q_idx + (q_len - 1)], -inf)", (BF16,), (2,)),
     "buckets": ("qk * 0.125 + t0[min(abs(kv_idx - q_idx), 31), n1]", (BF16,), (2,)),
+    "shared": ("qk * 0.125 + t0[n1, q_idx, min(abs(kv_idx - q_idx), 31)]", (BF16,), (3,)),
     "dropout": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (), ()),
     "padding": ("where((kv_idx <= q_idx) & t0[n0, kv_idx], qk * 0.125, -3.4028234663852886e+38)", (torch.bool,), (2,)),
 }
@@ -71,6 +75,7 @@ CASES = [
 SINGLE = [
     ("sm90", "causal", 128, BF16, "queries"),
     *(("sm90", "bias", 64, BF16, name) for name in ("queries", "pairs", "dense")),
+    ("sm90", "shared", 128, BF16, "dense"),
     *((device, "distances", 64, BF16, "pairs") for device in ("sm80", "sm100", "gfx942")),
     ("sm90", "distances", 64, FP32, "pairs"),
 ]
@@ -216,6 +221,24 @@ def test_the_pass_by_keys_has_registers_for_a_bias() -> None:
     assert "wgmma" in kernel.asm["ptx"]
     assert "serialized" not in report
     assert spilled_bytes(report) == 0
+
+
+@pytest.mark.parametrize(("device", "owner"), [("sm80", "rows"), ("sm90", "keys"), ("gfx942", "pairs")])
+def test_sums_of_buckets(device: str, owner: str) -> None:
+    kernel = bucket_sums_kernel
+    launches = []
+    values, at = torch.empty(8, 512, 4096, device="meta"), torch.empty(4607, dtype=torch.int64, device="meta")
+    launch_buckets.sum_buckets(
+        empty_on(values.device), lambda launch, _: launches.append(launch), BucketSums(values, at, (-1, 1), 32, owner)
+    )
+    (launch,) = launches
+    signature = {name: "i32" for name in kernel.arg_names} | dict.fromkeys(launch.variant, "constexpr")
+    signature |= {"values_ptr": "*fp32", "at_ptr": "*i64", "sums_ptr": "*fp32", "at_key_stride": "constexpr"}
+    constants = {**launch.variant, "at_key_stride": 1}
+    constant = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    found, report = compiled(ASTSource(kernel, signature, constant), DEVICES[device][1], {})
+    assert found.asm["ttgir"].count("scf.for") == 1
+    assert device == "gfx942" or spilled_bytes(report) == 0
 
 
 def test_query_tiles_start_where_key_tiles_do() -> None:

@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import sympy
@@ -11,10 +12,11 @@ from attention_cases import make_call
 from numerics import log_sum_exp
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.evaluate import Tile, evaluate, evaluate_index, scatter_add
+from flashfuse.kernels.evaluate import Tile, evaluate, evaluate_index
 from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Softmax
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.reference import attention_reference
+from flashfuse.kernels.scatter import scatter_add
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, batch_symbol, parse, size_symbol
 
 N0 = batch_symbol(0)
@@ -103,16 +105,50 @@ def test_loads(indices: str, is_view: bool) -> None:
         "n0, q_idx, kv_idx - q_idx + 4",
         "n0, kv_idx - q_idx + 4, q_idx",
         "n0, q_idx % 2, kv_idx // 2",
+        "n0, q_idx, kv_idx % 3",
+        "kv_idx // 3, q_idx // 3 + kv_idx % 3, n0",
+        "0, q_idx * 2 + kv_idx // 3, kv_idx % 3 + 1",
+        "kv_idx % 2, n0, kv_idx // 2 % 2 + q_idx",
+        "kv_idx // 4, kv_idx // 2 % 2 + q_idx, kv_idx % 2",
+        "n0, kv_idx % 6 + q_idx, kv_idx % 2",
+        "n0, q_idx + kv_idx, 2",
+        "n0 // 3, kv_idx // 8 + q_idx % 4, kv_idx % 12",
     ],
 )
-def test_what_a_load_reads_is_where_its_gradient_goes(indices: str) -> None:
+@pytest.mark.parametrize(("queries", "keys"), [(range(2, 5), range(1, 7)), (range(3), range(6))], ids=str)
+def test_what_a_load_reads_is_where_its_gradient_goes(indices: str, queries: range, keys: range) -> None:
     """Sums of pairs that read one element, as all of one distance do in a table of distances."""
     read = parse(f"t0[{indices}]", (torch.float64,))
     assert isinstance(read, Load)
     base = torch.zeros(3, 11, 17, dtype=torch.float64, requires_grad=True)
-    tile = make_tile((base.detach(),))
+    tile = make_tile((base.detach(),), queries, keys)
     grad = torch.randn(2, 3, 6, dtype=torch.float64)
     (expected,) = torch.autograd.grad(element_by_element(read, base, tile), base, grad)
+    total = torch.ones(3, 11, 17, dtype=torch.float64)
+    scatter_add(total, read, grad, tile)
+    torch.testing.assert_close(total, 1 + expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        "n0, q_idx, min(max(kv_idx - q_idx, -1), 2) + 1",
+        "min(max(kv_idx - q_idx, 0), 2), q_idx, 3 * n0 + 1",
+        "2, t1[q_idx, kv_idx], n0",
+        "t1[n0, kv_idx], q_idx, 2 * kv_idx",
+        "n0, t1[q_idx, kv_idx], t1[0, kv_idx]",
+        "t1[n0, 0], t1[0, n0], kv_idx % 2",
+        "n0, t1[q_idx // 2, kv_idx // 3], kv_idx % 3",
+    ],
+)
+def test_what_a_look_up_reads_is_where_its_gradient_goes(indices: str) -> None:
+    """Once for all positions that only choose among look-ups, whichever dimensions of the tensor they go along."""
+    read = parse(f"t0[{indices}]", (torch.float64, torch.int64))
+    base = torch.randn(3, 11, 17, dtype=torch.float64, requires_grad=True)
+    table = torch.randint(0, 3, (5, 7), generator=torch.Generator().manual_seed(0))
+    grad = torch.randn(2, 3, 6, dtype=torch.float64)
+    tile = replace(make_tile((base, table), range(3), range(6)), dtype=torch.float64)
+    (expected,) = torch.autograd.grad(evaluate(read, tile).expand(2, 3, 6), base, grad)
     total = torch.ones(3, 11, 17, dtype=torch.float64)
     scatter_add(total, read, grad, tile)
     torch.testing.assert_close(total, 1 + expected, rtol=1e-14, atol=1e-14)

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from forms import FORMS, Form, Sizes
+from forms import FORMS, Form, Sizes, exact, module
 from forms.check import check
+from training import assert_trains
 
 pytest.importorskip("triton")
 
+import flashfuse
 from flashfuse.kernels import launch as launcher
 from flashfuse.kernels import launch_decode, plans
 from flashfuse.kernels.launch import Launch
@@ -53,3 +55,20 @@ def test_right_by_flash_decoding(form: Form, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(launch_decode, "MAX_Q_LEN", 64)
     with torch.no_grad():
         check(form, form.spellings[0], SHORT)
+
+
+# Those whose scores read elements that several pairs share, other than those equally far apart.
+SHARED = ("decomposed-positions", "disentangled", "clipped-distances")
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.name in SHARED], ids=lambda f: f.name)
+def test_gradients_of_what_pairs_share(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were left to torch, and the gradients of queries, keys and values with them."""
+    monkeypatch.setattr(plans, "attention_backward_tiled", None)
+    torch._dynamo.reset()
+    flashfuse.reset()
+    sizes = form.sizes(Sizes())
+    built = module(form.spellings[0], sizes)
+    inputs = [x.requires_grad_(x.is_floating_point()) for x in form.make(sizes)]
+    with torch.enable_grad():
+        assert_trains(built, inputs, precise=lambda *xs: exact(built, xs)).assert_fused(sites=form.expect.sites)

@@ -34,7 +34,7 @@ SOME = (
     "dims-80-96-plain-bf16", "dims-128-72-causal-fp16", "dims-40-64-causal-bf16", "70-130-plain-64", "17-3-last-128",
     "129-127-causal-64", "300-1000-last-64", "1000-300-last-128", "window-64", "symmetric-128", "fill-64",
     "least-fill-128", "alibi-128", "causal-cap-64", "low-keys-128", "rows-64", "sink-64",
-    "batch2x2x3-2x2x1-causal-64", "batch3x2-1x1-plain-128", "batch--causal-64", "documents-64",
+    "batch2x2x3-2x2x1-causal-64", "batch3x2-1x1-plain-128", "batch--causal-64", "documents-64", "far_apart-64",
     "padding-64", "padded-64", "rows_apart-128", "heads_inside-64",
 )  # fmt: skip
 

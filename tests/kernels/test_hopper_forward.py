@@ -121,10 +121,6 @@ def test_what_the_plain_kernel_is_faster_at(monkeypatch: pytest.MonkeyPatch) -> 
     assert faster(CAUSAL, 1, least, 128 * least, small)
     assert not faster(CAUSAL, 1, least, 128 * least)
     assert not faster("tanh(qk * 0.0025) * 50.0", 128, least, least)
-    ranges = torch.zeros(1, 1, 16, 4, dtype=torch.int32)
-    assert not faster(CAUSAL, 128, least, least, kv_ranges=ranges)
-    of_pairs = call_of("qk * 0.125 + t0[q_idx, kv_idx]", (1, 128, least, 64), captured=[bias(FP16, 8, 8)])
-    assert is_faster(HOPPER, replace(of_pairs, kv_ranges=ranges))
 
 
 @pytest.mark.skipif(not launch_hopper.has_gluon(), reason="another Gluon")

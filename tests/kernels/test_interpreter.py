@@ -13,7 +13,14 @@ ROOT = Path(__file__).parents[2]
 GROUPS = (
     ("backward_triton",),
     ("forms",),
-    ("distances_triton", "backward_plans", "backward_ranges", "dropout_triton", "derivative_tiles"),
+    (
+        "distances_triton",
+        "shared_pairs_triton",
+        "backward_plans",
+        "backward_ranges",
+        "dropout_triton",
+        "derivative_tiles",
+    ),
     ("forward", "decode", "plans", "normalisers", "ranged", "stored_triton", "extremes"),
 )
 

@@ -1,53 +1,16 @@
-"""Which reads of captured tensors have gradients that the backward kernels form, and how."""
+"""Reads that depend on the distance of a pair alone, and sums of pairs by distance."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from flashfuse.kernels.captured_reads import unsupported
 from flashfuse.kernels.derivative import leaves
 from flashfuse.kernels.distances import DistanceSums, by_distance
 from flashfuse.kernels.expr import Gather, Load
-from flashfuse.kernels.spec import AttentionSpec, parse, to_text
+from flashfuse.kernels.spec import parse, to_text
 
 F32, I64 = torch.float32, torch.int64
-
-
-def spec_of(score: str, *captured: torch.dtype) -> AttentionSpec:
-    return AttentionSpec(2, parse(score, captured), captured, 0, F32, F32, F32, "nan", (0, 1, 2, 3))
-
-
-FORMED = {
-    "rows": "t0[t1[q_idx], 0]",
-    "keys": "t0[n0, t1[kv_idx]]",
-    "pairs": "t0[q_idx, kv_idx + 2]",
-    "pairs and heads": "t0[kv_idx, n1, q_idx]",
-    "rows and distances": "t0[n1, q_idx, kv_idx - q_idx + (kv_len - 1)]",
-    "sums and keys": "t0[q_idx + kv_idx, kv_idx]",
-    "distances": "t0[q_idx - kv_idx + (kv_len - 1)]",
-    "looked-up distances": "t0[t1[kv_idx - q_idx + 9], n1]",
-}
-SHARED = {
-    "sums": "t0[q_idx + kv_idx]",
-    "halved queries": "t0[q_idx // 2, kv_idx]",
-    "look-up of pairs": "t0[t1[q_idx, kv_idx]]",
-    "rows and buckets": "t0[q_idx, min(max(kv_idx - q_idx, -4), 4) + 4]",
-    "distances twice": "t0[kv_idx - q_idx, 2 * kv_idx - 2 * q_idx + t1[q_idx]]",
-}
-
-
-@pytest.mark.parametrize("read", FORMED)
-def test_formed(read: str) -> None:
-    assert unsupported(spec_of(f"qk + {FORMED[read]}", F32, I64), (True, False)) == ()
-
-
-@pytest.mark.parametrize("read", SHARED)
-def test_left_to_torch(read: str) -> None:
-    """Pairs share elements, and not all that are equally far apart."""
-    spec = spec_of(f"qk + {SHARED[read]}", F32, I64)
-    assert unsupported(spec, (True, False)) == (0,)
-    assert unsupported(spec, (False, False)) == ()
 
 
 BY_DISTANCE = {
