@@ -16,7 +16,6 @@ from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.graph import Graph, raw_value
 
 _VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format, str, type(None), type(...))
-_CALLS = ("call_function", "call_method", "call_module")
 
 
 class Facts:
@@ -47,9 +46,8 @@ class Facts:
         return self._numbers.setdefault(facts, len(self._numbers))
 
     def _as_seen(self, node: fx.Node) -> Hashable:
-        calls = node.op if node.op in _CALLS else ""
-        given = node.op in ("placeholder", "get_attr")
-        return given, bool(calls), node in self.leads, node in self.graph.weights, _of_value(raw_value(node), node)
+        kind = node.op in ("placeholder", "get_attr"), node.op == "output"
+        return kind, node in self.leads, node in self.graph.weights, _of_value(raw_value(node), node)
 
     def _as_opened(self, node: fx.Node) -> Hashable:
         graph = self.graph
