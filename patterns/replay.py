@@ -58,7 +58,7 @@ class _Done:
 
 
 class Analyses:
-    """The analyses of one graph; `count` says how many were not like an earlier one.
+    """The analyses of one graph.
 
     leads: the nodes behind which a product lies.
     """
@@ -68,7 +68,6 @@ class Analyses:
         self.facts = Facts(graph, leads)
         self.lifters = {history: Lifter(graph, history) for history in (False, True)}
         self.done: dict[tuple[bool, int], list[_Done]] = {}
-        self.count = 0
         self._identities: dict[fx.Node, tuple[int | None, Hashable]] = {}
 
     def site(self, root: fx.Node, history: bool) -> AttentionSite | None:
@@ -89,7 +88,6 @@ class Analyses:
         return _given(result)
 
     def _analysed(self, lifter: Lifter, root: fx.Node) -> tuple[Result, Region]:
-        self.count += 1
         lifter.region = Region(self.graph.position)
         lifter.region.open(root)
         try:
