@@ -119,7 +119,9 @@ def _state_written(node: fx.Node) -> tuple[fx.Node, ...]:
 @functools.cache
 def _inplace_argument(function: Any) -> int | None:
     """The place of the argument `inplace` of a Python function, None where it takes none."""
-    if isinstance(function, types.BuiltinFunctionType) and "inplace" not in (function.__text_signature__ or ""):
+    if isinstance(function, types.BuiltinFunctionType) and "inplace" not in (
+        getattr(function, "__text_signature__", None) or ""
+    ):
         return None
     try:
         names = list(inspect.signature(function).parameters)
