@@ -176,11 +176,8 @@ def told(site: AttentionSite) -> tuple[object, ...]:
     return dataclasses.replace(site, draw=None), draw, site.chain
 
 
-@pytest.mark.parametrize("other", OTHERS, ids=lambda layer: layer.__name__)
-def test_layers_that_differ(other: Layer) -> None:
-    """Between layers that differ, each is found to be what it is found to be when nothing is remembered."""
-    with torch.no_grad():
-        module = graph_of(stacked(plain, other, plain, other, other), *inputs())
+def assert_found_alike(module: torch.fx.GraphModule, layers: int) -> None:
+    """Each layer is found to be what it is found to be when nothing is remembered, though something is."""
     result, count = counted(module)
     with patch.object(replay, "_MOST_KINDS", 0):
         alone, each = counted(module)
@@ -188,7 +185,35 @@ def test_layers_that_differ(other: Layer) -> None:
     assert [(r.node, r.code, r.reason, r.location) for r in result.refusals] == [
         (r.node, r.code, r.reason, r.location) for r in alone.refusals
     ]
-    assert count < each == 5
+    assert count < each == layers
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda layer: layer.__name__)
+def test_layers_that_differ(other: Layer) -> None:
+    with torch.no_grad():
+        assert_found_alike(graph_of(stacked(plain, other, plain, other, other), *inputs()), 5)
+
+
+def test_inputs_that_repeat() -> None:
+    """The third argument is the second one's node, or the first one's."""
+
+    def of_keys(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k = split(linear(x, 0)), split(linear(x, 1))
+        return merged(F.scaled_dot_product_attention(q, k, k, mask))
+
+    def of_queries(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k = split(linear(x, 0)), split(linear(x, 1))
+        return merged(F.scaled_dot_product_attention(q, k, q, mask))
+
+    with torch.no_grad():
+        assert_found_alike(graph_of(stacked(of_keys, of_queries, of_keys, of_queries), *inputs()), 4)
+
+
+def test_order() -> None:
+    """The same nodes, of which one writes the keys before the attention's output is there, or after it."""
+    with torch.no_grad():
+        layers = (written_after, written_before, written_after, written_before)
+        assert_found_alike(graph_of(stacked(*layers), *inputs()), 4)
 
 
 def test_history_is_not_mixed_up() -> None:
@@ -198,12 +223,51 @@ def test_history_is_not_mixed_up() -> None:
         return plain(x.detach(), mask)
 
     x, mask = inputs()
-    module = graph_of(stacked(plain, ended, plain, ended), x.requires_grad_(), mask)
-    result, count = counted(module)
-    with patch.object(replay, "_MOST_KINDS", 0):
-        alone, _ = counted(module)
-    assert [told(s) for s in result.sites] == [told(s) for s in alone.sites]
-    assert count < 4
+    assert_found_alike(graph_of(stacked(plain, ended, plain, ended), x.requires_grad_(), mask), 4)
+
+
+def test_where_gradients_are_not_recorded() -> None:
+    """The same operators inside and outside of `torch.no_grad`, where Dynamo's values of views are alike."""
+
+    def layer(x: torch.Tensor, recorded: bool) -> torch.Tensor:
+        q, k, v = split(linear(x, 0)), linear(x, 1), split(linear(x, 2))
+        with torch.set_grad_enabled(recorded):
+            k = split(k)
+        return merged((q @ k.transpose(-1, -2)).softmax(-1) @ v)
+
+    def recorded(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return layer(x, True)
+
+    def unrecorded(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return layer(x, False)
+
+    x, mask = inputs()
+    layers = (recorded, unrecorded, recorded, unrecorded)
+    assert_found_alike(graph_of(stacked(*layers), x.requires_grad_(), mask), 4)
+
+
+def test_what_reaches_no_output() -> None:
+    """Scores that are used by something whose result nobody takes."""
+    with torch.no_grad():
+        module = graph_of(stacked(*[scores_used] * 4), *inputs())
+    total = [node for node in module.graph.nodes if node.target == "sum"][1]
+    (added,) = total.users
+    added.replace_all_uses_with(added.args[0])
+    result, _ = counted(module)
+    assert (len(result.sites), len(result.refusals)) == (1, 3)
+    assert_found_alike(module, 4)
+
+
+def test_memory_that_is_shared() -> None:
+    """What takes the output is a copy of it in one layer and a view in another, of the same shape and strides."""
+    with torch.no_grad():
+        module = graph_of(stacked(*[plain] * 4), *inputs())
+    copy = [node for node in module.graph.nodes if node.target == "reshape"][1]
+    source, copied = (node.meta["example_value"] for node in (copy.args[0], copy))
+    copy.meta["example_value"] = source.as_strided(copied.shape, copied.stride())
+    result, _ = counted(module)
+    assert [site.free_layout for site in result.sites] == [True, False, True, True]
+    assert_found_alike(module, 4)
 
 
 @pytest.mark.parametrize("layer", [plain, in_place, sorted_scores], ids=lambda layer: layer.__name__)
