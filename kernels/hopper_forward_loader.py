@@ -57,14 +57,14 @@ def load_tiles(
         q_idx = gl.minimum(q_start + gl.arange(0, BLOCK_Q, gl.BlockedLayout([4], [32], [1], [0])), q_len - 1)
         for i in range((end - start) // BLOCK_KV):
             kv_start = end - (i + 1) * BLOCK_KV
-            columns = read_columns(
-                at, kv_start + keys, q_idx, captured, captured_strides, COLUMNS, CODED_ROWS, CODE_OF
-            )  # fmt: skip
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
             _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
             _load_own(v_desc, m0, m1, m2, v_start, full.index(stage), v_s.index(stage), V_AXES)
             _load_pairs(pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, met, PAIRS_AT, PAIRS_AXES)
+            columns = read_columns(
+                at, kv_start + keys, q_idx, captured, captured_strides, COLUMNS, CODED_ROWS, CODE_OF
+            )  # fmt: skip
             _say_columns(columns_s, stage, columns, full)
             met += 1
             m0, m1, m2, v_start = n0, n1, n2, kv_start
