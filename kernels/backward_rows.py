@@ -1,8 +1,12 @@
-"""The numbers of rows that the backward kernels share: what a row subtracts, the inverse of its sum, its delta."""
+"""What the backward does by rows.
+
+The numbers that its kernels share come first: what a row subtracts, the inverse of its sum, its delta. Last, behind the
+one pass of `hopper_backward`, its sums become gradients.
+"""
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashfuse.kernels.forward import HUGE, LARGE, LARGEST_FLOAT32, LOG2_E
 from flashfuse.kernels.tiles import batch_pointer, load_columns, tile_pointers
@@ -15,6 +19,9 @@ SHARE: tl.constexpr = tl.constexpr(1)
 DELTA: tl.constexpr = tl.constexpr(2)
 LARGEST: tl.constexpr = tl.constexpr(3)
 SINK_GRAD: tl.constexpr = tl.constexpr(4)
+
+# Tiles of keys of whose sums a program of `scaled_rows_kernel` adds up at a time.
+LEFT_TILES: tl.constexpr = tl.constexpr(16)
 
 # The numbers, not to be specialised, of kernels whose programs own positions and pass over those that share them.
 LOOPED_NUMBERS = [*(f"{kind}_{axis}" for kind in ("batch", "loop") for axis in range(4)), "q_len", "kv_len", "sizes"]
@@ -96,6 +103,45 @@ def attention_rows_backward_kernel(
         sink = SINK(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
         prob = tl.div_rn(tl.exp2((sink - largest) * LOG2_E), row_sum)
         tl.store(rows_ptrs + SINK_GRAD * planes, tl.where(exists, -prob * delta, 0.0))
+
+
+@triton.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len", "kv_tiles"])
+def scaled_rows_kernel(
+    sums_ptr, left_ptr, rows_ptr, dq_ptr, dq_strides, batch_0, batch_1, batch_2, batch_3, q_len, kv_tiles,
+    SLOPE: tl.constexpr, WITH_SINK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """dq_i = SLOPE sums_i,  delta_i += sum_t left_ti + SINK_GRAD_i, the last WITH_SINK.
+
+    sums_ptr: [positions, Tq, D]. left_ptr: [positions, kv_tiles, rows_length], or None to leave delta as it is: but for
+    what rounding has left in it, the gradients of a row's scores add up to 0.
+    """
+    gdc_wait()
+    q_tiles = tl.cdiv(q_len, BLOCK_Q)
+    position = tl.program_id(0) // q_tiles
+    n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
+    offs_q = tl.program_id(0) % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    offs_d = tl.arange(0, BLOCK_D)
+    exists = (offs_q < q_len)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    # [block_q, block_d]
+    at = (position.to(tl.int64) * q_len + offs_q)[:, None] * HEAD_DIM + offs_d[None, :]
+    dq_ptrs = tile_pointers(batch_pointer(dq_ptr, dq_strides, n0, n1, n2, n3), offs_q, offs_d, dq_strides)
+    sums = tl.load(sums_ptr + at, mask=exists, other=0.0)
+    tl.store(dq_ptrs, (sums * SLOPE).to(dq_ptr.dtype.element_ty), mask=exists)
+    if left_ptr is not None:
+        rows_len = rows_length(q_len)
+        planes = batch_0.to(tl.int64) * batch_1 * batch_2 * batch_3 * rows_len
+        rows_ptrs = rows_ptr + position.to(tl.int64) * rows_len + offs_q
+        tiles = tl.arange(0, LEFT_TILES)
+        # [left_tiles, block_q]
+        left_ptrs = left_ptr + (position.to(tl.int64) * kv_tiles + tiles)[:, None] * rows_len + offs_q[None, :]
+        left = tl.zeros([LEFT_TILES, BLOCK_Q], tl.float32)
+        for first in tl.range(0, kv_tiles, LEFT_TILES):
+            there = (first + tiles < kv_tiles)[:, None] & (offs_q < q_len)[None, :]
+            left += tl.load(left_ptrs + tl.cast(first, tl.int64) * rows_len, mask=there, other=0.0)
+        delta = tl.load(rows_ptrs + DELTA * planes, mask=offs_q < q_len) + tl.sum(left, 0)
+        if WITH_SINK:
+            delta += tl.load(rows_ptrs + SINK_GRAD * planes, mask=offs_q < q_len)
+        tl.store(rows_ptrs + DELTA * planes, delta, mask=offs_q < q_len)
 
 
 @triton.jit

@@ -49,6 +49,7 @@ class DerivativeProgram:
     scale: score = scale * s.
     slope: the derivative of the score with respect to the product, where one number is all there is of it beside
         masks: a sum is multiplied by it at its end. Else `scale`.
+    is_flat: whether it is that number, or 0, for each pair.
     masked_where, full_where: what takes the gradient from scores that a mask has made, on either kind of tile. "slope":
         it is 0 there. "product": it is, and elsewhere may be infinite. None where no mask, not even of data, is left.
     path: the generated source.
@@ -61,6 +62,7 @@ class DerivativeProgram:
     factor: tuple[LeafDerivative, ...]
     scale: float
     slope: float
+    is_flat: bool
     masked_where: str
     full_where: str | None
     path: Path
@@ -95,6 +97,7 @@ def load_derivatives(spec: AttentionSpec, ranged: bool = False) -> DerivativePro
         factor=() if spec.factor is None else derivatives("factor", leaves(spec.factor)),
         scale=scale,
         slope=scale * _only_number(slope),
+        is_flat=all(found in (0, _only_number(slope)) for found in _numbers(slope)),
         masked_where=masked_where,
         full_where=masked_where if _is_masked(_unmasked(spec, ranged)) else None,
         path=path,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from flashfuse.kernels.codegen import ScoreProgram, generate, load_program
-from flashfuse.kernels.codegen_backward import backward_source
+from flashfuse.kernels.codegen_backward import Term, backward_source
 from flashfuse.kernels.codegen_derivative import generate_derivatives
 from flashfuse.kernels.columns import Columns
 from flashfuse.kernels.expr import Expr, Load, Loaded, free_symbols, loads, sympify
@@ -34,7 +34,7 @@ _NAMES = {
     "from flashfuse.kernels.tiles import product\n": "from flashfuse.kernels.hopper_tiles import arrived\n",
     "(q, k, PRECISION: tl.constexpr, ": "(qk, pairs, columns, OUTSTANDING: tl.constexpr, ",
     "product(q, k, PRECISION)": "arrived(qk, OUTSTANDING)",
-    "(qk, n0, ": "(qk, columns, n0, ",
+    "(qk, n0, ": "(qk, pairs, columns, n0, ",
 }
 
 # Element types of a tile of pairs that there is room for.
@@ -71,19 +71,35 @@ class HopperForwardProgram(ScoreProgram):
 
 @dataclass(frozen=True, eq=False)
 class HopperBackwardProgram:
-    """See `DerivativeProgram` and `BackwardProgram`, whose functions these are, the former of what was read for queries
-    too.
+    """See `DerivativeProgram` and `BackwardProgram`, whose functions these are, the former of the tile of pairs, and of
+    what was read for queries, too.
 
-    columns, coded_rows, column_types, code_of: see `Columns`; the functions are None where there is nothing to read.
+    The others are as for `HopperForwardProgram`.
     """
 
     score_and_grad_masked: Any
     score_and_grad_full: Any
     query_bounds: Any
+    pairs_at: Any
     columns: Any
     coded_rows: Any
     column_types: tuple[torch.dtype, ...]
     code_of: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class HopperPairsProgram:
+    """What the gradient of the tensor of pairs takes: scores by its tile, without what is read for columns, and what it
+    gets of a tile of either kind, see `BackwardProgram.pair_grads`.
+
+    pairs_at: as for `HopperForwardProgram`.
+    """
+
+    score_and_grad_masked: Any
+    score_and_grad_full: Any
+    pair_grad_masked: Any
+    pair_grad_full: Any
+    pairs_at: Any
 
 
 @functools.lru_cache(maxsize=1024)
@@ -91,12 +107,10 @@ def load_hopper_forward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) 
     """As `load_program`."""
     program = load_program(spec, ranged, fewer_queries)
     pairs = pair_read(spec)
-    others: dict[Expr, Expr] = {}
-    if pairs is not None:
-        others[pairs] = Loaded(pairs.dtype, pairs.tensor, pairs.indices, "pairs")
     own_spec = kernel_spec(spec, fewer_queries)
     columns = Columns.of(own_spec.score, KV_IDX)
-    function = _module("score", *generate(_loading(own_spec, others | columns.made), ranged, fewer_queries))
+    loading = _loading(own_spec, _tile_of(pairs) | columns.made)
+    function = _module("score", *generate(loading, ranged, fewer_queries))
     optional = ("sink", "row_factor", "row_kept")
     own = {
         **{name: function(name) for name in ("score_masked", "score_full", "kv_bounds")},
@@ -104,7 +118,7 @@ def load_hopper_forward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) 
     }
     return HopperForwardProgram(
         **{**{field.name: getattr(program, field.name) for field in fields(program)}, **own},
-        pairs_at=None if pairs is None else _module("pairs", *_pairs_at(pairs))("pairs_at"),
+        pairs_at=_pairs_at(pairs),
         **_functions(columns),
         column_types=columns.types,
         code_of=columns.code_of,
@@ -124,6 +138,11 @@ def pair_read(spec: AttentionSpec) -> Load | None:
     return read if (row, column) == (Q_IDX, KV_IDX) and not along and len(outer) <= _PAIR_AXES else None
 
 
+def _tile_of(pairs: Load | None) -> dict[Expr, Expr]:
+    """What the read at pairs is in a program that is given its tile."""
+    return {} if pairs is None else {pairs: Loaded(pairs.dtype, pairs.tensor, pairs.indices, "pairs")}
+
+
 def _loading(spec: AttentionSpec, made: Mapping[Expr, Expr]) -> AttentionSpec:
     """The spec for a kernel that makes some reads itself."""
     return replace(spec, score=rewrite(spec.score, made.get)) if made else spec
@@ -136,27 +155,47 @@ def _functions(columns: Columns) -> Mapping[str, Any]:
     }
 
 
-def _pairs_at(read: Load) -> tuple[str, str]:
-    """(hash, source text) of the module of `HopperForwardProgram.pairs_at`."""
+def _pairs_at(read: Load | None) -> Any:
+    """See `HopperForwardProgram`."""
+    if read is None:
+        return None
     outer = [index_source(sympify(i)) for i in read.indices[:-2]]
     places = ", ".join([*outer, *("0",) * (_PAIR_AXES - len(outer))])
-    return finished(_PAIRS_AT.format(read=to_text(read), places=places), read.dtype)
+    return _module("pairs", *finished(_PAIRS_AT.format(read=to_text(read), places=places), read.dtype))("pairs_at")
 
 
 @functools.lru_cache(maxsize=1024)
 def load_hopper_backward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) -> HopperBackwardProgram:
     """Generate, write and import the functions of a spec, as `load_backward` does."""
+    pairs = pair_read(spec)
     spec = kernel_spec(spec, fewer_queries)
     columns = Columns.of(spec.score, Q_IDX)
-    derivatives = _module("derivatives", *generate_derivatives(_loading(spec, columns.made), ranged, by_score=True))
-    bounds = _module("backward", *backward_source(spec))
+    loading = _loading(spec, _tile_of(pairs) | columns.made)
+    derivatives = _module("derivatives", *generate_derivatives(loading, ranged, by_score=True))
     return HopperBackwardProgram(
         score_and_grad_masked=derivatives("score_and_grad_masked"),
         score_and_grad_full=derivatives("score_and_grad_full"),
-        query_bounds=bounds("query_bounds"),
+        query_bounds=_module("backward", *backward_source(spec))("query_bounds"),
+        pairs_at=_pairs_at(pairs),
         **_functions(columns),
         column_types=columns.types,
         code_of=columns.code_of,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def load_hopper_pairs(spec: AttentionSpec, term: Term, ranged: bool, fewer_queries: bool) -> HopperPairsProgram:
+    """Generate, write and import what the gradient of the only read at pairs takes; term: its summand."""
+    pairs = pair_read(spec)
+    spec = kernel_spec(spec, fewer_queries)
+    derivatives = _module("derivatives", *generate_derivatives(_loading(spec, _tile_of(pairs)), ranged))
+    gradients = _module("backward", *backward_source(spec, pair_terms=(term,)))
+    return HopperPairsProgram(
+        score_and_grad_masked=derivatives("score_and_grad_masked"),
+        score_and_grad_full=derivatives("score_and_grad_full"),
+        pair_grad_masked=gradients("pair_grad0_masked"),
+        pair_grad_full=gradients("pair_grad0_full"),
+        pairs_at=_pairs_at(pairs),
     )
 
 

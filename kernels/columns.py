@@ -18,7 +18,7 @@ from flashfuse.kernels.modules import finished
 from flashfuse.kernels.source import is_needed_everywhere, reads_body
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, to_text
 
-# Bytes that there are for each column.
+# Bytes that there are for each column, with those of a coded row: what tiles of pairs leave.
 COLUMN_BYTES = 8
 # What elements are kept as, where it is not their own type.
 _KEPT_AS = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.bool: torch.int8}
@@ -48,13 +48,14 @@ class Columns:
 
     @classmethod
     def of(cls, program: Expr, position: sympy.Symbol) -> Columns:
-        """As many as there is room for."""
+        """As many as there is room for, what is coded first."""
         found = cls(position, (), _asked_whether_equal(program, position))
-        for read in dict.fromkeys(loads(program)):
+        room = COLUMN_BYTES - (torch.int32.itemsize if found.coded else 0)
+        for read in sorted(dict.fromkeys(loads(program)), key=lambda read: read not in found.coded):
             if isinstance(read, Load) and _at(read) == {position} and is_needed_everywhere(program, read):
                 more = replace(found, reads=(*found.reads, read))
-                found = more if sum(dtype.itemsize for dtype in more.types) <= COLUMN_BYTES else found
-        return found if set(found.reads) & set(found.coded) else replace(found, coded=())
+                found = more if sum(dtype.itemsize for dtype in more.types) <= room else found
+        return found
 
     @property
     def types(self) -> tuple[torch.dtype, ...]:

@@ -4,11 +4,11 @@ The plain passes of `backward` form seven products of a tile, since each of the 
 a program owns 128 keys, and adds its part of dq to float32 sums in global memory, by reductions of the tensor memory
 accelerator (TMA): five products, and a dq whose last digits depend on who came first. One warp loads, two groups of
 four warps have 64 keys each. A product runs from where it is issued to where it is waited for.
+A captured tensor that is read for each pair comes in tiles, as in `hopper_forward`; its gradient is no business of this
+pass, but sums that it waits for are.
 Shah et al., FlashAttention-3, https://arxiv.org/abs/2407.08608, section 3.
 """
 
-import triton
-import triton.language as tl
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,27 +22,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flashfuse.kernels.backward_rows import DELTA, MINUS_SHIFT, SHARE, batch_position, rows_length, slack_of
+from flashfuse.kernels.backward_rows import batch_position, rows_length, slack_of
 from flashfuse.kernels.backward_tile import probabilities
-from flashfuse.kernels.hopper_tiles import (
-    column_buffers,
-    load_columns,
-    load_rows,
-    next_stage,
-    opaque,
-    read_columns,
-    store_columns,
-    store_rows,
-)
-from flashfuse.kernels.tiles import batch_pointer, tile_pointers
+from flashfuse.kernels.hopper_backward_loader import HALF, STAGES, load_tiles
+from flashfuse.kernels.hopper_query_visits import BLOCK_KV, GROUP_KV, owned_keys, visited_queries
+from flashfuse.kernels.hopper_sums import clear, group_sums, warp_sums
+from flashfuse.kernels.hopper_tiles import column_buffers, load_columns, next_stage, opaque, store_rows
 
-# Keys of a group of warps, and of a program. Shapes of matrix instructions: no table chooses them.
-GROUP_KV: gl.constexpr = gl.constexpr(64)
-BLOCK_KV: gl.constexpr = gl.constexpr(128)
-# Queries of a product.
-HALF: gl.constexpr = gl.constexpr(64)
-# Tiles of queries that are loaded ahead.
-STAGES: gl.constexpr = gl.constexpr(2)
 # Registers of a thread that multiplies, and of one that loads; `MAX_REGISTERS` of each are there to be shared out.
 REGISTERS: gl.constexpr = gl.constexpr(240)
 LOADER_REGISTERS: gl.constexpr = gl.constexpr(24)
@@ -54,21 +40,27 @@ MAX_REGISTERS = 168
     do_not_specialize_on_alignment=["loop_0", "loop_1", "loop_2", "loop_3"],
 )
 def attention_hopper_backward_kernel(
-    q_desc, k_desc, v_desc, grad_desc, dk_desc, dv_desc, dq_desc, rows_ptr, ranges_ptr, filled_ptr,
-    ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
+    q_desc, k_desc, v_desc, grad_desc, dk_desc, dv_desc, dq_desc, pairs_desc, rows_ptr, left_ptr, ranges_ptr,
+    filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3,
     q_len, kv_len, sizes, captured, captured_strides,
     GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
     SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    FULL_MASKED: gl.constexpr, COLUMNS: gl.constexpr, CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr,
-    COLUMN_TYPES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    FULL_MASKED: gl.constexpr, PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr, COLUMNS: gl.constexpr,
+    CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr, COLUMN_TYPES: gl.constexpr,
+    SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk_j = SLOPE sum_i ds_ij slope_ij q_i,  dv_j = sum_i p_ij grad_i,  dq_i += sum_j ds_ij slope_ij k_j.
 
     dq_desc [positions, Tq, D] holds zeros before, and has to be multiplied by SLOPE after; the other operands are
     [n0, n1, n2, T, D]. BLOCK_D: 64 or 128 columns, behind the last of which TMA gives zeros and writes nothing.
+    pairs_desc: [n0, n1, n2, Tq, Tkv], or None. PAIRS_AT: where on the three axes it is read. PAIRS_AXES: on which of
+    them it has positions of its own.
     FULL_MASKED: whether masks of data are left where others are not.
     COLUMNS, CODED_ROWS, CODE_OF, COLUMN_TYPES: see `columns`.
+    left_ptr: sum_j ds_ij over the keys of each program, float32 [positions, tiles of keys, rows_length], 0 where a tile
+    is skipped; each slope_ij is 0 or 1 then. None where nobody asks.
     SPREAD: how many positions take a tile of keys before the next is begun; a divisor of their number.
+    SHARED_BATCH: whether positions next to each other are those of the first axis.
     """
     dtype: gl.constexpr = q_desc.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -80,9 +72,20 @@ def attention_hopper_backward_kernel(
     grad_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_Q, BLOCK_D], ROWS)
     k_s = gl.allocate_shared_memory(dtype, [2, GROUP_KV, BLOCK_D], ROWS)
     v_s = gl.allocate_shared_memory(dtype, [2, GROUP_KV, BLOCK_D], ROWS)
+    # What is read for each pair of a tile, by the keys of each group.
+    if pairs_desc is not None:
+        pairs_s = gl.allocate_shared_memory(
+            pairs_desc.dtype, [2, HALF, GROUP_KV],
+            gl.NVMMASharedLayout.get_default_for([HALF, GROUP_KV], pairs_desc.dtype),
+        )  # fmt: skip
     # Two slots, by [half of the queries,] group of warps.
     ds_s = gl.allocate_shared_memory(dtype, [4 * HALVES, GROUP_KV, HALF], PAIRS)
     dq_s = gl.allocate_shared_memory(gl.float32, [2, 64, 64], SUMS)
+    # By slot, half, group: the sums of each warp over its keys.
+    if left_ptr is not None:
+        left_s = gl.allocate_shared_memory(
+            gl.float32, [4 * HALVES, 4, HALF], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        )  # fmt: skip
     # Of each stage the shifts of the halves, then their deltas and, where there is slack, their shares.
     rows_s = gl.allocate_shared_memory(
         gl.float32, [4 * STAGES * HALVES, HALF], gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -92,12 +95,17 @@ def attention_hopper_backward_kernel(
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    pairs_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    pairs_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     mbarrier.init(keys_full, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=2)
         mbarrier.init(empty.index(stage), count=2)
+    for group in gl.static_range(2):
+        mbarrier.init(pairs_full.index(group), count=1)
+        mbarrier.init(pairs_empty.index(group), count=1)
     fence_async_shared()
-    barriers = (keys_full, full, empty)
+    barriers = (keys_full, full, empty, pairs_full, pairs_empty)
     written = (dk_desc, dv_desc, dq_desc, ds_s, dq_s)
     gdc_launch_dependents()
     # Nothing that a kernel has written is read before.
@@ -105,22 +113,25 @@ def attention_hopper_backward_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                0, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers, ranges_ptr, filled_ptr,
-                ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len,
-                sizes, captured, captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK,
-                FULL_MASKED, CODE_OF, BLOCK_D, BLOCK_Q, SPREAD,
+                0, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, pairs_s if pairs_desc is not None else None,
+                left_s if left_ptr is not None else None, barriers, left_ptr, ranges_ptr, filled_ptr, ranges_strides,
+                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
+                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED, CODE_OF,
+                SHARED_BATCH, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_multiply, (
-                1, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers, ranges_ptr, filled_ptr,
-                ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len,
-                sizes, captured, captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK,
-                FULL_MASKED, CODE_OF, BLOCK_D, BLOCK_Q, SPREAD,
+                1, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, pairs_s if pairs_desc is not None else None,
+                left_s if left_ptr is not None else None, barriers, left_ptr, ranges_ptr, filled_ptr, ranges_strides,
+                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
+                captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED, CODE_OF,
+                SHARED_BATCH, BLOCK_D, BLOCK_Q, SPREAD,
             )),
-            (_load, (
-                q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers,
-                ranges_ptr, filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2,
-                loop_3, q_len, kv_len, sizes, captured, captured_strides, QUERY_BOUNDS, SLACK, COLUMNS,
-                CODED_ROWS, CODE_OF, BLOCK_Q, SPREAD,
+            (load_tiles, (
+                q_desc, k_desc, v_desc, grad_desc, pairs_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, columns_s,
+                pairs_s if pairs_desc is not None else None, barriers, ranges_ptr, filled_ptr, ranges_strides,
+                batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
+                captured_strides, QUERY_BOUNDS, SLACK, PAIRS_AT, PAIRS_AXES, COLUMNS, CODED_ROWS, CODE_OF,
+                SHARED_BATCH, BLOCK_Q, SPREAD,
             )),
         ],
         [4, 1],
@@ -129,129 +140,32 @@ def attention_hopper_backward_kernel(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Which tiles there are: the same for those who load and those who multiply
-
-
-@gluon.jit
-def _owned(batch_0, batch_1, batch_2, batch_3, kv_len, SPREAD: gl.constexpr):
-    """This program's first key, and its position on the four axes. The first keys have the most queries, if any do."""
-    tiles = gl.cdiv(kv_len, BLOCK_KV)
-    round_of = gl.program_id(0) // (tiles * SPREAD)
-    rest = gl.program_id(0) % (tiles * SPREAD)
-    n0, n1, n2, n3 = batch_position(round_of * SPREAD + rest % SPREAD, batch_0, batch_1, batch_2, batch_3)
-    return rest // SPREAD * BLOCK_KV, n0, n1, n2, n3
-
-
-@gluon.jit
-def _visited(
-    kv_start, position, n0, n1, n2, n3, ranges_ptr, filled_ptr, ranges_strides, q_len, kv_len, sizes,
-    QUERY_BOUNDS: gl.constexpr, BLOCK_Q: gl.constexpr,
-):  # fmt: skip
-    """(start, full_start, full_end, end) at whole tiles of queries, as in `backward`.
-
-    Queries that see every key lie within too, and so do those between: a mask is evaluated there.
-    """
-    kv_stop = gl.minimum(kv_start + BLOCK_KV, kv_len)
-    start, full_start, full_end, end = QUERY_BOUNDS(kv_start, kv_stop, n0, n1, n2, n3, kv_len, q_len, sizes)
-    if ranges_ptr is not None:
-        ranges = batch_pointer(ranges_ptr, ranges_strides, n0, n1, n2, n3) + kv_start // BLOCK_KV * ranges_strides[4]
-        end = gl.minimum(end, gl.load(ranges + 3 * ranges_strides[5]))
-        start = gl.minimum(gl.maximum(start, gl.load(ranges)), end)
-        full_start = gl.maximum(gl.maximum(start, full_start), gl.load(ranges + ranges_strides[5]))
-        full_end = gl.minimum(gl.minimum(full_end, gl.load(ranges + 2 * ranges_strides[5])), end)
-    start = start // BLOCK_Q * BLOCK_Q
-    end = gl.cdiv(end, BLOCK_Q) * BLOCK_Q
-    full_start = gl.minimum(gl.cdiv(full_start, BLOCK_Q) * BLOCK_Q, end)
-    full_end = gl.where(kv_start + BLOCK_KV <= kv_len, full_end // BLOCK_Q * BLOCK_Q, full_start)
-    if filled_ptr is not None:
-        first = gl.load(filled_ptr + 2 * position)
-        stop = gl.load(filled_ptr + 2 * position + 1)
-        start = gl.minimum(start, first // BLOCK_Q * BLOCK_Q)
-        end = gl.maximum(end, gl.cdiv(stop, BLOCK_Q) * BLOCK_Q)
-    return start, full_start, gl.maximum(full_end, full_start), end
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The warp that loads
-
-
-@gluon.jit
-def _load(
-    q_desc, k_desc, v_desc, grad_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers, ranges_ptr,
-    filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len,
-    sizes, captured, captured_strides, QUERY_BOUNDS: gl.constexpr, SLACK: gl.constexpr, COLUMNS: gl.constexpr,
-    CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
-):  # fmt: skip
-    """Keys and values once, and tiles of queries with their gradients and numbers as slots become free."""
-    keys_full, full, empty = barriers
-    HALVES: gl.constexpr = BLOCK_Q // HALF
-    row = gl.arange(0, HALF, gl.BlockedLayout([2], [32], [1], [0]))
-    keys = gl.arange(0, BLOCK_KV, gl.BlockedLayout([4], [32], [1], [0]))
-    kv_start, n0, n1, n2, n3 = _owned(batch_0, batch_1, batch_2, batch_3, kv_len, SPREAD)
-    mbarrier.expect(keys_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
-    for group in gl.static_range(2):
-        load_rows(k_desc, n0, n1, n2, kv_start + group * GROUP_KV, keys_full, k_s.index(group))
-        load_rows(v_desc, n0, n1, n2, kv_start + group * GROUP_KV, keys_full, v_s.index(group))
-    rows_len = rows_length(q_len)
-    planes = (batch_0 * loop_0).to(gl.int64) * batch_1 * loop_1 * batch_2 * loop_2 * batch_3 * loop_3 * rows_len
-    stage = 0
-    phase = 1
-    for shared in range(loop_0 * loop_1 * loop_2 * loop_3):
-        s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
-        m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
-        position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
-        start, _, _, end = _visited(
-            kv_start, position, m0, m1, m2, m3, ranges_ptr, filled_ptr, ranges_strides, q_len, kv_len, sizes,
-            QUERY_BOUNDS, BLOCK_Q,
-        )  # fmt: skip
-        at = (m0, m1, m2, m3, q_len, kv_len, sizes)
-        for q_start in range(start, end, BLOCK_Q):
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(full.index(stage), q_desc.block_type.nbytes + grad_desc.block_type.nbytes)
-            load_rows(q_desc, m0, m1, m2, q_start, full.index(stage), q_s.index(stage))
-            load_rows(grad_desc, m0, m1, m2, q_start, full.index(stage), grad_s.index(stage))
-            numbers = rows_ptr + position.to(gl.int64) * rows_len + q_start
-            for half in gl.static_range(HALVES):
-                shifts = gl.load(numbers + MINUS_SHIFT * planes + half * HALF + row)
-                deltas = gl.load(numbers + DELTA * planes + half * HALF + row)
-                rows_s.index(4 * HALVES * stage + half).store(shifts)
-                rows_s.index(4 * HALVES * stage + HALVES + half).store(deltas)
-                if SLACK is not None:
-                    shares = gl.load(numbers + SHARE * planes + half * HALF + row)
-                    rows_s.index(4 * HALVES * stage + 2 * HALVES + half).store(shares)
-                q_idx = gl.minimum(q_start + half * HALF + row, q_len - 1)
-                columns = read_columns(
-                    at, q_idx, kv_start + keys, captured, captured_strides, COLUMNS, CODED_ROWS, CODE_OF
-                )  # fmt: skip
-                store_columns(columns_s, HALVES * stage + half, columns)
-            gl.thread_barrier()
-            mbarrier.arrive(full.index(stage), count=1)
-            stage, phase = next_stage(stage, phase, STAGES)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The groups of warps that multiply
 
 
 @gluon.jit
 def _multiply(
-    GROUP: gl.constexpr, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, barriers, ranges_ptr, filled_ptr,
-    ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
-    captured_strides, GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr, QUERY_BOUNDS: gl.constexpr,
-    SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    FULL_MASKED: gl.constexpr, CODE_OF: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr,
-    SPREAD: gl.constexpr,
+    GROUP: gl.constexpr, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, pairs_s, left_s, barriers, left_ptr,
+    ranges_ptr, filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len,
+    kv_len, sizes, captured, captured_strides, GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr,
+    QUERY_BOUNDS: gl.constexpr, SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
+    FULL_MASKED: gl.constexpr, CODE_OF: gl.constexpr, SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk, dv of the 64 keys of one group, and half of what the program's 128 keys add to dq."""
-    keys_full, full, empty = barriers
+    keys_full, full, empty, pairs_full, pairs_empty = barriers
     dk_desc, dv_desc, dq_desc, ds_s, dq_s = written
     dtype: gl.constexpr = q_s.dtype
     HALVES: gl.constexpr = BLOCK_Q // HALF
+    SUMMED: gl.constexpr = left_ptr is not None
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
-    kv_start, n0, n1, n2, n3 = _owned(batch_0, batch_1, batch_2, batch_3, kv_len, SPREAD)
+    # A thread has all rows of a column.
+    COLUMN: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, COLUMN)
+    kv_start, n0, n1, n2, n3 = owned_keys(batch_0, batch_1, batch_2, batch_3, kv_len, SHARED_BATCH, SPREAD)
     kv_start += GROUP * GROUP_KV
     dk = gl.zeros([GROUP_KV, BLOCK_D], gl.float32, SUMS)
     dv = gl.zeros([GROUP_KV, BLOCK_D], gl.float32, SUMS)
@@ -264,11 +178,15 @@ def _multiply(
         s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
         m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
         position = ((m0 * batch_1 * loop_1 + m1) * batch_2 * loop_2 + m2) * batch_3 * loop_3 + m3
-        start, full_start, full_end, end = _visited(
+        start, full_start, full_end, end = visited_queries(
             kv_start - GROUP * GROUP_KV, position, m0, m1, m2, m3, ranges_ptr, filled_ptr, ranges_strides, q_len,
             kv_len, sizes, QUERY_BOUNDS, BLOCK_Q,
         )  # fmt: skip
         at = (m0, m1, m2, m3, q_len, kv_len, sizes)
+        of_left = position.to(gl.int64) * gl.cdiv(kv_len, BLOCK_KV) + kv_start // BLOCK_KV
+        if SUMMED and GROUP == 0:
+            clear(left_ptr + of_left * rows_length(q_len), 0, gl.minimum(start, rows_length(q_len)))
+            clear(left_ptr + of_left * rows_length(q_len), gl.maximum(end, 0), rows_length(q_len))
         for q_start in range(start, end, BLOCK_Q):
             masked = (q_start < full_start) | (q_start >= full_end)
             # Addresses that follow from a number of the loop are not kept in registers, which would spill.
@@ -289,40 +207,53 @@ def _multiply(
                 qk = warpgroup_mma(k, q_0.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 dw = warpgroup_mma(v, grad_0.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 qk_1 = warpgroup_mma(k, q_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, 0)
                 qk = warpgroup_mma_wait(num_outstanding=2, deps=(qk,))
                 w, p = _weights(
-                    qk, of_queries, 0, masked, kv_start, q_start, at, captured, captured_strides,
-                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, HALVES, WEIGHTS, dtype,
+                    qk, pairs, of_queries, 0, masked, kv_start, q_start, at, captured, captured_strides,
+                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, SUMMED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw = warpgroup_mma_wait(num_outstanding=1, deps=(dw,))
-                ds = _gradients(dw, p, rows_s.index(first + HALVES), masked, FULL_MASKED, dtype)
+                ds, sums = _gradients(
+                    dw, p, rows_s.index(first + HALVES), masked, FULL_MASKED, SUMMED, dtype
+                )  # fmt: skip
+                if SUMMED:
+                    left_s.index(4 * slot + GROUP).store(warp_sums(sums))
                 ds_s.index(4 * slot + 2 * GROUP).store(ds)
                 dv = warpgroup_mma(w, grad_0, dv, is_async=True)
                 dk = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), q_0, dk, is_async=True)
                 dw = warpgroup_mma(v, grad_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, 1)
                 qk = warpgroup_mma_wait(num_outstanding=3, deps=(qk_1,))
                 w, p = _weights(
-                    qk, of_queries, 1, masked, kv_start, q_start + HALF, at, captured, captured_strides,
-                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, HALVES, WEIGHTS, dtype,
+                    qk, pairs, of_queries, 1, masked, kv_start, q_start + HALF, at, captured, captured_strides,
+                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, SUMMED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw, dv, dk = warpgroup_mma_wait(num_outstanding=0, deps=(dw, dv, dk))
-                ds = _gradients(dw, p, rows_s.index(first + HALVES + 1), masked, FULL_MASKED, dtype)
+                ds, sums = _gradients(
+                    dw, p, rows_s.index(first + HALVES + 1), masked, FULL_MASKED, SUMMED, dtype
+                )  # fmt: skip
                 q_last = q_1
                 grad_last = grad_1
                 ds_slot = ds_s.index(4 * slot + 2 * GROUP + 1)
             else:
                 qk = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 dw = warpgroup_mma(v, grad.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, slot)
                 qk = warpgroup_mma_wait(num_outstanding=1, deps=(qk,))
                 w, p = _weights(
-                    qk, of_queries, 0, masked, kv_start, q_start, at, captured, captured_strides,
-                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, HALVES, WEIGHTS, dtype,
+                    qk, pairs, of_queries, 0, masked, kv_start, q_start, at, captured, captured_strides,
+                    GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, SUMMED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
                 dw = warpgroup_mma_wait(num_outstanding=0, deps=(dw,))
-                ds = _gradients(dw, p, rows_s.index(first + HALVES), masked, FULL_MASKED, dtype)
+                ds, sums = _gradients(
+                    dw, p, rows_s.index(first + HALVES), masked, FULL_MASKED, SUMMED, dtype
+                )  # fmt: skip
                 q_last = q
                 grad_last = grad
                 ds_slot = ds_s.index(2 * slot + GROUP)
+            if SUMMED:
+                left_s.index(2 * HALVES * slot + 2 * (HALVES - 1) + GROUP).store(warp_sums(sums))
             ds_slot.store(ds)
             # Issued before ds is stored, this one waits for its operand in registers, and the store with it.
             dv_next = warpgroup_mma(w, grad_last, dv, is_async=True)
@@ -335,6 +266,13 @@ def _multiply(
             # One thread waits until the reduction before has read the buffer, and the others for it.
             tma.store_wait(0)
             gl.thread_barrier()
+            if SUMMED:
+                left_ptrs = left_ptr + (of_left + here) * rows_length(q_len) + q_start + gl.arange(0, HALF, COLUMNS)
+                # One half is each group's, or in turn the only one.
+                if HALVES == 2:
+                    gl.store(left_ptrs + GROUP * HALF, group_sums(left_s, 4 * slot + 2 * GROUP, COLUMN))
+                elif slot == GROUP:
+                    gl.store(left_ptrs, group_sums(left_s, 2 * slot, COLUMN))
             dq_s.index(GROUP).store(dq)
             fence_async_shared()
             gl.thread_barrier()
@@ -358,10 +296,26 @@ def _multiply(
 
 
 @gluon.jit
+def _pairs(pairs_s, pairs_full, pairs_empty, GROUP: gl.constexpr, turn):
+    """[keys, queries] of what is read for each pair, when it is the group's turn in this phase; 0 where nothing is."""
+    if pairs_s is None:
+        return 0
+    else:
+        mbarrier.wait(pairs_full.index(GROUP), turn)
+        # A tensor has keys along its rows, and a group along its columns.
+        pairs = pairs_s.index(GROUP).permute((1, 0)).load(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16]))
+        # All threads have read before TMA writes there again.
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(pairs_empty.index(GROUP), count=1)
+        return pairs
+
+
+@gluon.jit
 def _weights(
-    qk, of_queries, half, masked, kv_start, q_start, at, captured, captured_strides, GRADS_MASKED: gl.constexpr,
+    qk, pairs, of_queries, half, masked, kv_start, q_start, at, captured, captured_strides, GRADS_MASKED: gl.constexpr,
     GRADS_FULL: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr, FULL_MASKED: gl.constexpr,
-    HALVES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr,
+    SUMMED: gl.constexpr, HALVES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """(p as an operand, p * slope) of a tile of products [keys, queries], the half of a stage `of_queries`.
 
@@ -369,26 +323,26 @@ def _weights(
     """
     if masked:
         w, p = _weights_of(
-            qk, of_queries, half, opaque(kv_start), q_start, at, captured, captured_strides, GRADS_MASKED, True, True,
-            SCALE, SLACK, HALVES, WEIGHTS, dtype,
+            qk, pairs, of_queries, half, opaque(kv_start), q_start, at, captured, captured_strides, GRADS_MASKED, True,
+            True, SUMMED, SCALE, SLACK, HALVES, WEIGHTS, dtype,
         )  # fmt: skip
     else:
         w, p = _weights_of(
-            qk, of_queries, half, kv_start, q_start, at, captured, captured_strides, GRADS_FULL, False, FULL_MASKED,
-            SCALE, SLACK, HALVES, WEIGHTS, dtype,
+            qk, pairs, of_queries, half, kv_start, q_start, at, captured, captured_strides, GRADS_FULL, False,
+            FULL_MASKED, SUMMED, SCALE, SLACK, HALVES, WEIGHTS, dtype,
         )  # fmt: skip
     return w, p
 
 
 @gluon.jit
 def _weights_of(
-    qk, of_queries, half, kv_start, q_start, at, captured, captured_strides, GRADS: gl.constexpr, ENDS: gl.constexpr,
-    MASKED: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr, HALVES: gl.constexpr, WEIGHTS: gl.constexpr,
-    dtype: gl.constexpr,
+    qk, pairs, of_queries, half, kv_start, q_start, at, captured, captured_strides, GRADS: gl.constexpr,
+    ENDS: gl.constexpr, MASKED: gl.constexpr, SUMMED: gl.constexpr, SCALE: gl.constexpr, SLACK: gl.constexpr,
+    HALVES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Where the tile ENDS, both are 0 behind the last key; behind the last query the numbers of rows make them so.
 
-    MASKED: whether a mask may have made the score.
+    MASKED: whether a mask may have made the score. Where p is SUMMED and slope 0, the second is -p.
     """
     LAYOUT: gl.constexpr = qk.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
@@ -400,7 +354,9 @@ def _weights_of(
     if ENDS:
         q_idx = gl.minimum(q_idx, q_len - 1)
     columns = load_columns((columns_s, HALVES * stage + half, group, code_of), LAYOUT)
-    s, slope = GRADS(qk, columns, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides)
+    s, slope = GRADS(
+        qk, pairs, columns, n0, n1, n2, n3, q_idx, kv_idx, q_len, kv_len, sizes, captured, captured_strides
+    )  # fmt: skip
     minus_shift = rows.index(number).load(COLUMNS)[None, :]
     share = minus_shift
     slack = minus_shift
@@ -411,20 +367,42 @@ def _weights_of(
     if ENDS:
         p = gl.where(kv_idx < kv_len, p, 0.0)
     w = gl.convert_layout(p.to(dtype), WEIGHTS)
-    p = gl.where(slope == 0, 0.0, p * slope) if MASKED else p * slope
+    if SUMMED:
+        p = gl.where(slope == 0, -p, p) if MASKED else p
+    else:
+        p = gl.where(slope == 0, 0.0, p * slope) if MASKED else p * slope
     return w, p
 
 
 @gluon.jit
-def _gradients(dw, p, deltas, masked, FULL_MASKED: gl.constexpr, dtype: gl.constexpr):
-    """ds * slope = p slope (dw - delta), but 0 where a mask has made p 0, whatever dw is."""
-    delta = deltas.load(gl.SliceLayout(0, dw.type.layout))
-    ds = p * (dw - delta[None, :])
-    if FULL_MASKED:
-        ds = gl.where(p == 0, 0.0, ds)
+def _gradients(
+    dw, p, deltas, masked, FULL_MASKED: gl.constexpr, SUMMED: gl.constexpr, dtype: gl.constexpr
+):  # fmt: skip
+    """ds * slope = p slope (dw - delta), but 0 where a mask has made p 0, whatever dw is; and ds if it is SUMMED."""
+    if not SUMMED:
+        delta = deltas.load(gl.SliceLayout(0, dw.type.layout))
+        ds = p * (dw - delta[None, :])
+        if FULL_MASKED:
+            ds = gl.where(p == 0, 0.0, ds)
+        elif masked:
+            ds = gl.where(p == opaque(0).to(gl.float32), 0.0, ds)
+        return ds.to(dtype), 0
     elif masked:
-        ds = gl.where(p == opaque(0).to(gl.float32), 0.0, ds)
-    return ds.to(dtype)
+        return _summed_gradients(dw, p, deltas, opaque(0).to(gl.float32), True, dtype)
+    else:
+        return _summed_gradients(dw, p, deltas, 0.0, FULL_MASKED, dtype)
+
+
+@gluon.jit
+def _summed_gradients(dw, p, deltas, nothing, MASKED: gl.constexpr, dtype: gl.constexpr):
+    """The same, each in one step from p, which is negative where slope is 0. nothing: 0."""
+    delta = deltas.load(gl.SliceLayout(0, dw.type.layout))
+    ds = gl.abs(p) * (dw - delta[None, :]) if MASKED else p * (dw - delta[None, :])
+    if MASKED:
+        ds = gl.where(p == nothing, 0.0, ds)
+        return gl.where(p < nothing, 0.0, ds).to(dtype), ds
+    else:
+        return ds.to(dtype), ds
 
 
 @gluon.jit
@@ -455,27 +433,3 @@ def _add_to_global(desc, coord, src, _semantic=None):
     """global tile += shared tile, by TMA; Gluon 3.6 has the operation and no name for it."""
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# After the pass
-
-
-@triton.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len"])
-def scaled_rows_kernel(
-    sums_ptr, dq_ptr, dq_strides, batch_0, batch_1, batch_2, batch_3, q_len,
-    SLOPE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """dq = SLOPE sums, of sums [positions, Tq, D]."""
-    gdc_wait()
-    q_tiles = tl.cdiv(q_len, BLOCK_Q)
-    position = tl.program_id(0) // q_tiles
-    n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
-    offs_q = tl.program_id(0) % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    offs_d = tl.arange(0, BLOCK_D)
-    exists = (offs_q < q_len)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    # [block_q, block_d]
-    at = (position.to(tl.int64) * q_len + offs_q)[:, None] * HEAD_DIM + offs_d[None, :]
-    dq_ptrs = tile_pointers(batch_pointer(dq_ptr, dq_strides, n0, n1, n2, n3), offs_q, offs_d, dq_strides)
-    sums = tl.load(sums_ptr + at, mask=exists, other=0.0)
-    tl.store(dq_ptrs, (sums * SLOPE).to(dq_ptr.dtype.element_ty), mask=exists)

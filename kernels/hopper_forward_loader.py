@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from flashfuse.kernels.hopper_tiles import load_rows, next_stage, read_columns, store_columns
+from flashfuse.kernels.hopper_tiles import load_own, next_stage, read_columns, store_columns
 from flashfuse.kernels.hopper_visits import BLOCK_KV, BLOCK_Q, owned, say, skipped, skipped_tile, visited
 
 # Queries of a group of warps that multiply.
@@ -52,15 +52,15 @@ def load_tiles(
         mbarrier.expect(q_full.index(q_stage), 2 * q_desc.block_type.nbytes)
         for group in gl.static_range(2):
             slot = q_s.index(2 * q_stage + group)
-            _load_own(q_desc, n0, n1, n2, q_start + group * GROUP_Q, q_full.index(q_stage), slot, Q_AXES)
+            load_own(q_desc, n0, n1, n2, q_start + group * GROUP_Q, q_full.index(q_stage), slot, Q_AXES)
         at = (n0, n1, n2, n3, q_len, kv_len, sizes)
         q_idx = gl.minimum(q_start + gl.arange(0, BLOCK_Q, gl.BlockedLayout([4], [32], [1], [0])), q_len - 1)
         for i in range((end - start) // BLOCK_KV):
             kv_start = end - (i + 1) * BLOCK_KV
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-            _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
-            _load_own(v_desc, m0, m1, m2, v_start, full.index(stage), v_s.index(stage), V_AXES)
+            load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
+            load_own(v_desc, m0, m1, m2, v_start, full.index(stage), v_s.index(stage), V_AXES)
             _load_pairs(pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, met, PAIRS_AT, PAIRS_AXES)
             columns = read_columns(
                 at, kv_start + keys, q_idx, captured, captured_strides, COLUMNS, CODED_ROWS, CODE_OF
@@ -72,7 +72,7 @@ def load_tiles(
         if FILL_THRESHOLD is not None:
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), v_desc.block_type.nbytes)
-            _load_own(v_desc, n0, n1, n2, start, full.index(stage), v_s.index(stage), V_AXES)
+            load_own(v_desc, n0, n1, n2, start, full.index(stage), v_s.index(stage), V_AXES)
             _say_no_columns(full, stage, COLUMNS)
             stage, phase = next_stage(stage, phase, STAGES)
             v_start = -BLOCK_KV
@@ -85,8 +85,8 @@ def load_tiles(
                 )  # fmt: skip
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-                _load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
-                _load_own(v_desc, n0, n1, n2, kv_start, full.index(stage), v_s.index(stage), V_AXES)
+                load_own(k_desc, n0, n1, n2, kv_start, full.index(stage), k_s.index(stage), K_AXES)
+                load_own(v_desc, n0, n1, n2, kv_start, full.index(stage), v_s.index(stage), V_AXES)
                 _load_pairs(
                     pairs_desc, pairs_s, pairs_full, pairs_empty, at, q_start, kv_start, met, PAIRS_AT, PAIRS_AXES
                 )  # fmt: skip
@@ -102,7 +102,7 @@ def load_tiles(
     if FILL_THRESHOLD is None:
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(full.index(stage), v_desc.block_type.nbytes)
-        _load_own(v_desc, m0, m1, m2, v_start, full.index(stage), v_s.index(stage), V_AXES)
+        load_own(v_desc, m0, m1, m2, v_start, full.index(stage), v_s.index(stage), V_AXES)
         _say_no_columns(full, stage, COLUMNS)
 
 
@@ -119,7 +119,7 @@ def _load_pairs(
             mbarrier.wait(pairs_empty.index(group), (number & 1) ^ 1)
             mbarrier.expect(pairs_full.index(group), pairs_desc.block_type.nbytes)
             row = q_start + group * GROUP_Q
-            _load_own(
+            load_own(
                 pairs_desc, m0, m1, m2, row, pairs_full.index(group), pairs_s.index(group), PAIRS_AXES, kv_start
             )  # fmt: skip
 
@@ -138,11 +138,3 @@ def _say_no_columns(full, stage, COLUMNS: gl.constexpr):
     """The same of a stage that holds no keys."""
     if COLUMNS is not None:
         mbarrier.arrive(full.index(stage), count=1)
-
-
-@gluon.jit
-def _load_own(desc, n0, n1, n2, row, barrier, slot, AXES: gl.constexpr, column=0):
-    """Rows of an operand; on axes where it has one position for all, that."""
-    load_rows(
-        desc, n0 if AXES[0] else 0, n1 if AXES[1] else 0, n2 if AXES[2] else 0, row, barrier, slot, column
-    )  # fmt: skip

@@ -19,13 +19,21 @@ def load_rows(desc, n0, n1, n2, row, barrier, slot, column=0):
 
 
 @gluon.jit
-def store_rows(desc, n0, n1, n2, row, slot, x):
+def load_own(desc, n0, n1, n2, row, barrier, slot, AXES: gl.constexpr, column=0):
+    """Rows of an operand; on axes where it has one position for all, that."""
+    load_rows(
+        desc, n0 if AXES[0] else 0, n1 if AXES[1] else 0, n2 if AXES[2] else 0, row, barrier, slot, column
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_rows(desc, n0, n1, n2, row, slot, x, column=0):
     """Store rows by way of shared memory; rows and columns that do not exist are left out."""
     slot.store(x)
     fence_async_shared()
     gl.thread_barrier()
     tma.async_copy_shared_to_global(
-        desc, [n0, n1, n2, row, 0], slot._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+        desc, [n0, n1, n2, row, column], slot._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
     )
 
 

@@ -45,6 +45,19 @@ def visited(
     q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS: gl.constexpr
 ):  # fmt: skip
     """(start, full_start, full_end, end) at whole tiles of keys, as in `forward`, but one tile at least."""
+    start, full_start, full_end, end = visible(
+        q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS
+    )  # fmt: skip
+    start, full_start, full_end, end = whole_tiles(start, full_start, full_end, end, BLOCK_KV)
+    start = gl.minimum(start, (kv_len - 1) // BLOCK_KV * BLOCK_KV)
+    return start, full_start, full_end, gl.maximum(end, start + BLOCK_KV)
+
+
+@gluon.jit
+def visible(
+    q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS: gl.constexpr
+):  # fmt: skip
+    """(start, full_start, full_end, end): the keys that a tile of queries sees, by positions and by data."""
     q_stop = gl.minimum(q_start + BLOCK_Q, q_len)
     start, full_start, full_end, end = KV_BOUNDS(q_start, q_stop, n0, n1, n2, n3, q_len, kv_len, sizes)
     if ranges_ptr is not None:
@@ -62,9 +75,7 @@ def visited(
         start = gl.minimum(gl.maximum(start, first), end)
         full_start = gl.minimum(gl.maximum(gl.maximum(start, full_start), first_full), end)
         full_end = gl.maximum(gl.minimum(end, gl.minimum(full_end, last_full)), full_start)
-    start, full_start, full_end, end = whole_tiles(start, full_start, full_end, end, BLOCK_KV)
-    start = gl.minimum(start, (kv_len - 1) // BLOCK_KV * BLOCK_KV)
-    return start, full_start, full_end, gl.maximum(end, start + BLOCK_KV)
+    return start, full_start, full_end, end
 
 
 @gluon.jit

@@ -30,9 +30,10 @@ from flashfuse.kernels.captured_grad import CapturedProgram, PairTarget, queries
 from flashfuse.kernels.codegen_backward import BackwardProgram, load_backward
 from flashfuse.kernels.launch import Device, Launch, choose_launch, device_index, device_of, padded, shape_of
 from flashfuse.kernels.launch_hopper_backward import prepare_one_pass
+from flashfuse.kernels.launch_hopper_dense import prepare_hopper_pairs
 from flashfuse.kernels.launch_ranges import filled_rows, query_ranges
 from flashfuse.kernels.prepared import Buffer, KernelLaunch, empty_on, loop_over, padded_axes, start, strides_of
-from flashfuse.kernels.prepared_backward import Found, Gradient, Launched, PreparedBackward
+from flashfuse.kernels.prepared_backward import Found, Gradient, HopperPairs, Launched, PreparedBackward
 from flashfuse.kernels.spec import AttentionSpec
 
 # Numbers kept for each row beside the log-sum-exp: see `backward`.
@@ -94,15 +95,15 @@ def prepare_backward(
         return None
     program = load_backward(spec, by_slot, call.kv_ranges is not None, call.q_len <= call.kv_len)
     captured = CapturedProgram.of(call, program, by_slot)
-    one_pass_on = None if searching else device_of(device)
-    return _Preparation(call, grad_out, out, program, captured, launch, one_pass_on).prepared(wanted)
+    hopper_on = None if searching else device_of(device)
+    return _Preparation(call, grad_out, out, program, captured, launch, hopper_on).prepared(wanted)
 
 
 @dataclass(frozen=True, eq=False)
 class _Preparation:
     """A call, and what was found for it so far.
 
-    one_pass_on: the device, where the launch does not say that the plain passes have to run.
+    hopper_on: the device, where the launch does not say that the plain passes have to run.
     """
 
     call: AttentionCall
@@ -111,7 +112,7 @@ class _Preparation:
     program: BackwardProgram
     captured: CapturedProgram
     launch: BackwardLaunch
-    one_pass_on: Device | None
+    hopper_on: Device | None
 
     def prepared(self, wanted: tuple[int, ...]) -> PreparedBackward:
         call, program, rows_batch = self.call, self.program, self.call.batch
@@ -119,8 +120,8 @@ class _Preparation:
         dq = self._gradient(call.q, rows_batch) if 0 in wanted else None
         dk, dv = (self._gradient(x, owned) if at in wanted else None for at, x in ((1, call.k), (2, call.v)))
         one_pass = None
-        if self.one_pass_on is not None:
-            one_pass = prepare_one_pass(self.one_pass_on, call, self.grad_out, program, wanted, (dq, dk, dv))
+        if self.hopper_on is not None:
+            one_pass = prepare_one_pass(self.hopper_on, call, self.grad_out, program, wanted, (dq, dk, dv))
         by_queries = one_pass is None and (dq is not None or program.num_row_sums > 0)
         by_keys = one_pass is None and (dk is not None or dv is not None or bool(program.key_terms))
         rows_len = -(-call.q_len // ROWS_BLOCK.value) * ROWS_BLOCK.value
@@ -203,8 +204,13 @@ class _Preparation:
         numbers = (*strides, *padded_axes(call.batch), *self._lengths)
         return self._launched(attention_queries_backward_kernel, programs, variant, numbers)
 
-    def _pairs(self, target: PairTarget) -> tuple[Launched, ...]:
+    def _pairs(self, target: PairTarget) -> tuple[Launched | HopperPairs, ...]:
         """The kernel that writes the gradients of reads at pairs, or their sums by distance, for each part."""
+        found = None
+        if self.hopper_on is not None:
+            found = prepare_hopper_pairs(self.hopper_on, self.call, self.grad_out, self.program, target)
+        if found is not None:
+            return (found,)
         call, owned = self.call, tuple(target.view.shape[:-2])
         strides = tuple(self._strides(call.k, call.v, self.grad_out, call.kv_ranges, target.view))
         axes = (*padded_axes(owned), *padded_axes(loop_over(call.batch, owned)))

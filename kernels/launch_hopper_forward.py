@@ -11,7 +11,8 @@ import torch
 
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_hopper import load_hopper_forward, pair_read
-from flashfuse.kernels.expr import Load, Product, walk
+from flashfuse.kernels.expr import Product, walk
+from flashfuse.kernels.hopper_pairs import of_pairs, own_axes, own_positions, pair_axes, slot_of
 from flashfuse.kernels.launch import (
     LOG2_E,
     Device,
@@ -55,16 +56,16 @@ def takes(device: Device, call: AttentionCall) -> bool:
     """Whether the kernel computes this."""
     blocks = blocks_of(call.head_dim, call.value_dim)
     out = Buffer.like(empty_output(call)[0])
-    pairs = _of_pairs(call)
+    pairs = of_pairs(call)
     return (
         is_hopper(device, SHARED_BYTES)
         and blocks is not None
         and len(call.batch) <= BATCH_AXES
         and takes_program(call.spec)
         and all(x.dtype == call.spec.product_dtype for x in (call.q, call.k, call.v))
-        and all(is_read(_own(x)) for x in (call.q, call.k, call.v))
+        and all(is_read(own_positions(x)) for x in (call.q, call.k, call.v))
         and has_map(out)
-        and (pairs is None or is_read(_own(pairs)))
+        and (pairs is None or is_read(own_positions(pairs)))
     )
 
 
@@ -102,33 +103,6 @@ def takes_program(spec: AttentionSpec) -> bool:
         and load_hopper_forward(spec, False, False).factor_masked is None
         and any(isinstance(e, Product) for e in walk(spec.score))
     )
-
-
-def _own(x: torch.Tensor) -> torch.Tensor:
-    """The positions of an operand that are its own: one along an axis that it is shared over."""
-    return x[tuple(slice(None) if stride else slice(1) for stride in x.stride()[:-2])]
-
-
-def _of_pairs(call: AttentionCall) -> torch.Tensor | None:
-    """The captured tensor that is read for each pair by tiles, as far as there are queries and keys."""
-    read = pair_read(call.spec)
-    return None if read is None else call.captured[_slot(read)][..., : call.q_len, : call.kv_len]
-
-
-def _slot(read: Load) -> int:
-    assert isinstance(read.tensor, int)
-    return read.tensor
-
-
-def _pair_axes(pairs: torch.Tensor | None) -> tuple[bool, ...]:
-    """On which of three axes that tensor is not the same everywhere."""
-    found = () if pairs is None else tuple(stride != 0 for stride in pairs.stride()[:-2])
-    return (*found, *(True,) * (BATCH_AXES - len(found)))
-
-
-def _own_axes(own: torch.Tensor, batch: tuple[int, ...]) -> tuple[bool, ...]:
-    """On which of three axes an operand has a position for each of the batch."""
-    return (*(n == size for n, size in zip(own.shape, batch, strict=False)), *(True,) * (BATCH_AXES - len(batch)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -193,9 +167,9 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
     from flashfuse.kernels.hopper_forward import GROUP_Q, attention_hopper_forward_kernel
 
     out, lse = empty_output(call)
-    own = [_own(x) for x in (call.q, call.k, call.v)]
-    read, pairs = pair_read(call.spec), _of_pairs(call)
-    axes = (*(_own_axes(x, call.batch) for x in own), _pair_axes(pairs))
+    own = [own_positions(x) for x in (call.q, call.k, call.v)]
+    read, pairs = pair_read(call.spec), of_pairs(call)
+    axes = (*(own_axes(x, call.batch) for x in own), pair_axes(pairs))
     positions, fewer_queries = math.prod(call.batch), call.q_len <= call.kv_len
     variant = forward_constants(call.spec, blocks, axes, call.kv_ranges is not None, fewer_queries, positions)
     of_ranges = (0,) * 6 if call.kv_ranges is None else strides_of(call.kv_ranges, call.batch)
@@ -203,7 +177,7 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
     operands = zip((*own, out), tiles, strict=True)
     descriptors = [tensor_map(Buffer.like(x), rows, columns) for x, (rows, columns) in operands]
     # Behind the last query and key it gives 0, whatever is there.
-    of_pairs = None if pairs is None else tensor_map(Buffer.like(_own(pairs)), GROUP_Q.value, BLOCK)
+    pairs_map = None if pairs is None else tensor_map(Buffer.like(own_positions(pairs)), GROUP_Q.value, BLOCK)
     taken = _tiles(call)
     programs = min(taken, device.multiprocessors)
     return Prepared(
@@ -214,6 +188,6 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
         numbers=(of_ranges, *padded_axes(call.batch), call.q_len, call.kv_len, call.program_sizes),
         captured_strides=tuple(c.stride() for c in call.captured),
         counted=programs < taken,
-        descriptors=(*descriptors, of_pairs),
-        pairs=None if read is None else _slot(read),
+        descriptors=(*descriptors, pairs_map),
+        pairs=None if read is None else slot_of(read),
     )

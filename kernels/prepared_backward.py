@@ -51,15 +51,30 @@ class OnePass(NamedTuple):
 
     sums: those of the gradient of q, [positions, Tq, D], which start at 0 by the kernel of rows; `scaled` makes the
     gradient of them.
-    operands: descriptors of q, k, v, the output's gradient, the gradients of k and v, and the sums, without tensors.
+    operands: descriptors of q, k, v, the output's gradient, the gradients of k and v, the sums, and the captured tensor
+        that is read for each pair, without tensors; pairs: the place of that among the captured, or None for both.
     ranges: what turns the ranges of keys round, for its tiles.
     """
 
     sums: Buffer
+    left: Buffer | None
     operands: tuple[Any, ...]
+    pairs: int | None
     ranges: Found | None
     one_pass: Launched
     scaled: Launched
+
+
+class HopperPairs(NamedTuple):
+    """The gradient of a read at pairs by the kernel of `hopper_dense`.
+
+    operands: descriptors of q, k, v, the output's gradient, what is written, and the captured tensor at the place
+        `pairs`, without tensors.
+    """
+
+    operands: tuple[Any, ...]
+    pairs: int
+    launched: Launched
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +108,7 @@ class PreparedBackward:
     dk: Gradient | None
     dv: Gradient | None
     key_sums: tuple[Buffer, ...]
-    pairs: tuple[tuple[Launched, ...], ...]
+    pairs: tuple[tuple[Launched | HopperPairs, ...], ...]
     targets: tuple[PairTarget, ...]
 
     def compute(
@@ -165,12 +180,14 @@ class _Run:
         return rows[SINK_GRAD.value][..., : self.q.shape[-2]]
 
     def _one_pass(self, of: OnePass, rows: torch.Tensor, sums: torch.Tensor | None) -> None:
-        """The gradients of q, k and v."""
+        """The gradients of q, k and v, and right deltas for those of pairs."""
         ranges, filled = self._found(of.ranges, self.kv_ranges), self._found(self.of.filled, self.lse)
         dq, dk, dv = self._new(self.of.dq), self._new(self.of.dk), self._new(self.of.dv)
-        tensors = (self.q, self.k, self.v, self.grad_out, dk, dv, sums)
-        self._launch(of.one_pass, *map(described, of.operands, tensors), rows, ranges, filled)
-        self._launch(of.scaled, sums, dq)
+        pairs = None if of.pairs is None else self.captured[of.pairs]
+        tensors = (self.q, self.k, self.v, self.grad_out, dk, dv, sums, pairs)
+        left = None if of.left is None else self.empty(*of.left)
+        self._launch(of.one_pass, *map(described, of.operands, tensors), rows, left, ranges, filled)
+        self._launch(of.scaled, sums, left, rows, dq)
         for place, gradient, found in ((0, self.of.dq, dq), (1, self.of.dk, dk), (2, self.of.dv, dv)):
             self._keep(place, gradient, found)
 
@@ -201,15 +218,21 @@ class _Run:
         self._keep(1, self.of.dk, dk)
         self._keep(2, self.of.dv, dv)
 
-    def _pairs(self, launches: Sequence[Launched], target: PairTarget, rows: torch.Tensor) -> None:
+    def _pairs(self, launches: Sequence[Launched | HopperPairs], target: PairTarget, rows: torch.Tensor) -> None:
         """The gradients of reads at pairs, of all queries or of some at a time."""
         whole = target.whole_by(self.empty)
-        for launched, part in zip(launches, target.parts, strict=True):
+        for of, part in zip(launches, target.parts, strict=True):
             written = target.written(whole, part)
-            self._launch(
-                launched, self.q, self.k, self.v, self.grad_out, rows, self.kv_ranges, self.seed, written
-            )  # fmt: skip
+            self._write_pairs(of, rows, written)
             self.of_captured.add_pair(target, whole, written, part)
+
+    def _write_pairs(self, of: Launched | HopperPairs, rows: torch.Tensor, written: torch.Tensor) -> None:
+        operands = (self.q, self.k, self.v, self.grad_out)
+        if isinstance(of, HopperPairs):
+            tensors = (*operands, written, self.captured[of.pairs])
+            self._launch(of.launched, *map(described, of.operands, tensors), rows, self.kv_ranges)
+        else:
+            self._launch(of, *operands, rows, self.kv_ranges, self.seed, written)
 
     def _launch(self, launched: Launched, *tensors: Any) -> None:
         launch, numbers, strides = launched

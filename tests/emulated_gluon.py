@@ -21,8 +21,11 @@ from flashfuse.kernels.prepared import KernelLaunch
 # Seconds after which a thread that waits is taken to wait for ever.
 PATIENCE = 20.0
 ELEMENTWISE = ("exp", "exp2", "log2", "abs", "floor")
-# Of tiles that are kept in shared memory, by Triton's names.
-TYPES = {"fp32": torch.float32, "int8": torch.int8, "int32": torch.int32, "int64": torch.int64}
+# By Triton's names.
+TYPES = {
+    "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "int32": torch.int32,
+    "int64": torch.int64,
+}  # fmt: skip
 LAYOUTS = ("SliceLayout", "BlockedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SwizzledSharedLayout")
 
 
@@ -50,13 +53,12 @@ class Pointer:
         self.storage, self.offset = storage, offset
         self.dtype = SimpleNamespace(element_ty=storage.dtype)
 
+    @property
+    def shape(self) -> torch.Size:
+        return torch.as_tensor(self.offset).shape
+
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.storage, self.offset + other)
-
-    def to(self, dtype: torch.dtype, bitcast: bool) -> Pointer:
-        assert bitcast
-        assert dtype.itemsize == self.storage.dtype.itemsize
-        return Pointer(self.storage.view(dtype), self.offset)
 
     def add(self, x: int) -> torch.Tensor:
         """What was there before."""
@@ -254,7 +256,7 @@ def _language(program: int, programs: int) -> Any:
         zeros=lambda shape, dtype, *_: tile(torch.zeros(tuple(shape), dtype=dtype)),
         full=lambda shape, value, dtype, *_: tile(torch.full(tuple(shape), value, dtype=dtype)),
         cdiv=lambda a, b: -(-a // b),
-        range=range,
+        range=lambda *ends, num_stages=None: range(*ends),
         static_range=range,
         where=_where,
         load=lambda at, mask=None, other=0: at.load(mask, other),
@@ -271,6 +273,9 @@ def _language(program: int, programs: int) -> Any:
         max=_reduced(lambda x, axis: x.amax(axis)),
         min=_reduced(lambda x, axis: x.amin(axis)),
         convert_layout=lambda x, _: x,
+        trans=lambda x: x.mT,
+        expand_dims=lambda x, axis: x.unsqueeze(axis),
+        dot=lambda a, b, **_: _product(a, b, None, use_acc=False),
         allocate_shared_memory=_allocated,
         thread_barrier=anything,
         warp_specialize=_run_all,
@@ -286,6 +291,7 @@ def _instructions() -> dict[str, Any]:
         "_meet": lambda: meeting.wait(),
         "opaque": torch.as_tensor,
         "next_stage": lambda stage, phase, stages: ((stage + 1) % stages, phase ^ (stage == stages - 1)),
+        "warp_sums": lambda x: tile(torch.as_tensor(x).view(4, -1, x.shape[-1]).sum(1)),
         "_add_to_global": lambda to, at, part: to.store(at, part, add=True),
         "fence_async_shared": lambda: None,
         "gdc_launch_dependents": lambda: None,

@@ -180,52 +180,79 @@ def bias(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return noise(*outer, -(-columns // 8) * 8).to(dtype)[..., :columns]
 
 
-def _bias_calls() -> dict[str, Callable[[], Call]]:
+def _bias_calls(kv_len: int) -> dict[str, Callable[[], Call]]:
     """Scores to which a tensor of pairs is added, by what that is shared over, and what else they are."""
     found: dict[str, Callable[[], Call]] = {}
 
     def add(name: str, score: str, batch: tuple[int, ...], of: Callable[[], torch.Tensor], **changes: Any) -> None:
         for d in (64, 128):
             found[f"bias-{name}-{d}"] = lambda d=d: make_call(  # type: ignore[misc]
-                score, (*batch, 301, d), 417, captured=[of()], **{"dtype": BF16, **changes}
+                score, (*batch, 301, d), kv_len, captured=[of()], **{"dtype": BF16, **changes}
             )
+
+    def pairs(dtype: torch.dtype, *batch: int) -> Callable[[], torch.Tensor]:
+        return lambda: bias(dtype, *batch, 301, kv_len)
 
     heads, position = "t0[n1, q_idx, kv_idx]", "t0[n0, n1, q_idx, kv_idx]"
     causal, most = f"where(kv_idx <= q_idx, qk * 0.125 + {heads}, -inf)", (1, 2)
-    add("bf16", f"qk * 0.125 + {heads}", (2, 4), lambda: bias(BF16, 4, 301, 417))
-    add("fp16", f"qk * 0.125 + {heads}", (2, 4), lambda: bias(FP16, 4, 301, 417), dtype=FP16)
-    add("causal", f"where(kv_idx <= q_idx, qk * 0.125 + {position}, -inf)", (2, 2), lambda: bias(BF16, 2, 2, 301, 417))
-    add("scaled", f"(qk + {position}) * 0.125", (2, 2), lambda: bias(FP16, 2, 2, 301, 417), dtype=FP16)
-    add("all", "qk * 0.125 + t0[q_idx, kv_idx]", (2, 3), lambda: bias(FP16, 301, 417), dtype=FP16)
-    add("batch", "qk * 0.125 + t0[n0, 0, q_idx, kv_idx]", (2, 3), lambda: bias(BF16, 2, 1, 301, 417))
-    add("expanded", f"qk * 0.125 + {position}", (2, 3), lambda: bias(BF16, 1, 3, 301, 417).expand(2, -1, -1, -1))
-    grouped = "qk * 0.125 + t0[n1 * 3 + n2, q_idx, kv_idx]"
-    add("grouped", grouped, (2, 2, 3), lambda: bias(BF16, 6, 301, 417), k_batch=(2, 2, 1))
+    add("bf16", f"qk * 0.125 + {heads}", (2, 4), pairs(BF16, 4))
+    add("fp16", f"qk * 0.125 + {heads}", (2, 4), pairs(FP16, 4), dtype=FP16)
+    add("causal", f"where(kv_idx <= q_idx, qk * 0.125 + {position}, -inf)", (2, 2), pairs(BF16, 2, 2))
+    add("scaled", f"(qk + {position}) * 0.125", (2, 2), pairs(FP16, 2, 2), dtype=FP16)
+    add("all", "qk * 0.125 + t0[q_idx, kv_idx]", (2, 3), pairs(FP16), dtype=FP16)
+    add("batch", "qk * 0.125 + t0[n0, 0, q_idx, kv_idx]", (2, 3), pairs(BF16, 2, 1))
+    expanded = lambda: bias(BF16, 1, 3, 301, kv_len).expand(2, -1, -1, -1)  # noqa: E731
+    add("expanded", f"qk * 0.125 + {position}", (2, 3), expanded)
+    grouped = "qk * 0.125 + t0[n1 * 2 + n2, q_idx, kv_idx]"
+    add("grouped", grouped, (2, 2, 2), pairs(BF16, 4), k_batch=(2, 2, 1))
     last = "where(kv_idx <= q_idx + (kv_len - q_len), 0.0, -inf)"
-    add("longer", f"qk * 0.125 + {heads} + {last}", most, longer)
-    add("twice", f"qk * {heads} + {heads} * to_float(kv_idx - q_idx) * 0.01", most, lambda: bias(BF16, 2, 301, 417))
+    add("longer", f"qk * 0.125 + {heads} + {last}", most, lambda: longer(kv_len))
+    add("twice", f"qk * {heads} + {heads} * to_float(kv_idx - q_idx) * 0.01", most, pairs(BF16, 2))
     filled = f"where(kv_idx <= q_idx - 200, qk * 0.125 + {heads}, -10000.0)"
-    add("fill", filled, most, lambda: bias(FP16, 2, 301, 417), dtype=FP16)
-    add("sink", causal, most, lambda: bias(FP16, 2, 301, 417), sink="0.5", dtype=FP16)
-    add("mask", f"qk * 0.125 + {heads}", most, masking)
+    add("fill", filled, most, pairs(FP16, 2), dtype=FP16)
+    add("sink", causal, most, pairs(FP16, 2), sink="0.5", dtype=FP16)
+    add("mask", f"qk * 0.125 + {heads}", most, lambda: masking(kv_len))
+    add("cap", f"tanh((qk + {heads}) * 0.0025) * 50.0", most, pairs(BF16, 2))
+    # Beside reads at rows and at columns of tiles; shared by as many as there is room for among rows of pairs.
+    ids = torch.bucketize(torch.arange(kv_len), torch.tensor([90, 220, 250]), right=True).expand(4, -1).contiguous()
+    same = f"where((t1[n0, q_idx] == t1[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125 + {heads}, -inf)"
+    ends = f"qk * 0.125 + {heads} + t1[n0, q_idx] * t2[n0, kv_idx]"
     for d in (64, 128):
         found[f"bias-ranges-{d}"] = lambda d=d: with_ranges(  # type: ignore[misc]
-            make_call("qk * 0.125 + t0[q_idx, kv_idx]", (4, 301, d), 417, captured=[masking()[0]], dtype=BF16)
+            make_call("qk * 0.125 + t0[q_idx, kv_idx]", (4, 301, d), kv_len, captured=[masking(kv_len)[0]], dtype=BF16)
+        )
+        found[f"bias-documents-{d}"] = lambda d=d: with_ranges(  # type: ignore[misc]
+            make_call(same, (256 // d, 2, 301, d), kv_len, captured=[pairs(FP16, 2)(), ids], dtype=FP16)
+        )
+        found[f"bias-ends-{d}"] = lambda d=d: make_call(  # type: ignore[misc]
+            ends, (2, 2, 301, d), kv_len, captured=[pairs(FP16, 2)(), noise(2, 301), noise(2, kv_len)], dtype=FP16
         )
     return found
 
 
-def longer() -> torch.Tensor:
+def longer(kv_len: int) -> torch.Tensor:
     """Behind the last query and key are elements of others, which may be anything."""
-    return torch.nn.functional.pad(bias(BF16, 2, 301, 417), (0, 31, 0, 9), value=torch.nan)
+    return torch.nn.functional.pad(bias(BF16, 2, 301, kv_len), (0, 448 - kv_len, 0, 9), value=torch.nan)
 
 
-def masking() -> torch.Tensor:
+def masking(kv_len: int) -> torch.Tensor:
     """A mask that is added: some pairs have the least number there is, and some queries no other."""
-    found = bias(BF16, 2, 301, 417)
-    found[..., noise(301, 417) < 0.5] = torch.finfo(BF16).min
+    found = bias(BF16, 2, 301, kv_len)
+    found[..., noise(301, kv_len) < 0.5] = torch.finfo(BF16).min
     found[:, ::50] = torch.finfo(BF16).min
     return found
 
 
-BIAS_CALLS = _bias_calls()
+BIAS_CALLS = _bias_calls(417)
+# Those that the one-pass backward takes: an element that multiplies the product may be infinite.
+BACKWARD_BIAS_CALLS = {name: make for name, make in BIAS_CALLS.items() if "twice" not in name}
+# Those whose gradient of pairs the kernel of rows of pairs takes: TMA writes it, and it is shared by few positions.
+MANY = ("twice", "cap", "all", "batch-128", "ranges-128")
+ROWS_OF_PAIRS_CALLS = {
+    f"rows-of-{name}": make for name, make in _bias_calls(424).items() if not any(many in name for many in MANY)
+}
+
+
+def wanted(name: str) -> tuple[int, ...]:
+    """The places of the operands whose gradients come from the one pass, or from kernels beside it."""
+    return (0, 1, 2, 3) if name in {**BIAS_CALLS, **ROWS_OF_PAIRS_CALLS} and "cap" not in name else (0, 1, 2)

@@ -10,12 +10,15 @@ from compile_targets import DEVICES, POINTERS, compiled
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from flashfuse.kernels import hopper_forward
+from flashfuse.kernels import hopper_dense, hopper_forward
 from flashfuse.kernels.codegen_backward import load_backward
+from flashfuse.kernels.codegen_derivative import load_derivatives
 from flashfuse.kernels.codegen_hopper import pair_read
-from flashfuse.kernels.hopper_backward import GROUP_KV, attention_hopper_backward_kernel
+from flashfuse.kernels.hopper_backward import HALF, attention_hopper_backward_kernel
 from flashfuse.kernels.hopper_forward import attention_hopper_forward_kernel
+from flashfuse.kernels.hopper_query_visits import GROUP_KV
 from flashfuse.kernels.launch_hopper_backward import BLOCK_Q, backward_constants
+from flashfuse.kernels.launch_hopper_dense import dense_hopper_constants
 from flashfuse.kernels.launch_hopper_forward import forward_constants
 from flashfuse.kernels.spec import AttentionSpec, parse
 
@@ -37,6 +40,11 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = {
     "bias": ("qk * 0.125 + t0[n1, q_idx, kv_idx]", (torch.bfloat16,), (3,)),
     "causal bias": ("where(kv_idx <= q_idx, qk * 0.125 + t0[n1, q_idx, kv_idx], -inf)", (torch.float16,), (3,)),
     "scaled bias": ("(qk + t0[n0, q_idx, kv_idx]) * 0.125", (torch.bfloat16,), (3,)),
+    "documents bias": (
+        "where((t1[n0, q_idx] == t1[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125 + t0[n1, q_idx, kv_idx], -inf)",
+        (torch.float16, torch.int64),
+        (3, 2),
+    ),
     "fill": ("where(kv_idx <= q_idx - 200, qk * 0.125, -10000.0)", (), ()),
     "sink": ("where(kv_idx <= q_idx, qk * 0.125, -inf)", (torch.float32,), (1,)),
 }
@@ -47,26 +55,51 @@ AXES = (True, True, False)
 def compiled_backward(program: str, head_dim: int, dtype: torch.dtype, shared: bool) -> tuple[Any, str]:
     """The kernel for sm_90, of one position or more (shared) for each that has keys; of documents with their ranges."""
     spec = _spec(program, dtype)
-    ranged = program == "documents"
-    backward = load_backward(spec, (False,) * len(spec.captured), ranged, True)
+    ranged = program.startswith("documents")
+    pairs = pair_read(spec)
+    # With sums of the scores' gradients where it can have them.
+    wanted = pairs is not None and load_derivatives(spec, ranged).is_flat
+    backward = load_backward(spec, (wanted,) * len(spec.captured), ranged, True)
     rows, keys = BLOCK_Q[head_dim], GROUP_KV.value
     given = {
         "ranges_ptr": "*i32" if ranged else None,
         "filled_ptr": None if backward.fill_threshold is None else "*i32",
         "rows_ptr": "*fp32",
+        "left_ptr": "*fp32" if backward.corrected else None,
         **{f"loop_{axis}": "i32" if shared and axis == 2 else 1 for axis in range(4)},
         **{f"{name}_desc": described(dtype, rows, head_dim) for name in ("q", "grad")},
         **{f"{name}_desc": described(dtype, keys, head_dim) for name in ("k", "v", "dk", "dv")},
         "dq_desc": described(torch.float32, 64, 64, batch_axes=1),
+        "pairs_desc": None if pairs is None else described(pairs.dtype, HALF.value, keys),
     }
-    variant = backward_constants(spec, backward, head_dim, ranged, True, SPREAD)
+    variant = backward_constants(spec, backward, head_dim, AXES, ranged, True, (SPREAD, 1))
     return _compiled(attention_hopper_backward_kernel, program, variant, given)
+
+
+def compiled_dense(program: str, head_dim: int, dtype: torch.dtype, shared_by: int) -> tuple[Any, str]:
+    """The kernel of rows of pairs for sm_90, where so many positions of the first axis share them."""
+    spec = _spec(program, dtype)
+    pairs = pair_read(spec)
+    assert pairs is not None
+    backward = load_backward(spec, (True,) * len(spec.captured), False, True)
+    rows, keys = hopper_dense.GROUP_Q.value, hopper_dense.BLOCK_KV.value
+    given = {
+        "ranges_ptr": None,
+        "rows_ptr": "*fp32",
+        **{f"loop_{axis}": "i32" if shared_by > 1 and axis == 0 else 1 for axis in range(4)},
+        **{f"{name}_desc": described(dtype, rows, head_dim) for name in ("q", "grad")},
+        **{f"{name}_desc": described(dtype, keys, head_dim) for name in ("k", "v")},
+        **{f"{name}_desc": described(pairs.dtype, rows, keys) for name in ("dt", "pairs")},
+    }
+    axes = ((True, True, True), (True, True, True), AXES)
+    variant = dense_hopper_constants(spec, backward, head_dim, axes, False, True, shared_by)
+    return _compiled(hopper_dense.attention_hopper_dense_backward_kernel, program, variant, given)
 
 
 def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[Any, str]:
     """The kernel for sm_90, of keys that one axis shares; of documents with their ranges."""
     spec = _spec(program, dtype)
-    ranged = program == "documents"
+    ranged = program.startswith("documents")
     axes = ((True, True, True), AXES, AXES, (True, True, True))
     variant = forward_constants(spec, (head_dim, value_dim), axes, ranged, True, SPREAD)
     rows, keys = hopper_forward.GROUP_Q.value, hopper_forward.BLOCK_KV.value

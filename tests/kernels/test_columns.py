@@ -44,6 +44,7 @@ def test_what_is_read(
     [
         ("where(t0[q_idx] == t0[kv_idx], qk, -inf)", [INT], True),
         ("where((t0[q_idx] != t1[n0, kv_idx]) | (kv_idx <= q_idx), -inf, qk)", [INT, INT], True),
+        ("where(t0[q_idx] == t0[kv_idx], qk, -inf) + t1[kv_idx] * t2[q_idx]", [INT, FLOAT, FLOAT], True),
         # Only 64 bits tell which one is larger.
         ("where(t0[q_idx] < t0[kv_idx], qk, -inf)", [INT], False),
         ("where((t0[q_idx] == t0[kv_idx]) | (t0[kv_idx] < q_idx), qk, -inf)", [INT], False),
@@ -58,6 +59,7 @@ def test_what_is_coded(text: str, captured: Sequence[torch.dtype], coded: bool, 
     assert found.coded == (() if not coded else found.coded)
     assert (found.code_of == 0) == coded
     if coded:
+        # Beside the codes of rows there is room for no more.
         assert found.types == (torch.int32,)
         assert set(found.sources()) == {"columns", "coded_rows"}
         assert len(found.made) == 2

@@ -34,7 +34,7 @@ SOME = (
     "rows-64", "sink-64", "batch2x2x3-2x2x1-causal-64", "batch3x2-1x1-plain-128", "batch--causal-64", "documents-64",
     "far_apart-64", "padding-64", "padded-64", "rows_apart-128", "heads_inside-64",
     *(name for at, name in enumerate(FORWARD_CALLS) if at % 4 in (0, 3)),
-    "bias-bf16-64", "bias-fp16-128", "bias-expanded-64", "bias-grouped-64", "bias-longer-64", "bias-fill-64",
+    "bias-documents-64", "bias-fp16-128", "bias-expanded-64", "bias-grouped-64", "bias-longer-64", "bias-fill-64",
     "bias-ranges-64",
 )  # fmt: skip
 ALL = {**FEW_HEADS, **FORWARD_CALLS, **BIAS_CALLS}

@@ -11,7 +11,7 @@ from numerics import assert_close_to_exact, assert_lse_close_to_exact
 
 triton = pytest.importorskip("triton")
 
-from hopper_calls import BF16, BIAS_CALLS, CALLS, CAUSAL, FORWARD_CALLS, PLAIN, bias, documents, nan_filled_on, padded  # noqa: E402
+from hopper_calls import BF16, BIAS_CALLS, CALLS, CAUSAL, FORWARD_CALLS, PLAIN, bias, nan_filled_on  # noqa: E402
 
 from flashfuse.kernels import launch_hopper, launch_hopper_forward, plans  # noqa: E402
 from flashfuse.kernels.launch import attention_forward  # noqa: E402
@@ -89,9 +89,9 @@ def test_every_launch_gives_the_same_with_a_bias(
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("make", [documents, padded])
-def test_every_launch_gives_the_same_with_ranges(make: object, head_dim: int) -> None:
-    call = make(head_dim).to("cuda")  # type: ignore[operator]
+@pytest.mark.parametrize("name", ["documents", "padded", "bias-documents"])
+def test_every_launch_gives_the_same_with_ranges(name: str, head_dim: int) -> None:
+    call = ALL[f"{name}-{head_dim}"]().to("cuda")
     first = forward(call)
     for _ in range(LAUNCHES):
         assert all(map(torch.equal, forward(call), first))
