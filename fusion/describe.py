@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import sympy
 import torch
 
@@ -104,5 +106,11 @@ def _kernel(site: AttentionSite) -> str:
 def _bytes_saved(site: AttentionSite) -> int | str:
     """Eager stores at least the scores and the probabilities."""
     elements = sympy.prod((*site.batch, site.q_len, site.kv_len))
-    total = sympy.simplify(elements * (site.spec.product_dtype.itemsize + site.spec.probs_dtype.itemsize))
+    total = _simplified(elements * (site.spec.product_dtype.itemsize + site.spec.probs_dtype.itemsize))
     return int(total) if total.is_Integer else str(total)
+
+
+@functools.lru_cache(maxsize=256)
+def _simplified(size: sympy.Expr) -> sympy.Expr:
+    """Kept, since layers have equal sizes, and simplifying one takes longer than finding its attention."""
+    return sympy.simplify(size)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from flashfuse.insert import Inserter, copy_module
+from flashfuse.insert import Inserter, as_module, copy_graph
 from flashfuse.patterns.calls import mutated_inputs, name_of
 from flashfuse.patterns.composite import Record, record
 from flashfuse.patterns.graph import Graph, location, to_sympy
@@ -40,7 +40,7 @@ def inline(graph: Graph, nodes: Iterable[fx.Node]) -> Opened:
     nodes = tuple(nodes)
     if not nodes:
         return Opened(graph.module)
-    made, copied = copy_module(graph.module)
+    made, copied = copy_graph(graph.module)
     origin: dict[fx.Node, fx.Node] = {}
     refusals: list[Refusal] = []
     for node in nodes:
@@ -49,14 +49,12 @@ def inline(graph: Graph, nodes: Iterable[fx.Node]) -> Opened:
             fresh = _open(insert, node, record(graph, node), copied)
         except (CannotTrace, LookupError) as error:
             for unfinished in reversed(insert.made):
-                made.graph.erase_node(unfinished)
+                made.erase_node(unfinished)
             reason = f"`{name_of(node)}` cannot be taken apart: {error}"
             refusals.append(Refusal(node, "opaque-function", reason, location(node)))
             continue
         origin |= dict.fromkeys(fresh, node)
-    made.graph.lint()
-    made.recompile()
-    return Opened(made, origin, tuple(refusals))
+    return Opened(as_module(graph.module, made), origin, tuple(refusals))
 
 
 def _open(insert: Inserter, node: fx.Node, what: Record, copied: dict[fx.Node, fx.Node]) -> list[fx.Node]:

@@ -28,27 +28,30 @@ ARITHMETIC: dict[type, Callable[..., Any]] = {
 }
 
 
-def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """A copy of a graph module with a graph of its own, and the copy of each node but the output.
-
-    Parameters, buffers and sub-modules are shared.
-    """
+def copy_graph(module: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a module's graph, and the copy of each node but the output."""
     graph = fx.Graph(module)
     copied: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(module.graph, copied)
     old_output = next(n for n in module.graph.nodes if n.op == "output")
     new_output = graph.output(output, getattr(old_output, "type", None))
     new_output.meta = copy.copy(old_output.meta)
+    _copy_sources(module, copied)
+    return graph, copied
+
+
+def as_module(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """The module with a copy of its graph that has been changed; parameters, buffers and sub-modules are shared."""
+    graph.lint()
     made = fx.GraphModule(module, graph, module.__class__.__name__)
     made.meta = dict(module.meta)
-    _copy_sources(module, made, copied)
-    return made, copied
-
-
-def _copy_sources(module: fx.GraphModule, made: fx.GraphModule, copied: Mapping[fx.Node, fx.Node]) -> None:
-    """Where inputs come from, which Dynamo keeps outside of `meta`; without it none counts as static in CUDA graphs."""
     if hasattr(module, "_param_name_to_source"):
         made._param_name_to_source = module._param_name_to_source
+    return made
+
+
+def _copy_sources(module: fx.GraphModule, copied: Mapping[fx.Node, fx.Node]) -> None:
+    """Where inputs come from, which Dynamo keeps outside of `meta`; without it none counts as static in CUDA graphs."""
     for node in module.graph.find_nodes(op="placeholder"):
         if hasattr(node, "_dynamo_source"):
             copied[node]._dynamo_source = node._dynamo_source

@@ -13,7 +13,7 @@ from torch import fx
 
 import flashfuse.kernels.ops  # noqa: F401
 from flashfuse.erase import Unused
-from flashfuse.insert import Inserter, copy_module
+from flashfuse.insert import Inserter, as_module, copy_graph
 from flashfuse.kernels.derivative import differentiable, follows_products
 from flashfuse.kernels.dropout import SEEDS
 from flashfuse.kernels.ranges import RangesProgram, ranges_program
@@ -35,8 +35,7 @@ UNKNOWN_SIZE = 1024
 
 def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphModule:
     """A copy of `module` in which each site is one `flashfuse::attention` call; `module` itself is not changed."""
-    made, copied = copy_module(module)
-    graph = made.graph
+    graph, copied = copy_graph(module)
     unused = Unused(graph)
     ranges, seeds = SharedRanges(module.graph), Seeds()
     position = {node: i for i, node in enumerate(module.graph.nodes)}
@@ -44,9 +43,7 @@ def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
     for site in sorted(sites, key=lambda site: position[site.node]):
         _replace(graph, site, copied, ranges, seeds, tables)
     unused.erase_others()
-    graph.lint()
-    made.recompile()
-    return made
+    return as_module(module, graph)
 
 
 def _replace(

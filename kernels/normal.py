@@ -197,7 +197,7 @@ def _fold(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
         values = [torch.tensor(number(a), dtype=work if a.dtype.is_floating_point else a.dtype) for a in args]
         # As torch computes it: in float32, then rounded to the result's own type.
         result = OPS[op].torch(*values).to(dtype)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return None
     if result.is_floating_point() and bool(torch.isnan(result)):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,12 +30,18 @@ _STATEFUL: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def name_of(node: fx.Node) -> str:
-    """The bare name of what the node calls: "softmax", "masked_fill_", "scaled_dot_product_attention"."""
-    if node.op == "call_method":
-        return str(node.target)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.overloadpacket.__name__
-    return str(getattr(node.target, "__name__", node.target))
+    """The bare name of what the node calls: "softmax", "masked_fill_", "scaled_dot_product_attention"; or ""."""
+    target = node.target
+    if isinstance(target, str):
+        return target if node.op == "call_method" else ""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__
+    return str(getattr(target, "__name__", target))
+
+
+def label_of(node: fx.Node) -> str:
+    """What a sentence calls the node by: what it calls, or where the graph has it from."""
+    return name_of(node) or str(node.target)
 
 
 def functional_target(node: fx.Node) -> Any:
@@ -49,9 +56,11 @@ def functional_target(node: fx.Node) -> Any:
 
 def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     """The input nodes whose memory this node may write."""
+    target, told = node.target, node.kwargs
     if node.op in ("placeholder", "output", "get_attr"):
         return ()
-    target = node.target
+    if _only_reads(node.op, target) and "out" not in told and "inplace" not in told:
+        return ()
     if isinstance(target, torch._ops.HigherOrderOperator):
         return tuple(node.all_input_nodes) if _may_mutate(node) else ()
     if isinstance(target, torch._ops.OpOverload):
@@ -67,14 +76,28 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     return written
 
 
-def _writes_first(node: fx.Node) -> bool:
-    """Whether a function or method of torch writes its first argument: by its trailing underscore, or inplace=True."""
-    name = name_of(node)
-    if node.target in _INPLACE_OPERATORS or name in ("setitem", "__setitem__"):
+@functools.lru_cache(maxsize=4096)
+def _only_reads(op: str, target: Any) -> bool:
+    """Whether a function or method of torch's or Python's own writes nothing, whatever its positional arguments are."""
+    if isinstance(target, (torch._ops.OperatorBase, torch._ops.OpOverloadPacket)) or is_foreign(target):
+        return False
+    name = target if isinstance(target, str) else str(getattr(target, "__name__", target))
+    takes_flag = op == "call_function" and _inplace_argument(target) is not None
+    return not takes_flag and name not in _STATEFUL and not _is_inplace(name, target)
+
+
+def _is_inplace(name: str, target: Any) -> bool:
+    """Whether a function or method of torch writes its first argument by its name."""
+    if target in _INPLACE_OPERATORS or name in ("setitem", "__setitem__"):
         return True
     if name.startswith("__i") and name.endswith("__") and hasattr(operator, name.strip("_")):
         return True
-    if name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_"):
+    return name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_")
+
+
+def _writes_first(node: fx.Node) -> bool:
+    """Whether a function or method of torch writes its first argument: by its name, or inplace=True."""
+    if _is_inplace(name_of(node), node.target):
         return True
     place = _inplace_argument(node.target) if node.op == "call_function" else None
     flag = node.kwargs.get("inplace", node.args[place] if place is not None and place < len(node.args) else False)
@@ -96,6 +119,10 @@ def _state_written(node: fx.Node) -> tuple[fx.Node, ...]:
 @functools.cache
 def _inplace_argument(function: Any) -> int | None:
     """The place of the argument `inplace` of a Python function, None where it takes none."""
+    if isinstance(function, types.BuiltinFunctionType) and "inplace" not in (
+        getattr(function, "__text_signature__", None) or ""
+    ):
+        return None
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):

@@ -11,27 +11,31 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from flashfuse.patterns.calls import mutated_inputs, name_of
+from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.graph import Graph, value
 from flashfuse.patterns.normaliser import NORMALISERS
 from flashfuse.patterns.refusal import Refused
+from flashfuse.patterns.region import Region
 
 
-def private_chain(graph: Graph, products: Sequence[fx.Node], site: fx.Node) -> tuple[fx.Node, ...]:
-    """The nodes from the products to the site, in order. Raises Refused where something else needs one of them."""
-    region = _between(graph, products, site)
-    chain = tuple(sorted(region, key=graph.position.__getitem__))
+def private_chain(graph: Graph, region: Region, products: Sequence[fx.Node], site: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes from the products to the site, in order. Raises Refused where something else needs one of them.
+
+    region: is told what is looked at.
+    """
+    between = _between(graph, region, products, site)
+    chain = tuple(sorted(between, key=graph.position.__getitem__))
     first_softmax = next((n for n in chain if name_of(n) in NORMALISERS), None)
     what = "scores"
     for node in chain:
         what = "probabilities" if node is first_softmax else what
-        foreign = [n for n in mutated_inputs(node) if n not in region]
+        foreign = [n for n in graph.mutated[node] if n not in between]
         if foreign:
             raise Refused(
                 "mutation", f"`{name_of(node)}` writes the scores into `{foreign[0].name}`, which exists outside", node
             )
         for user in node.users:
-            if user in region or user is site or user not in graph.live or not _uses_values(user):
+            if user in between or user is site or user not in graph.live or not _uses_values(graph, user):
                 continue
             where = "are returned" if user.op == "output" else f"are used again by `{name_of(user)}`"
             raise Refused(
@@ -42,24 +46,25 @@ def private_chain(graph: Graph, products: Sequence[fx.Node], site: fx.Node) -> t
     return chain
 
 
-def _between(graph: Graph, starts: Sequence[fx.Node], end: fx.Node) -> set[fx.Node]:
+def _between(graph: Graph, region: Region, starts: Sequence[fx.Node], end: fx.Node) -> set[fx.Node]:
     """Nodes on a path from one of `starts` to `end`, starts included, and in-place edits of what is on it."""
-    inside = graph.nodes[min(graph.position[n] for n in starts) : graph.position[end]]
-    reached = set(starts)
-    for node in inside:
-        if any(n in reached for n in node.all_input_nodes):
-            reached.add(node)
+    reached = dict.fromkeys(starts)
+    pending = list(reached)
+    for node in pending:
+        fresh = [u for u in node.users if u not in reached and graph.position[u] < graph.position[end]]
+        reached.update(dict.fromkeys(fresh))
+        pending += fresh
+    region.open(*reached)
+    region.use(reached)
     wanted = {end}
-    for node in reversed(inside):
-        if node in reached and (
-            any(u in wanted for u in node.users) or any(n in reached for n in mutated_inputs(node))
-        ):
+    for node in sorted(reached, key=graph.position.__getitem__, reverse=True):
+        if any(u in wanted for u in node.users) or any(n in reached for n in graph.mutated[node]):
             wanted.add(node)
     return wanted - {end}
 
 
-def _uses_values(user: fx.Node) -> bool:
+def _uses_values(graph: Graph, user: fx.Node) -> bool:
     """Asking for a size, type or device does not need the values; writing them anywhere does."""
-    if user.op == "output" or mutated_inputs(user):
+    if user.op == "output" or graph.mutated[user]:
         return True
     return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value(user)))

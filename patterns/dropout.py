@@ -37,6 +37,7 @@ def dropped(view: NodeView, x: Expr, p: Any, position: Indices, call: int = 0) -
     p = value(p) if isinstance(p, fx.Node) else p
     if not isinstance(p, (int, float, torch.SymFloat)):
         raise CannotLift(view.node, "drops with a probability that is not a number")
+    view.lifter.region.specialised |= isinstance(p, torch.SymFloat)
     p = float(p)
     if p == 0:
         return x

@@ -29,7 +29,7 @@ from flashfuse.kernels.expr import (
     walk,
 )
 from flashfuse.kernels.normal import FALSE, TRUE, cast, conjunction, conjuncts, number, pointwise, rewrite, substitute
-from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.calls import label_of
 from flashfuse.patterns.draw import DrawLoad
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
@@ -90,7 +90,7 @@ def _sink(lifter: Lifter, expr: Expr, score: Score, leads: AbstractSet[fx.Node])
             try:
                 opened = lifter.expand(expr)
             except CannotLift as error:
-                label = name_of(error.node) if error.node is not None else "an operator"
+                label = label_of(error.node) if error.node is not None else "an operator"
                 raise Refused("unknown-operator", f"`{label}` before the softmax {error.reason}", error.node) from error
             stored = any(isinstance(e, (Dot, Reduce, Softmax)) for e in walk(opened))
             return expr if stored else _sink(lifter, opened, score, leads)

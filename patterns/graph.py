@@ -54,6 +54,8 @@ def wants_gradient(node: fx.Node) -> bool:
 
 def to_sympy(size: Any) -> sympy.Expr:
     """A size, possibly symbolic, as a sympy expression over the graph's size symbols."""
+    if type(size) is int:
+        return sympy.Integer(size)
     if not isinstance(size, (torch.SymInt, torch.SymFloat)):
         return sympy.sympify(size)
     expr: sympy.Expr = size.node.expr
@@ -87,6 +89,8 @@ def storage(node: fx.Node) -> int | None:
 _LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "embedding"})
 # Products that are layers when one argument, at this place and of this name, is a parameter.
 _LINEAR = {"linear": (1, "weight"), "addmm": (2, "mat2")}
+# The names of all that may apply weights.
+WEIGHTED = _LAYERS | _LINEAR.keys()
 
 
 def is_weighted(node: fx.Node) -> bool:
@@ -110,12 +114,15 @@ class Graph:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
         self.nodes = tuple(module.graph.nodes)
+        self.inputs = {node: node.all_input_nodes for node in self.nodes}
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.fake_mode = self._find_fake_mode()
         self.autocast = self._autocast_regions()
         self.no_grad = self._no_grad_regions()
+        self.mutated = {node: mutated_inputs(node) for node in self.nodes}
         self.writes = self._writes()
         self.live = self._live()
+        self.weights = self._made_of_parameters()
         self.forward_mode = any(map(is_forward_mode, self.nodes))
 
     def _find_fake_mode(self) -> FakeTensorMode | None:
@@ -154,7 +161,7 @@ class Graph:
         """For every storage that the graph writes, the writing nodes in order."""
         writes: dict[int, list[fx.Node]] = {}
         for node in self.nodes:
-            for target in mutated_inputs(node):
+            for target in self.mutated[node]:
                 where = storage(target)
                 if where is not None:
                     writes.setdefault(where, []).append(node)
@@ -164,10 +171,18 @@ class Graph:
         """Nodes that reach an output or write memory."""
         live: set[fx.Node] = set()
         for node in reversed(self.nodes):
-            if node.op == "output" or node in live or mutated_inputs(node):
+            if node.op == "output" or node in live or self.mutated[node]:
                 live.add(node)
-                live.update(node.all_input_nodes)
+                live.update(self.inputs[node])
         return live
+
+    def _made_of_parameters(self) -> frozenset[fx.Node]:
+        """The nodes whose values are made from parameters alone."""
+        made: set[fx.Node] = set()
+        for node, inputs in self.inputs.items():
+            if made.issuperset(inputs) if inputs else isinstance(raw_value(node), torch.nn.Parameter):
+                made.add(node)
+        return frozenset(made)
 
     def writer_between(self, node: fx.Node, after: fx.Node, before: fx.Node) -> fx.Node | None:
         """The last node strictly between two nodes that writes the memory behind `node`."""

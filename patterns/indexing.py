@@ -31,8 +31,26 @@ def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
     """a / b where b divides a whatever the symbols stand for, else None."""
     if a.is_Integer and b.is_Integer:
         return sympy.Integer(int(a) // int(b)) if int(a) % int(b) == 0 else None
+    coefficient, rest = a.as_coeff_Mul()
+    if b.is_Integer and coefficient.is_Integer and rest.is_Symbol:
+        return coefficient // b * rest if coefficient % b == 0 else None
+    if _is_monomial(b) and all(map(_is_monomial, terms := sympy.Add.make_args(sympy.expand(a)))):
+        parts = [term / b for term in terms]
+        return sympy.Add(*parts) if all(map(_is_monomial, parts)) else None
     ratio = sympy.cancel(a / b)
     return sympy.expand(ratio) if _is_whole(ratio) else None
+
+
+def _is_monomial(expr: sympy.Expr) -> bool:
+    """Whether the expression is an integer times powers of symbols and divisions, none in a denominator."""
+    coefficient, rest = expr.as_coeff_Mul()
+    return coefficient.is_Integer and all(_is_power(factor) for factor in sympy.Mul.make_args(rest))
+
+
+def _is_power(factor: sympy.Expr) -> bool:
+    base, exponent = factor.as_base_exp()
+    whole = base.is_Symbol or isinstance(base, (FloorDiv, Mod)) or base == 1
+    return whole and exponent.is_Integer and exponent.is_positive
 
 
 def _is_whole(expr: sympy.Expr) -> bool:
@@ -106,11 +124,18 @@ def divide(expr: sympy.Expr, divisor: sympy.Expr, ranges: Ranges) -> tuple[sympy
         return sympy.Add(*whole) + FloorDiv(inner, sympy.expand(first * divisor)), Mod(remainder, divisor)
     share = _best_share(rest, divisor, ranges)
     if share is None:
-        return FloorDiv(expr, divisor), Mod(expr, divisor)
+        return _parts(expr, divisor)
     taken, left = sympy.Add(*whole, share[0]), share[1]
     if within(left, divisor, ranges):
         return taken, left
-    return taken + FloorDiv(left, divisor), Mod(left, divisor)
+    further, remainder = _parts(left, divisor)
+    return taken + further, remainder
+
+
+def _parts(value: sympy.Expr, divisor: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """(value // divisor, value % divisor); of a lone symbol sympy would look for a while and find nothing."""
+    lone = value.is_Symbol and divisor.is_Integer
+    return FloorDiv(value, divisor, evaluate=not lone), Mod(value, divisor, evaluate=not lone)
 
 
 def _best_share(

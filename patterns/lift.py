@@ -16,12 +16,14 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from flashfuse.kernels.expr import Expr, Index, Load, Pointwise, loads
+from flashfuse.kernels.expr import Expr, Index, Load, loads
 from flashfuse.kernels.normal import const, converted, index, rewrite, stored, substitute
 from flashfuse.patterns.calls import mutated_inputs
 from flashfuse.patterns.draw import drawn
 from flashfuse.patterns.graph import Graph, shape, storage, tensor, to_sympy, value, wants_gradient
-from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds, resimplify
+from flashfuse.patterns.indexing import ZERO, Indices, resimplify
+from flashfuse.patterns.limits import may_wrap
+from flashfuse.patterns.region import Region
 from flashfuse.patterns.trace import CannotTrace, Trace, trace
 
 
@@ -37,15 +39,15 @@ class Lifter:
     """Lifts the nodes of one graph. Keeps the extent of every index symbol it made, and each node's expansion.
 
     history: whether what is lifted has to keep its gradient, so that no place where one ends is looked through.
+    region: what has been looked at since the analysis at hand began.
     """
 
     def __init__(self, graph: Graph, history: bool = False) -> None:
         self.graph, self.history = graph, history
         self.ranges: dict[sympy.Symbol, sympy.Expr] = {}
-        self._first_read: dict[fx.Node, fx.Node] = {}
-        self._overwritten: set[fx.Node] = set()
+        self.region = Region(graph.position)
         self._traces: dict[fx.Node, Trace | CannotTrace] = {}
-        self._expansions: dict[fx.Node, tuple[Indices, Expr] | CannotLift] = {}
+        self._expansions: dict[fx.Node, tuple[tuple[Indices, Expr] | CannotLift, Region]] = {}
 
     def symbol(self, prefix: str, extent: sympy.Expr) -> sympy.Symbol:
         """A new index symbol that runs over 0 <= symbol < extent."""
@@ -58,6 +60,7 @@ class Lifter:
         return tuple(ZERO if size == 1 else self.symbol(prefix, size) for size in sizes)
 
     def load(self, node: fx.Node, position: Indices) -> Load:
+        self.region.see(node)
         t = tensor(node)
         if t is None:
             raise CannotLift(node, "is not a tensor")
@@ -66,16 +69,13 @@ class Lifter:
     def read(self, node: fx.Node, reader: fx.Node) -> fx.Node:
         """The node whose value `reader` sees where it reads `node`; the earliest such place is remembered."""
         source = self.graph.current(node, reader)
-        if source is None:
-            source = node
-            self._overwritten.add(node)
-        known = self._first_read.get(source, reader)
-        self._first_read[source] = min(known, reader, key=self.graph.position.__getitem__)
-        return source
+        self.region.see(node)
+        self.region.read(node if source is None else source, reader, overwritten=source is None)
+        return node if source is None else source
 
     def writer_before(self, node: fx.Node, site: fx.Node) -> fx.Node | None:
         """What writes the memory of `node` after its value was read and before `site`, where the kernel reads it."""
-        reader = self._first_read.get(node)
+        reader = self.region.first_read.get(node)
         if reader is not None and any(storage(n) == storage(node) for n in mutated_inputs(reader)):
             return reader
         return self.graph.writer_between(node, reader or node, site)
@@ -107,11 +107,17 @@ class Lifter:
         node = load.tensor
         if not isinstance(node, fx.Node):
             raise CannotLift(None, "is drawn at random")
-        if node in self._overwritten:
+        self.region.open(node)
+        if node in self.region.overwritten:
             raise CannotLift(node, "is written through another view before it is read")
         if node not in self._expansions:
-            self._expansions[node] = self._expand(node)
-        known = self._expansions[node]
+            outer, self.region = self.region, Region(self.graph.position)
+            try:
+                self._expansions[node] = self._expand(node), self.region
+            finally:
+                self.region = outer
+        known, region = self._expansions[node]
+        self.region.add(region)
         if isinstance(known, CannotLift):
             raise known
         position, expr = known
@@ -152,8 +158,11 @@ class Lifter:
         position = self.position(shape(t))
         try:
             rule = NODE_ROWS.get(node.target) if node.op == "call_function" else None
+            direct = DIRECT_ROWS.get(node.target)
             if rule is not None:
                 expr = rule(NodeView(self, node), position)
+            elif direct is not None and (read := direct(NodeView(self, node), position)) is not None:
+                expr = read
             elif node.target is operator.getitem and not isinstance(value(node.args[0]), torch.Tensor):  # type: ignore[arg-type]
                 expr = self._expand_part(node, position)
             else:
@@ -175,6 +184,7 @@ class Lifter:
 
     def traced(self, node: fx.Node) -> Trace:
         """The ATen calls that the node makes. Raises CannotTrace."""
+        self.region.open(node)
         if node not in self._traces:
             try:
                 self._traces[node] = trace(self.graph, node)
@@ -246,41 +256,6 @@ class NodeView:
         return result
 
 
-_ARITHMETIC = ("add", "sub", "mul", "neg", "abs", "pow")
-
-
-def may_wrap(expr: Expr, dtype: torch.dtype, ranges: Ranges) -> bool:
-    """Whether integer arithmetic may leave the range of its type; what int64 tensors hold is taken to be small."""
-    if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
-        return False
-    if isinstance(expr, Pointwise):
-        return expr.op == "pow" or (expr.op in _ARITHMETIC and dtype != torch.int64)
-    if not isinstance(expr, Index) or (isinstance(expr.value, (sympy.Integer, sympy.Symbol)) and dtype == torch.int32):
-        return False
-    limits = bounds(expr.value, ranges)
-    if limits is None or not all(limit.is_Integer for limit in limits):
-        limit = {torch.int32: (16, 2**30), torch.int64: (2**31, 2**62)}.get(dtype)
-        return limit is None or not _small(expr.value, *limit)
-    info = torch.iinfo(dtype)
-    return not (info.min <= limits[0] and limits[1] <= info.max)
-
-
-def _small(value: sympy.Expr, most: int, constant: int) -> bool:
-    """Whether a position is a sum of positions and sizes, each far below 2**31, that stays small.
-
-    `most` bounds the sum of the coefficients, `constant` the constant term.
-    """
-    terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(value))]
-    if most <= 16 and not all(rest.is_Symbol or rest == 1 for _, rest in terms):
-        return False
-    return all(abs(c) <= (constant if r == 1 else most) for c, r in terms) and sum(1 for _, r in terms if r != 1) <= 16
-
-
-def small_position(value: sympy.Expr) -> bool:
-    """Whether float32 holds the position exactly: a sum of a few positions and sizes, below 2**24 in any model."""
-    return _small(value, 16, 2**20)
-
-
 def aligned(position: Indices, sizes: tuple[sympy.Expr, ...]) -> Indices:
     """A position in a broadcast result as a position in an operand of these sizes."""
     kept = position[len(position) - len(sizes) :]
@@ -290,6 +265,9 @@ def aligned(position: Indices, sizes: tuple[sympy.Expr, ...]) -> Indices:
 Row = Callable[..., Expr]
 ATEN_ROWS: dict[Any, Row] = {}
 NODE_ROWS: dict[Any, Row] = {}
+# Of nodes that are run where their row gives None.
+DirectRow = Callable[..., Expr | None]
+DIRECT_ROWS: dict[Any, DirectRow] = {}
 
 
 def _tensor_literal(view: NodeView, position: Indices) -> Expr:

@@ -1,4 +1,4 @@
-"""What is known of the integers in a program: bounds of computed positions, and clamps that change nothing."""
+"""What is known of integers in a program: bounds of computed positions, clamps without effect, what types hold."""
 
 from __future__ import annotations
 
@@ -58,3 +58,38 @@ def without_clamps(expr: Expr, ranges: Ranges) -> Expr:
 
 def _is_integer(expr: Expr) -> bool:
     return not expr.dtype.is_floating_point and expr.dtype != torch.bool
+
+
+_ARITHMETIC = ("add", "sub", "mul", "neg", "abs", "pow")
+
+
+def may_wrap(expr: Expr, dtype: torch.dtype, ranges: Ranges) -> bool:
+    """Whether integer arithmetic may leave the range of its type; what int64 tensors hold is taken to be small."""
+    if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
+        return False
+    if isinstance(expr, Pointwise):
+        return expr.op == "pow" or (expr.op in _ARITHMETIC and dtype != torch.int64)
+    if not isinstance(expr, Index) or (isinstance(expr.value, (sympy.Integer, sympy.Symbol)) and dtype == torch.int32):
+        return False
+    limits = bounds(expr.value, ranges)
+    if limits is None or not all(limit.is_Integer for limit in limits):
+        limit = {torch.int32: (16, 2**30), torch.int64: (2**31, 2**62)}.get(dtype)
+        return limit is None or not _small(expr.value, *limit)
+    info = torch.iinfo(dtype)
+    return not (info.min <= limits[0] and limits[1] <= info.max)
+
+
+def _small(value: sympy.Expr, most: int, constant: int) -> bool:
+    """Whether a position is a sum of positions and sizes, each far below 2**31, that stays small.
+
+    `most` bounds the sum of the coefficients, `constant` the constant term.
+    """
+    terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(value))]
+    if most <= 16 and not all(rest.is_Symbol or rest == 1 for _, rest in terms):
+        return False
+    return all(abs(c) <= (constant if r == 1 else most) for c, r in terms) and sum(1 for _, r in terms if r != 1) <= 16
+
+
+def small_position(value: sympy.Expr) -> bool:
+    """Whether float32 holds the position exactly: a sum of a few positions and sizes, below 2**24 in any model."""
+    return _small(value, 16, 2**20)

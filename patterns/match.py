@@ -11,7 +11,6 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 import sympy
-import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -19,6 +18,7 @@ import flashfuse.patterns.aten
 import flashfuse.patterns.aten_layout
 import flashfuse.patterns.aten_numbers
 import flashfuse.patterns.aten_windows
+import flashfuse.patterns.direct
 import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols, loads
@@ -28,11 +28,12 @@ from flashfuse.patterns.chain import private_chain
 from flashfuse.patterns.dropout import before_dropout, check_draws
 from flashfuse.patterns.ending import Ending, ending, is_linear
 from flashfuse.patterns.gate import Gated, as_gated
-from flashfuse.patterns.graph import Graph, location, raw_value, shape, tensor, value, wants_gradient
+from flashfuse.patterns.graph import Graph, location, raw_value, shape, tensor, wants_gradient
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import PARTIAL, place
 from flashfuse.patterns.refusal import Refused, mixing_layer, read_as_whole
+from flashfuse.patterns.replay import Analyses
 from flashfuse.patterns.score import Score, as_scores, find_products, find_score
 from flashfuse.patterns.seeds import WHOLE, Upstream, is_contraction, unclaimed, upstream
 from flashfuse.patterns.site import AttentionSite, Refusal
@@ -52,18 +53,18 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     """Find every attention in a Dynamo graph (its nodes carry fake tensors in `meta`). The graph is not changed."""
     graph = Graph(module)
     up = upstream(graph)
-    lifters = {history: Lifter(graph, history) for history in (False, True)}
+    analyses = Analyses(graph, up.products, lambda lifter, node: _match(lifter, node, up.products.keys()))
     sites: list[AttentionSite] = []
     refused: dict[fx.Node, Refused] = {}
     claimed: set[fx.Node] = set()
-    for node in graph.nodes:
+    for node in up.starts:
         seeds = up.seeds(node)
         # An output that was taken already is not rescaled by anything that belongs to its attention.
         taken = seeds <= claimed if is_contraction(node) else bool(seeds & claimed)
         if node not in graph.live or not seeds or taken:
             continue
         try:
-            site = _match(lifters[wants_gradient(node)], node, up.products.keys())
+            site = analyses.site(node, history=wants_gradient(node))
         except Refused as error:
             for seed in seeds:
                 refused.setdefault(seed, error)
@@ -183,7 +184,7 @@ def _added(lifter: Lifter, sites: list[AttentionSite]) -> AttentionSite:
         return sites[0]
     chain = tuple(sorted({n for site in sites for n in site.chain}, key=lifter.graph.position.__getitem__))
     for site in sites:
-        _check_apart(site, chain)
+        _check_apart(lifter, site, chain)
     check_draws(sites)
     wide = [replace(s, spec=replace(s.spec, out_dtype=s.spec.compute_dtype), chain=chain) for s in sites]
     return replace(wide[0], plus=tuple(wide[1:]))
@@ -219,16 +220,17 @@ def _rows(position: Indices, value_side: Expr) -> Sequence[sympy.Symbol]:
 def _assembled(
     lifter: Lifter, node: fx.Node, position: Indices, product: Dot, value_side: Expr, score: Score, end: Ending
 ) -> AttentionSite:
-    chain = private_chain(lifter.graph, score.nodes, node) if node not in score.nodes else ()
+    chain = private_chain(lifter.graph, lifter.region, score.nodes, node) if node not in score.nodes else ()
     site = assemble(lifter, node, position, product, value_side, end, score, chain)
-    _check_apart(site, chain)
+    _check_apart(lifter, site, chain)
     return site
 
 
-def _check_apart(site: AttentionSite, chain: tuple[fx.Node, ...]) -> None:
+def _check_apart(lifter: Lifter, site: AttentionSite, chain: tuple[fx.Node, ...]) -> None:
     """Refuse where the kernel would read what it takes the place of."""
     for used in site.nodes_read:
         if used in chain:
+            lifter.region.open(*chain)
             raise read_as_whole(used, chain)
 
 
@@ -252,7 +254,7 @@ def _unnormalised(
         return None
     reads = [read for expr in (*found.dots, value_side) for read in loads(expr)]
     wide = any(dot.extent.is_Integer and dot.extent > _WIDEST for dot in found.dots)
-    if wide or any(isinstance(read.tensor, fx.Node) and _is_weight(read.tensor) for read in reads):
+    if wide or any(read.tensor in lifter.graph.weights for read in reads):
         return None
     try:
         scores = as_scores(found)
@@ -270,17 +272,6 @@ def _unnormalised(
 
 # Beyond this no tile holds a row, and two matrix products are the faster program.
 _WIDEST = 512
-
-
-def _is_weight(node: fx.Node) -> bool:
-    """Whether a tensor is made from parameters alone."""
-    if isinstance(value(node), torch.nn.Parameter):
-        return True
-    return (
-        node.op not in ("placeholder", "get_attr")
-        and bool(node.all_input_nodes)
-        and all(map(_is_weight, node.all_input_nodes))
-    )
 
 
 def _wrong_axis(

@@ -32,7 +32,8 @@ from flashfuse.patterns.cases import without_cases
 from flashfuse.patterns.distances import as_table
 from flashfuse.patterns.graph import tensor, to_sympy
 from flashfuse.patterns.indexing import same
-from flashfuse.patterns.lift import CannotLift, Lifter, may_wrap, small_position
+from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.limits import may_wrap, small_position
 from flashfuse.patterns.operand import sizes_of
 from flashfuse.patterns.refusal import Refused
 

@@ -33,6 +33,7 @@ def output_order(
     groups = [[numbers[p] for p in layout.parts.get(o, (o,))] if isinstance(o, sympy.Symbol) else [] for o in position]
     missing = [n for n, a in enumerate(axes) if a is None]
     out_axes = (*(n for group in groups for n in group), *missing)
+    layout.lifter.region.use((node, *(node.users if len(node.users) == 1 else ())))
     dims, free = _memory_order(node)
     order = [n for n in missing if n != last] + [n for dim in dims for n in groups[dim]]
     if last in missing:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.calls import label_of, name_of
 from flashfuse.patterns.graph import is_weighted
+from flashfuse.patterns.region import Region
 
 
 class Refused(Exception):
@@ -56,13 +57,14 @@ def mixed(node: fx.Node, what: str = "scores", when: str = "before the softmax")
     return Refused("head-mixing", f"the {what} are mixed across heads by `{name_of(node)}` {when}", node)
 
 
-def blocked(node: fx.Node, reason: str) -> Refused:
+def blocked(region: Region, node: fx.Node, reason: str) -> Refused:
     """Why an operator between the product and the softmax cannot be part of a score program."""
+    candidates = (node, *(m for n in node.all_input_nodes for m in (n, *n.all_input_nodes[:1])))
+    region.open(*candidates)
     if name_of(node) in _CONVOLUTIONS:
         return mixed(node)
-    candidates = (node, *(m for n in node.all_input_nodes for m in (n, *n.all_input_nodes[:1])))
     known = next((found for n in candidates if (found := _over_rows(n)) is not None), None)
-    return known or Refused("unknown-operator", f"`{name_of(node)}` before the softmax {reason}", node)
+    return known or Refused("unknown-operator", f"`{label_of(node)}` before the softmax {reason}", node)
 
 
 def mixing_layer(softmax: fx.Node, limit: int = 8) -> Refused | None:

@@ -184,7 +184,7 @@ class _Search:
                 return program
             self._note(Refused("extra-columns", "the softmax has rows or columns that are no products", node))
         except CannotLift as error:
-            self._note(blocked(error.node or node, error.reason))
+            self._note(blocked(self.lifter.region, error.node or node, error.reason))
         except _NoIndexForm:
             pass
         del self.found[before:]

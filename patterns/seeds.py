@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from flashfuse.patterns.calls import name_of
-from flashfuse.patterns.graph import Graph, is_weighted
+from flashfuse.patterns.graph import WEIGHTED, Graph, is_weighted
 from flashfuse.patterns.normaliser import NORMALISERS
 
 Seeds = frozenset[fx.Node]
+NONE: Seeds = frozenset()
 
 # What starts a search. A contraction may be spelled with any of these; what it means is read from its ATen calls.
 _CONTRACTIONS = frozenset({
@@ -37,34 +38,36 @@ def is_contraction(node: fx.Node) -> bool:
 class Upstream:
     """What lies behind the nodes of a graph.
 
+    starts: what a search may start from: contractions, whole attentions, and what may rescale one.
     products: a product of activations. normalisers: the normalisers up to the next product. curved: operators that may
     make a product of activations non-linear, up to the next product. values: products with what was normalised, and
     the normalisers.
     A layer with weights ends all, except that it may mix raw scores (talking heads); a product with values is not one.
     """
 
+    starts: tuple[fx.Node, ...]
     products: Mapping[fx.Node, fx.Node]
     normalisers: Mapping[fx.Node, Seeds]
     curved: Mapping[fx.Node, Seeds]
     values: Mapping[fx.Node, Seeds]
 
     def seeds(self, node: fx.Node) -> Seeds:
-        """What a contraction takes part of its input from; of a whole attention, the node itself."""
+        """What one of `starts` takes part of its input from; of a whole attention, the node itself."""
         name = name_of(node)
         if name in WHOLE:
             return frozenset((node,))
         if name in _GATES:
             return self._gated(node)
-        if not is_contraction(node):
-            return frozenset()
-        return _union(self.normalisers, node) or _union(self.curved, node)
+        inputs = node.all_input_nodes
+        return _union(self.normalisers, inputs) or _union(self.curved, inputs)
 
     def _gated(self, node: fx.Node) -> Seeds:
         """Of an attention's output multiplied with something that was made from scores: the normalisers of both."""
-        behind = (self.products.get(n, n) for n in node.all_input_nodes)
+        inputs = node.all_input_nodes
+        behind = (self.products.get(n, n) for n in inputs)
         outputs = [self.values[product] for product in behind if product in self.values]
-        gates = _union(self.normalisers, node)
-        return gates.union(*outputs) if outputs and gates else frozenset()
+        gates = _union(self.normalisers, inputs) if outputs else NONE
+        return gates.union(*outputs) if gates else NONE
 
 
 def upstream(graph: Graph) -> Upstream:
@@ -74,20 +77,25 @@ def upstream(graph: Graph) -> Upstream:
     normalisers: dict[fx.Node, Seeds] = {}
     curved: dict[fx.Node, Seeds] = {}
     over_products: Seeds = frozenset()
-    for node in graph.nodes:
+    starts: list[fx.Node] = []
+    for node, inputs in graph.inputs.items():
         name = name_of(node)
-        if node.op in ("placeholder", "get_attr", "output"):
+        if not name:
             continue
-        seeds = _union(normalisers, node)
-        if is_contraction(node) or name in WHOLE:
+        weighted = name in WEIGHTED and is_weighted(node)
+        seeds = _union(normalisers, inputs)
+        if name in WHOLE or (name in _CONTRACTIONS and not weighted):
+            starts.append(node)
             products[node] = node
             if seeds or name in WHOLE:
                 values[node] = seeds or frozenset((node,))
             continue
-        behind = next((products[n] for n in node.all_input_nodes if n in products), None)
-        if behind is not None and not (is_weighted(node) and behind in values):
+        if name in _GATES:
+            starts.append(node)
+        behind = next((products[n] for n in inputs if n in products), None)
+        if behind is not None and not (weighted and behind in values):
             products[node] = behind
-        if is_weighted(node):
+        if weighted:
             continue
         # An exponential of other things, as of a temperature, starts nothing where it meets the scores.
         if name in NORMALISERS and (not seeds or (behind is not None and not seeds & over_products)):
@@ -95,23 +103,26 @@ def upstream(graph: Graph) -> Upstream:
             over_products |= seeds if behind is not None else frozenset()
         if seeds:
             normalisers[node] = seeds
-        bends = _union(curved, node)
+        bends = _union(curved, inputs)
         if not bends and name in _CURVED and behind is not None and behind not in values:
             bends = frozenset((node,))
         if bends:
             curved[node] = bends
-    return Upstream(products, normalisers, curved, values)
+    return Upstream(tuple(starts), products, normalisers, curved, values)
 
 
-def _union(known: Mapping[fx.Node, Seeds], node: fx.Node) -> Seeds:
-    return frozenset().union(*(known.get(n, frozenset()) for n in node.all_input_nodes))
+def _union(known: Mapping[fx.Node, Seeds], nodes: Sequence[fx.Node]) -> Seeds:
+    found = [known[n] for n in nodes if n in known]
+    if len(found) < 2:
+        return found[0] if found else NONE
+    return NONE.union(*found)
 
 
 def unclaimed(graph: Graph, up: Upstream, claimed: set[fx.Node]) -> Iterable[fx.Node]:
     """Live softmaxes over products of activations that no site took."""
     for node in graph.nodes:
-        whole = name_of(node) in WHOLE
-        first = up.normalisers.get(node) == frozenset((node,))
+        whole = node in up.values and name_of(node) in WHOLE
+        first = up.normalisers.get(node) == {node}
         softmax = first and any(n in up.products for n in node.all_input_nodes)
         if (whole or softmax) and node in graph.live and node not in claimed:
             yield node

@@ -14,7 +14,20 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Const, Element, Expr, Index, Load, Pointwise, free_symbols, loads, walk
+from flashfuse.kernels.expr import (
+    Const,
+    Dot,
+    Element,
+    Expr,
+    Index,
+    Load,
+    Pointwise,
+    Reduce,
+    Softmax,
+    free_symbols,
+    loads,
+    walk,
+)
 from flashfuse.kernels.normal import converted, rewrite
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.kernels.stored import holds, readable
@@ -45,7 +58,7 @@ def stored_readings(lifter: Lifter, expr: Expr, side: Side, element_bytes: int) 
     Each with its program over `Element`, None where the element itself is the operand's. element_bytes: of the operand
     where a plain tensor is read; what is read instead has to be less, or as much behind nothing but conversions.
     """
-    while True:
+    while not any(isinstance(e, (Dot, Reduce, Softmax)) for e in walk(expr)):
         expr = _small_reads_seen_through(lifter, expr, side)
         read = _main_read(expr, side)
         if read is None:

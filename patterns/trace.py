@@ -7,7 +7,8 @@ Only nodes that the matcher looks through are ever run, each once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flashfuse.patterns.calls import functional_target, mutated_inputs
 from flashfuse.patterns.graph import Graph, tensor, value
 from flashfuse.patterns.transforms import is_border
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +122,9 @@ def trace(graph: Graph, node: fx.Node) -> Trace:
     inputs = {id(tensor(n)): n for n in node.all_input_nodes if tensor(n) is not None}
     scalars = {v.node.expr: n for n in node.all_input_nodes if isinstance(v := value(n), torch.SymFloat)}
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+    call = _only_call(graph, node, args)
+    if call is not None:
+        return Trace(inputs, scalars, {id(call.output): (call, 0)}, call.output, (call,), (args, kwargs))
     recorder = _Recorder(set(inputs))
     try:
         with as_traced(graph, node), recorder:
@@ -129,6 +135,31 @@ def trace(graph: Graph, node: fx.Node) -> Trace:
         raise CannotTrace(f"{type(error).__name__}: {error}") from error
     check_same(result, value(node), node)
     return Trace(inputs, scalars, recorder.producers, result, tuple(recorder.calls), (args, kwargs))
+
+
+# What these operators of Python do with a tensor on the left.
+_OPERATORS: dict[Any, torch._ops.OpOverload] = {
+    operator.add: aten.add.Tensor, operator.sub: aten.sub.Tensor, operator.mul: aten.mul.Tensor,
+    operator.truediv: aten.div.Tensor, operator.and_: aten.bitwise_and.Tensor, operator.or_: aten.bitwise_or.Tensor,
+    operator.lt: aten.lt.Tensor, operator.le: aten.le.Tensor, operator.gt: aten.gt.Tensor, operator.ge: aten.ge.Tensor,
+    operator.eq: aten.eq.Tensor, operator.ne: aten.ne.Tensor,
+}  # fmt: skip
+
+
+def _only_call(graph: Graph, node: fx.Node, args: Sequence[Any]) -> AtenCall | None:
+    """The one call of a pointwise operator, which need not be run to be known; None for any other node."""
+    function, output = _OPERATORS.get(node.target), value(node)
+    if function is None or not isinstance(args[0], torch.Tensor) or not isinstance(output, torch.Tensor):
+        return None
+    number = not isinstance(args[1], torch.Tensor)
+    if autocasts(graph, node) or output is args[0] or output is args[1] or (number and isinstance(args[1], complex)):
+        return None
+    return AtenCall(function, tuple(args), {}, output)
+
+
+def autocasts(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node may convert its inputs."""
+    return node in graph.autocast or torch._C._is_any_autocast_enabled()
 
 
 def check_same(got: Any, seen: Any, node: fx.Node) -> None:

@@ -25,7 +25,7 @@ from flashfuse.patterns.graph import is_weighted
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import NORMALISERS, Normalised, as_softmax, opened_or_none
 from flashfuse.patterns.operand import exactly_promotes
-from flashfuse.patterns.refusal import Refused
+from flashfuse.patterns.refusal import Refused, mixed
 from flashfuse.patterns.seeds import is_contraction
 from flashfuse.patterns.shift import limited_by_number, same_value, without_shift
 
@@ -106,7 +106,7 @@ def _search(columns: Columns, expr: Expr, passed: fx.Node | None) -> tuple[Weigh
         try:
             return find_weights(columns, columns.lifter.expand(expr, draws=True), expr.tensor)
         except CannotLift as error:
-            _refuse_opaque(error, expr.tensor)
+            _refuse_opaque(columns.lifter, error, expr.tensor)
             return ()
     if isinstance(expr, Softmax):
         return (_at_columns(columns, Normalised(expr)),)
@@ -220,27 +220,26 @@ _RULES = {
 }  # fmt: skip
 
 
-def _refuse_opaque(error: CannotLift, passed: fx.Node) -> None:
+def _refuse_opaque(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
     """Refuse where a normaliser lies behind the operator that cannot be lifted."""
     node = error.node or passed
-    if not _behind(node, NORMALISERS):
+    if not _behind(lifter, node, NORMALISERS):
         return
     name = name_of(node)
     if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
         reason = f"probabilities are dropped at random in a way that has no kernel: `{name}` {error.reason}"
         raise Refused("dropout", reason, node)
     if is_contraction(node) or is_weighted(node):
-        raise Refused(
-            "head-mixing", f"the probabilities are mixed across heads by `{name}` before they meet the values", node
-        )
+        raise mixed(node, "probabilities", "before they meet the values")
     raise Refused("unknown-operator", f"`{name}` between the softmax and the values {error.reason}", node)
 
 
-def _behind(node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
+def _behind(lifter: Lifter, node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
     """Whether an operator of one of these names lies shortly behind a node."""
     seen, queue = {node}, [node]
     while queue and len(seen) < limit:
         current = queue.pop()
+        lifter.region.open(current)
         if name_of(current) in names:
             return True
         fresh = [n for n in current.all_input_nodes if n not in seen and n.op not in ("placeholder", "get_attr")]

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from watched import find_attention
 
 from flashfuse.kernels.spec import AttentionSpec, to_text
-from flashfuse.patterns.match import MatchResult, find_attention
+from flashfuse.patterns.match import MatchResult
 from flashfuse.patterns.site import AttentionSite, Refusal
 
 

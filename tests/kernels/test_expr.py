@@ -77,6 +77,14 @@ def test_folding_constants_agrees_with_torch(op: str) -> None:
     assert value == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_numbers_beyond_their_type_stay_unfolded() -> None:
+    """An integer that int64 does not hold raised; a mask's least float rounded to an integer is one."""
+    huge = index(-(10**38))
+    assert pointwise("mul", huge, Const(torch.float32, 2.0)) == Pointwise(
+        torch.float32, "mul", (huge, Const(torch.float32, 2.0))
+    )
+
+
 def test_wrong_number_of_arguments() -> None:
     with pytest.raises(ValueError, match="add takes 2 arguments, got 1"):
         pointwise("add", QK)
