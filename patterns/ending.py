@@ -7,7 +7,7 @@ there eager code turns NaN into zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
@@ -66,6 +66,11 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
             "log-sum-exp",
             "a row of large fills absorbs the logarithm of its sum, so its probabilities do not add up to 1",
         )
+    if weights.unshifted and weights.empty_row == "zero" and not weights.sinks and _may_vanish(score.program, j):
+        raise Refused(
+            "probability-mask",
+            "a row of large fills sums to 0 where no maximum is subtracted, and the NaN that it gives is set to zero",
+        )
     sink = combined(tuple(score.opener.read(_sink(lifter, s, score, leads)) for s in weights.sinks))
     factor: Expr | None = None
     for f in (score.opener.read(f if f.dtype.is_floating_point else cast(f, torch.float32)) for f in weights.factors):
@@ -119,9 +124,25 @@ _ABSORBS = 2.0**20
 
 def _may_absorb(program: Expr, j: sympy.Symbol) -> bool:
     """Whether every score of a row may be a number so large that adding a logarithm to it changes nothing."""
-    fills = (abs(e.value) for e in walk(program) if isinstance(e, Const) and math.isfinite(e.value))
-    biases = (x for x in loads(program) if x.dtype.is_floating_point and j in free_symbols(x))
-    return any(fill > _ABSORBS for fill in fills) or any(biases)
+    return _is_biased(program, j) or any(abs(fill) > _ABSORBS for fill in _finite(program))
+
+
+# float16 has no room for the exponential of less.
+_VANISHES = -16.0
+
+
+def _may_vanish(program: Expr, j: sympy.Symbol) -> bool:
+    """Whether a mask may leave a row only finite scores whose exponentials are 0."""
+    return _is_biased(program, j) or any(fill < _VANISHES for fill in _finite(program))
+
+
+def _finite(program: Expr) -> Iterator[float]:
+    return (e.value for e in walk(program) if isinstance(e, Const) and math.isfinite(e.value))
+
+
+def _is_biased(program: Expr, j: sympy.Symbol) -> bool:
+    """Whether tensors of floats that differ between keys are in a score."""
+    return any(x.dtype.is_floating_point and j in free_symbols(x) for x in loads(program))
 
 
 # --------------------------------------------------------------------------------------------------------------------

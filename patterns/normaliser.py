@@ -26,11 +26,13 @@ class Normalised:
     """exp(arg) / (sum over the softmax's axis of exp(arg) + the sum of exp(sink) over `sinks`).
 
     by_logarithm: whether eager code divides by subtracting the logarithm of the sum, which large scores absorb.
+    unshifted: whether exponentials are of scores as they are, so that the sum of a row of very negative ones is 0.
     """
 
     softmax: Softmax
     sinks: tuple[Expr, ...] = ()
     by_logarithm: bool = False
+    unshifted: bool = False
 
 
 def open_up(lifter: Lifter, expr: Expr) -> Expr:
@@ -120,7 +122,8 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
         return None
     score, shift = _without_shift(lifter, exponential.args[0], total.axis)
     if further is None:
-        return Normalised(Softmax(total.dtype, score, total.axis, at, total.extent))
+        softmax = Softmax(total.dtype, score, total.axis, at, total.extent)
+        return Normalised(softmax, unshifted=shift is None)
     sink = _relative_to(lifter, further, shift)
     if sink is None:
         score, shift = exponential.args[0], None

@@ -92,6 +92,27 @@ def test_rows_without_a_key_cleared_of_nan(name: str) -> None:
     check(fn, *inputs())
 
 
+@pytest.mark.parametrize("name", CLEARED)
+def test_a_sum_that_vanishes_is_cleared_of_nan(name: str) -> None:
+    """A row of finite fills gave the average of all values: written without its maximum its sum is 0, and it is zero."""
+
+    def unshifted(q: Any, k: Any, v: Any, x: Any, keep: Any, fill: float) -> Any:
+        e = masked(q, k, keep, fill).exp()
+        return CLEARED[name](e / e.sum(-1, keepdim=True)) @ v
+
+    def shifted(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        s = masked(q, k, keep, MIN)
+        e = (s - s.amax(-1, keepdim=True)).exp()
+        return CLEARED[name](e / e.sum(-1, keepdim=True)) @ v
+
+    refusal = only_refusal(unshifted, *inputs(), MIN)
+    assert refusal.code == "probability-mask"
+    assert "no maximum is subtracted" in refusal.reason
+    assert only_site(unshifted, *inputs(), -math.inf).spec.empty_row == "zero"
+    only_site(shifted, *inputs())
+    check(shifted, *inputs())
+
+
 @pytest.mark.parametrize("fill", [-math.inf, MIN])
 def test_rows_zeroed_as_a_whole(fill: float) -> None:
     """Also where they are NaN: `where` does not multiply."""
