@@ -94,7 +94,7 @@ def test_rows_without_a_key_cleared_of_nan(name: str) -> None:
 
 @pytest.mark.parametrize("name", CLEARED)
 def test_a_sum_that_vanishes_is_cleared_of_nan(name: str) -> None:
-    """A row of finite fills gave the average of all values: written without its maximum its sum is 0, and it is zero."""
+    """A row of finite fills gave the average of all values; without its maximum its sum is 0, and it is zero."""
 
     def unshifted(q: Any, k: Any, v: Any, x: Any, keep: Any, fill: float) -> Any:
         e = masked(q, k, keep, fill).exp()
