@@ -217,6 +217,10 @@ class _Rows:
         tile = self.problem.tile((*self.box, keys), product.view(*self.shape, len(keys)))
         scores = self._over(score.program, tile).reshape(product.shape)
         probs = torch.sub(scores, self.shift).exp_().mul_(self.share) if normalised else scores
+        if normalised and alone:
+            # The sum is of scores that another product rounded, by which it is off where they are large.
+            total = probs.sum(-1, keepdim=True)
+            probs = probs.div_(total.masked_fill_(total == 0, 1.0))
         weights, dprobs = probs, torch.bmm(self.grad_out, v.mT)
         if self.problem.spec.dropout:
             kept = self.problem.kept((*self.box, keys)).reshape(product.shape)
@@ -265,7 +269,5 @@ def _of_whole_rows(probs: torch.Tensor, dprobs: torch.Tensor) -> torch.Tensor:
 
     It adds up to 0 over a row: what rounding errors leave of that is taken off.
     """
-    total = probs.sum(-1, keepdim=True)
-    total.masked_fill_(total == 0, 1.0)
-    dscores = probs * (dprobs - (probs * dprobs).sum(-1, keepdim=True) / total)
-    return dscores.addcmul_(probs, dscores.sum(-1, keepdim=True) / total, value=-1.0)
+    dscores = probs * (dprobs - (probs * dprobs).sum(-1, keepdim=True))
+    return dscores.addcmul_(probs, dscores.sum(-1, keepdim=True), value=-1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -197,6 +198,22 @@ def test_rows_masked_by_an_added_tensor(fill: float) -> None:
     mask[7] = fill
     _, _, dv, _ = check(make_call("qk * 0.3 + t0[q_idx, kv_idx]", (2, 33, 8), captured=[mask]))
     assert dv.abs().max() < 100
+
+
+def test_a_row_that_sees_one_key() -> None:
+    """Its probability is 1, and was off by the last digit of a large score, which another product rounds otherwise."""
+    call = make_call(CAUSAL, (8, 3, 3, 7), kv_len=4)
+    call = replace(call, q=call.q * 4, k=call.k * 4)
+    grad = noise(8, 3, 3, 7)
+    out, lse = tiled.attention_tiled(call)
+    (dv,) = attention_backward_tiled(call, grad, out, lse * torch.tensor([1.0 + 2**-22, 1.0]), [False, False, True])
+
+    def exact(dtype: torch.dtype) -> torch.Tensor:
+        q, k, g = (x.to(dtype) for x in (call.q, call.k, grad))
+        weights = (q @ k.mT * 0.3 + torch.full((3, 4), -math.inf, dtype=dtype).triu(1)).softmax(-1)
+        return weights.mT @ g
+
+    assert_close_to_exact(dv, exact(torch.float32), exact(torch.float64))
 
 
 def test_dropped_rows_have_no_gradient() -> None:
