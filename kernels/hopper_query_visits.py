@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flashfuse.kernels.backward_rows import batch_position
+from flashfuse.kernels.hopper_tiles import tile_and_position
 from flashfuse.kernels.tiles import batch_pointer
 
 # Keys of a program, and of a group of its warps. Shapes of matrix instructions: no table chooses them.
@@ -17,15 +17,10 @@ def owned_keys(
 ):  # fmt: skip
     """This program's first key, and its position on the four axes. The first keys have the most queries, if any do."""
     tiles = gl.cdiv(kv_len, BLOCK_KV)
-    round_of = gl.program_id(0) // (tiles * SPREAD)
-    rest = gl.program_id(0) % (tiles * SPREAD)
-    position = round_of * SPREAD + rest % SPREAD
-    if SHARED_BATCH:
-        n0 = position % batch_0
-        _, n1, n2, n3 = batch_position(position // batch_0, 1, batch_1, batch_2, batch_3)
-    else:
-        n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
-    return rest // SPREAD * BLOCK_KV, n0, n1, n2, n3
+    tile, n0, n1, n2, n3 = tile_and_position(
+        gl.program_id(0), tiles, batch_0, batch_1, batch_2, batch_3, SHARED_BATCH, SPREAD
+    )  # fmt: skip
+    return tile * BLOCK_KV, n0, n1, n2, n3
 
 
 @gluon.jit

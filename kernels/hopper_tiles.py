@@ -4,10 +4,32 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
+from flashfuse.kernels.backward_rows import batch_position
+
 # Rows of a tile of scores, half of them of each group of warps.
 ROWS: gl.constexpr = gl.constexpr(128)
 # The least of 64-bit integers.
 MINUS: gl.constexpr = gl.constexpr(-(2**63))
+
+
+@gluon.jit
+def tile_and_position(
+    number, tiles, batch_0, batch_1, batch_2, batch_3, SHARED_BATCH: gl.constexpr, SPREAD: gl.constexpr
+):  # fmt: skip
+    """(tile, n0, n1, n2, n3): one of `tiles` at each position, in the order in which programs take them.
+
+    SPREAD positions take a tile before the next is begun. SHARED_BATCH: whether those next to each other are of the
+    first axis.
+    """
+    round_of = number // (tiles * SPREAD)
+    rest = number % (tiles * SPREAD)
+    position = round_of * SPREAD + rest % SPREAD
+    if SHARED_BATCH:
+        n0 = position % batch_0
+        _, n1, n2, n3 = batch_position(position // batch_0, 1, batch_1, batch_2, batch_3)
+    else:
+        n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
+    return rest // SPREAD, n0, n1, n2, n3
 
 
 @gluon.jit

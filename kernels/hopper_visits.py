@@ -5,8 +5,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashfuse.kernels import mask
-from flashfuse.kernels.backward_rows import batch_position
 from flashfuse.kernels.forward import whole_tiles
+from flashfuse.kernels.hopper_tiles import tile_and_position
 from flashfuse.kernels.tiles import batch_pointer
 
 # Queries of a program's tile, and keys. Shapes of matrix instructions: no table chooses them.
@@ -26,15 +26,9 @@ def owned(
 ):  # fmt: skip
     """The first query of a tile, and its position on the four axes."""
     tiles = gl.cdiv(q_len, BLOCK_Q)
-    round_of = number // (tiles * SPREAD)
-    rest = number % (tiles * SPREAD)
-    position = round_of * SPREAD + rest % SPREAD
-    if SHARED_BATCH:
-        n0 = position % batch_0
-        _, n1, n2, n3 = batch_position(position // batch_0, 1, batch_1, batch_2, batch_3)
-    else:
-        n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)
-    tile = rest // SPREAD
+    tile, n0, n1, n2, n3 = tile_and_position(
+        number, tiles, batch_0, batch_1, batch_2, batch_3, SHARED_BATCH, SPREAD
+    )  # fmt: skip
     if LONGEST_FIRST:
         tile = tiles - 1 - tile
     return tile * BLOCK_Q, n0, n1, n2, n3
