@@ -54,9 +54,8 @@ def pairs_at_HASH(n0, n1, n2, n3, q_len, kv_len, sizes):
 
 
 @dataclass(frozen=True, eq=False)
-class HopperForwardProgram(ScoreProgram):
-    """A score is one of a tile of products under way, of the tile of pairs, what was read for its keys, and of the
-    number of products since.
+class TileReads:
+    """What a kernel reads itself for a tile.
 
     pairs_at: position in the batch -> that of the tile of pairs on three axes; None where none is loaded.
     columns, coded_rows, column_types, code_of: see `Columns`; the functions are None where there is nothing to read.
@@ -70,21 +69,21 @@ class HopperForwardProgram(ScoreProgram):
 
 
 @dataclass(frozen=True, eq=False)
-class HopperBackwardProgram:
+class HopperForwardProgram(TileReads, ScoreProgram):
+    """A score is one of a tile of products under way, of the tile of pairs, what was read for its keys, and of the
+    number of products since.
+    """
+
+
+@dataclass(frozen=True, eq=False)
+class HopperBackwardProgram(TileReads):
     """See `DerivativeProgram` and `BackwardProgram`, whose functions these are, the former of the tile of pairs, and of
     what was read for queries, too.
-
-    The others are as for `HopperForwardProgram`.
     """
 
     score_and_grad_masked: Any
     score_and_grad_full: Any
     query_bounds: Any
-    pairs_at: Any
-    columns: Any
-    coded_rows: Any
-    column_types: tuple[torch.dtype, ...]
-    code_of: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +91,7 @@ class HopperPairsProgram:
     """What the gradient of the tensor of pairs takes: scores by its tile, without what is read for columns, and what it
     gets of a tile of either kind, see `BackwardProgram.pair_grads`.
 
-    pairs_at: as for `HopperForwardProgram`.
+    pairs_at: as for `TileReads`.
     """
 
     score_and_grad_masked: Any
@@ -118,10 +117,7 @@ def load_hopper_forward(spec: AttentionSpec, ranged: bool, fewer_queries: bool) 
     }
     return HopperForwardProgram(
         **{**{field.name: getattr(program, field.name) for field in fields(program)}, **own},
-        pairs_at=_pairs_at(pairs),
-        **_functions(columns),
-        column_types=columns.types,
-        code_of=columns.code_of,
+        **_reads(pairs, columns),
     )
 
 
@@ -148,10 +144,16 @@ def _loading(spec: AttentionSpec, made: Mapping[Expr, Expr]) -> AttentionSpec:
     return replace(spec, score=rewrite(spec.score, made.get)) if made else spec
 
 
-def _functions(columns: Columns) -> Mapping[str, Any]:
+def _reads(pairs: Load | None, columns: Columns) -> Mapping[str, Any]:
+    """The fields of `TileReads`."""
     sources = columns.sources()
+    names = ("columns", "coded_rows")
+    functions = {name: _module(name, *sources[name])(name) if name in sources else None for name in names}
     return {
-        name: _module(name, *sources[name])(name) if name in sources else None for name in ("columns", "coded_rows")
+        **functions,
+        "pairs_at": _pairs_at(pairs),
+        "column_types": columns.types,
+        "code_of": columns.code_of,
     }
 
 
@@ -176,10 +178,7 @@ def load_hopper_backward(spec: AttentionSpec, ranged: bool, fewer_queries: bool)
         score_and_grad_masked=derivatives("score_and_grad_masked"),
         score_and_grad_full=derivatives("score_and_grad_full"),
         query_bounds=_module("backward", *backward_source(spec))("query_bounds"),
-        pairs_at=_pairs_at(pairs),
-        **_functions(columns),
-        column_types=columns.types,
-        code_of=columns.code_of,
+        **_reads(pairs, columns),
     )
 
 

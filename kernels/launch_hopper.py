@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 import triton
 
+from flashfuse.kernels.codegen_hopper import TileReads
 from flashfuse.kernels.expr import Expr, Pointwise, walk
-from flashfuse.kernels.launch import Device, padded
+from flashfuse.kernels.launch import Device, padded, triton_dtype
 from flashfuse.kernels.prepared import Buffer
 
 # Gluon is experimental: another release may read the kernels otherwise.
@@ -24,6 +25,17 @@ SPECIAL = frozenset({"pow", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "e
 MAX_SPREAD = 8
 # Bytes that a tensor map's strides are multiples of.
 STRIDE_BYTES = 16
+
+
+def read_constants(reads: TileReads) -> Mapping[str, Any]:
+    """Compile-time arguments that say what a kernel reads itself."""
+    return {
+        "PAIRS_AT": reads.pairs_at,
+        "COLUMNS": reads.columns,
+        "CODED_ROWS": reads.coded_rows,
+        "CODE_OF": reads.code_of,
+        "COLUMN_TYPES": tuple(map(triton_dtype, reads.column_types)),
+    }
 
 
 def has_gluon() -> bool:

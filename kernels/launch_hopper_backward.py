@@ -14,7 +14,7 @@ from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.codegen_backward import BackwardProgram
 from flashfuse.kernels.codegen_hopper import load_hopper_backward, pair_read
 from flashfuse.kernels.hopper_pairs import of_pairs, own_positions, pair_axes, sharing, slot_of
-from flashfuse.kernels.launch import Device, padded, shape_of, triton_dtype
+from flashfuse.kernels.launch import Device, padded, shape_of
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
     MAX_SPREAD,
@@ -25,6 +25,7 @@ from flashfuse.kernels.launch_hopper import (
     is_computed_by,
     is_hopper,
     is_read,
+    read_constants,
     tensor_map,
 )
 from flashfuse.kernels.launch_ranges import query_ranges
@@ -150,13 +151,9 @@ def backward_constants(
         "SLOPE": program.derivatives.slope,
         "SLACK": slack_in(spec, program),
         "FULL_MASKED": program.derivatives.full_where is not None,
-        "PAIRS_AT": functions.pairs_at,
+        **read_constants(functions),
         "PAIRS_AXES": axes,
         "SHARED_BATCH": shared_batch,
-        "COLUMNS": functions.columns,
-        "CODED_ROWS": functions.coded_rows,
-        "CODE_OF": functions.code_of,
-        "COLUMN_TYPES": tuple(map(triton_dtype, functions.column_types)),
         "BLOCK_D": block,
         "BLOCK_Q": BLOCK_Q[block],
         "SPREAD": math.gcd(MAX_SPREAD, together),

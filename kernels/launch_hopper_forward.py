@@ -21,7 +21,6 @@ from flashfuse.kernels.launch import (
     in_torch,
     shape_of,
     subtracts_scores,
-    triton_dtype,
 )
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
@@ -33,6 +32,7 @@ from flashfuse.kernels.launch_hopper import (
     is_computed_by,
     is_hopper,
     is_read,
+    read_constants,
     tensor_map,
 )
 from flashfuse.kernels.output import empty_output
@@ -138,11 +138,7 @@ def forward_constants(
         "Q_AXES": axes[0],
         "K_AXES": axes[1],
         "V_AXES": axes[2],
-        "PAIRS_AT": program.pairs_at,
-        "COLUMNS": program.columns,
-        "CODED_ROWS": program.coded_rows,
-        "CODE_OF": program.code_of,
-        "COLUMN_TYPES": tuple(map(triton_dtype, program.column_types)),
+        **read_constants(program),
         "PAIRS_AXES": axes[3],
         "SHARED_BATCH": program.shared_batch,
         "BLOCK_D": blocks[0],
