@@ -39,7 +39,7 @@ KEYS_PER_QUERY = 32
 # .. where all rows that share keys are no more than this, so that keys are read once or twice, ..
 MAX_ROWS = 128
 # .. or a program for each batch position would leave so much of the device idle.
-IDLE = 0.5
+IDLE = 2 / 3
 
 # As `launch.TABLE`; block_q: the most rows. Several programs of a multiprocessor keep reads under way.
 TABLE = (
@@ -67,14 +67,16 @@ TABLE = (
 # What the programs of a multiprocessor should have on its way from memory, and how many they are at most.
 BYTES_UNDER_WAY = 110_000
 MAX_PROGRAMS_PER_MULTIPROCESSOR = 2
-# The most shares that keys go into, and the fewest key tiles that are not read sooner than shares are put together.
+# The most shares that keys go into.
 MAX_SPLITS = 128
-MIN_TILES = 4
 # The part of a device's slots that reads about as much as all of them, and how much longer is as early.
 BUSY = 0.8
 NEARLY = 1.1
-# What a share takes beside its tiles and its part of the rows, in the time of a tile.
+# In the time of a tile: what a share takes beside its tiles and its part of the rows, what it takes to put shares
+# together, and how many rows are put together for each program that reads.
 SHARE = 0.5
+MERGE = 2.0
+MERGED_ROWS = 4
 # A program of the combine kernel holds so many numbers of accumulators at a time.
 COMBINED_ELEMENTS = 4096
 
@@ -112,7 +114,8 @@ def prepare_decode(call: AttentionCall, launch: Launch | None = None, splits: in
     if splits is None:
         shape = shape_of(spec, rows, call.head_dim, call.value_dim)
         slots = _slots(device, launch.shared_bytes(shape))
-        splits = num_splits(programs, -(-kv_len // launch.block_kv), slots, _part(launch, shape, rows))
+        part = _part(launch, shape, rows)
+        splits = num_splits(programs, -(-kv_len // launch.block_kv), slots, math.prod(outer) * rows, part)
     split, combine = variants(
         spec, call.head_dim, call.value_dim, precision_of(spec), launch, call.kv_ranges is not None,
         call.q_len <= kv_len, is_packed, device_of(device).overlaps,
@@ -159,19 +162,20 @@ def _split_axes(batch: tuple[int, ...], is_packed: tuple[bool, ...]) -> tuple[tu
 
 
 @functools.lru_cache(maxsize=4096)
-def num_splits(programs: int, tiles: int, slots: int, part: float) -> int:
+def num_splits(programs: int, tiles: int, slots: int, rows: int, part: float) -> int:
     """Into how many shares the key tiles of each program go, on a device that runs `slots` programs at a time.
 
-    The fewest with which it is done nearly as early as can be; 1 where it is busy anyway. part: how long a share's
-    rows take to be written and read, in the time of a tile.
+    The fewest with which it is done nearly as early as can be; 1 where it is busy anyway, or done before shares are put
+    together. rows: of all programs. part: how long a share's rows take to be written and read, in the time of a tile.
     """
     most = min(tiles, MAX_SPLITS)
-    if tiles < MIN_TILES or programs >= BUSY * slots:
+    if most < 2 or programs >= BUSY * slots:
         return 1
     # In the time of one tile: how often every slot takes a share, times what the longest takes.
-    shares = range(2, most + 1)
-    times = [tiles, *(-(-programs * n // slots) * (-(-tiles // n) + part + SHARE) for n in shares)]
-    return 1 + next(i for i, time in enumerate(times) if time <= NEARLY * min(times))
+    times = {n: -(-programs * n // slots) * (-(-tiles // n) + part + SHARE) for n in range(2, most + 1)}
+    least = min(times.values())
+    splits = next(n for n, time in times.items() if time <= NEARLY * least)
+    return splits if times[splits] + MERGE + rows / (MERGED_ROWS * slots) < tiles else 1
 
 
 def _part(launch: Launch, shape: Shape, rows: int) -> float:

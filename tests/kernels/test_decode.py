@@ -262,7 +262,7 @@ def test_when_they_are_taken() -> None:
     assert takes(grouped("qk", 16, 40))
     assert not takes(grouped("qk", 17, 17 * 32 - 1))
     assert takes(grouped("qk", 17, 17 * 32))
-    # Six programs of the forward for eight multiprocessors.
+    # Six programs of the forward for the eight multiprocessors of the interpreter.
     assert takes(grouped("qk", 42, 42 * 32))
     assert not takes(grouped("qk", 43, 43 * 32))
     # Two of them.
@@ -272,15 +272,15 @@ def test_when_they_are_taken() -> None:
 
 def test_number_of_splits() -> None:
     """One where the device is busy anyway or keys are few; shares of equal length that fill it where it is not."""
-    assert num_splits(512, 128, 264, 0.25) == 1
-    assert num_splits(8, 3, 264, 0.25) == 1
-    assert num_splits(8, 16, 264, 0.25) == 16
-    assert num_splits(8, 128, 264, 0.25) == 32
-    assert num_splits(64, 128, 264, 0.25) == 4
-    assert launch_decode.MAX_SPLITS // 2 < num_splits(1, 16384, 264, 0.25) <= launch_decode.MAX_SPLITS
-    # Shares that take turns pay less than their rows cost, and the more so the more rows there are.
-    assert num_splits(96, 8, 264, 0.25) == 2
-    assert num_splits(96, 8, 132, 1.0) == 1
+    assert num_splits(512, 128, 264, 2048, 0.25) == 1
+    assert num_splits(8, 3, 264, 32, 0.25) == 1
+    assert num_splits(8, 16, 264, 32, 0.25) == 16
+    assert num_splits(8, 128, 264, 32, 0.25) == 32
+    assert num_splits(64, 128, 264, 256, 0.25) == 4
+    assert launch_decode.MAX_SPLITS // 2 < num_splits(1, 16384, 264, 4, 0.25) <= launch_decode.MAX_SPLITS
+    # Shares that take turns pay for their parts, and many rows are long put together.
+    assert num_splits(96, 8, 264, 96, 0.1) == 2
+    assert num_splits(96, 8, 264, 1536, 0.5) == 1
 
 
 @pytest.mark.parametrize("programs", [1, 3, 8, 30, 60, 100, 200])
@@ -288,6 +288,6 @@ def test_splits_pay(programs: int) -> None:
     """A split has its tiles, and the device is done earlier with them than without."""
     slots = 264
     for tiles in (1, 4, 16, 100, 513, 16384):
-        splits = num_splits(programs, tiles, slots, 0.25)
-        assert splits == 1 or tiles >= max(splits, launch_decode.MIN_TILES)
+        splits = num_splits(programs, tiles, slots, 4 * programs, 0.25)
+        assert splits <= tiles
         assert -(-programs * splits // slots) * -(-tiles // splits) <= tiles
