@@ -95,8 +95,9 @@ def llama(case: Case) -> tuple[torch.nn.Module, torch.Tensor]:
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(
-        **sizes, vocab_size=128, num_hidden_layers=case.layers, attn_implementation=case.attention, use_cache=False
-    )
+        **sizes, vocab_size=128, num_hidden_layers=case.layers, attn_implementation=case.attention,
+        use_cache=not case.train,
+    )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(case.device).train(case.train)
     return model, torch.randint(0, 128, (2, 32), device=case.device)

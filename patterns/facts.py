@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.graph import Graph, raw_value
 
+# Of a constant that is compared element by element.
+_MOST_ELEMENTS = 16
 _VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format, str, type(None), type(...))
 
 
@@ -67,14 +69,18 @@ def _of_value(value: Any, node: fx.Node) -> Hashable:
 
 
 def _of_tensor(t: torch.Tensor, node: fx.Node) -> Hashable:
-    """A fake tensor on strided memory; any other, and one that knows its elements, is like no other."""
-    if type(t) is not FakeTensor or t.layout != torch.strided or t.is_nested or t.constant is not None:
+    """A fake tensor on strided memory, with its elements where it knows a few; any other is like no other."""
+    known = getattr(t, "constant", None)
+    if type(t) is not FakeTensor or t.layout != torch.strided or t.is_nested:
+        return node
+    if known is not None and (type(known) is not torch.Tensor or known.numel() > _MOST_ELEMENTS):
         return node
     layout: tuple[Hashable, ...] = (*t.shape, *t.stride(), t.storage_offset())
     if t._has_symbolic_sizes_strides:
         layout = tuple(_of_number(n, node) for n in layout)
     flags = isinstance(t, torch.nn.Parameter), t.requires_grad, t.is_neg(), t.dtype.is_complex and t.is_conj()
-    return torch.Tensor, t.dtype, t.device, flags, layout
+    elements = None if known is None else repr(known.tolist())
+    return torch.Tensor, t.dtype, t.device, flags, layout, elements
 
 
 def _of_number(value: Any, node: fx.Node) -> Hashable:

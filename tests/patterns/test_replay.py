@@ -135,9 +135,16 @@ def sorted_scores(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return merged((q @ k.transpose(-1, -2) * DIM**-0.5 + mask).sort(-1).values.softmax(-1) @ v)
 
 
+def cached(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Keys and values are put behind those of an empty cache, a constant of each layer's own."""
+    q, k, v = (split(linear(x, number)) for number in range(3))
+    k, v = (torch.cat([torch.tensor([], dtype=x.dtype), t], dim=-2) for t in (k, v))
+    return merged((q @ k.transpose(-1, -2) * DIM**-0.5 + mask).softmax(-1) @ v)
+
+
 OTHERS = (
     *(other_scale, mask_of_its_own, one_operand_twice, other_axis, scores_used, scores_measured, dropped),
-    *(laid_out_otherwise, written_before, written_after, in_place, autocast, called, causal, sorted_scores),
+    *(laid_out_otherwise, written_before, written_after, in_place, autocast, called, causal, sorted_scores, cached),
 )
 
 
@@ -197,6 +204,21 @@ def test_inputs_that_repeat() -> None:
 
     with torch.no_grad():
         assert_found_alike(graph_of(stacked(of_keys, of_queries, of_keys, of_queries), *inputs()), 4)
+
+
+def test_constants() -> None:
+    """Tensors of few elements are told by these."""
+
+    def scaled(first: float, second: float) -> Layer:
+        def layer(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            q, k, v = split(linear(x, 0)), split(linear(x, 1)), split(linear(x, 2))
+            return merged((q @ k.transpose(-1, -2) * torch.tensor([first, second])[1]).softmax(-1) @ v)
+
+        return layer
+
+    with torch.no_grad():
+        layers = (scaled(1.0, 0.5), scaled(1.0, 0.25), scaled(1.0, 0.5), scaled(1.0, 0.5))
+        assert_found_alike(graph_of(stacked(*layers), *inputs()), 4)
 
 
 def test_functions() -> None:
@@ -275,7 +297,7 @@ def test_memory_that_is_shared() -> None:
     assert_found_alike(module, 4)
 
 
-@pytest.mark.parametrize("layer", [plain, in_place, sorted_scores], ids=lambda layer: layer.__name__)
+@pytest.mark.parametrize("layer", [plain, in_place, sorted_scores, cached], ids=lambda layer: layer.__name__)
 def test_linear(layer: Layer) -> None:
     """Twice the layers are one analysis still, and every further layer costs the same number of looks at nodes."""
     looks = []
