@@ -205,9 +205,11 @@ def _options(
     stored: Side | None = None,
 ) -> list[Reading]:
     found = readings(lifter, side, shared, dtype, node, scaled, stored)
-    if not found:
+    if found:
+        return found
+    if any(isinstance(x.tensor, fx.Node) and lifter.writer_before(x.tensor, node) is not None for x in loads(side)):
         raise Refused("mutation", f"the {what} are written in place before the attention's output is computed", node)
-    return found
+    raise Refused("operand-layout", f"the {what} are made within an operator, and no tensor holds them", node)
 
 
 def _stored(

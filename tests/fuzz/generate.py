@@ -42,7 +42,7 @@ def programs(draw: Any, most_length: int = 40, dtypes: tuple[torch.dtype, ...] =
     draft.say(f"return {result}")
     # Dynamo does not know a number of heads that is the quotient of two unknown lengths.
     if dynamic and any(set(axis) & set("bst") and len(axis) > 1 for x in draft.inputs for axis in x.axes):
-        draft.refused.add("operand-layout")
+        draft.refused |= {"operand-layout", "value-layout"}
     return Program(
         inputs=tuple(draft.inputs),
         lines=draft.body,
@@ -104,12 +104,14 @@ def _of(draft: Draft, q: Var, k: Var, v: Var) -> Var:
     return draft.let("out", draft.one(AFTERWARDS).format(o=out.name), out.axes) if draft.chance(8) else out
 
 
+# The layer norm's eps is large: a small one multiplies the rounding of nearly constant rows by hundreds, and so of few
+# numbers, whose luck would decide.
 AFTERWARDS = (
     "{o} * 2",
     "{o} + {o}.mean()",
     "{o}.relu()",
     "{o}.float()",
-    "F.layer_norm({o}, {o}.shape[-1:])",
+    "F.layer_norm({o}, {o}.shape[-1:], eps=1.0)",
     "{o}.clone()",
 )
 

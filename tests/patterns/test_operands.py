@@ -35,3 +35,14 @@ def test_rows_expanded_in_the_graph(operand: str) -> None:
     only_site(fn, *args)
     options = {"flashfuse.inner": "eager", "flashfuse.strict": True}
     torch.testing.assert_close(torch.compile(fn, backend="flashfuse", options=options)(*args), fn(*args))
+
+
+def test_queries_made_within_a_product() -> None:
+    """The einsum sums queries over an axis that keys lack; the refusal said that they were written in place."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        return torch.einsum("bgsd,btd->bst", q, k).softmax(-1) @ v
+
+    refusal = only_refusal(fn, torch.randn(2, 3, 6, 4), torch.randn(2, 10, 4), torch.randn(2, 10, 4))
+    assert refusal.code == "operand-layout"
+    assert "queries are made within an operator" in refusal.reason

@@ -1,0 +1,33 @@
+"""What the oracle asks of gradients that are 0 in exact arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fuzz.oracle import assert_right, check
+from fuzz.program import Input, Program
+
+# All keys of a row have the same value, so no score changes anything.
+EQUAL_VALUES = Program(
+    inputs=(Input("q", ("s", "d"), "normal"), Input("k", ("t", "d"), "normal"), Input("v", ("t", "e"), "shared")),
+    lines=("return (q @ k.mT).softmax(-1) @ v",),
+    sizes=({"s": 5, "t": 7, "d": 3, "e": 2},),
+    dtype=torch.float64,
+    sites=1,
+    trains=True,
+)
+
+
+def test_gradients_that_are_rounding_alone() -> None:
+    """float64's own rounding was taken for the exact gradient, which no other order of additions can meet."""
+    check(EQUAL_VALUES)
+
+
+def test_rounding_alone_has_a_size() -> None:
+    """Where float32 leaves 1e-7, float64 may leave 1e-15, and nothing larger."""
+    single = [torch.tensor([3e-7, -1e-7])]
+    wide = [torch.tensor([4e-16, 1e-16], dtype=torch.float64)]
+    assert_right([[torch.tensor([-7e-16, 0.0], dtype=torch.float64)], wide, wide, single], EQUAL_VALUES)
+    with pytest.raises(AssertionError, match="rounding leaves"):
+        assert_right([[torch.tensor([1e-12, 0.0], dtype=torch.float64)], wide, wide, single], EQUAL_VALUES)
