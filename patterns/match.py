@@ -259,13 +259,15 @@ def _unnormalised(
     wide = any(dot.extent.is_Integer and dot.extent > _WIDEST for dot in found.dots)
     if wide or any(read.tensor in lifter.graph.weights for read in reads):
         return None
+    if is_linear(found.program):
+        return None
     try:
         scores = as_scores(found)
     except Refused as error:
         if error.code == "square-intermediate":
             raise
         return None
-    if any(node in score.nodes for score in scores) or all(is_linear(score.program) for score in scores):
+    if any(node in score.nodes for score in scores):
         return None
     end = Ending("none", dropout=draw)
     sites = [_assembled(lifter, node, position, product, value_side, score, end) for score in scores]
