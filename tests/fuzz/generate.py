@@ -40,9 +40,6 @@ def programs(draw: Any, most_length: int = 40, dtypes: tuple[torch.dtype, ...] =
         draft.labels.append("trained")
     sites, result = kind(draft)
     draft.say(f"return {result}")
-    # Dynamo does not know a number of heads that is the quotient of two unknown lengths.
-    if dynamic and any(set(axis) & set("bst") and len(axis) > 1 for x in draft.inputs for axis in x.axes):
-        draft.refused |= {"operand-layout", "value-layout"}
     return Program(
         inputs=tuple(draft.inputs),
         lines=draft.body,

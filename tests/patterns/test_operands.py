@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,6 +37,41 @@ def test_rows_expanded_in_the_graph(operand: str) -> None:
     only_site(fn, *args)
     options = {"flashfuse.inner": "eager", "flashfuse.strict": True}
     torch.testing.assert_close(torch.compile(fn, backend="flashfuse", options=options)(*args), fn(*args))
+
+
+def folded(batch: int) -> tuple[torch.Tensor, ...]:
+    """All with batch and heads in one axis, keys and values with fewer heads; that axis and lengths are dynamic."""
+    made = torch.randn(batch * 6, 5, 4), torch.randn(batch * 3, 7, 4), torch.randn(batch * 3, 7, 4)
+    for x in made:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        torch._dynamo.maybe_mark_dynamic(x, 1)
+    return made
+
+
+def grouped_function(q: Any, k: Any, v: Any) -> Any:
+    batch = k.shape[0] // 3
+    q, k, v = (x.reshape(batch, heads, x.shape[1], -1) for x, heads in ((q, 6), (k, 3), (v, 3)))
+    return F.scaled_dot_product_attention(q, k, v, scale=0.5, enable_gqa=True)
+
+
+def grouped_by_hand(q: Any, k: Any, v: Any) -> Any:
+    batch = k.shape[0] // 3
+    q, k, v = q.unflatten(0, (batch, 6)), k.unflatten(0, (batch, 3)), v.view(batch, 3, v.shape[1], -1)
+    k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("batch", [2, 1])
+@pytest.mark.parametrize("fn", [grouped_function, grouped_by_hand], ids=lambda f: f.__name__)
+def test_heads_that_a_reshape_names(fn: Callable[..., Any], batch: int) -> None:
+    """Dynamo's size is a quotient of two lengths, with a guard that it is 6; they were refused, under three codes."""
+    site = only_site(fn, *folded(batch))
+    assert math.prod(site.batch[-2:]) == 6
+    torch._dynamo.reset()
+    options = {"flashfuse.inner": "eager", "flashfuse.strict": True}
+    compiled = torch.compile(fn, backend="flashfuse", options=options)
+    for args in (folded(batch), folded(batch + 1)):
+        torch.testing.assert_close(compiled(*args), fn(*args))
 
 
 def test_queries_made_within_a_product() -> None:
