@@ -61,17 +61,19 @@ def grouped_by_hand(q: Any, k: Any, v: Any) -> Any:
     return (q @ k.mT).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("batch", [2, 1])
-@pytest.mark.parametrize("fn", [grouped_function, grouped_by_hand], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("fn", "batch"), [(grouped_function, 2), (grouped_by_hand, 1)])
 def test_heads_that_a_reshape_names(fn: Callable[..., Any], batch: int) -> None:
     """Dynamo's size is a quotient of two lengths, with a guard that it is 6; they were refused, under three codes."""
     site = only_site(fn, *folded(batch))
     assert math.prod(site.batch[-2:]) == 6
-    torch._dynamo.reset()
+
+
+def test_an_axis_that_is_read_as_far_as_it_is_needed() -> None:
+    """With a batch of one, queries' 6 heads are an axis of unknown length, which no view split into groups."""
+    args = folded(1)
     options = {"flashfuse.inner": "eager", "flashfuse.strict": True}
-    compiled = torch.compile(fn, backend="flashfuse", options=options)
-    for args in (folded(batch), folded(batch + 1)):
-        torch.testing.assert_close(compiled(*args), fn(*args))
+    fused = torch.compile(grouped_by_hand, backend="flashfuse", options=options)(*args)
+    torch.testing.assert_close(fused, grouped_by_hand(*args))
 
 
 def test_queries_made_within_a_product() -> None:
