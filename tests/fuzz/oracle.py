@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from forms.form import widened
 from numerics import assert_close_to_exact
+from torch.overrides import TorchFunctionMode
 
 import flashfuse
 
@@ -93,7 +95,7 @@ class Call:
     def _run(self, inputs: list[torch.Tensor], way: Callable[[Run, list[torch.Tensor]], Results]) -> list[Results]:
         try:
             eager = way(self.function, [x.clone() for x in inputs])
-            with widened(self.program.dtype):
+            with widened(self.program.dtype), _positions_widened(self.program.dtype):
                 wide = way(self.function, [_double(x) for x in inputs])
         except Exception as error:
             raise Invalid(f"{type(error).__name__}: {error}") from error
@@ -120,6 +122,35 @@ class Call:
             for dim in (n for n, axis in enumerate(own) if set(axis) & set("bst")):
                 torch._dynamo.maybe_mark_dynamic(x, dim)
         return self.compiled(*inputs)
+
+
+@contextlib.contextmanager
+def _positions_widened(own: torch.dtype) -> Iterator[None]:
+    """What a float64 program makes of positions in float32 is made in float64, as the kernels do (numerics.md, 3)."""
+    if own != torch.float64:
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Positions():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Positions(TorchFunctionMode):
+    """Integers become float64 where they are asked to become float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if not isinstance(first, torch.Tensor) or first.is_floating_point():
+            return func(*args, **kwargs)
+        if func is torch.Tensor.float:
+            return first.double()
+        wide = [torch.float64 if x is torch.float32 else x for x in args]
+        return func(*wide, **{name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()})
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
