@@ -25,7 +25,7 @@ DIMS = (4, 8, 1, 2, 3, 5, 7, 12, 16, 24)
 @st.composite
 def programs(draw: Any, most_length: int = 40, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Program:
     """Any program with at most so many queries and keys, in one of these types."""
-    draft = Draft(draw, {}, symbolic=False)
+    draft = Draft(draw, {}, symbolic=False, dtypes=dtypes)
     dynamic = draft.chance(64)
     draft.sizes = _sizes(draft, most_length)
     calls: list[Sizes] = [draft.sizes]
