@@ -208,10 +208,12 @@ class _Builder(Inserter):
         node = self.call(torch.Tensor.contiguous, node)
         return self.call(aten.permute.default, node, [order.index(d) for d in range(len(order))])
 
-    def operand(self, operand: Operand) -> fx.Node:
+    def operand(self, operand: Operand, dtype: torch.dtype | None = None) -> fx.Node:
+        """The operand, in its own type or in a wider one, in which its factor is taken in."""
         node = self._as(self.read(self.copied[operand.node]), operand.dtype)
         for step in operand.steps:
             node = self._step(node, step)
+        node = node if dtype is None else self._as(node, dtype)
         return self.call(torch.mul, node, operand.factor) if operand.factor != 1.0 else node
 
     def joined(self, operands: Sequence[Operand], site: AttentionSite) -> fx.Node:
@@ -221,7 +223,7 @@ class _Builder(Inserter):
         axes = [axis for axis in range(len(site.batch)) if any(o.moves_along(axis) for o in operands)]
         parts = []
         for operand in operands:
-            node = self._as(self.operand(operand), site.spec.product_dtype)
+            node = self.operand(operand, site.spec.product_dtype)
             t = tensor(node)
             assert t is not None
             sizes = [self.size(site.batch[d]) if d in axes else n for d, n in enumerate(shape(t)[: len(site.batch)])]

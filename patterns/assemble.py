@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
 
 import sympy
 import torch
@@ -55,7 +55,6 @@ def assemble(
     for term in score.terms:
         _check_plain(lifter, term.dot.lhs, term.dot.rhs, roles, node)
         _check_plain(lifter, term.dot.rhs, term.dot.lhs, roles, node)
-    dtype = score.dot.dtype
     stored = _stored(lifter, roles, (roles.j, roles.d), values.dtype, node)
     value_options = _options(lifter, value_side, frozenset(), values.dtype, node, "values", False, stored)
     options = [*_product_options(lifter, score, roles, node), (value_options, (roles.j, roles.d))]
@@ -64,7 +63,7 @@ def assemble(
     program = score.program
     for factor in (f for reading in factors for f in reading.factors):
         program = _scaled(program, factor)
-    program = settled(layout.substitute(program), score.dot.dtype)
+    program = settled(layout.substitute(program), score.dtype)
     axes = layout.batch
     if len(axes) + mapped_axes(raw_value(node)) > MAX_BATCH_AXES:
         raise Refused("transform", f"with the axes of vmap there are more than {MAX_BATCH_AXES} batch axes", node)
@@ -76,13 +75,15 @@ def assemble(
     q_len = lifter.ranges[roles.i] if roles.i is not None else sympy.Integer(1)
     kv_len = lifter.ranges[roles.j]
     finished, sizes = named([*programs.values()], axes, roles, captured, q_len, kv_len)
-    product_dtype = _product_dtype({r.load.dtype if r.program is None else dtype for r in factors}, dtype)
+    read = [*zip(score.terms, factors[::2], factors[1::2], strict=True)]
+    narrow = [_product_dtype((q, k), term.dot.dtype) for term, q, k in read]
+    product_dtype = functools.reduce(torch.promote_types, narrow)
     terms = [
         (
-            layout.operand(q, (*axes, roles.i, term.dot.axis), product_dtype, term.factor),
-            layout.operand(k, (*axes, roles.j, term.dot.axis), product_dtype),
+            layout.operand(q, (*axes, roles.i, term.dot.axis), dtype, term.factor),
+            layout.operand(k, (*axes, roles.j, term.dot.axis), dtype),
         )
-        for term, q, k in zip(score.terms, factors[::2], factors[1::2], strict=True)
+        for (term, q, k), dtype in zip(read, narrow, strict=True)
     ]
     types = tuple(_captured_dtype(n) for n in captured)
     score_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
@@ -131,7 +132,7 @@ def _check_types(node: fx.Node, values: Dot, score: Score) -> None:
     for dot in (values, *(term.dot for term in score.terms)):
         if dot.dtype not in _SUPPORTED:
             raise Refused("dtype", f"attention is computed in {dot.dtype}, which the kernels do not take", node)
-    if (values.dtype == torch.float64) != (score.dot.dtype == torch.float64):
+    if (values.dtype == torch.float64) != (score.dtype == torch.float64):
         raise Refused("dtype", "one product is computed in float64 and the other is not", node)
 
 
@@ -205,9 +206,11 @@ def _options(
     stored: Side | None = None,
 ) -> list[Reading]:
     found = readings(lifter, side, shared, dtype, node, scaled, stored)
-    if not found:
+    if found:
+        return found
+    if any(isinstance(x.tensor, fx.Node) and lifter.writer_before(x.tensor, node) is not None for x in loads(side)):
         raise Refused("mutation", f"the {what} are written in place before the attention's output is computed", node)
-    return found
+    raise Refused("operand-layout", f"the {what} are made within an operator, and no tensor holds them", node)
 
 
 def _stored(
@@ -224,9 +227,10 @@ def _scaled(program: Expr, factor: Expr) -> Expr:
     return rewrite(program, lambda e: pointwise("mul", e, factor, dtype=e.dtype) if isinstance(e, Product) else None)
 
 
-def _product_dtype(operands: AbstractSet[torch.dtype], dtype: torch.dtype) -> torch.dtype:
-    """The narrowest type in which the product is still exact: bf16 operands cast up to float32 multiply as bf16."""
-    narrow = next(iter(operands)) if len(operands) == 1 and dtype == torch.float32 else dtype
+def _product_dtype(operands: Sequence[Reading], dtype: torch.dtype) -> torch.dtype:
+    """The narrowest type in which a product is still exact: bf16 operands cast up to float32 multiply as bf16."""
+    types = {x.load.dtype if x.program is None else dtype for x in operands}
+    narrow = types.pop() if len(types) == 1 and dtype == torch.float32 else dtype
     return narrow if narrow in (torch.float16, torch.bfloat16) and exactly_promotes(narrow, dtype) else dtype
 
 

@@ -7,7 +7,7 @@ there eager code turns NaN into zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
@@ -36,6 +36,7 @@ from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import opened_or_none, place
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score
+from flashfuse.patterns.vanishing import finite_numbers, is_biased, may_vanish
 from flashfuse.patterns.weights import Weights, combined
 
 
@@ -61,15 +62,16 @@ class Ending:
 def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, leads: AbstractSet[fx.Node]) -> Ending:
     """The ending of one softmax whose score was found. Raises Refused where it is not one the kernels have."""
     i_symbols = free_symbols(score.dot.lhs) - free_symbols(score.dot.rhs)
-    if weights.by_logarithm and _may_absorb(score.program, j):
+    if weights.subtracted == "logarithm" and _may_absorb(score.program, j):
         raise Refused(
             "log-sum-exp",
             "a row of large fills absorbs the logarithm of its sum, so its probabilities do not add up to 1",
         )
-    if weights.unshifted and weights.empty_row == "zero" and not weights.sinks and _may_vanish(score.program, j):
+    own_maximum = weights.subtracted in ("maximum", "logarithm") or weights.sinks
+    if weights.empty_row == "zero" and not own_maximum and may_vanish(score.program, j):
         raise Refused(
             "probability-mask",
-            "a row of large fills sums to 0 where no maximum is subtracted, and the NaN that it gives is set to zero",
+            "a row of large fills sums to 0 where its maximum is not subtracted, and the NaN that it gives is set to 0",
         )
     sink = combined(tuple(score.opener.read(_sink(lifter, s, score, leads)) for s in weights.sinks))
     factor: Expr | None = None
@@ -124,25 +126,7 @@ _ABSORBS = 2.0**20
 
 def _may_absorb(program: Expr, j: sympy.Symbol) -> bool:
     """Whether every score of a row may be a number so large that adding a logarithm to it changes nothing."""
-    return _is_biased(program, j) or any(abs(fill) > _ABSORBS for fill in _finite(program))
-
-
-# float16 has no room for the exponential of less.
-_VANISHES = -16.0
-
-
-def _may_vanish(program: Expr, j: sympy.Symbol) -> bool:
-    """Whether a mask may leave a row only finite scores whose exponentials are 0."""
-    return _is_biased(program, j) or any(fill < _VANISHES for fill in _finite(program))
-
-
-def _finite(program: Expr) -> Iterator[float]:
-    return (e.value for e in walk(program) if isinstance(e, Const) and math.isfinite(e.value))
-
-
-def _is_biased(program: Expr, j: sympy.Symbol) -> bool:
-    """Whether tensors of floats that differ between keys are in a score."""
-    return any(x.dtype.is_floating_point and j in free_symbols(x) for x in loads(program))
+    return is_biased(program, j) or any(abs(fill) > _ABSORBS for fill in finite_numbers(program))
 
 
 # --------------------------------------------------------------------------------------------------------------------

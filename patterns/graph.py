@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv
 
@@ -59,7 +60,15 @@ def to_sympy(size: Any) -> sympy.Expr:
     if not isinstance(size, (torch.SymInt, torch.SymFloat)):
         return sympy.sympify(size)
     expr: sympy.Expr = size.node.expr
-    return expr.replace(FloorDiv, _divided) if expr.has(FloorDiv) else expr
+    if not expr.has(FloorDiv):
+        return expr
+    return expr.xreplace(_guarded(size.node.shape_env)).replace(FloorDiv, _divided)
+
+
+def _guarded(sizes: ShapeEnv) -> dict[sympy.Expr, sympy.Expr]:
+    """Quotients that Dynamo has found to be numbers and checks at every call, as heads that a reshape has named."""
+    equal = [g.expr for g in sizes.guards if isinstance(g.expr, sympy.Eq)]
+    return {sizes.replace(e.lhs): e.rhs for e in equal if isinstance(e.lhs, FloorDiv) and e.rhs.is_Integer}
 
 
 def _divided(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:

@@ -38,6 +38,7 @@ from flashfuse.patterns.score import Score, as_scores, find_products, find_score
 from flashfuse.patterns.seeds import WHOLE, Upstream, is_contraction, unclaimed, upstream
 from flashfuse.patterns.site import AttentionSite, Refusal
 from flashfuse.patterns.transforms import gradient_levels, is_wrapped
+from flashfuse.patterns.vanishing import with_infinite_fills
 from flashfuse.patterns.weights import Columns, OtherAxis, Weights, find_weights
 
 
@@ -208,6 +209,8 @@ def _site(
     leads: AbstractSet[fx.Node],
 ) -> AttentionSite:
     score = find_score(lifter, weights.arg, product.axis, leads, node, _rows(position, value_side))
+    if weights.subtracted == "nothing" and not weights.sinks:
+        score = replace(score, program=with_infinite_fills(score.program, score.opener))
     end = ending(lifter, weights, score, product.axis, leads)
     return _assembled(lifter, node, position, product, value_side, score, end)
 
@@ -256,13 +259,15 @@ def _unnormalised(
     wide = any(dot.extent.is_Integer and dot.extent > _WIDEST for dot in found.dots)
     if wide or any(read.tensor in lifter.graph.weights for read in reads):
         return None
+    if is_linear(found.program):
+        return None
     try:
         scores = as_scores(found)
     except Refused as error:
         if error.code == "square-intermediate":
             raise
         return None
-    if any(node in score.nodes for score in scores) or all(is_linear(score.program) for score in scores):
+    if any(node in score.nodes for score in scores):
         return None
     end = Ending("none", dropout=draw)
     sites = [_assembled(lifter, node, position, product, value_side, score, end) for score in scores]

@@ -11,7 +11,7 @@ import sympy
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols
 from flashfuse.kernels.normal import number, substitute
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.shift import limited_by_number, same_element, same_value
+from flashfuse.patterns.shift import is_own_maximum, limited_by_number, same_element, same_value
 
 # Operators that a normaliser starts from, by their bare names.
 NORMALISERS = frozenset({
@@ -25,14 +25,13 @@ PARTIAL = frozenset({"exp", "exp_", "logsumexp"})
 class Normalised:
     """exp(arg) / (sum over the softmax's axis of exp(arg) + the sum of exp(sink) over `sinks`).
 
-    by_logarithm: whether eager code divides by subtracting the logarithm of the sum, which large scores absorb.
-    unshifted: whether exponentials are of scores as they are, so that the sum of a row of very negative ones is 0.
+    subtracted: what eager code takes from the scores before their exponentials: the row's own "maximum", after which no
+    row's sum is 0; the "logarithm" of the sum, which large scores absorb; "nothing"; or something "else".
     """
 
     softmax: Softmax
     sinks: tuple[Expr, ...] = ()
-    by_logarithm: bool = False
-    unshifted: bool = False
+    subtracted: str = "maximum"
 
 
 def open_up(lifter: Lifter, expr: Expr) -> Expr:
@@ -91,7 +90,7 @@ def _exponential(lifter: Lifter, exponent: Expr) -> Normalised | None:
     at = place(lifter, top.args[0], total.arg, total.axis)
     if at is None:
         return None
-    return Normalised(Softmax(total.dtype, total.arg, total.axis, at, total.extent), by_logarithm=True)
+    return Normalised(Softmax(total.dtype, total.arg, total.axis, at, total.extent), subtracted="logarithm")
 
 
 def as_logsumexp(lifter: Lifter, expr: Expr) -> Reduce | None:
@@ -123,7 +122,7 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
     score, shift = _without_shift(lifter, exponential.args[0], total.axis)
     if further is None:
         softmax = Softmax(total.dtype, score, total.axis, at, total.extent)
-        return Normalised(softmax, unshifted=shift is None)
+        return Normalised(softmax, subtracted=_subtracted(lifter, shift, score, total.axis))
     sink = _relative_to(lifter, further, shift)
     if sink is None:
         score, shift = exponential.args[0], None
@@ -135,6 +134,12 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
     return Normalised(
         Softmax(total.dtype, score, total.axis, at, total.extent, empty_row="zero" if finite else "nan"), (sink,)
     )
+
+
+def _subtracted(lifter: Lifter, shift: Expr | None, score: Expr, axis: sympy.Symbol) -> str:
+    if shift is None:
+        return "nothing"
+    return "maximum" if is_own_maximum(lifter, shift, score, axis) else "else"
 
 
 def _has_lower_limit(lifter: Lifter, shift: Expr) -> bool:

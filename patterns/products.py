@@ -83,7 +83,7 @@ def as_one_product(program: Expr, dots: Sequence[Dot], nodes: Sequence[fx.Node])
         return program, (Term(dots[0], 1.0),)
     weights = _weights(_smallest_with_all(program), dots)
     main = dots.index(_main(dots))
-    if weights is None or len({dot.dtype for dot in dots}) > 1 or not weights.get(main):
+    if weights is None or not weights.get(main):
         raise Refused(
             "square-intermediate",
             "two products of queries and keys meet in the score and are not just added, so fusing would need a second "
@@ -131,7 +131,7 @@ def _weights(expr: Expr, dots: Sequence[Dot]) -> dict[int, float] | None:
         case Pointwise(op="div", args=(left, right)) if number(right):
             return _sum({}, _weights(left, dots), 1.0 / float(number(right) or 1.0))
         case Pointwise(op=op, args=(arg,)) if op in ROUNDINGS:
-            exact = all(exactly_promotes(dot.dtype, ROUNDINGS[op]) for dot in dots)
+            exact = all(exactly_promotes(dots[slot].dtype, ROUNDINGS[op]) for slot in _products(arg))
             return _weights(arg, dots) if exact else None
     return None
 

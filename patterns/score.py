@@ -5,6 +5,7 @@ Loads are expanded along every path that leads to the product; what else the sco
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,11 @@ class Score:
     @property
     def dot(self) -> Dot:
         return self.terms[0].dot
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the sum, which holds what each product holds."""
+        return functools.reduce(torch.promote_types, (term.dot.dtype for term in self.terms))
 
 
 def find_score(

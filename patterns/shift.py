@@ -13,12 +13,12 @@ import sympy
 from torch import fx
 
 from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Reduce, free_symbols
-from flashfuse.kernels.normal import number, pointwise
+from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
 
 # A fill of at most this absorbs any score that a model computes, and any shift.
-_ABSORBING = -1e30
+ABSORBING = -1e30
 # A maximum that is kept above more than this absorbs the scores that it is subtracted from.
 _HIGHEST_LIMIT = 2.0**10
 # How many operators back two spellings of one value are compared.
@@ -66,7 +66,7 @@ def _transparent(expr: Pointwise, axis: sympy.Symbol) -> Iterator[int]:
         case Pointwise(op="where", args=(_, *branches)):
             for slot in (0, 1):
                 fill = branches[1 - slot]
-                if isinstance(fill, Const) and fill.value <= _ABSORBING:
+                if isinstance(fill, Const) and fill.value <= ABSORBING:
                     yield slot + 1
 
 
@@ -88,6 +88,15 @@ def _is_maximum(lifter: Lifter, m: Expr, x: Expr, axis: sympy.Symbol) -> bool:
                 if (places := same_element(inside, outside, bound.keys())) is not None
             )
     return False
+
+
+def is_own_maximum(lifter: Lifter, m: Expr, x: Expr, axis: sympy.Symbol) -> bool:
+    """Whether m is the maximum of all x along the axis, and of nothing else."""
+    reduced = _opened(lifter, m)
+    if not isinstance(reduced, Reduce) or reduced.kind != "max" or not same(reduced.extent, lifter.ranges[axis]):
+        return False
+    inside = list(_values(lifter, substitute(reduced.arg, {reduced.axis: axis})))
+    return any(step in inside for step in _values(lifter, x))
 
 
 def _covers(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from flashfuse.patterns.indexing import ZERO, Indices, Ranges, quotient, same, within
+from flashfuse.patterns.indexing import ZERO, Indices, Ranges, bounds, quotient, same, within
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,11 @@ def _dimension(
         whole = offset == 0 and step == 1 and same(extent, size)
         return ([] if whole else [Narrow(dim, offset, extent, step)]), [axis]
     block = _inner_block(coefficients)
-    outer_size = quotient(size, block) if block is not None else None
-    if block is None or outer_size is None:
+    if block is None:
         return None
+    outer_size = quotient(size, block)
+    if outer_size is None:
+        return _shortened(dim, at, size, ranges) if offset == 0 else None
     outer = {a: q for a, c in coefficients.items() if (q := quotient(c, block)) is not None}
     inner = {a: c for a, c in coefficients.items() if a not in outer}
     shift = _divide_offset(offset, block)
@@ -107,6 +109,18 @@ def _dimension(
     if second is None:
         return None
     return [Split(dim, outer_size, block), *first[0], *second[0]], first[1] + second[1]
+
+
+def _shortened(
+    dim: int, at: sympy.Expr, size: sympy.Expr, ranges: Ranges
+) -> tuple[list[Step], list[sympy.Symbol]] | None:
+    """The same for a dimension of which it is not known that it ends with the last element that is read."""
+    limits = bounds(at, ranges)
+    read = None if limits is None else sympy.expand(limits[1] + 1)
+    if read is None or same(read, size):
+        return None
+    parts = _dimension(dim, at, read, ranges)
+    return None if parts is None else ([Narrow(dim, ZERO, read, sympy.Integer(1)), *parts[0]], parts[1])
 
 
 def _affine(at: sympy.Expr, ranges: Ranges) -> tuple[Mapping[sympy.Symbol, sympy.Expr], sympy.Expr] | None:

@@ -37,14 +37,13 @@ class Weights:
     arg: the softmax's argument at column j; sinks: its arguments in columns that have no value.
     factors: what the probabilities are multiplied by. kept: conditions outside which they are replaced by 0.
     dropout: the random number that each is multiplied by.
-    empty_row: what a row of only -inf gives. by_logarithm, unshifted: see `Normalised`.
+    empty_row: what a row of only -inf gives. subtracted: see `Normalised`.
     """
 
     arg: Expr
     sinks: tuple[Expr, ...]
     empty_row: str
-    by_logarithm: bool = False
-    unshifted: bool = False
+    subtracted: str = "maximum"
     factors: tuple[Expr, ...] = ()
     kept: tuple[Expr, ...] = ()
     dropout: DrawLoad | None = None
@@ -265,15 +264,16 @@ def _at_columns(columns: Columns, found: Normalised) -> Weights:
     # A fully masked row gives NaN again once its maximum, -inf, is subtracted: only softmax's own rule may be read so.
     # A sink that is no column of the softmax is relative to its argument as it is.
     removable = softmax.empty_row == "nan" and not found.sinks
-    arg = (without_shift(lifter, softmax.arg, softmax.axis, columns.leads) if removable else None) or softmax.arg
+    shiftless = without_shift(lifter, softmax.arg, softmax.axis, columns.leads) if removable else None
+    arg = shiftless or softmax.arg
+    subtracted = "else" if shiftless and found.subtracted == "nothing" else found.subtracted
     if not (before.is_Integer and behind.is_Integer and before >= 0 and 0 <= behind <= _MOST_SINKS - before):
         raise Refused("extra-columns", "the softmax runs over more columns than there are keys")
-    outside = [sympy.Integer(n) for n in range(int(before))]
-    outside += [before + columns.extent + n for n in range(int(behind))]
+    outside = [*map(sympy.Integer, range(int(before))), *(before + columns.extent + n for n in range(int(behind)))]
     sinks = tuple(substitute(arg, {softmax.axis: at}) for at in outside)
     empty_row = "zero" if sinks else softmax.empty_row
     at_j, sinks = substitute(arg, {softmax.axis: softmax.at}), (*sinks, *found.sinks)
-    return Weights(at_j, sinks, empty_row, found.by_logarithm, found.unshifted)
+    return Weights(at_j, sinks, empty_row, subtracted)
 
 
 def combined(sinks: tuple[Expr, ...]) -> Expr | None:

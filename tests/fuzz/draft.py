@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from hypothesis import strategies as st
 
 from .program import Axes, Input, Sizes
@@ -74,6 +75,7 @@ def _between(low: int, high: int) -> st.SearchStrategy[int]:
 class Draft:
     """symbolic: whether the program asks its inputs for batch size and lengths, as it must where they change.
 
+    dtypes: the element types that a program may have.
     made: what several attentions may share, by kind.
     refused: codes of the refusals that are right for what has been written.
     certain: whether an attention has to be found.
@@ -83,6 +85,7 @@ class Draft:
     draw: Callable[[st.SearchStrategy[Any]], Any]
     sizes: Sizes
     symbolic: bool
+    dtypes: tuple[torch.dtype, ...]
     shape: Shape = Shape(("b",), "h")
     inputs: list[Input] = field(default_factory=list)
     made: dict[str, list[Var]] = field(default_factory=dict)

@@ -25,7 +25,7 @@ DIMS = (4, 8, 1, 2, 3, 5, 7, 12, 16, 24)
 @st.composite
 def programs(draw: Any, most_length: int = 40, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Program:
     """Any program with at most so many queries and keys, in one of these types."""
-    draft = Draft(draw, {}, symbolic=False)
+    draft = Draft(draw, {}, symbolic=False, dtypes=dtypes)
     dynamic = draft.chance(64)
     draft.sizes = _sizes(draft, most_length)
     calls: list[Sizes] = [draft.sizes]
@@ -40,9 +40,6 @@ def programs(draw: Any, most_length: int = 40, dtypes: tuple[torch.dtype, ...] =
         draft.labels.append("trained")
     sites, result = kind(draft)
     draft.say(f"return {result}")
-    # Dynamo does not know a number of heads that is the quotient of two unknown lengths.
-    if dynamic and any(set(axis) & set("bst") and len(axis) > 1 for x in draft.inputs for axis in x.axes):
-        draft.refused.add("operand-layout")
     return Program(
         inputs=tuple(draft.inputs),
         lines=draft.body,
@@ -104,12 +101,14 @@ def _of(draft: Draft, q: Var, k: Var, v: Var) -> Var:
     return draft.let("out", draft.one(AFTERWARDS).format(o=out.name), out.axes) if draft.chance(8) else out
 
 
+# The layer norm's eps is large: a small one multiplies the rounding of nearly constant rows by hundreds, and so of few
+# numbers, whose luck would decide.
 AFTERWARDS = (
     "{o} * 2",
     "{o} + {o}.mean()",
     "{o}.relu()",
     "{o}.float()",
-    "F.layer_norm({o}, {o}.shape[-1:])",
+    "F.layer_norm({o}, {o}.shape[-1:], eps=1.0)",
     "{o}.clone()",
 )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from .draft import Draft, Shape, Var, axes
 from .program import Axes
 
@@ -110,10 +112,10 @@ def operands(draft: Draft, mixed: bool = True) -> tuple[Var, Var, Var]:
     if draft.sizes["d"] == draft.sizes["e"] and draft.chance(16):
         v = draft.let("v", k.name, tuple(axis.replace("d", "e") for axis in k.axes))
     if mixed and draft.chance(20):
-        element = draft.one(("float32", "bfloat16", "float16"))
+        element = draft.one([x for x in (torch.float32, torch.bfloat16, torch.float16) if x in draft.dtypes])
         # float64 beside another type, and probabilities that are rounded to one narrower than the values'.
         draft.refused |= {"dtype", "rounded"}
-        q, k = (draft.let(x.name, f"{x.name}.to(torch.{element})", x.axes) for x in (q, k))
+        q, k = (draft.let(x.name, f"{x.name}.to({element})", x.axes) for x in (q, k))
     q, k, v = (draft.row(_TOUCHED)(draft, x) if draft.chance(10) else x for x in (q, k, v))
     return q, k, v
 

@@ -102,7 +102,10 @@ def matmul(draft: Draft, left: str, right: str) -> str:
 
 
 def _einsum(draft: Draft, q: Var, k: Var, frame: Axes) -> Var:
-    q = draft.split(q, (*outer_of(frame), "s", "d"))
+    own = (*outer_of(frame), "s", "d")
+    q = draft.split(q, own)
+    # Queries that another attention gave may have groups apart that are one axis here, over which no product sums.
+    q = q if set(q.axes) == set(own) else draft.arranged(q, own)
     return einsum(draft, "s", q, with_heads(draft, k, frame, ("t", "d")), frame)
 
 

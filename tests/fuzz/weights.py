@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .biases import BIASES
 from .draft import Draft, Var
 from .masks import KEPT
 from .program import Axes
@@ -69,7 +70,10 @@ PLUS_ONE = {
     ),
 }  # fmt: skip
 # Those whose exponentials are not of differences from the row's own maximum.
-UNSHIFTED = frozenset({"unshifted", "shifted-whole", "plus-one", "plus-one-shifted"})
+UNSHIFTED = frozenset({"unshifted", "shifted-whole", "plus-one", "plus-one-shifted", "exponential"})
+# Beside these a score as it is has an exponential of 0 that no mask makes: of a fill that scores are added to or
+# multiplied by, of a small one, or of a tensor that is given.
+VANISHING = frozenset({"added", "finite", "temperature", *BIASES})
 
 
 def normalise(draft: Draft, s: Var) -> Var:
@@ -135,7 +139,13 @@ def end(draft: Draft, p: Var) -> Var:
     """Weights, perhaps under one of the operators that real code puts here."""
     if draft.chance(3):
         return draft.row(_FACTORS)(draft, p)
-    return draft.let("p", draft.one(draft.row(ENDINGS)).format(p=p.name), p.axes)
+    spelling = draft.one(draft.row(ENDINGS))
+    if spelling in ENDINGS["cleared"] and (
+        "shifted-whole" in draft.labels or ("unshifted" in draft.labels and VANISHING & {*draft.labels})
+    ):
+        # A row that eager code's exponentials leave 0 is cleared, and whether one is depends on the data.
+        draft.refused.add("probability-mask")
+    return draft.let("p", spelling.format(p=p.name), p.axes)
 
 
 def _of_heads(draft: Draft, p: Var) -> Var:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -105,12 +106,68 @@ def test_a_sum_that_vanishes_is_cleared_of_nan(name: str) -> None:
         e = (s - s.amax(-1, keepdim=True)).exp()
         return CLEARED[name](e / e.sum(-1, keepdim=True)) @ v
 
-    refusal = only_refusal(unshifted, *inputs(), MIN)
-    assert refusal.code == "probability-mask"
-    assert "no maximum is subtracted" in refusal.reason
-    assert only_site(unshifted, *inputs(), -math.inf).spec.empty_row == "zero"
+    for fill in (-math.inf, MIN, -1e4):
+        assert only_site(unshifted, *inputs(), fill).spec.empty_row == "zero"
+    check(functools.partial(unshifted, fill=MIN), *inputs())
+    assert only_refusal(unshifted, *inputs(), -50.0).code == "probability-mask"
     only_site(shifted, *inputs())
     check(shifted, *inputs())
+
+
+def test_a_maximum_of_more_than_the_row_is_cleared_of_nan() -> None:
+    """Any maximum counted as the row's own: where other rows have larger ones, a row of fills sums to 0."""
+
+    def whole(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        s = masked(q, k, keep, MIN)
+        e = (s - s.amax()).exp()
+        return (e / e.sum(-1, keepdim=True)).nan_to_num() @ v
+
+    def before(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        s = scores(q, k)
+        e = (s.masked_fill(~keep, MIN) - s.amax(-1, keepdim=True)).exp()
+        return (e / e.sum(-1, keepdim=True)).nan_to_num() @ v
+
+    for fn in (whole, before):
+        refusal = only_refusal(fn, *inputs())
+        assert refusal.code == "probability-mask"
+        assert "its maximum is not subtracted" in refusal.reason
+
+
+UNSHIFTED_FILLS: dict[str, tuple[Callable[..., Any], str]] = {
+    "limited": (lambda s, keep: s.masked_fill(~keep, -1e4).clamp(max=3), "-inf"),
+    "scaled": (lambda s, keep: s.masked_fill(~keep, -1e4) * 0.5, "-inf"),
+    "added": (lambda s, keep: s + torch.zeros(keep.shape).masked_fill(~keep, MIN), "-inf"),
+    "two": (lambda s, keep: torch.where(keep, s, -1e4).masked_fill(~torch.ones(S, T).tril().bool(), -9e9), "-inf"),
+    "small": (lambda s, keep: s.masked_fill(~keep, -50.0), "-50.0"),
+    "kept-above": (lambda s, keep: s.masked_fill(~keep, -1e4).clamp(min=-20), "-20"),
+}
+
+
+@pytest.mark.parametrize("name", UNSHIFTED_FILLS)
+def test_fills_whose_exponential_is_zero(name: str) -> None:
+    """A row of such fills gave the average of all values, where exponentials without a maximum give 0 / 0."""
+    change, text = UNSHIFTED_FILLS[name]
+
+    def fn(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        e = change(scores(q, k), keep).exp()
+        return e / e.sum(-1, keepdim=True) @ v
+
+    program = to_text(only_site(fn, *inputs()).spec.score)
+    assert text in program
+    assert ("-inf" in program) == (text == "-inf")
+    check(fn, *inputs())
+
+
+def test_a_fill_behind_which_its_maximum_is_subtracted() -> None:
+    """The shift is taken off on the way to the product, and the exponential of such a fill is 1 in a row of fills."""
+
+    def fn(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        s = masked(q, k, keep, MIN)
+        e = ((s - s.amax(-1, keepdim=True)) * 0.5).exp()
+        return e / e.sum(-1, keepdim=True) @ v
+
+    assert "-inf" not in to_text(only_site(fn, *inputs()).spec.score)
+    check(fn, *inputs())
 
 
 @pytest.mark.parametrize("fill", [-math.inf, MIN])

@@ -127,6 +127,27 @@ def test_half_precision_products_add_up_in_half_precision() -> None:
     check_fused(added, *args)
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_products_of_two_types_add_up_in_the_wider(narrow: torch.dtype) -> None:
+    """They were refused, as if their sum were no sum."""
+    q, k, qp, kp, v = latent()
+    args = (q.to(narrow), k.to(narrow), qp, kp, v)
+    site = only_site(added, *args)
+    assert site.spec.product_dtype == torch.float32
+    assert (site.q.dtype, site.more[0][0].dtype) == (narrow, torch.float32)
+    check_fused(added, *args)
+
+
+def test_a_scale_is_taken_in_in_the_type_of_the_product() -> None:
+    """Queries of a narrower type than their product were rounded to their own type again behind the scale."""
+
+    def fn(q: Any, k: Any, qp: Any, kp: Any, v: Any) -> Any:
+        return attend(q @ k.mT + (qp.float() @ kp.float().mT) * 3.7, v)
+
+    q, k, qp, kp, v = latent()
+    check_fused(fn, q, k, qp.bfloat16(), kp.bfloat16(), v)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Low-rank terms
 

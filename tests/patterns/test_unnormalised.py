@@ -155,3 +155,18 @@ def test_weights_without_a_normaliser_that_are_returned() -> None:
         return weights @ v, weights
 
     assert only_refusal(fn, *inputs()[:3]).code == "scores-used"
+
+
+def test_a_linear_function_of_two_products_is_no_attention() -> None:
+    """A refusal, as of one, stood beside the attention whose queries it was: a choice of products is linear, too."""
+
+    def fn(x: Any, wq: Any, wk: Any, wv: Any) -> Any:
+        q, k, v = (F.linear(x, w) for w in (wq, wk, wv))
+        q = torch.cat([q, q])[: q.shape[0]].mul(0.3)
+        return (q @ k.mT).softmax(-1) @ v
+
+    args = (torch.randn(B, S, D), *(torch.randn(D, D) for _ in range(3)))
+    result = matched(fn, *args)
+    assert len(result.sites) == 1
+    assert not result.refusals
+    check(fn, *args)

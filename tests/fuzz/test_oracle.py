@@ -1,0 +1,42 @@
+"""What the oracle takes for exact: numbers that are 0 in exact arithmetic, and what is made of positions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fuzz.oracle import assert_right, check
+from fuzz.program import Input, Program
+
+GIVEN = (Input("q", ("s", "d"), "normal"), Input("k", ("t", "d"), "normal"), Input("v", ("t", "e"), "normal"))
+# All keys of a row have the same value, so no score changes anything.
+EQUAL_VALUES = Program(
+    inputs=(*GIVEN[:2], Input("v", ("t", "e"), "shared")),
+    lines=("return (q @ k.mT).softmax(-1) @ v",),
+    sizes=({"s": 5, "t": 7, "d": 3, "e": 2},),
+    dtype=torch.float64,
+    sites=1,
+    trains=True,
+)
+
+
+def test_positions_in_float64() -> None:
+    """A bias that eager code rounds to float32 was exact beside the kernel's, which is wider than it was written."""
+    made = "bias = (torch.arange(7).float() / 7).cos() * 99"
+    check(replace(EQUAL_VALUES, inputs=GIVEN, lines=(made, "return (q @ k.mT + bias).softmax(-1) @ v"), trains=False))
+
+
+def test_gradients_that_are_rounding_alone() -> None:
+    """float64's own rounding was taken for the exact gradient, which no other order of additions can meet."""
+    check(EQUAL_VALUES)
+
+
+def test_rounding_alone_has_a_size() -> None:
+    """Where float32 leaves 1e-7, float64 may leave 1e-15, and nothing larger."""
+    single = [torch.tensor([3e-7, -1e-7])]
+    wide = [torch.tensor([4e-16, 1e-16], dtype=torch.float64)]
+    assert_right([[torch.tensor([-7e-16, 0.0], dtype=torch.float64)], wide, wide, single], EQUAL_VALUES)
+    with pytest.raises(AssertionError, match="rounding leaves"):
+        assert_right([[torch.tensor([1e-12, 0.0], dtype=torch.float64)], wide, wide, single], EQUAL_VALUES)
