@@ -88,6 +88,8 @@ class Opener:
             return self._stored(load)
         if may_wrap(opened, load.dtype, self.lifter.ranges):
             return load
+        if any(self.lifter.overwriter(read.tensor) for read in loads(opened) if isinstance(read.tensor, fx.Node)):
+            return load
         if isinstance(opened, Load) and self._is_better_laid_out(load, opened):
             return load
         return opened if square or not loads(opened) or isinstance(inner, Load) else load
