@@ -34,7 +34,9 @@ def private_chain(graph: Graph, region: Region, products: Sequence[fx.Node], sit
         foreign = [n for n in written if _is_read_outside(graph, region, n, node, {*between, site})]
         if foreign:
             raise Refused(
-                "mutation", f"`{name_of(node)}` writes the scores into `{foreign[0].name}`, which exists outside", node
+                "mutation",
+                f"`{name_of(node)}` writes the scores into `{foreign[0].name}`, which is read elsewhere",
+                node,
             )
         for user in node.users if node is not site else ():
             if user in between or user is site or user not in graph.live or not _uses_values(graph, user):

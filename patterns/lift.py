@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Expr, Index, Load, loads
-from flashfuse.kernels.normal import const, converted, index, rewrite, stored, substitute
+from flashfuse.kernels.normal import const, converted, index, rewrite, substitute
 from flashfuse.patterns.calls import after_write
 from flashfuse.patterns.draw import drawn
 from flashfuse.patterns.graph import Graph, shape, storage, tensor, to_sympy, value, wants_gradient
@@ -101,7 +101,8 @@ class Lifter:
         if not draws and drawn(expr):
             raise CannotLift(node, "drops elements at random")
         if self._ends_gradient(node, expr):
-            raise CannotLift(node, "ends a gradient that its input requires")
+            blamed = node.args[1] if node.target is after_write else node
+            raise CannotLift(blamed, "ends a gradient that its input requires")  # type: ignore[arg-type]
         return expr
 
     def _ends_gradient(self, node: fx.Node, expr: Expr) -> bool:
@@ -285,16 +286,3 @@ NODE_ROWS: dict[Any, Row] = {}
 # Of nodes that are run where their row gives None.
 DirectRow = Callable[..., Expr | None]
 DIRECT_ROWS: dict[Any, DirectRow] = {}
-
-
-def _tensor_literal(view: NodeView, position: Indices) -> Expr:
-    """torch.tensor(8.0): a constant."""
-    literal = view.node.args[0]
-    if position or not isinstance(literal, (bool, int, float)):
-        raise CannotLift(view.node, "is a literal tensor of several elements")
-    t = tensor(view.node)
-    assert t is not None
-    return stored(literal, t.dtype)
-
-
-NODE_ROWS[torch.tensor] = _tensor_literal

@@ -15,7 +15,7 @@ from flashfuse.kernels.expr import Expr, Load, Pointwise
 from flashfuse.kernels.normal import conjunction, const, pointwise, rewrite
 from flashfuse.patterns.assignment import New, assigned
 from flashfuse.patterns.calls import ASSIGNMENTS, after_write, name_of
-from flashfuse.patterns.graph import same_place, shape, storage, tensor
+from flashfuse.patterns.graph import same_place, shape, storage, tensor, wants_gradient
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.inverse import inverse
 from flashfuse.patterns.lift import NODE_ROWS, CannotLift, Lifter, NodeView
@@ -35,6 +35,8 @@ def _after_write(view: NodeView, position: Indices) -> Expr:
     written = lifter.graph.mutated[writer]
     if len(written) != 1:
         raise CannotLift(writer, "writes several tensors at once")
+    if lifter.history and wants_gradient(before) and not wants_gradient(written[0]):
+        raise CannotLift(writer, "writes memory behind the back of the gradient that is wanted of it")
     place, inside = _beside(lifter, before, position, written[0], writer)
     rule = assigned if name_of(writer) in ASSIGNMENTS else _edited
     new, further = rule(at, written[0], place, old)
