@@ -81,13 +81,15 @@ class Lifter:
     def writer_before(self, node: fx.Node, site: fx.Node) -> fx.Node | None:
         """What writes the memory of `node` after its value was read and before `site`, where the kernel reads it."""
         reader = self.region.first_read.get(node)
-        return self.overwriter(node) or self.graph.writer_between(node, reader or node, site)
+        if reader is not None and any(storage(n) == storage(node) for n in self.graph.mutated[reader]):
+            return reader
+        return self.graph.writer_between(node, reader or node, site)
 
-    def overwriter(self, node: fx.Node) -> fx.Node | None:
-        """The first reader of `node`, where it writes the memory that it reads."""
-        reader = self.region.first_read.get(node)
-        written = () if reader is None else self.graph.mutated[reader]
-        return reader if any(storage(n) == storage(node) for n in written) else None
+    def is_overwritten(self, node: fx.Node, later: fx.Node) -> bool:
+        """Whether the memory of `node` is written until `later` is computed, itself included."""
+        where, position = storage(node), self.graph.position
+        writers = self.graph.writes.get(where, ()) if where is not None else ()
+        return any(position[node] < position[writer] <= position[later] for writer in writers)
 
     def expand(self, load: Load, draws: bool = False) -> Expr:
         """One step back: the element in terms of the inputs of the load's node. Raises CannotLift.

@@ -36,7 +36,7 @@ def _after_write(view: NodeView, position: Indices) -> Expr:
     if len(written) != 1:
         raise CannotLift(writer, "writes several tensors at once")
     if lifter.history and wants_gradient(before) and not wants_gradient(written[0]):
-        raise CannotLift(writer, "writes memory behind the back of the gradient that is wanted of it")
+        raise CannotLift(writer, "writes a tensor behind a place where its gradient ends")
     place, inside = _beside(lifter, before, position, written[0], writer)
     rule = assigned if name_of(writer) in ASSIGNMENTS else _edited
     new, further = rule(at, written[0], place, old)

@@ -209,6 +209,18 @@ def test_many_writes_stay_a_tensor() -> None:
     check(fn, *qkv())
 
 
+def test_a_write_over_one_that_is_not_read() -> None:
+    """What the first leaves is no formula, and memory does not hold it any more: the tensor is read as it is."""
+
+    def write(mask: Any) -> None:
+        mask.view(-1)[:9] = -1.0
+        mask.diagonal().fill_(2.0)
+
+    fn = with_bias(write, lambda: torch.zeros(S, S))
+    assert len(only_site(fn, *qkv()).captured) == 1
+    check(fn, *qkv())
+
+
 def test_weights() -> None:
     def fn(q: Any, k: Any, v: Any) -> Any:
         p = product(q, k).softmax(-1)
