@@ -199,6 +199,8 @@ class Lifter:
         producer, number = node.args
         if not isinstance(producer, fx.Node) or not isinstance(number, int):
             raise CannotLift(node, "takes an output by a computed number")
+        if self.graph.writer_between(node, producer, node) is not None:
+            raise CannotLift(node, "is a view that is taken after its memory was written")
         made = self.traced(producer)
         return NodeView(self, producer, made).element(made.result[number], position)
 
