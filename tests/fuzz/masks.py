@@ -148,10 +148,10 @@ def _written(draft: Draft) -> Var:
     """A mask that is made by assignments."""
     positions(draft)
     sizes = {"s": draft.size("s"), "t": draft.size("t")}
-    spelling = draft.one(
-        ("torch.zeros({s}, {t}, dtype=torch.bool)", "j <= i + 0 * j", "torch.ones({s}, {t}).tril() > 0")
-    )
+    spelling = draft.one(("torch.zeros({s}, {t}, dtype=torch.bool)", "j <= i", "torch.ones({s}, {t}).tril() > 0"))
     m = draft.let("keep", spelling.format(**sizes), ("s", "t"))
+    # Nothing would be left of scores that constants mask everywhere.
+    draft.say(f"{m.name}[:, :1] = True")
     for _ in range(draft.one((1, 2, 3))):
         draft.say(draft.one(WRITTEN).format(m=m.name, **sizes))
     return m
