@@ -26,6 +26,7 @@ from flashfuse.patterns.table import Table
 from flashfuse.patterns.transforms import is_wrapped
 from flashfuse.patterns.views import Arrange, Narrow, Select, Split, Step
 from flashfuse.tables import Tables
+from flashfuse.versions import without_versions
 
 aten = torch.ops.aten
 
@@ -42,6 +43,7 @@ def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
     tables = Tables(copied)
     for site in sorted(sites, key=lambda site: position[site.node]):
         _replace(graph, site, copied, ranges, seeds, tables)
+    without_versions(graph)
     unused.erase_others()
     return as_module(module, graph)
 

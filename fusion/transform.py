@@ -36,7 +36,7 @@ class Findings:
     """What has come up in one graph.
 
     matches: per graph module (its own, and those of higher-order operators) the sites, and the module they are in:
-    the graph module itself, or a copy with the functions that hold the sites opened.
+    the graph module itself, or a copy with the functions that hold the sites opened and what is written told apart.
     """
 
     strict: bool
@@ -115,8 +115,9 @@ def _find(gm: fx.GraphModule) -> tuple[fx.GraphModule, MatchResult]:
     from flashfuse.patterns.composite import composites
     from flashfuse.patterns.graph import Graph
     from flashfuse.patterns.match import MatchResult, find_attention
+    from flashfuse.versions import with_versions
 
-    graph = Graph(gm)
+    graph = with_versions(Graph(gm))
     whole = composites(graph)
     opened = inline(graph, whole)
     match = find_attention(opened.module)

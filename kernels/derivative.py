@@ -54,8 +54,13 @@ def differentiable(programs: Iterable[Expr]) -> frozenset[Hashable]:
 
 
 def follows_products(programs: Iterable[Expr]) -> bool:
-    """Whether autograd would come from the programs to a product at all; it does not pass integers and booleans."""
-    return any(isinstance(e, Product) for program in programs for e in _followed(program))
+    """Whether autograd would come from the programs to a product at all; it does not pass integers and booleans.
+
+    It does come to one that a mask of constants rules out everywhere, which no program has any more.
+    """
+    programs = tuple(programs)
+    followed = any(isinstance(e, Product) for program in programs for e in _followed(program))
+    return followed or not any(isinstance(leaf, Product) for program in programs for leaf in leaves(program))
 
 
 def _followed(expr: Expr) -> Iterator[Expr]:

@@ -37,14 +37,14 @@ def _arange(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     return cast(index(start + step * position[0]), call.output.dtype)
 
 
-def _number(view: NodeView, x: Any, dtype: torch.dtype) -> Expr:
+def as_element(view: NodeView, x: Any, dtype: torch.dtype) -> Expr:
     """A number as an element of a tensor of `dtype`."""
     return stored(x, dtype) if isinstance(x, float) else cast(view.number(x), dtype)
 
 
 def _filled(fill: Callable[[AtenCall], Any]) -> Row:
     def rule(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-        return _number(view, fill(call), call.output.dtype)
+        return as_element(view, fill(call), call.output.dtype)
 
     return rule
 
@@ -102,7 +102,7 @@ def _pointwise(view: NodeView, call: AtenCall, position: Indices, _: int) -> Exp
         return _comparison(view, op, call.args, position)
     dtype = call.output.dtype
     # What `where` chooses from are elements of its result, the numbers among them too.
-    number = functools.partial(_number, dtype=dtype) if op == "where" else NodeView.number
+    number = functools.partial(as_element, dtype=dtype) if op == "where" else NodeView.number
     arguments = [view.element(a, position) if isinstance(a, torch.Tensor) else number(view, a) for a in call.args]
     return pointwise("and" if op == "mul" and dtype == torch.bool else op, *arguments, dtype=dtype)
 
@@ -158,7 +158,8 @@ def _sum(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
 def _masked_fill(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     kept, mask = (view.element(a, position) for a in call.args[:2])
     fill, dtype = call.args[2], call.output.dtype
-    filled = cast(view.element(fill, position), dtype) if isinstance(fill, torch.Tensor) else _number(view, fill, dtype)
+    given = isinstance(fill, torch.Tensor)
+    filled = cast(view.element(fill, position), dtype) if given else as_element(view, fill, dtype)
     return pointwise("where", mask, filled, kept, dtype=dtype)
 
 

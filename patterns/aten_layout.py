@@ -23,8 +23,11 @@ _SAME_ELEMENT = (
 
 @row(*_SAME_ELEMENT)
 def _same_element(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    source, dtype = call.args[0].dtype, call.output.dtype
-    element = view.element(call.args[0], position)
+    return copied(view, view.element(call.args[0], position), call.args[0].dtype, call.output.dtype)
+
+
+def copied(view: NodeView, element: Expr, source: torch.dtype, dtype: torch.dtype) -> Expr:
+    """An element of a tensor of type `source` in one of type `dtype` that it is copied to."""
     integer = not (dtype.is_floating_point or dtype == torch.bool)
     if integer and not isinstance(element, Index) and source not in (dtype, torch.bool) and _wraps(source, dtype):
         raise CannotLift(view.node, f"turns {source} into {dtype}, which may wrap around")

@@ -1,4 +1,4 @@
-"""Rows of ATen operators that ask about single numbers or bend them: NaN and infinity, and activation functions."""
+"""Rows of operators that make, ask about or bend single numbers: literals, NaN and infinity, activation functions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 import torch
 
 from flashfuse.kernels.expr import Expr
-from flashfuse.kernels.normal import const, pointwise
+from flashfuse.kernels.normal import const, pointwise, stored
 from flashfuse.patterns.aten import reduced
+from flashfuse.patterns.graph import tensor
 from flashfuse.patterns.indexing import Indices
-from flashfuse.patterns.lift import CannotLift, NodeView
+from flashfuse.patterns.lift import NODE_ROWS, CannotLift, NodeView
 from flashfuse.patterns.rows import argument, row
 from flashfuse.patterns.trace import AtenCall
 
@@ -84,3 +85,16 @@ def _gelu(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
         mass = pointwise("tanh", pointwise("mul", pointwise("add", x, cubed), const(math.sqrt(2 / math.pi))))
     half = pointwise("mul", x, const(0.5), dtype=dtype)
     return pointwise("mul", half, pointwise("add", mass, const(1.0)), dtype=dtype)
+
+
+def _tensor_literal(view: NodeView, position: Indices) -> Expr:
+    """torch.tensor(8.0): a constant."""
+    literal = view.node.args[0]
+    if position or not isinstance(literal, (bool, int, float)):
+        raise CannotLift(view.node, "is a literal tensor of several elements")
+    t = tensor(view.node)
+    assert t is not None
+    return stored(literal, t.dtype)
+
+
+NODE_ROWS[torch.tensor] = _tensor_literal

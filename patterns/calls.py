@@ -44,6 +44,22 @@ def label_of(node: fx.Node) -> str:
     return name_of(node) or str(node.target)
 
 
+def after_write(tensor: torch.Tensor, writer: Any) -> torch.Tensor:
+    """The tensor once `writer` has written its memory through another view, or has assigned to it.
+
+    A node of this stands in a graph that is analysed, for every such write that the tensor is read after: so every
+    read is of a node whose definition says what memory holds then. What is compiled has none.
+    """
+    return tensor
+
+
+# What gives a part of its first argument other values, and nothing back.
+ASSIGNMENTS = ("setitem", "__setitem__")
+
+# In-place methods whose twins have other names.
+_TWINS: dict[str, Any] = {"zero_": torch.zeros_like}
+
+
 def functional_target(node: fx.Node) -> Any:
     """The out-of-place twin of an in-place operator or method; None where it has none or the node is not in place."""
     if node.op == "call_function" and node.target in _INPLACE_OPERATORS:
@@ -51,6 +67,8 @@ def functional_target(node: fx.Node) -> Any:
     name = name_of(node)
     if node.op != "call_method" or not name.endswith("_") or name.endswith("__"):
         return None
+    if name in _TWINS:
+        return _TWINS[name]
     return name[:-1] if hasattr(torch.Tensor, name[:-1]) else getattr(torch, name[:-1], None)
 
 
@@ -88,7 +106,7 @@ def _only_reads(op: str, target: Any) -> bool:
 
 def _is_inplace(name: str, target: Any) -> bool:
     """Whether a function or method of torch writes its first argument by its name."""
-    if target in _INPLACE_OPERATORS or name in ("setitem", "__setitem__"):
+    if target in _INPLACE_OPERATORS or name in ASSIGNMENTS:
         return True
     if name.startswith("__i") and name.endswith("__") and hasattr(operator, name.strip("_")):
         return True
@@ -133,7 +151,7 @@ def _inplace_argument(function: Any) -> int | None:
 def is_foreign(target: Any) -> bool:
     """Whether the function is the user's own (`torch.compiler.allow_in_graph`), of which nothing is known."""
     module = getattr(target, "__module__", None)
-    known = ("torch", "_operator", "operator", "math", "builtins", "einops")
+    known = ("torch", "_operator", "operator", "math", "builtins", "einops", "flashfuse")
     return isinstance(module, str) and callable(target) and module.split(".")[0] not in known
 
 

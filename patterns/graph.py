@@ -112,9 +112,17 @@ def is_weighted(node: fx.Node) -> bool:
     return not isinstance(weight, fx.Node) or isinstance(value(weight), torch.nn.Parameter)
 
 
-def _place(t: torch.Tensor) -> tuple[Any, ...]:
+def place_of(t: torch.Tensor) -> tuple[Any, ...]:
     """Where and how the tensor lies in its memory: two tensors of one storage and one place are the same tensor."""
     return (t.dtype, shape(t), t.stride(), t.storage_offset(), t.is_conj(), t.is_neg())
+
+
+def same_place(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two nodes are the same elements of one memory in the same order, inside of no transform."""
+    a, b = tensor(one), tensor(other)
+    if a is None or b is None or storage(one) is None or storage(one) != storage(other):
+        return False
+    return not is_wrapped(raw_value(one)) and not is_wrapped(raw_value(other)) and place_of(a) == place_of(b)
 
 
 class Graph:
@@ -209,12 +217,7 @@ class Graph:
         writer = self.writer_between(node, node, reader)
         if writer is None:
             return node
-        if is_wrapped(raw_value(node)) or is_wrapped(raw_value(writer)):
-            return None
-        seen, written = tensor(node), tensor(writer)
-        if seen is None or written is None or storage(writer) != storage(node):
-            return None
-        return writer if _place(seen) == _place(written) else None
+        return writer if same_place(node, writer) else None
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')

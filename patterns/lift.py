@@ -17,8 +17,8 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Expr, Index, Load, loads
-from flashfuse.kernels.normal import const, converted, index, rewrite, stored, substitute
-from flashfuse.patterns.calls import mutated_inputs
+from flashfuse.kernels.normal import const, converted, index, rewrite, substitute
+from flashfuse.patterns.calls import after_write
 from flashfuse.patterns.draw import drawn
 from flashfuse.patterns.graph import Graph, shape, storage, tensor, to_sympy, value, wants_gradient
 from flashfuse.patterns.indexing import ZERO, Indices, resimplify
@@ -35,17 +35,22 @@ class CannotLift(Exception):
         self.node, self.reason = node, reason
 
 
+# How often an analysis looks behind writes: a chain of some dozens is looked behind a few times.
+_MOST_VERSIONS = 1000
+
+
 class Lifter:
     """Lifts the nodes of one graph. Keeps the extent of every index symbol it made, and each node's expansion.
 
     history: whether what is lifted has to keep its gradient, so that no place where one ends is looked through.
-    region: what has been looked at since the analysis at hand began.
+    region: what has been looked at since the analysis at hand began. versions: how often it looked behind a write.
     """
 
     def __init__(self, graph: Graph, history: bool = False) -> None:
         self.graph, self.history = graph, history
         self.ranges: dict[sympy.Symbol, sympy.Expr] = {}
         self.region = Region(graph.position)
+        self.versions = 0
         self._traces: dict[fx.Node, Trace | CannotTrace] = {}
         self._expansions: dict[fx.Node, tuple[tuple[Indices, Expr] | CannotLift, Region]] = {}
 
@@ -76,9 +81,15 @@ class Lifter:
     def writer_before(self, node: fx.Node, site: fx.Node) -> fx.Node | None:
         """What writes the memory of `node` after its value was read and before `site`, where the kernel reads it."""
         reader = self.region.first_read.get(node)
-        if reader is not None and any(storage(n) == storage(node) for n in mutated_inputs(reader)):
+        if reader is not None and any(storage(n) == storage(node) for n in self.graph.mutated[reader]):
             return reader
         return self.graph.writer_between(node, reader or node, site)
+
+    def is_overwritten(self, node: fx.Node, later: fx.Node) -> bool:
+        """Whether the memory of `node` is written until `later` is computed, itself included."""
+        where, position = storage(node), self.graph.position
+        writers = self.graph.writes.get(where, ()) if where is not None else ()
+        return any(position[node] < position[writer] <= position[later] for writer in writers)
 
     def expand(self, load: Load, draws: bool = False) -> Expr:
         """One step back: the element in terms of the inputs of the load's node. Raises CannotLift.
@@ -92,7 +103,8 @@ class Lifter:
         if not draws and drawn(expr):
             raise CannotLift(node, "drops elements at random")
         if self._ends_gradient(node, expr):
-            raise CannotLift(node, "ends a gradient that its input requires")
+            blamed = node.args[1] if node.target is after_write else node
+            raise CannotLift(blamed, "ends a gradient that its input requires")  # type: ignore[arg-type]
         return expr
 
     def _ends_gradient(self, node: fx.Node, expr: Expr) -> bool:
@@ -110,6 +122,8 @@ class Lifter:
         self.region.open(node)
         if node in self.region.overwritten:
             raise CannotLift(node, "is written through another view before it is read")
+        if node.target is after_write:
+            self._count_version(node)
         if node not in self._expansions:
             outer, self.region = self.region, Region(self.graph.position)
             try:
@@ -123,6 +137,12 @@ class Lifter:
         position, expr = known
         moved = {a: b for a, b in zip(position, load.indices, strict=True) if isinstance(a, sympy.Symbol)}
         return self.divided_again(substitute(expr, moved)) if moved else expr
+
+    def _count_version(self, node: fx.Node) -> None:
+        """What is made of itself by a write occurs twice in the result, and so on with every further write."""
+        self.versions += 1
+        if self.versions > _MOST_VERSIONS:
+            raise CannotLift(node.args[1], "writes a tensor that is made of itself too often")  # type: ignore[arg-type]
 
     def divided_again(self, expr: Expr) -> Expr:
         """The expression with the divisions in its indices redone, after positions were put in place of symbols."""
@@ -168,7 +188,7 @@ class Lifter:
             else:
                 made = self.traced(node)
                 expr = NodeView(self, node, made).element(made.result, position)
-            return position, converted(expr, expr.dtype, t.dtype) if mutated_inputs(node) else expr
+            return position, converted(expr, expr.dtype, t.dtype) if self.graph.mutated[node] else expr
         except CannotTrace as error:
             return CannotLift(node, str(error))
         except CannotLift as error:
@@ -179,6 +199,8 @@ class Lifter:
         producer, number = node.args
         if not isinstance(producer, fx.Node) or not isinstance(number, int):
             raise CannotLift(node, "takes an output by a computed number")
+        if self.graph.writer_between(node, producer, node) is not None:
+            raise CannotLift(node, "is a view that is taken after its memory was written")
         made = self.traced(producer)
         return NodeView(self, producer, made).element(made.result[number], position)
 
@@ -268,16 +290,3 @@ NODE_ROWS: dict[Any, Row] = {}
 # Of nodes that are run where their row gives None.
 DirectRow = Callable[..., Expr | None]
 DIRECT_ROWS: dict[Any, DirectRow] = {}
-
-
-def _tensor_literal(view: NodeView, position: Indices) -> Expr:
-    """torch.tensor(8.0): a constant."""
-    literal = view.node.args[0]
-    if position or not isinstance(literal, (bool, int, float)):
-        raise CannotLift(view.node, "is a literal tensor of several elements")
-    t = tensor(view.node)
-    assert t is not None
-    return stored(literal, t.dtype)
-
-
-NODE_ROWS[torch.tensor] = _tensor_literal

@@ -91,7 +91,7 @@ def _position(view: NodeView, at: Expr, size: sympy.Expr, wraps: bool) -> Place:
     """Where an integer points to on a dimension of `size`; `wraps` counts negative ones from the end."""
     known = view.resolved(at)
     if isinstance(known, Index):
-        return _formula(view, known.value, size, wraps)
+        return formula(view, known.value, size, wraps)
     if not loads(known) and not any(e.dtype.is_floating_point for e in walk(known)):
         at = known
     at = cast(at, torch.int64)
@@ -101,13 +101,13 @@ def _position(view: NodeView, at: Expr, size: sympy.Expr, wraps: bool) -> Place:
     return without_clamps(clamped, view.ranges)
 
 
-def _formula(view: NodeView, at: sympy.Expr, size: sympy.Expr, wraps: bool) -> sympy.Expr:
+def formula(view: NodeView, at: sympy.Expr, size: sympy.Expr, wraps: bool) -> sympy.Expr:
     """A formula must provably point into the tensor; where it may not, the user's own look-up raises."""
     if within(at, size, view.ranges):
         return at
     if wraps and within(at + size, 2 * size, view.ranges):
         return divide(at + size, size, view.ranges)[1]
-    raise CannotLift(view.node, "looks elements up at positions that may lie outside the tensor")
+    raise CannotLift(view.node, "takes elements at positions that may lie outside the tensor")
 
 
 # --------------------------------------------------------------------------------------------------------------------

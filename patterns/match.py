@@ -20,7 +20,8 @@ import flashfuse.patterns.aten_numbers
 import flashfuse.patterns.aten_windows
 import flashfuse.patterns.direct
 import flashfuse.patterns.lookup
-import flashfuse.patterns.sdpa  # noqa: F401
+import flashfuse.patterns.sdpa
+import flashfuse.patterns.writes  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols, loads
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.calls import name_of

@@ -88,9 +88,17 @@ class Opener:
             return self._stored(load)
         if may_wrap(opened, load.dtype, self.lifter.ranges):
             return load
+        if any(self._is_gone(read, load) for read in loads(opened)):
+            return load
         if isinstance(opened, Load) and self._is_better_laid_out(load, opened):
             return load
         return opened if square or not loads(opened) or isinstance(inner, Load) else load
+
+    def _is_gone(self, read: Load | Gather, load: Load) -> bool:
+        """Whether what a tensor was made from has been written over by then."""
+        if not isinstance(read.tensor, fx.Node) or not isinstance(load.tensor, fx.Node):
+            return False
+        return self.lifter.is_overwritten(read.tensor, load.tensor)
 
     def _stored(self, load: Load) -> Load:
         """What stays a tensor of the graph: where that suffices, of distances instead of pairs of positions."""

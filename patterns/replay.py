@@ -88,7 +88,7 @@ class Analyses:
         return _given(result)
 
     def _analysed(self, lifter: Lifter, root: fx.Node) -> tuple[Result, Region]:
-        lifter.region = Region(self.graph.position)
+        lifter.region, lifter.versions = Region(self.graph.position), 0
         lifter.region.open(root)
         try:
             return self.analysis(lifter, root), lifter.region

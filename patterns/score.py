@@ -31,6 +31,7 @@ from flashfuse.kernels.expr import (
 from flashfuse.kernels.normal import number, pointwise, rewrite
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.graph import is_weighted
+from flashfuse.patterns.indexing import within
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.opener import STEPS, Opener
 from flashfuse.patterns.operand import exactly_promotes, sizes_of
@@ -186,7 +187,7 @@ class _Search:
         before = len(self.found)
         try:
             program = self.opened(self.lifter.expand(load), node)
-            if len(self.found) == before or not self._reaches_outside(load):
+            if not self._reaches_outside(load) or all(self._stays_inside(dot) for dot, _ in self.found[before:]):
                 return program
             self._note(Refused("extra-columns", "the softmax has rows or columns that are no products", node))
         except CannotLift as error:
@@ -204,6 +205,15 @@ class _Search:
             for index, size in zip(load.indices, sizes_of(load), strict=True)
             for symbol in index.free_symbols & ranges.keys()
             if index.coeff(symbol, 1) == 1
+        )
+
+    def _stays_inside(self, dot: Dot) -> bool:
+        """Whether a product is one of queries and keys that there are, whatever a choice around it keeps."""
+        read = (load for load in loads(dot) if isinstance(load, Load))
+        return all(
+            within(index, size, self.lifter.ranges)
+            for load in read
+            for index, size in zip(load.indices, sizes_of(load), strict=True)
         )
 
     def _product(self, dot: Dot, node: fx.Node) -> Expr:

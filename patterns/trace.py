@@ -19,7 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashfuse.patterns.calls import functional_target, mutated_inputs
+from flashfuse.patterns.calls import after_write, functional_target, mutated_inputs
 from flashfuse.patterns.graph import Graph, tensor, value
 from flashfuse.patterns.transforms import is_border
 
@@ -110,19 +110,31 @@ def _has_symbolic_sizes(node: fx.Node) -> bool:
 
 def trace(graph: Graph, node: fx.Node) -> Trace:
     """Run the node once on its inputs' fake tensors and record its ATen calls. Raises CannotTrace."""
-    target = node.target
+    target, told = node.target, dict(node.kwargs)
     if is_border(node):
         raise CannotTrace("a torch.func transform begins or ends here")
-    if mutated_inputs(node):
+    written = mutated_inputs(node)
+    if written and written == (told.get("out"),):
+        del told["out"]
+    elif written:
         target = functional_target(node)
         if target is None:
-            raise CannotTrace(f"{node.target} writes its input")
+            raise CannotTrace("writes its input in a way that is not known")
     if node.op not in ("call_function", "call_method") or isinstance(target, torch._ops.HigherOrderOperator):
         raise CannotTrace(f"{node.op} {node.target}")
+    if target is after_write:
+        raise CannotTrace("is what a write has left")
+    made = recorded(graph, node, target, node.args, told)
+    check_same(made.result, value(node), node)
+    return made
+
+
+def recorded(graph: Graph, node: fx.Node, target: Any, given: tuple[Any, ...], told: dict[str, Any]) -> Trace:
+    """What a function or method does with arguments of the node, in its place. Raises CannotTrace."""
     inputs = {id(tensor(n)): n for n in node.all_input_nodes if tensor(n) is not None}
     scalars = {v.node.expr: n for n in node.all_input_nodes if isinstance(v := value(n), torch.SymFloat)}
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
-    call = _only_call(graph, node, args)
+    args, kwargs = fx.map_arg((given, told), value)
+    call = _only_call(graph, node, args) if target is node.target and not told else None
     if call is not None:
         return Trace(inputs, scalars, {id(call.output): (call, 0)}, call.output, (call,), (args, kwargs))
     recorder = _Recorder(set(inputs))
@@ -133,7 +145,6 @@ def trace(graph: Graph, node: fx.Node) -> Trace:
             )
     except Exception as error:
         raise CannotTrace(f"{type(error).__name__}: {error}") from error
-    check_same(result, value(node), node)
     return Trace(inputs, scalars, recorder.producers, result, tuple(recorder.calls), (args, kwargs))
 
 

@@ -10,12 +10,14 @@ from torch import fx
 from watched import find_attention
 
 from flashfuse.kernels.spec import AttentionSpec, to_text
+from flashfuse.patterns.graph import Graph
 from flashfuse.patterns.match import MatchResult
 from flashfuse.patterns.site import AttentionSite, Refusal
+from flashfuse.versions import with_versions
 
 
 def graph_of(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, **kwargs: Any) -> fx.GraphModule:
-    """The graph Dynamo makes of fn(*args, **kwargs); there must be exactly one."""
+    """The graph Dynamo makes of fn(*args, **kwargs), as it is analysed; there must be exactly one."""
     graphs: list[fx.GraphModule] = []
 
     def keep(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
@@ -25,7 +27,7 @@ def graph_of(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, **
     torch._dynamo.reset()
     torch.compile(fn, backend=keep, dynamic=dynamic, fullgraph=True)(*args, **kwargs)
     assert len(graphs) == 1
-    return graphs[0]
+    return with_versions(Graph(graphs[0])).module
 
 
 def matched(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> MatchResult:

@@ -86,6 +86,15 @@ def alibi_baddbmm(c: Any, q: Any, k: Any, v: Any, slopes: Any) -> Any:
     return torch.bmm(attention_probs.view(batch * heads, q_len, -1), v.reshape(batch * heads, k.shape[2], -1))
 
 
+def alibi_by_head(c: Any, q: Any, k: Any, v: Any, slopes: Any) -> Any:
+    """Each head's scores are written by themselves."""
+    i, j = positions(q, k)
+    scores = q @ k.transpose(-1, -2) * c.scale
+    for head in range(q.shape[1]):
+        scores[:, head] -= slopes[head] * (i - j)
+    return scores.masked_fill(j > i, float("-inf")).softmax(-1) @ v
+
+
 def prebuilt_baddbmm(c: Any, q: Any, k: Any, v: Any, alibi: Any) -> Any:
     """A product with scaled beta and alpha onto a prebuilt tensor [H, Tq, Tkv]."""
     batch, heads, q_len, _ = q.shape
@@ -109,7 +118,7 @@ def _prebuilt(make: Make) -> tuple[torch.Tensor, ...]:
 ALIBI = (
     Form(
         "alibi",
-        (alibi_distance, alibi_absolute, alibi_baddbmm),
+        (alibi_distance, alibi_absolute, alibi_baddbmm, alibi_by_head),
         Expect((r"qk \* 0\.3535", r"t0\[.*n1", r"(q_idx|kv_idx)"), "causal$"),
         _slopes,
     ),

@@ -47,6 +47,14 @@ def padding_fairseq(c: Any, q: Any, k: Any, v: Any, keep: Any) -> Any:
     return torch.bmm(F.softmax(attn_weights, dim=-1), v.reshape(b * h, k.shape[2], -1))
 
 
+def padding_assigned(c: Any, q: Any, k: Any, v: Any, keep: Any) -> Any:
+    """The scores are written through a view of them."""
+    b, h, n, m = *q.shape[:3], k.shape[2]
+    attn_weights = torch.bmm((q * c.scale).reshape(b * h, n, -1), k.reshape(b * h, m, -1).transpose(1, 2))
+    attn_weights.view(b, h, n, m)[~keep[:, None, None].expand(-1, h, n, -1)] = float("-inf")
+    return torch.bmm(F.softmax(attn_weights, dim=-1), v.reshape(b * h, m, -1))
+
+
 def padding_functional(c: Any, q: Any, k: Any, v: Any, keep: Any) -> Any:
     return functional(c, q, k, v, keep[:, None, None, :].expand(-1, -1, q.shape[2], -1))
 
@@ -131,7 +139,12 @@ def lengths_causal(c: Any, q: Any, k: Any, v: Any, lengths: Any) -> Any:
 
 
 FORMS = (
-    Form("padding", (padding_lucidrains, padding_fairseq, padding_functional), Expect(mask=PADDING), _padding_bool),
+    Form(
+        "padding",
+        (padding_lucidrains, padding_fairseq, padding_functional, padding_assigned),
+        Expect(mask=PADDING),
+        _padding_bool,
+    ),
     Form(
         "padding-int",
         (padding_bert, padding_equal_zero),

@@ -41,6 +41,13 @@ def filled_in_place(c: Any, q: Any, k: Any, v: Any) -> Any:
     return torch.bmm(F.softmax(scores, dim=-1), v.flatten(0, 1))
 
 
+def assigned(c: Any, q: Any, k: Any, v: Any) -> Any:
+    scores = q @ k.transpose(-1, -2) * c.scale
+    future = torch.ones(q.shape[2], k.shape[2], device=q.device).triu(1) == 1
+    scores[:, :, future] = float("-inf")
+    return scores.softmax(-1) @ v
+
+
 def is_causal(c: Any, q: Any, k: Any, v: Any) -> Any:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
@@ -94,7 +101,7 @@ def offset_positions(c: Any, q: Any, k: Any, v: Any) -> Any:
 
 
 CAUSAL = (
-    Form("causal", (tril_ones, triu_added, arange_where, filled_in_place), Expect(mask="causal$")),
+    Form("causal", (tril_ones, triu_added, arange_where, filled_in_place, assigned), Expect(mask="causal$")),
     Form("causal-functional", (is_causal, keep_functional), Expect(mask="causal$", empty_row="zero")),
     Form("causal-buffer", (TrilBuffer, BoolBuffer), Expect(mask=r"mask \(t0\)$", squares=1)),
     Form(
@@ -260,6 +267,13 @@ def globals_not(c: Any, i: Any, j: Any) -> Any:
     return ~(((i - j > c.chunk) | (j - i > c.chunk)) & (i >= SINK_TOKENS) & (j >= SINK_TOKENS))
 
 
+def globals_assigned(c: Any, i: Any, j: Any) -> Any:
+    keep = (i - j).abs() <= c.chunk
+    keep[:SINK_TOKENS] = True
+    keep[:, :SINK_TOKENS] = 1
+    return keep
+
+
 def in_frame(c: Any, q: Any, k: Any, v: Any, *, predicate: Callable[..., Any], frame: Callable[..., Any]) -> Any:
     return frame(c, q, k, v, predicate(c, *positions(q, k)))
 
@@ -273,13 +287,14 @@ def added_minimum(c: Any, q: Any, k: Any, v: Any, keep: Any) -> Any:
 
 
 def _shape(name: str, predicates: tuple[Callable[..., Any], ...], mask: str) -> Form:
-    """Both ways to say a mask, in three frames."""
-    first, second = predicates
-    pairs = ((first, dropped), (first, added_minimum), (second, lucidrains))
+    """Two ways to say a mask or more, in three frames."""
+    first, *others = predicates
+    pairs = ((first, dropped), (first, added_minimum), *((other, lucidrains) for other in others))
     spellings = tuple(functools.partial(in_frame, predicate=p, frame=f) for p, f in pairs)
     return Form(name, spellings, Expect(mask=mask))
 
 
+GLOBALS = r"(window -4\.\.4 or .* or prefix 2|prefix 2 or .* or window -4\.\.4)$"
 SHAPES = (
     _shape("window", (window_and, window_not), "causal, window 5$"),
     _shape("window-both-sides", (both_sides_abs, both_sides_and), r"window -5\.\.5$"),
@@ -290,7 +305,7 @@ SHAPES = (
     _shape("block-causal", (block_causal_divided, block_causal_end), "causal in blocks of 4$"),
     _shape("prefix", (prefix_or, prefix_not), "causal or prefix 5$"),
     _shape("streaming", (streaming, streaming_distributed), "causal, window .* or .*prefix 2$"),
-    _shape("global-tokens", (globals_or, globals_not), r"window -4\.\.4 or .* or prefix 2$"),
+    _shape("global-tokens", (globals_or, globals_not, globals_assigned), GLOBALS),
 )
 
 FORMS = (*CAUSAL, *FILLED, *SHAPES)

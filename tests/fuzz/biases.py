@@ -75,6 +75,25 @@ def _smooth(draft: Draft) -> Var:
     return draft.let("bias", spelling, ("s", "t"))
 
 
+WRITTEN = (
+    "{b}[:, :2] = 0.5", "{b}[1:] -= 1.0", "{b}[..., ::2] += 0.25", "{b}.diagonal().fill_(1.5)", "{b}[:, 0] *= 3",
+    "{b}[-1] = torch.arange({t}) * 0.125", "{b}[i > j] = -0.5", "{b}.transpose(0, 1)[0] = 2.0", "{b}[2:].zero_()",
+    "{b}.view(-1)[:3] = 1", "{b}[:, : {t} // 2].neg_()", "{b}[i[:, 0], 0] = 0.75", "{b}[0] = {b}[-1] + 1",
+    "{b}[:, {t} // 2 :] = (i + 1.0).expand({s}, {t} - {t} // 2)", "{b}[1:].tanh_()", "{b}.fill_(0.25)",
+)  # fmt: skip
+
+
+def _written(draft: Draft) -> Var:
+    """A bias that is made by assignments."""
+    positions(draft)
+    sizes = {"s": draft.size("s"), "t": draft.size("t")}
+    spelling = draft.one(("torch.zeros({s}, {t})", "torch.full(({s}, {t}), 0.5)", "(i - j).float()"))
+    b = draft.let("bias", spelling.format(**sizes), ("s", "t"))
+    for _ in range(draft.one((1, 2, 3))):
+        draft.say(draft.one(WRITTEN).format(b=b.name, **sizes))
+    return b
+
+
 BIASES: dict[str, Callable[[Draft], Var]] = {
     "dense-bias": _dense,
     "additive-mask": _given_minimal,
@@ -84,6 +103,7 @@ BIASES: dict[str, Callable[[Draft], Var]] = {
     "table": _table,
     "looked-up": _bucketed,
     "smooth": _smooth,
+    "written-bias": _written,
 }
 
 

@@ -136,6 +136,27 @@ def _counted(draft: Draft) -> Var:
     return draft.let("keep", f"{ids.name}.unsqueeze(-1) == {ids.name}.unsqueeze(-2)", (*draft.shape.batch, "s", "t"))
 
 
+WRITTEN = (
+    "{m}[:, :2] = True", "{m}[1:] = 1", "{m}[..., ::2] = True", "{m}.diagonal().fill_(True)", "{m}[-1] = True",
+    "{m}[i >= j] = True", "{m}[:, 0] |= True", "{m}[: {s} // 2, {t} // 3 :] = False", "{m}.transpose(0, 1)[-1:] = 0",
+    "{m}[2:4].logical_not_()", "{m}[i[:, 0], 0] = True", "{m}.view(-1)[:3] = True", "{m}[:, -1] ^= i[:, 0] > 2",
+    "{m}.narrow(1, 0, 1).fill_(True)", "{m}.index_fill_(0, torch.arange(1), True)", "{m}[1:] = {m}[1:] & (j < 9)",
+)  # fmt: skip
+
+
+def _written(draft: Draft) -> Var:
+    """A mask that is made by assignments."""
+    positions(draft)
+    sizes = {"s": draft.size("s"), "t": draft.size("t")}
+    spelling = draft.one(("torch.zeros({s}, {t}, dtype=torch.bool)", "j <= i", "torch.ones({s}, {t}).tril() > 0"))
+    m = draft.let("keep", spelling.format(**sizes), ("s", "t"))
+    # Nothing would be left of scores that constants mask everywhere.
+    draft.say(f"{m.name}[:, :1] = True")
+    for _ in range(draft.one((1, 2, 3))):
+        draft.say(draft.one(WRITTEN).format(m=m.name, **sizes))
+    return m
+
+
 def _both(draft: Draft) -> Var:
     """Two conditions together."""
     left, right = draft.row(SIMPLE)(draft), draft.row(SIMPLE)(draft)
@@ -156,6 +177,7 @@ SIMPLE: dict[str, Callable[[Draft], Var]] = {
     "moved-positions": _moved,
     "buffer": _buffer,
     "counted-documents": _counted,
+    "written-mask": _written,
 }
 KEPT: dict[str, Callable[[Draft], Var]] = SIMPLE | {"two-masks": _both}
 
@@ -178,7 +200,12 @@ APPLIED = {
         "{s} + torch.where({m}, torch.zeros((), dtype={s}.dtype), {fill})",
         "torch.zeros({m}.shape, dtype={s}.dtype).masked_fill_(~{m}, {fill}) + {s}",
     ),
-    "assigned": ("{s}[~{m}.expand_as({s})] = {fill}", "{s}[({m} == 0).expand_as({s})] = {fill}"),
+    "assigned": (
+        "{s}[~{m}.expand_as({s})] = {fill}", "{s}[({m} == 0).expand_as({s})] = {fill}",
+        "{s}.index_put_((~{m}.expand_as({s}),), torch.tensor({fill}, dtype={s}.dtype))",
+        "{s}[..., :1].masked_fill_(~{m}[..., :1], {fill}); "
+        "{s}[..., 1:][~{m}.expand_as({s})[..., 1:]] = {fill}",
+    ),
     "filled-in-place": ("{s}.masked_fill_(~{m}, {fill})", "{s} = {s}.masked_fill_({m} == False, {fill})"),
 }  # fmt: skip
 
@@ -188,8 +215,6 @@ def mask(draft: Draft, s: Var) -> Var:
     m = draft.again("mask", lambda draft: draft.row(KEPT)(draft))
     fill = draft.one(draft.row(FILLS)).format(s=s.name)
     spelling = draft.one(draft.row(APPLIED))
-    # An assignment writes through an index, and no node stands for what it leaves.
-    draft.refused |= {"unknown-operator"} if spelling in APPLIED["assigned"] else set()
     text = broadcast(draft, m, s.axes)
     if text != m.name:
         text = draft.let("m", text, s.axes).name

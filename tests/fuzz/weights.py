@@ -168,6 +168,9 @@ def _zeroed(draft: Draft, p: Var) -> Var:
     draft.refused |= {"probability-mask", "probability-factor"}
     # numerics.md, section 3: a tensor of floats is taken to leave each row a key.
     draft.left_open |= any(x.kind == "infinite" for x in draft.inputs)
+    if draft.chance(4):
+        draft.say(f"{p.name}[~({text}).expand_as({p.name})] = 0")
+        return p
     spelling = draft.one((
         "{p}.masked_fill(~{m}, 0.0)", "torch.where({m}, {p}, 0.0)", "{p} * {m}", "{p} * {m}.to({p}.dtype)",
     ))  # fmt: skip

@@ -114,6 +114,22 @@ def in_place(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return merged(scores.softmax(-1) @ v)
 
 
+def assigned(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    q, k, v = split(linear(x, 0)), split(linear(x, 1)), split(linear(x, 2))
+    scores = q @ k.transpose(-1, -2) * DIM**-0.5
+    scores[..., 1:] += mask[..., 1:]
+    scores[:, 0, :, 0] = -1.0
+    return merged(scores.softmax(-1) @ v)
+
+
+def assigned_elsewhere(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    q, k, v = split(linear(x, 0)), split(linear(x, 1)), split(linear(x, 2))
+    scores = q @ k.transpose(-1, -2) * DIM**-0.5
+    scores[..., 1:] += mask[..., 1:]
+    scores[:, 0, :, 1] = -1.0
+    return merged(scores.softmax(-1) @ v)
+
+
 def autocast(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return plain(x, mask).float()
@@ -144,7 +160,8 @@ def cached(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 OTHERS = (
     *(other_scale, mask_of_its_own, one_operand_twice, other_axis, scores_used, scores_measured, dropped),
-    *(laid_out_otherwise, written_before, written_after, in_place, autocast, called, causal, sorted_scores, cached),
+    *(laid_out_otherwise, written_before, written_after, in_place, assigned, assigned_elsewhere, autocast, called),
+    *(causal, sorted_scores, cached),
 )
 
 
