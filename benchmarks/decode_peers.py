@@ -79,6 +79,32 @@ def cache_position(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: 
     return attend(seen(scores(q, k), keys <= position[:, None]), v)
 
 
+def quantised(x: torch.Tensor, stored: torch.dtype) -> Tensors:
+    """x [.., KV, D] as a cache of int8 or float8 stores it, and a scale [.., KV, 1] of each token in x's type.
+
+    The same of a float64 copy.
+    """
+    most = torch.iinfo(stored).max if stored == torch.int8 else torch.finfo(stored).max
+    scale = (x.abs().amax(-1, keepdim=True).float() / most).bfloat16().to(x.dtype)
+    inner = x.float() / scale.float()
+    return (inner.round() if stored == torch.int8 else inner).clamp(-most, most).to(stored), scale
+
+
+def stored_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ks: torch.Tensor, vs: torch.Tensor) -> torch.Tensor:
+    """A quantised cache as models read it: expanded to the type of the queries first."""
+    return plain(q, k.to(q.dtype) * ks, v.to(q.dtype) * vs)
+
+
+def int8_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    (k, ks), (v, vs) = (quantised(x, torch.int8) for x in (k, v))
+    return stored_cache(q, k, v, ks, vs)
+
+
+def fp8_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    (k, ks), (v, vs) = (quantised(x, torch.float8_e4m3fn) for x in (k, v))
+    return stored_cache(q, k, v, ks, vs)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Who computes it
 
@@ -167,7 +193,7 @@ def flex(x: Operands) -> Code:
 
 
 def inductor(x: Operands) -> Code:
-    return torch.compile(plain, backend="inductor", fullgraph=True, dynamic=False)
+    return by_inductor(plain)
 
 
 def compiled(code: Code, extras: Callable[[Operands], Tensors] = lambda x: (), read: float = 1.0) -> Peer:
@@ -183,6 +209,27 @@ def compiled(code: Code, extras: Callable[[Operands], Tensors] = lambda x: (), r
 @functools.cache
 def by_flashfuse(code: Code) -> Code:
     return torch.compile(code, backend="flashfuse", fullgraph=True)
+
+
+def quantises(code: Code, stored: torch.dtype, own: bool) -> Peer:
+    """A cache that is stored quantised, which no call counts: `code` quantises, what is compiled reads."""
+
+    def make(x: Operands) -> Code:
+        run = by_flashfuse(stored_cache) if own else by_inductor(stored_cache)
+        caches = {k: _stored(stored, k, v) for _, k, v in x.sets}
+        return lambda q, k, v: run(q, *caches[k])
+
+    return Peer(make, code, read=0.5, own=own)
+
+
+def _stored(stored: torch.dtype, k: torch.Tensor, v: torch.Tensor) -> Tensors:
+    """Stored keys and values and their scales, made position by position for the memory that this takes."""
+    (k, ks), (v, vs) = (map(torch.stack, zip(*(quantised(y, stored) for y in x), strict=True)) for x in (k, v))
+    return k, v, ks, vs
+
+
+def by_inductor(code: Code) -> Code:
+    return torch.compile(code, backend="inductor", fullgraph=True, dynamic=False)
 
 
 def last_position(x: Operands) -> Tensors:
@@ -201,5 +248,8 @@ PEERS: Mapping[str, Peer] = {
     "flashfuse soft cap": compiled(softcap),
     "flashfuse window": compiled(window, read=0.5),
     "flashfuse static cache": compiled(cache_position, last_position),
+    "flashfuse int8 cache": quantises(int8_cache, torch.int8, own=True),
+    "inductor int8 cache": quantises(int8_cache, torch.int8, own=False),
+    "flashfuse fp8 cache": quantises(fp8_cache, torch.float8_e4m3fn, own=True),
 }
 QUICK_PEERS = (BASELINE, "operator", "flashfuse")

@@ -14,6 +14,7 @@ from flashfuse.kernels.decode import attention_combine_kernel, attention_split_k
 from flashfuse.kernels.launch import (
     Launch,
     Row,
+    Shape,
     choose_launch,
     constants,
     device_index,
@@ -25,13 +26,20 @@ from flashfuse.kernels.launch import (
     shape_of,
 )
 from flashfuse.kernels.launch_hopper_forward import prepare_hopper
-from flashfuse.kernels.mask import mask_of
+from flashfuse.kernels.mask import MASK_BLOCK, mask_of
 from flashfuse.kernels.prepared import KernelLaunch, Prepared
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec, batch_symbol
 from flashfuse.kernels.tiled import attention_tiled
 
-# More queries fill the rows of a tile by themselves.
-MAX_Q_LEN = 16
+# Where the flash-decoding kernels are faster than the forward (docs/performance.md, "Decode"): with so few queries, ..
+FEW_QUERIES = 16
+# .. and with as many as one block of the ranges of keys, each of which has so many keys, ..
+MAX_Q_LEN = MASK_BLOCK
+KEYS_PER_QUERY = 32
+# .. where all rows that share keys are no more than this, so that keys are read once or twice, ..
+MAX_ROWS = 128
+# .. or a program for each batch position would leave so much of the device idle.
+IDLE = 2 / 3
 
 # As `launch.TABLE`; block_q: the most rows. Several programs of a multiprocessor keep reads under way.
 TABLE = (
@@ -59,19 +67,29 @@ TABLE = (
 # What the programs of a multiprocessor should have on its way from memory, and how many they are at most.
 BYTES_UNDER_WAY = 110_000
 MAX_PROGRAMS_PER_MULTIPROCESSOR = 2
-# The most shares that keys go into, and the fewest key tiles that are not read sooner than shares are put together.
+# The most shares that keys go into.
 MAX_SPLITS = 128
-MIN_TILES = 4
 # The part of a device's slots that reads about as much as all of them, and how much longer is as early.
 BUSY = 0.8
 NEARLY = 1.1
+# In the time of a tile: what a share takes beside its tiles and its part of the rows, what it takes to put shares
+# together, and how many rows are put together for each program that reads.
+SHARE = 0.5
+MERGE = 2.0
+MERGED_ROWS = 4
 # A program of the combine kernel holds so many numbers of accumulators at a time.
 COMBINED_ELEMENTS = 4096
 
 
 def takes(call: AttentionCall) -> bool:
     """Whether the flash-decoding kernels are the ones for a call."""
-    return call.q_len <= MAX_Q_LEN
+    if call.q_len <= FEW_QUERIES:
+        return True
+    if call.q_len > MAX_Q_LEN or call.kv_len < KEYS_PER_QUERY * call.q_len:
+        return False
+    _, packed = _split_axes(call.batch, packed_axes(call))
+    multiprocessors = device_of(device_index(call)).multiprocessors
+    return math.prod(packed) * call.q_len <= MAX_ROWS or math.prod(call.batch) <= (1 - IDLE) * multiprocessors
 
 
 def prepare_any(call: AttentionCall) -> Prepared | None:
@@ -94,8 +112,10 @@ def prepare_decode(call: AttentionCall, launch: Launch | None = None, splits: in
     row_tiles = -(-rows // launch.block_q)
     programs = math.prod(outer) * row_tiles
     if splits is None:
-        slots = _slots(device, launch.shared_bytes(shape_of(spec, rows, call.head_dim, call.value_dim)))
-        splits = num_splits(programs, -(-kv_len // launch.block_kv), slots)
+        shape = shape_of(spec, rows, call.head_dim, call.value_dim)
+        slots = _slots(device, launch.shared_bytes(shape))
+        part = _part(launch, shape, rows)
+        splits = num_splits(programs, -(-kv_len // launch.block_kv), slots, math.prod(outer) * rows, part)
     split, combine = variants(
         spec, call.head_dim, call.value_dim, precision_of(spec), launch, call.kv_ranges is not None,
         call.q_len <= kv_len, is_packed, device_of(device).overlaps,
@@ -142,17 +162,26 @@ def _split_axes(batch: tuple[int, ...], is_packed: tuple[bool, ...]) -> tuple[tu
 
 
 @functools.lru_cache(maxsize=4096)
-def num_splits(programs: int, tiles: int, slots: int) -> int:
+def num_splits(programs: int, tiles: int, slots: int, rows: int, part: float) -> int:
     """Into how many shares the key tiles of each program go, on a device that runs `slots` programs at a time.
 
-    The fewest with which it is done nearly as early as can be; 1 where it is busy anyway.
+    The fewest with which it is done nearly as early as can be; 1 where it is busy anyway, or done before shares are put
+    together. rows: of all programs. part: how long a share's rows take to be written and read, in the time of a tile.
     """
     most = min(tiles, MAX_SPLITS)
-    if tiles < MIN_TILES or programs >= BUSY * slots:
+    if most < 2 or programs >= BUSY * slots:
         return 1
-    # In the time of one tile: how often every slot takes a share, times the tiles of the longest.
-    times = [-(-programs * splits // slots) * -(-tiles // splits) for splits in range(1, most + 1)]
-    return 1 + next(i for i, time in enumerate(times) if time <= NEARLY * min(times))
+    # In the time of one tile: how often every slot takes a share, times what the longest takes.
+    times = {n: -(-programs * n // slots) * (-(-tiles // n) + part + SHARE) for n in range(2, most + 1)}
+    least = min(times.values())
+    splits = next(n for n, time in times.items() if time <= NEARLY * least)
+    return splits if times[splits] + MERGE + rows / (MERGED_ROWS * slots) < tiles else 1
+
+
+def _part(launch: Launch, shape: Shape, rows: int) -> float:
+    """The bytes written and read of the float32 sums of a share's rows, in those of a tile of keys and values."""
+    tile = launch.block_kv * (shape.block_d + shape.block_dv) * shape.element_bytes
+    return 2 * 4 * min(rows, launch.block_q) * shape.block_dv / tile
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Triton's interpreter with what the tests need of it: an fma rounded once, and half the time.
+"""Triton's interpreter with what the tests need of it: an fma and sums of products rounded once, and half the time.
 
 The interpreter works out the types of every operation in Python, which takes longer than numpy takes for a small tile.
-What is put in place here gives the same values and makes the same checks, the one of integer overflow included.
+What else is put in place here gives the same values and makes the same checks, the one of integer overflow included.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 
 _patch_lang = interpreter._patch_lang
 _element_type = interpreter._get_np_dtype
+_dot_in_numpy = InterpreterBuilder.create_dot
 _cast = TritonSemantic.cast
 _match_operands = TritonSemantic.binary_op_type_checking_impl
 
@@ -27,6 +28,7 @@ _match_operands = TritonSemantic.binary_op_type_checking_impl
 def install() -> None:
     """Before the first kernel is launched."""
     InterpreterBuilder.create_fma = _fma
+    InterpreterBuilder.create_dot = _dot
     InterpreterBuilder.create_splat = _splat
     InterpreterBuilder.get_block_ty = lambda self, element, shape: _block_type(element, tuple(shape))
     InterpretedFunction.__call__ = _call
@@ -47,6 +49,18 @@ def _fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHa
     """Rounded once, as on every GPU; the interpreter of Triton 3.6 rounds the product too."""
     exact = np.multiply(x.data, y.data, dtype=np.float64) + z.data
     return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+
+def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *args: Any) -> TensorHandle:
+    """Added up in float64: how numpy adds float32 depends on the processor, and on some its sums are twice as far off
+    as those of torch, beside which a kernel is judged."""
+    if not all(x.data.dtype in _SHORT for x in (a, b, d)):
+        return _dot_in_numpy(self, a, b, d, *args)
+    exact = np.matmul(a.data, b.data, dtype=np.float64) + d.data
+    return TensorHandle(exact.astype(d.data.dtype), d.dtype.scalar)
+
+
+_SHORT = (np.dtype(np.float16), np.dtype(np.float32))
 
 
 def _patch_once(_: Any) -> Any:

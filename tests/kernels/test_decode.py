@@ -56,8 +56,9 @@ def grouped(score: str, q_len: int, kv_len: int, groups: int = 3, **more: Any) -
 
 @pytest.mark.parametrize(
     ("groups", "q_len", "kv_len"),
-    [(1, 1, 17), (1, 16, 40), (3, 1, 47), (4, 2, 37), (7, 1, 33), (7, 5, 33), (8, 2, 50), (12, 1, 19), (28, 1, 35)],
-)
+    [(1, 1, 17), (1, 16, 40), (3, 1, 47), (4, 2, 37), (7, 1, 33), (7, 5, 33), (8, 2, 50), (12, 1, 19), (28, 1, 35),
+     (3, 20, 47)],
+)  # fmt: skip
 def test_groups_and_lengths(groups: int, q_len: int, kv_len: int) -> None:
     """Whatever number of rows shares keys, in one tile of rows or several."""
     call = grouped(BOTTOM_RIGHT, q_len, kv_len, groups)
@@ -257,18 +258,29 @@ def test_the_operator_takes_them() -> None:
 
 
 def test_when_they_are_taken() -> None:
+    """More than a few queries have many keys each, and rows that are few or would leave the device idle."""
     assert takes(grouped("qk", 16, 40))
-    assert not takes(grouped("qk", 17, 40))
+    assert not takes(grouped("qk", 17, 17 * 32 - 1))
+    assert takes(grouped("qk", 17, 17 * 32))
+    # Six programs of the forward for the eight multiprocessors of the interpreter.
+    assert takes(grouped("qk", 42, 42 * 32))
+    assert not takes(grouped("qk", 43, 43 * 32))
+    # Two of them.
+    assert takes(grouped("qk", 64, 64 * 32, groups=1))
+    assert not takes(grouped("qk", 65, 65 * 32, groups=1))
 
 
 def test_number_of_splits() -> None:
     """One where the device is busy anyway or keys are few; shares of equal length that fill it where it is not."""
-    assert num_splits(512, 128, 264) == 1
-    assert num_splits(8, 3, 264) == 1
-    assert num_splits(8, 16, 264) == 16
-    assert num_splits(8, 128, 264) == 32
-    assert num_splits(64, 128, 264) == 4
-    assert launch_decode.MAX_SPLITS // 2 < num_splits(1, 16384, 264) <= launch_decode.MAX_SPLITS
+    assert num_splits(512, 128, 264, 2048, 0.25) == 1
+    assert num_splits(8, 3, 264, 32, 0.25) == 1
+    assert num_splits(8, 16, 264, 32, 0.25) == 16
+    assert num_splits(8, 128, 264, 32, 0.25) == 32
+    assert num_splits(64, 128, 264, 256, 0.25) == 4
+    assert launch_decode.MAX_SPLITS // 2 < num_splits(1, 16384, 264, 4, 0.25) <= launch_decode.MAX_SPLITS
+    # Shares that take turns pay for their parts, and many rows are long put together.
+    assert num_splits(96, 8, 264, 96, 0.1) == 2
+    assert num_splits(96, 8, 264, 1536, 0.5) == 1
 
 
 @pytest.mark.parametrize("programs", [1, 3, 8, 30, 60, 100, 200])
@@ -276,6 +288,6 @@ def test_splits_pay(programs: int) -> None:
     """A split has its tiles, and the device is done earlier with them than without."""
     slots = 264
     for tiles in (1, 4, 16, 100, 513, 16384):
-        splits = num_splits(programs, tiles, slots)
-        assert splits == 1 or tiles >= max(splits, launch_decode.MIN_TILES)
+        splits = num_splits(programs, tiles, slots, 4 * programs, 0.25)
+        assert splits <= tiles
         assert -(-programs * splits // slots) * -(-tiles // splits) <= tiles

@@ -205,6 +205,24 @@ def test_a_plan_does_not_ask_triton_again(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(captured, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter launches nothing")
+def test_hooks_are_told_of_a_launch() -> None:
+    """A profiler's, whenever it comes: it was not while none was there."""
+    call, launched = biased(), []
+    for _ in range(2):
+        attention(*call.arguments)
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(hook := lambda metadata: launched.append(metadata.get()["name"]))
+    try:
+        same(call)
+    finally:
+        hooks.remove(hook)
+    assert launched == 2 * ["attention_forward_kernel"]
+    same(call)
+    assert len(launched) == 2
+
+
 def test_facts_of_numbers_are_what_triton_specialises_on() -> None:
     """A growing cache had an instance looked up by each of its lengths: only what these have in common may decide."""
     from triton.backends.nvidia.compiler import CUDABackend
