@@ -50,14 +50,12 @@ def everything_masked(q: Any, k: Any, v: Any, bias: Any) -> Any:
     return (s + bias).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize("fn", [masked, bias_by_head, everything_masked], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize(
+    ("fn", "inner"),
+    [(masked, "eager"), (masked, "inductor"), (bias_by_head, "aot_eager"), (everything_masked, "aot_eager")],
+)
 def test_gradients(fn: Callable[..., Any], inner: str) -> None:
     assert_trains(fn, qkvb(), inner).assert_fused(sites=1)
-
-
-def test_inductor() -> None:
-    assert_trains(masked, qkvb(), "inductor").assert_fused(sites=1)
 
 
 def written_behind_detach(q: Any, k: Any, v: Any, bias: Any) -> Any:
