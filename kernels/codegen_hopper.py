@@ -20,10 +20,10 @@ from flashfuse.kernels.codegen_backward import Term, backward_source
 from flashfuse.kernels.codegen_derivative import generate_derivatives
 from flashfuse.kernels.columns import Columns
 from flashfuse.kernels.expr import Expr, Load, Loaded, free_symbols, loads, sympify
+from flashfuse.kernels.index_source import index_source
 from flashfuse.kernels.mask import kernel_spec
 from flashfuse.kernels.modules import finished, load_module
 from flashfuse.kernels.normal import rewrite
-from flashfuse.kernels.source import index_source
 from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, to_text
 
 _NAMES = {

@@ -144,6 +144,7 @@ def _minimum(a: Integer, b: Integer) -> Integer:
 _FUNCTIONS: Mapping[tuple[type, ...], Any] = {
     (sympy.Add,): lambda a, b: a + b,
     (sympy.Mul,): lambda a, b: a * b,
+    (sympy.Pow,): lambda a, b: a**b,
     (FloorDiv,): lambda a, b: a // b,
     (Mod, sympy.Mod): lambda a, b: a % b,
     (sympy.Min,): _minimum,

@@ -5,14 +5,12 @@ A value keeps size 1 on the tile axes it does not depend on: q_idx is [block_q, 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import (
     Const,
@@ -29,6 +27,7 @@ from flashfuse.kernels.expr import (
     places,
     walk,
 )
+from flashfuse.kernels.index_source import index_source, whole_source
 from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import D_IDX, KV_IDX, MAX_BATCH_AXES, Q_IDX, batch_symbol
@@ -184,6 +183,8 @@ class Writer:
                 return "qk"
             case Element():
                 return "x"
+            case Const(dtype=dtype, value=int() as value) if dtype != torch.bool and not dtype.is_floating_point:
+                return whole_source(value)
             case Const(value=value):
                 return self._constant(value)
             case Index(value=value):
@@ -210,6 +211,8 @@ class Writer:
                 return OPS[op].triton.format(self.emit(left, left_counts), self.emit(right, right_counts))
             case Pointwise(op="pow", args=(arg, exponent)) if number(exponent) in _WHOLE_POWERS:
                 return f"power({self._emit_float(arg, guards)}, {number(exponent):.0f})"
+            case Pointwise(dtype=torch.int64, op=op, args=args):
+                return OPS[op].triton.format(*(f"tl.cast({self.emit(a, guards)}, tl.int64)" for a in args))
             case Pointwise(op=op, args=args):
                 emit = self._emit_float if OPS[op].result == "float" else self.emit
                 return OPS[op].triton.format(*(emit(a, guards) for a in args))
@@ -320,27 +323,5 @@ def _offset(term: sympy.Expr, stride: str) -> str:
     if term == 0:
         return ""
     if term.is_Integer:
-        return f"(tl.full((), {index_source(term)}, tl.int64) * {stride})"
+        return f"(tl.full((), {int(term)}, tl.int64) * {stride})"
     return f"{index_source(term)}.to(tl.int64) * {stride}"
-
-
-def index_source(value: sympy.Expr) -> str:
-    """A sympy index expression as Triton source. Division rounds down where C's, and so Triton's, rounds to zero."""
-    if isinstance(value, sympy.Symbol):
-        return f"sizes[{value.name[4:]}]" if value.name[:4] == "size" else value.name
-    if value.is_Integer:
-        return str(int(value))
-    if isinstance(value, (FloorDiv, Mod, sympy.Mod)):
-        left, right = (index_source(a) for a in value.args)
-        remainder = f"({left} % {right})"
-        if not value.args[0].is_nonnegative:
-            remainder = f"(({remainder} + {right}) % {right})"
-        if not isinstance(value, FloorDiv):
-            return remainder
-        return f"({left} // {right})" if value.args[0].is_nonnegative else f"(({left} - {remainder}) // {right})"
-    if isinstance(value, (sympy.Min, sympy.Max)):
-        function = "tl.minimum" if isinstance(value, sympy.Min) else "tl.maximum"
-        return functools.reduce(lambda text, a: f"{function}({text}, {a})", map(index_source, value.args))
-    if value.is_Add or value.is_Mul:
-        return "(" + (" + " if value.is_Add else " * ").join(index_source(a) for a in value.args) + ")"
-    raise TypeError(f"no Triton form for the index expression {value} ({type(value).__name__})")

@@ -264,6 +264,8 @@ def index_text(value: Any) -> str:
         return "(" + " + ".join(index_text(a) for a in value.args) + ")"
     if value.is_Mul:
         return "(" + " * ".join(index_text(a) for a in value.args) + ")"
+    if value.is_Pow and value.exp.is_Integer and value.exp > 0:
+        return "(" + " * ".join([index_text(value.base)] * int(value.exp)) + ")"
     raise TypeError(f"no text form for the index expression {value} ({type(value).__name__})")
 
 
