@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import fx
 
@@ -11,11 +11,15 @@ from flashfuse.patterns.graph import storage
 
 
 class Unused:
-    """What a graph did not use before it was rewritten, so that the rewrite does not account for it."""
+    """What a graph did not use before it was rewritten, so that the rewrite does not account for it.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    replaced: nodes whose memory the rewrite replaces; what is written there is read, though no node says so any more.
+    """
+
+    def __init__(self, graph: fx.Graph, replaced: Iterable[fx.Node] = ()) -> None:
         self.graph = graph
-        self.given = {storage(n) for n in graph.nodes if n.op in ("placeholder", "get_attr") or is_foreign(n.target)}
+        kept = [n for n in graph.nodes if n.op in ("placeholder", "get_attr") or is_foreign(n.target)]
+        self.given = {storage(n) for n in (*kept, *replaced)}
         self.before = {node for node in graph.nodes if node.op != "output" and not self._is_used(node)}
 
     def erase_others(self) -> None:

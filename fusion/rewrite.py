@@ -37,7 +37,7 @@ UNKNOWN_SIZE = 1024
 def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphModule:
     """A copy of `module` in which each site is one `flashfuse::attention` call; `module` itself is not changed."""
     graph, copied = copy_graph(module)
-    unused = Unused(graph)
+    unused = Unused(graph, [copied[site.node] for site in sites])
     ranges, seeds = SharedRanges(module.graph), Seeds()
     position = {node: i for i, node in enumerate(module.graph.nodes)}
     tables = Tables(copied)
@@ -65,6 +65,9 @@ def _replace(
         out = build.call(aten.add.Tensor, out, _output(build, term, ranges, seeds, seen))
     if site.plus and site.spec.out_dtype != seen.dtype:
         out = build.call(torch.Tensor.to, out, seen.dtype)
+    if site.overwritten and not site.plus:
+        # The backward reads the operator's own output.
+        out = build.call(torch.clone, out)
     if not site.free_layout:
         out = build.laid_out_as(out, seen)
     node.replace_all_uses_with(out)

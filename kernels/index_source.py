@@ -8,6 +8,7 @@ import math
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod
 
+from flashfuse.kernels.expr import Const, Expr, Index, Pointwise
 from flashfuse.kernels.spec import MAX_BATCH_AXES, batch_symbol
 
 # No more keys or queries have memory for their elements, and no more batch positions.
@@ -67,6 +68,26 @@ def _magnitude(value: sympy.Expr) -> int:
     if value.is_Pow:
         return sizes[0] ** sizes[1]
     return sum(sizes) if value.is_Add else math.prod(sizes)
+
+
+def fits_32_bits(expr: Expr) -> bool:
+    """Whether a whole number that a program works out of positions has no more bits, whatever they are."""
+    return _largest(expr) < 2**31
+
+
+def _largest(expr: Expr) -> float:
+    match expr:
+        case Index(value=value):
+            return _magnitude(value)
+        case Const(value=int() as value):
+            return abs(value)
+        case Pointwise(op="abs" | "neg" | "min" | "max" | "minimum" | "maximum", args=args):
+            return max(map(_largest, args))
+        case Pointwise(op="add" | "sub", args=args):
+            return sum(map(_largest, args))
+        case Pointwise(op="where", args=(_, left, right)):
+            return max(_largest(left), _largest(right))
+    return math.inf
 
 
 def _is_power(value: sympy.Expr) -> bool:

@@ -69,7 +69,7 @@ OPS: Mapping[str, Op] = {
     "not": Op(1, "bool", torch.logical_not, "(~{})"),
     "where": Op(3, "promote", torch.where, "tl.where({}, {}, {})"),
     "to_float": Op(1, "float", _cast(torch.float32), "{}.to(tl.float32)"),
-    "to_int": Op(1, "int", _cast(torch.int64), "{}.to(tl.int32)"),
+    "to_int": Op(1, "int", _cast(torch.int64), "{}.to(tl.int64)"),
     "to_bool": Op(1, "bool", _cast(torch.bool), "({} != 0)"),
     "to_float16": Op(1, "float", _rounded(torch.float16), "{}.to(tl.float16).to(tl.float32)"),
     "to_bfloat16": Op(1, "float", _rounded(torch.bfloat16), "to_bfloat16({})"),

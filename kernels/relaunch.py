@@ -68,8 +68,8 @@ def _again(programs: int, compiled: CompiledKernel, compile_time: tuple[Any, ...
 
 
 def _takes_memory(compiled: CompiledKernel) -> bool:
-    """Whether something is allocated for each launch."""
-    return bool(compiled.run.global_scratch_size or compiled.run.profile_scratch_size)
+    """Whether something may have to be allocated for each launch."""
+    return any(getattr(compiled.run, name, 1) for name in ("global_scratch_size", "profile_scratch_size"))
 
 
 def _calls(hook: Any) -> bool:

@@ -27,7 +27,7 @@ from flashfuse.kernels.expr import (
     places,
     walk,
 )
-from flashfuse.kernels.index_source import index_source, whole_source
+from flashfuse.kernels.index_source import fits_32_bits, index_source, whole_source
 from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import OPS
 from flashfuse.kernels.spec import D_IDX, KV_IDX, MAX_BATCH_AXES, Q_IDX, batch_symbol
@@ -211,7 +211,7 @@ class Writer:
                 return OPS[op].triton.format(self.emit(left, left_counts), self.emit(right, right_counts))
             case Pointwise(op="pow", args=(arg, exponent)) if number(exponent) in _WHOLE_POWERS:
                 return f"power({self._emit_float(arg, guards)}, {number(exponent):.0f})"
-            case Pointwise(dtype=torch.int64, op=op, args=args):
+            case Pointwise(dtype=torch.int64, op=op, args=args) if op != "to_int" and not fits_32_bits(expr):
                 return OPS[op].triton.format(*(f"tl.cast({self.emit(a, guards)}, tl.int64)" for a in args))
             case Pointwise(op=op, args=args):
                 emit = self._emit_float if OPS[op].result == "float" else self.emit

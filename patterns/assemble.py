@@ -125,6 +125,7 @@ def assemble(
         chain=chain,
         more=tuple(terms[1:]),
         draw=end.dropout,
+        overwritten=_written_later(lifter, node, node) is not None,
     )
 
 
@@ -246,6 +247,11 @@ def _captured_dtype(captured: fx.Node | Table) -> torch.dtype:
     return torch.float64 if t is None else t.dtype
 
 
+def _written_later(lifter: Lifter, node: fx.Node, site: fx.Node) -> fx.Node | None:
+    """Who writes the memory behind a node after the attention, if a backward pass reads it again."""
+    return lifter.graph.writer_between(node, site, lifter.graph.nodes[-1]) if wants_gradient(site) else None
+
+
 def _check_captured(lifter: Lifter, captured: Sequence[fx.Node | Table], site: fx.Node) -> None:
     for node in captured:
         if isinstance(node, Table):
@@ -257,8 +263,7 @@ def _check_captured(lifter: Lifter, captured: Sequence[fx.Node | Table], site: f
                 f"`{node.name}` is written by `{name_of(writer)}` before the attention's output is computed",
                 writer,
             )
-        end = lifter.graph.nodes[-1]
-        later = lifter.graph.writer_between(node, site, end) if wants_gradient(site) else None
+        later = _written_later(lifter, node, site)
         if later is not None:
             # A sum saves neither addend for its gradient; the kernels read both again.
             told = f"`{node.name}` is written by `{name_of(later)}` after the attention, whose gradients read it again"

@@ -58,6 +58,7 @@ class AttentionSite:
     concatenations of all of them along the head dim, which `head_dim` counts.
     `plus` are further attentions whose outputs are added to this one's, with the same `node`.
     `draw` is what its dropout multiplies by; attentions with equal ones drop the same positions.
+    `overwritten` says that the memory of the output is written later, which a backward would have read again.
     `captured` are the tensors behind the score program's loads, of the graph or to be made in it; `chain` the nodes
     whose work the kernel takes over.
     """
@@ -81,6 +82,7 @@ class AttentionSite:
     more: tuple[tuple[Operand, Operand], ...] = ()
     plus: tuple[AttentionSite, ...] = ()
     draw: DrawLoad | None = None
+    overwritten: bool = False
 
     @property
     def nodes_read(self) -> tuple[fx.Node, ...]:

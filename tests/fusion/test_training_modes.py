@@ -121,6 +121,25 @@ def test_gradient_scaler() -> None:
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("through_a_view", [False, True])
+def test_an_output_that_is_written_in_place(through_a_view: bool, inner: str) -> None:
+    """A residual added in place changed the output that the backward reads: it raised, where eager code trains.
+
+    A write through a view whose own value nobody takes was erased, with gradients or without.
+    """
+
+    def fn(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        out = attention(q, k, v, bias)
+        if through_a_view:
+            out.flatten(0, 1).mul_(2.0)
+        else:
+            out += v.mean()
+        return out
+
+    assert_trains(fn, qkvb(), inner).assert_fused(sites=1)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_gradients_accumulate(inner: str) -> None:
     def use(run: Run, inputs: Inputs) -> list[torch.Tensor | None]:
         for seed in range(3):

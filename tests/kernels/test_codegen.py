@@ -9,12 +9,12 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.scale import fills_of, peel_scale
-from flashfuse.kernels.spec import KV_IDX, AttentionSpec, parse, size_symbol, to_text
+from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, parse, size_symbol, to_text
 
 pytest.importorskip("triton")
 
 from flashfuse.kernels.codegen import generate, load_program
-from flashfuse.kernels.source import index_source
+from flashfuse.kernels.index_source import index_source
 
 MIN = torch.finfo(torch.float32).min
 
@@ -137,7 +137,7 @@ def test_positions_become_floats_a_row_and_a_column_at_a_time() -> None:
     _, source = generate(make_spec("qk + to_float(kv_idx - q_idx + 3) * 0.5"))
     assert "(kv_idx.to(tl.float32) + (3 + (-1 * q_idx)).to(tl.float32))" in source
     _, source = generate(make_spec("qk + to_float(kv_idx * q_idx)"))
-    assert "(kv_idx * q_idx).to(tl.float32)" in source
+    assert "(tl.cast(kv_idx, tl.int64) * tl.cast(q_idx, tl.int64)).to(tl.float32)" in source
 
 
 def test_functions_of_floats_take_floats() -> None:
@@ -179,6 +179,15 @@ def test_division_rounds_down(kv: int) -> None:
     assert eval(index_source(FloorDiv(KV_IDX - 9, four)), values) == (kv - 9) // 4
     assert eval(index_source(Mod(KV_IDX - 9, four)), values) == (kv - 9) % 4
     assert index_source(FloorDiv(KV_IDX, size_symbol(0))) == "(kv_idx // sizes[0])"
+
+
+def test_bits_of_positions() -> None:
+    """64 where 32 may not do, and only there: scores with a distance take half as long in 32."""
+    assert "int64" not in index_source(4095 + KV_IDX - Q_IDX)
+    assert "int64" not in index_source(64 * FloorDiv(Q_IDX, 64) + Mod(KV_IDX, 64))
+    assert index_source(Q_IDX * size_symbol(0)).count("int64") == 2
+    assert index_source(1000 * Q_IDX).count("int64") == 1
+    assert index_source(sympy.Integer(2**31)) == "tl.full((), 2147483648, tl.int64)"
 
 
 def test_each_spec_has_its_own_file_and_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -136,6 +136,18 @@ def test_sizes_reach_the_program_and_its_bounds() -> None:
     check(make_call("where(kv_idx < size0, qk, -inf)", (2, 20, 16), 40, sizes=[23]))
 
 
+@pytest.mark.parametrize("condition", [
+    "q_idx * 500000000 > kv_idx * 400000000",
+    "q_idx - kv_idx * 3000000000 < -40000000000",
+    "t0[(q_idx * 1103515245 + kv_idx * 1234567) % 7]",
+    "q_idx * q_idx + kv_idx * size0 < 700",
+])  # fmt: skip
+def test_positions_beyond_32_bits(condition: str) -> None:
+    """They wrapped around, without a word."""
+    captured = [torch.arange(7) % 2 == 0] if "t0" in condition else []
+    check(make_call(f"where({condition}, qk, -9.0)", (1, 20, 16), 40, sizes=[23], captured=captured))
+
+
 def test_table_launch() -> None:
     check(make_call(CAUSAL, (2, 200, 64), 150, dtype=torch.float16), launch=None)
     check(make_call(CAUSAL, (2, 5, 64), 150, dtype=torch.float16), launch=None)

@@ -6,7 +6,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Const, Pointwise
 from flashfuse.kernels.normal import const, pointwise
-from flashfuse.kernels.spec import Q_IDX, AttentionSpec, batch_symbol, index_text, parse, size_symbol, to_text
+from flashfuse.kernels.spec import KV_IDX, Q_IDX, AttentionSpec, batch_symbol, index_text, parse, size_symbol, to_text
 
 PROGRAMS = (
     "qk",
@@ -40,6 +40,7 @@ def test_negation_binds_to_its_own_argument() -> None:
         (FloorDiv(batch_symbol(1), size_symbol(0)), "(n1 // size0)"),
         (Mod(Q_IDX, 4), "(q_idx % 4)"),
         (Q_IDX - 1, "(q_idx + -1)"),
+        (KV_IDX**2, "(kv_idx * kv_idx)"),
     ],
 )
 def test_index_text(index: object, text: str) -> None:
