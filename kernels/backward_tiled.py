@@ -170,7 +170,7 @@ class _Rows:
         whole = self.whole
         tiles = self._tiles()
         for keys, score in tiles:
-            self._visit_tile(keys, score, alone=len(tiles) == 1 and whole.sink is None)
+            self._visit_tile(keys, score, alone=len(tiles) == 1)
         if whole.sink is not None:
             prob = torch.exp(self._of_rows(whole.sink.program) - self.shift) * self.share
             self._add_reads(whole.sink, -prob * self.delta, self.problem.tile((*self.box, range(1))))
@@ -204,7 +204,7 @@ class _Rows:
         return values.expand(self.shape).reshape(*self.lead, 1)
 
     def _visit_tile(self, keys: range, score: _Slopes, alone: bool) -> None:
-        """Add what one tile of keys gives; `alone` where nothing else has a probability in these rows."""
+        """Add what one tile of keys gives; `alone` where no other key has a probability in these rows."""
         normalised = self.problem.spec.normaliser == "softmax"
         sums, at_keys = self.whole.sums, (*self.outer, slice(keys.start, keys.stop))
         # [pairs, keys, D], [pairs, keys, Dv]
@@ -217,7 +217,8 @@ class _Rows:
         tile = self.problem.tile((*self.box, keys), product.view(*self.shape, len(keys)))
         scores = self._over(score.program, tile).reshape(product.shape)
         probs = torch.sub(scores, self.shift).exp_().mul_(self.share) if normalised else scores
-        if normalised and alone:
+        sums_to_one = normalised and alone and self.whole.sink is None
+        if sums_to_one:
             # The sum is of scores that another product rounded, by which it is off where they are large.
             total = probs.sum(-1, keepdim=True)
             probs = probs.div_(total.masked_fill_(total == 0, 1.0))
@@ -231,10 +232,13 @@ class _Rows:
             weights, dprobs = weights * factor, dprobs * factor
         if V in sums:
             sums[V][at_keys] += torch.bmm(weights.mT, self.grad_out).view(sums[V][at_keys].shape)
-        if not normalised:
-            dscores = dprobs
-        else:
-            dscores = _of_whole_rows(probs, dprobs) if alone else probs * (dprobs - self.delta)
+        if normalised and alone:
+            # The output has been rounded to its type, and a sink has no value.
+            self.delta = (probs * dprobs).sum(-1, keepdim=True)
+        dscores = probs * (dprobs - self.delta) if normalised else dprobs
+        if sums_to_one:
+            # What rounding errors leave of a sum that is 0 is taken off.
+            dscores = dscores.addcmul_(probs, dscores.sum(-1, keepdim=True), value=-1.0)
         self._add_reads(score, dscores, tile)
         if score.product is None or not {Q, K} & sums.keys():
             return
@@ -262,12 +266,3 @@ class _Rows:
             return grad if constant == 1 else grad * constant
         values = evaluate(slope, tile).to(grad.dtype)
         return (grad * values).masked_fill_(values == 0, 0.0)
-
-
-def _of_whole_rows(probs: torch.Tensor, dprobs: torch.Tensor) -> torch.Tensor:
-    """The gradient of the scores [.., keys] of rows whose every probability is here.
-
-    It adds up to 0 over a row: what rounding errors leave of that is taken off.
-    """
-    dscores = probs * (dprobs - (probs * dprobs).sum(-1, keepdim=True))
-    return dscores.addcmul_(probs, dscores.sum(-1, keepdim=True), value=-1.0)

@@ -54,6 +54,11 @@ def may_vanish(program: Expr, j: sympy.Symbol) -> bool:
     return is_biased(program, j) or any(fill < _VANISHES for fill in finite_numbers(program))
 
 
+def has_largest_fill(program: Expr) -> bool:
+    """Whether a mask makes scores +inf, as `1 - score` does behind a fill of -inf: their rows are NaN."""
+    return any(fill == math.inf for _, fill in _opened(program).fills)
+
+
 def finite_numbers(program: Expr) -> Iterator[float]:
     return (e.value for e in walk(program) if isinstance(e, Const) and math.isfinite(e.value))
 

@@ -140,9 +140,11 @@ def end(draft: Draft, p: Var) -> Var:
     if draft.chance(3):
         return draft.row(_FACTORS)(draft, p)
     spelling = draft.one(draft.row(ENDINGS))
-    if spelling in ENDINGS["cleared"] and (
-        "shifted-whole" in draft.labels or ("unshifted" in draft.labels and VANISHING & {*draft.labels})
-    ):
+    labels = {*draft.labels}
+    # A fill of -inf under a function that turns it around gives rows of NaN.
+    turned = "infinite" in labels and labels & {"shifted", "absolute"}
+    vanishing = "shifted-whole" in labels or ("unshifted" in labels and labels & VANISHING)
+    if spelling in ENDINGS["cleared"] and (turned or vanishing):
         # A row that eager code's exponentials leave 0 is cleared, and whether one is depends on the data.
         draft.refused.add("probability-mask")
     return draft.let("p", spelling.format(p=p.name), p.axes)

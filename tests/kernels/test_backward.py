@@ -216,6 +216,17 @@ def test_a_row_that_sees_one_key() -> None:
     assert_close_to_exact(dv, exact(torch.float32), exact(torch.float64))
 
 
+def test_few_keys_beside_a_sink() -> None:
+    """Their row sums came from the output, which is rounded to its type: gradients were several times as far off.
+
+    Gradients of queries and keys are small where scores are large, and what was left of the sums was not.
+    """
+    call = make_call("qk * t0[n1]", (8, H, 21, 2), kv_len=4, captured=[noise(H) + 3, noise(H)], sink="t1[n1]")
+    call = replace(call, q=call.q.bfloat16(), k=(call.k * 4).bfloat16(), v=call.v.bfloat16())
+    types = {"product_dtype": torch.bfloat16, "probs_dtype": torch.bfloat16, "out_dtype": torch.bfloat16}
+    check(replace(call, spec=replace(call.spec, **types)))
+
+
 def test_dropped_rows_have_no_gradient() -> None:
     """Also where they have no key, so that their probabilities are NaN before they are dropped."""
     mask = keep(20, 20)

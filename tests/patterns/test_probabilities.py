@@ -133,6 +133,15 @@ def test_a_maximum_of_more_than_the_row_is_cleared_of_nan() -> None:
         assert "its maximum is not subtracted" in refusal.reason
 
 
+def test_a_fill_that_is_turned_around_is_cleared_of_nan() -> None:
+    """Rows with a score of +inf gave NaN, where eager code's NaN is cleared."""
+
+    def fn(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        return (1 - masked(q, k, keep)).softmax(-1).nan_to_num() @ v
+
+    assert only_refusal(fn, *inputs()).code == "probability-mask"
+
+
 UNSHIFTED_FILLS: dict[str, tuple[Callable[..., Any], str]] = {
     "limited": (lambda s, keep: s.masked_fill(~keep, -1e4).clamp(max=3), "-inf"),
     "scaled": (lambda s, keep: s.masked_fill(~keep, -1e4) * 0.5, "-inf"),
