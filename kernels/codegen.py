@@ -204,6 +204,8 @@ def _further_functions(spec: AttentionSpec) -> Iterator[str]:
 
 
 def bounds_body(bounds: BoundsProgram, float_dtype: torch.dtype) -> str:
-    """Statements that return the fields of a `KvRange`."""
+    """Statements that return the fields of a `KvRange`, which are positions: of 32 bits, whatever they follow from."""
     lines = [f"{name} = {Writer([value], float_dtype, keys_end=False).emit(value)}" for name, value in bounds.steps]
+    if any("int64" in line for line in lines):
+        lines += [f"{name} = tl.cast({name}, tl.int32)" for name in KvRange._fields]
     return indented([*lines, f"return {', '.join(KvRange._fields)}"])
