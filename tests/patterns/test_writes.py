@@ -179,6 +179,24 @@ def test_a_mask_in_the_shape_of_one_row_of_scores() -> None:
     check(fn, *given)
 
 
+def test_a_mask_of_a_length_that_is_a_quotient() -> None:
+    """The mask's length is equal by a guard of Dynamo's, and was taken for another one than the scores'."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        b = k.shape[0] // H
+        q, k, v = (x.view(b, H, x.shape[1], D).transpose(0, 1) for x in (q, k, v))
+        s = product(q, k)
+        m = keep.unsqueeze(1)
+        s[..., :1].masked_fill_(~m[..., :1], -1e4)
+        return s.softmax(-1) @ v
+
+    q, k, v = (x.flatten(0, 1) for x in qkv())
+    given = (q, k, v, torch.arange(B * S).view(B, S) % 3 > 0)
+    for x in given:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    assert "-10000.0" in score_of(only_site(fn, *given).spec)
+
+
 def columns_then_rows(bias: Any) -> None:
     bias[..., 0] = 1
     bias[:, 2:, 3:] = float("-inf")
