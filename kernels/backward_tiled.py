@@ -23,7 +23,7 @@ import torch
 
 from flashfuse.kernels import tiled
 from flashfuse.kernels.call import AttentionCall
-from flashfuse.kernels.derivative import derivative, leaves
+from flashfuse.kernels.derivative import LARGEST, derivative, factored, leaves
 from flashfuse.kernels.dropout import keep_scale
 from flashfuse.kernels.evaluate import Tile, evaluate
 from flashfuse.kernels.expr import Expr, Gather, Load, Product
@@ -272,11 +272,14 @@ class _Rows:
 
     def _scaled(self, grad: torch.Tensor, slope: Expr, tile: Tile) -> torch.Tensor:
         """grad * slope, and 0 where the slope is, as the branch that a `where` discards has no gradient."""
-        constant = number(slope)
+        factor, rest = factored(slope)
+        constant = number(rest)
         if constant is not None:
-            return grad if constant == 1 else grad * constant
-        values = evaluate(slope, tile).to(grad.dtype)
-        return (grad * values).masked_fill_(values == 0, 0.0)
+            grad = grad if constant == 1 else grad * constant
+        else:
+            values = evaluate(rest, tile).to(grad.dtype)
+            grad = (grad * values).masked_fill_(values == 0, 0.0)
+        return grad if factor == 1 else grad * (factor / LARGEST) * LARGEST
 
 
 def _of_whole_rows(

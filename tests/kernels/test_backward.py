@@ -235,6 +235,14 @@ def test_rows_of_few_keys_beside_a_sink() -> None:
         assert_close_to_exact(x, eager, wide)
 
 
+def test_a_slope_that_float32_does_not_hold() -> None:
+    """A mask's fill, added several times: the factors were multiplied to infinity before they met the gradient."""
+    fill = "(1.0 - t0[n0, n1, q_idx, kv_idx]) * -1.2e+38"
+    mask = keep(B, H, SQ, SK).float()
+    call = make_call(f"exp(min(qk + {fill} + {fill} + {fill}, 0.0))", (B, H, SQ, 8), SK, captured=[mask])
+    assert check(call)[3].isfinite().all()
+
+
 def test_dropped_rows_have_no_gradient() -> None:
     """Also where they have no key, so that their probabilities are NaN before they are dropped."""
     mask = keep(20, 20)
