@@ -23,7 +23,7 @@ import torch
 
 from flashfuse.kernels import tiled
 from flashfuse.kernels.call import AttentionCall
-from flashfuse.kernels.derivative import derivative, leaves
+from flashfuse.kernels.derivative import LARGEST, derivative, factored, leaves
 from flashfuse.kernels.dropout import keep_scale
 from flashfuse.kernels.evaluate import Tile, evaluate
 from flashfuse.kernels.expr import Expr, Gather, Load, Product
@@ -168,12 +168,15 @@ class _Rows:
     def visit_all(self) -> None:
         """Add the gradients by way of these rows to the sums."""
         whole = self.whole
+        sink = None
+        if whole.sink is not None:
+            sink = torch.exp(self._of_rows(whole.sink.program) - self.shift) * self.share
+        dsink = None if sink is None else -sink * self.delta
         tiles = self._tiles()
         for keys, score in tiles:
-            self._visit_tile(keys, score, alone=len(tiles) == 1)
-        if whole.sink is not None:
-            prob = torch.exp(self._of_rows(whole.sink.program) - self.shift) * self.share
-            self._add_reads(whole.sink, -prob * self.delta, self.problem.tile((*self.box, range(1))))
+            dsink = self._visit_tile(keys, score, sink, dsink, alone=len(tiles) == 1)
+        if whole.sink is not None and dsink is not None:
+            self._add_reads(whole.sink, dsink, self.problem.tile((*self.box, range(1))))
         if Q in whole.sums:
             whole.sums[Q][slices(self.box)] = self.dq.view(*self.shape, -1)
 
@@ -203,8 +206,14 @@ class _Rows:
         values = self.problem.evaluate_rows(expr, self.box).to(self.q.dtype)
         return values.expand(self.shape).reshape(*self.lead, 1)
 
-    def _visit_tile(self, keys: range, score: _Slopes, alone: bool) -> None:
-        """Add what one tile of keys gives; `alone` where no other key has a probability in these rows."""
+    def _visit_tile(
+        self, keys: range, score: _Slopes, sink: torch.Tensor | None, dsink: torch.Tensor | None, alone: bool
+    ) -> torch.Tensor | None:
+        """Add what one tile of keys gives, and give the sink's gradient.
+
+        sink, dsink: the sink's probability and gradient [pairs, rows, 1], None without one. alone: whether no key of
+        another tile has a probability in these rows.
+        """
         normalised = self.problem.spec.normaliser == "softmax"
         sums, at_keys = self.whole.sums, (*self.outer, slice(keys.start, keys.stop))
         # [pairs, keys, D], [pairs, keys, Dv]
@@ -217,11 +226,13 @@ class _Rows:
         tile = self.problem.tile((*self.box, keys), product.view(*self.shape, len(keys)))
         scores = self._over(score.program, tile).reshape(product.shape)
         probs = torch.sub(scores, self.shift).exp_().mul_(self.share) if normalised else scores
-        sums_to_one = normalised and alone and self.whole.sink is None
-        if sums_to_one:
+        if normalised and alone:
             # The sum is of scores that another product rounded, by which it is off where they are large.
             total = probs.sum(-1, keepdim=True)
-            probs = probs.div_(total.masked_fill_(total == 0, 1.0))
+            total = total if sink is None else total.add_(sink)
+            total = total.masked_fill_(total == 0, 1.0)
+            probs = probs.div_(total)
+            sink = None if sink is None else sink / total
         weights, dprobs = probs, torch.bmm(self.grad_out, v.mT)
         if self.problem.spec.dropout:
             kept = self.problem.kept((*self.box, keys)).reshape(product.shape)
@@ -232,21 +243,21 @@ class _Rows:
             weights, dprobs = weights * factor, dprobs * factor
         if V in sums:
             sums[V][at_keys] += torch.bmm(weights.mT, self.grad_out).view(sums[V][at_keys].shape)
-        if normalised and alone:
-            # The output has been rounded to its type, and a sink has no value.
-            self.delta = (probs * dprobs).sum(-1, keepdim=True)
-        dscores = probs * (dprobs - self.delta) if normalised else dprobs
-        if sums_to_one:
-            # What rounding errors leave of a sum that is 0 is taken off.
-            dscores = dscores.addcmul_(probs, dscores.sum(-1, keepdim=True), value=-1.0)
+        if not normalised:
+            dscores = dprobs
+        elif alone:
+            dscores, dsink = _of_whole_rows(probs, dprobs, sink)
+        else:
+            dscores = probs * (dprobs - self.delta)
         self._add_reads(score, dscores, tile)
         if score.product is None or not {Q, K} & sums.keys():
-            return
+            return dsink
         dproduct = self._scaled(dscores.view(*self.shape, len(keys)), score.product, tile).view(product.shape)
         if Q in sums:
             self.dq.baddbmm_(dproduct, k)
         if K in sums:
             sums[K][at_keys] += torch.bmm(dproduct.mT, self.q).view(sums[K][at_keys].shape)
+        return dsink
 
     def _over(self, expr: Expr, tile: Tile) -> torch.Tensor:
         shape = [len(positions) for _, positions in tile.axes]
@@ -261,8 +272,28 @@ class _Rows:
 
     def _scaled(self, grad: torch.Tensor, slope: Expr, tile: Tile) -> torch.Tensor:
         """grad * slope, and 0 where the slope is, as the branch that a `where` discards has no gradient."""
-        constant = number(slope)
+        factor, rest = factored(slope)
+        constant = number(rest)
         if constant is not None:
-            return grad if constant == 1 else grad * constant
-        values = evaluate(slope, tile).to(grad.dtype)
-        return (grad * values).masked_fill_(values == 0, 0.0)
+            grad = grad if constant == 1 else grad * constant
+        else:
+            values = evaluate(rest, tile).to(grad.dtype)
+            grad = (grad * values).masked_fill_(values == 0, 0.0)
+        return grad if factor == 1 else grad * (factor / LARGEST) * LARGEST
+
+
+def _of_whole_rows(
+    probs: torch.Tensor, dprobs: torch.Tensor, sink: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of the scores [.., keys] and of the sink [.., 1] of rows whose every probability is here.
+
+    They add up to 0 over a row: what rounding errors leave of that is taken off.
+    """
+    delta = (probs * dprobs).sum(-1, keepdim=True)
+    dscores = probs * (dprobs - delta)
+    rest = dscores.sum(-1, keepdim=True)
+    if sink is None:
+        return dscores.addcmul_(probs, rest, value=-1.0), None
+    dsink = -sink * delta
+    rest += dsink
+    return dscores.addcmul_(probs, rest, value=-1.0), dsink.addcmul_(sink, rest, value=-1.0)

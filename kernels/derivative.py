@@ -141,7 +141,7 @@ def _added(a: Tangent | None, b: Tangent | None) -> Tangent | None:
     if a is None or b is None:
         return b if a is None else a
     if a.support == b.support:
-        return Tangent(pointwise("add", a.value, b.value), a.support, a.clean and b.clean)
+        return Tangent(_sum(a.value, b.value), a.support, a.clean and b.clean)
     return Tangent(pointwise("add", a.program, b.program), pointwise("or", a.support, b.support), clean=True)
 
 
@@ -160,13 +160,30 @@ def _chosen(condition: Expr, yes: Tangent | None, no: Tangent | None) -> Tangent
     return Tangent(value, pointwise("or", *supports), clean=True)
 
 
-def _times(a: Expr, b: Expr) -> Expr:
-    """a * b with the constant factors of both in one."""
-    (scale_a, rest_a), (scale_b, rest_b) = _coefficient(a), _coefficient(b)
-    scale, rest = scale_a * scale_b, _product(rest_a, rest_b)
+# The largest number that float32 holds.
+LARGEST = torch.finfo(torch.float32).max
+
+
+def _scaled(rest: Expr, scale: float) -> Expr:
+    """rest * scale; a number that float32 does not hold stays two, the second of which `factored` takes off."""
+    if LARGEST < abs(scale) < LARGEST**2:
+        smaller = _scaled(rest, scale / LARGEST)
+        return Pointwise(smaller.dtype, "mul", (smaller, const(LARGEST)))
     if rest == ONE or scale == 0:
         return const(scale)
     return pointwise("neg", rest) if scale == -1 else pointwise("mul", rest, const(scale))
+
+
+def _sum(a: Expr, b: Expr) -> Expr:
+    (scale_a, rest_a), (scale_b, rest_b) = _coefficient(a), _coefficient(b)
+    both = scale_a + scale_b
+    return _scaled(rest_a, both) if rest_a == rest_b and abs(both) > LARGEST else pointwise("add", a, b)
+
+
+def _times(a: Expr, b: Expr) -> Expr:
+    """a * b with the constant factors of both in one."""
+    (scale_a, rest_a), (scale_b, rest_b) = _coefficient(a), _coefficient(b)
+    return _scaled(_product(rest_a, rest_b), scale_a * scale_b)
 
 
 def _coefficient(expr: Expr) -> tuple[float, Expr]:
@@ -182,6 +199,19 @@ def _coefficient(expr: Expr) -> tuple[float, Expr]:
             scale, rest = _coefficient(arg)
             return scale * float(number(factor) or 0.0), rest
     return 1.0, expr
+
+
+def factored(slope: Expr) -> tuple[float, Expr]:
+    """(c, rest) with slope = c * rest, c being 1 unless it is a number that float32 does not hold.
+
+    A gradient is multiplied by it last, so that it is infinite where the source's is.
+    """
+    scale, rest = _coefficient(slope)
+    match slope:
+        case Pointwise(op="where", args=(condition, value, other)) if other == ZERO:
+            scale, rest = _coefficient(value)
+            rest = pointwise("where", condition, rest, ZERO)
+    return (scale, rest) if LARGEST < abs(scale) < math.inf else (1.0, slope)
 
 
 def _product(a: Expr, b: Expr) -> Expr:

@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Expr
-from flashfuse.kernels.normal import index, pointwise
+from flashfuse.kernels.normal import FALSE, index, pointwise
 from flashfuse.patterns.cases import less
 from flashfuse.patterns.indexing import ZERO, Indices, Ranges, divide, never_negative, same, unlinearize, within
 from flashfuse.patterns.lift import CannotLift, Lifter
@@ -21,12 +21,15 @@ Found = dict[sympy.Symbol, sympy.Expr]
 def inverse(
     lifter: Lifter, writer: fx.Node, places: Indices, target: Indices, own: Indices
 ) -> tuple[Indices, list[Expr]]:
-    """The position `own`, a symbol for each dimension, at which `places` is `target`; the conditions that there is one.
+    """The position `own`, a symbol for each dimension, at which `places` is `target`, and the conditions that there is
+    one: never where a dimension is of size 0.
 
     Raises CannotLift where the map is not made of steps and of digits that can be told apart, and where several
     positions are one place.
     """
     symbols = {s for s in own if isinstance(s, sympy.Symbol)}
+    if any(lifter.ranges[s] == 0 for s in symbols):
+        return tuple(ZERO for _ in own), [FALSE]
     found, conditions = _solved(lifter, writer, places, target, symbols)
     if symbols - found.keys():
         raise CannotLift(writer, "writes an element more than once")

@@ -90,6 +90,8 @@ class Opener:
             return load
         if any(self._is_gone(read, load) for read in loads(opened)):
             return load
+        if self._is_theirs_by_shape(load, opened):
+            return opened
         if isinstance(opened, Load) and self._is_better_laid_out(load, opened):
             return load
         return opened if square or not loads(opened) or isinstance(inner, Load) else load
@@ -99,6 +101,10 @@ class Opener:
         if not isinstance(read.tensor, fx.Node) or not isinstance(load.tensor, fx.Node):
             return False
         return self.lifter.is_overwritten(read.tensor, load.tensor)
+
+    def _is_theirs_by_shape(self, load: Load, opened: Expr) -> bool:
+        """Whether a tensor takes but a shape from the scores, as `mask.expand_as(scores)` does: it goes with them."""
+        return load.tensor in self.leads and not any(read.tensor in self.leads for read in loads(opened))
 
     def _stored(self, load: Load) -> Load:
         """What stays a tensor of the graph: where that suffices, of distances instead of pairs of positions."""

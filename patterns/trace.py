@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -173,11 +174,18 @@ def autocasts(graph: Graph, node: fx.Node) -> bool:
     return node in graph.autocast or torch._C._is_any_autocast_enabled()
 
 
+def _same_sizes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the sizes are one expression, or Dynamo has a guard that they are equal."""
+    return a.dim() == b.dim() and all(
+        str(m) == str(n) or statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True)
+    )
+
+
 def check_same(got: Any, seen: Any, node: fx.Node) -> None:
     """The recorded output must be what Dynamo saw (shape and type), or the record means nothing."""
     pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(seen), strict=False)
     for a, b in pairs:
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             in_place = bool(mutated_inputs(node))
-            if tuple(map(str, a.shape)) != tuple(map(str, b.shape)) or (a.dtype != b.dtype and not in_place):
+            if not _same_sizes(a, b) or (a.dtype != b.dtype and not in_place):
                 raise CannotTrace(f"gives {tuple(a.shape)} {a.dtype} where the graph holds {tuple(b.shape)} {b.dtype}")

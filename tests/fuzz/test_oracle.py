@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fuzz.oracle import assert_right, check
+from fuzz.oracle import Call, assert_right, check, without_discarded
 from fuzz.program import Input, Program
 
 GIVEN = (Input("q", ("s", "d"), "normal"), Input("k", ("t", "d"), "normal"), Input("v", ("t", "e"), "normal"))
@@ -40,3 +41,23 @@ def test_rounding_alone_has_a_size() -> None:
     assert_right([[torch.tensor([-7e-16, 0.0], dtype=torch.float64)], wide, wide, single], EQUAL_VALUES)
     with pytest.raises(AssertionError, match="rounding leaves"):
         assert_right([[torch.tensor([1e-12, 0.0], dtype=torch.float64)], wide, wide, single], EQUAL_VALUES)
+
+
+def test_gradients_in_float64_are_of_the_same_numbers() -> None:
+    """float64's gradients were those of another gradient of the output, so no error of a float64 program was found."""
+    program = replace(EQUAL_VALUES, inputs=GIVEN, sizes=({"s": 5, "t": 7, "d": 3, "e": 4},))
+    given = program.make()
+    _, eager, wide, *_ = Call(program, program.function(), program.function(), 0).results(0)
+    for x, exact in zip(eager[len(given) + 1 :], wide[len(given) + 1 :], strict=True):
+        torch.testing.assert_close(x, exact)
+
+
+def test_gradients_that_autograd_alone_makes_nan() -> None:
+    """A temperature of scores that a mask has made -inf: autograd multiplies them by a gradient of 0."""
+    numbers = [torch.tensor([1.0])]
+    nan = torch.tensor([math.nan, 2.0])
+    ours, theirs, exact = without_discarded([[*numbers, torch.tensor([3.0, 2.0])], [*numbers, nan], [*numbers, nan]], 1)
+    assert [x[1].tolist() for x in (ours, theirs, exact)] == [[0.0, 2.0]] * 3
+    without = [torch.tensor([math.nan])]
+    left = without_discarded([[*without, torch.tensor([3.0, 2.0])], [*without, nan], [*without, nan]], 1)
+    assert left[1][1].isnan().any()

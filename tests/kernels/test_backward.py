@@ -227,6 +227,33 @@ def test_few_keys_beside_a_sink() -> None:
     check(replace(call, spec=replace(call.spec, **types)))
 
 
+def test_rows_of_few_keys_beside_a_sink() -> None:
+    """A sink had their probabilities made from the saved log-sum-exp alone, which another product rounds otherwise."""
+    call = make_call("qk", (8, 3, 9, 7), kv_len=4, captured=[noise(3)], sink="t0[n1]")
+    call = replace(call, q=call.q * 4, k=call.k * 4)
+    grad = noise(8, 3, 9, 7)
+    out, lse = tiled.attention_tiled(call)
+    found = attention_backward_tiled(call, grad, out, lse * torch.tensor([1.0 + 2**-22, 1.0]), [True] * 4)
+
+    def exact(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        inputs = leaves(call, dtype)
+        q, k, v, sink = inputs
+        scores = torch.cat([q @ k.mT, sink.view(3, 1, 1).expand(8, 3, 9, 1)], -1)
+        out = scores.softmax(-1)[..., :4] @ v
+        return torch.autograd.grad(out, inputs, grad.to(dtype))
+
+    for x, eager, wide in zip(found, exact(torch.float32), exact(torch.float64), strict=True):
+        assert_close_to_exact(x, eager, wide)
+
+
+def test_a_slope_that_float32_does_not_hold() -> None:
+    """A mask's fill, added several times: the factors were multiplied to infinity before they met the gradient."""
+    fill = "(1.0 - t0[n0, n1, q_idx, kv_idx]) * -1.2e+38"
+    mask = keep(B, H, SQ, SK).float()
+    call = make_call(f"exp(min(qk + {fill} + {fill} + {fill}, 0.0))", (B, H, SQ, 8), SK, captured=[mask])
+    assert check(call)[3].isfinite().all()
+
+
 def test_dropped_rows_have_no_gradient() -> None:
     """Also where they have no key, so that their probabilities are NaN before they are dropped."""
     mask = keep(20, 20)

@@ -124,6 +124,10 @@ def assigned_to_itself(s: Any) -> None:
     s[..., 1:] = s[..., 1:] * 2
 
 
+def columns_that_are_none(s: Any) -> None:
+    s.unsqueeze(-1)[..., 1:] = -9.0
+
+
 def chosen_into(s: Any) -> None:
     torch.where(triangle(), torch.tensor(-1e9), s, out=s)
 
@@ -147,6 +151,7 @@ SCORES = {
     transposed: "(qk * 0.5)",
     through_two_views: "(where((((0 < n1) & (kv_idx < 4)) & ((-1 + n1) == 0)), -3.0, qk) + where((n1 == 2), 2, 0))",
     assigned_to_itself: "where((0 < kv_idx), (qk * 2.0), qk)",
+    columns_that_are_none: "qk",
     chosen_into: "where((kv_idx >= (1 + q_idx)), -1000000000.0, qk)",
 }
 
@@ -158,6 +163,38 @@ def test_scores(write: Callable[[Any], Any]) -> None:
     assert score_of(site.spec) == SCORES[write]
     assert not site.captured
     check(with_scores(write), *qkv())
+
+
+def test_a_mask_in_the_shape_of_one_row_of_scores() -> None:
+    """`mask.expand_as(scores)` was read as a tensor of the graph where it has one row, and refused, `row-dependent`."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        p = product(q, k).softmax(-1)
+        p[~keep.expand_as(p)] = 0
+        return p @ v
+
+    q, k, v = qkv()
+    given = (q[:, :, :1].clone(), k, v, torch.arange(S) % 3 > 0)
+    assert len(only_site(fn, *given).captured) == 1
+    check(fn, *given)
+
+
+def test_a_mask_of_a_length_that_is_a_quotient() -> None:
+    """The mask's length is equal by a guard of Dynamo's, and was taken for another one than the scores'."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        b = k.shape[0] // H
+        q, k, v = (x.view(b, H, x.shape[1], D).transpose(0, 1) for x in (q, k, v))
+        s = product(q, k)
+        m = keep.unsqueeze(1)
+        s[..., :1].masked_fill_(~m[..., :1], -1e4)
+        return s.softmax(-1) @ v
+
+    q, k, v = (x.flatten(0, 1) for x in qkv())
+    given = (q, k, v, torch.arange(B * S).view(B, S) % 3 > 0)
+    for x in given:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    assert "-10000.0" in score_of(only_site(fn, *given).spec)
 
 
 def columns_then_rows(bias: Any) -> None:
