@@ -17,7 +17,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 import flashfuse.patterns.aten
 import flashfuse.patterns.aten_layout
 import flashfuse.patterns.aten_numbers
+import flashfuse.patterns.aten_rounding
 import flashfuse.patterns.aten_windows
+import flashfuse.patterns.decompose
 import flashfuse.patterns.direct
 import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa
