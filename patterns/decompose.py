@@ -19,7 +19,7 @@ aten = torch.ops.aten
 _DECOMPOSED = (
     aten.elu.default, aten.celu.default, aten.mish.default, aten.softplus.default, aten.log_sigmoid_forward.default,
     aten.threshold.default, aten.softshrink.default, aten.hardshrink.default, aten._prelu_kernel.default,
-    aten.logaddexp.default, aten.logaddexp2.default, aten.sinc.default, aten.frac.default, aten.deg2rad.default,
+    aten.logaddexp.default, aten.logaddexp2.default, aten.frac.default, aten.deg2rad.default,
     aten.rad2deg.default, aten.lerp.Scalar, aten.lerp.Tensor, aten.addcmul.default, aten.addcdiv.default,
 )  # fmt: skip
 

@@ -27,7 +27,7 @@ _CURVED = frozenset({
     "sigmoid", "expit", "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "silu", "gelu", "mish",
     "softplus", "logsigmoid", "log_sigmoid", "softsign", "tanhshrink", "softshrink", "hardshrink", "threshold",
     "hardtanh", "hardsigmoid", "hardswish", "tanh", "erf", "atan", "arctan", "asinh", "arcsinh", "sin", "cos",
-    "tan", "sinc", "square", "pow", "__pow__", "__rpow__", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p",
+    "tan", "square", "pow", "__pow__", "__rpow__", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p",
     "logaddexp", "logaddexp2", "sqrt", "rsqrt", "reciprocal", "clamp", "clip", "clamp_min", "clamp_max", "abs",
     "absolute", "maximum", "minimum", "fmax", "fmin", "lerp", "sign", "sgn", "floor", "ceil", "round", "trunc",
     "fix", "frac", "fmod", "remainder", "__mod__", "mod", "mul", "__mul__", "multiply", "addcmul", "addcdiv",

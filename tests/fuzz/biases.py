@@ -153,7 +153,7 @@ CURVES = {
         "F.softshrink({s})",
         "torch.logaddexp({s}, -{s})",
     ),
-    "arcs": ("{s}.atan()", "{s}.asinh()", "torch.sinc({s} * 0.1)"),
+    "arcs": ("{s}.atan()", "{s}.asinh()"),
     "logarithmic": ("torch.log1p({s}.abs())", "torch.log2({s} ** 2 + 1)", "torch.log10({s}.abs() + 1)"),
     "interpolated": ("torch.lerp({s}, {s}.tanh(), 0.3)", "torch.addcmul({s}, {s}, {s}.tanh(), value=0.1)"),
 }

@@ -71,7 +71,6 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "prelu": lambda s: F.prelu(s, HALF[None]),
     "logaddexp": lambda s: torch.logaddexp(s, -s),
     "logaddexp2": lambda s: torch.logaddexp2(s, s * s),
-    "sinc": torch.sinc,
     "frac": torch.frac,
     "degrees": lambda s: torch.rad2deg(torch.deg2rad(s) * 2),
     "lerp": lambda s: torch.lerp(s, s * s, 0.3),
