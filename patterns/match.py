@@ -236,8 +236,7 @@ def _check_apart(lifter: Lifter, site: AttentionSite, chain: tuple[fx.Node, ...]
     """Refuse where the kernel would read what it takes the place of."""
     for used in site.nodes_read:
         if used in chain:
-            lifter.region.open(*chain)
-            raise read_as_whole(used, chain)
+            raise read_as_whole(lifter, used, chain)
 
 
 def _unnormalised(
