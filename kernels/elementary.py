@@ -25,6 +25,53 @@ def bounded_tanh(x):
 
 
 @triton.jit
+def expm1(x):
+    """exp(x) - 1, and its series near 0 where that cancels."""
+    near = x
+    for n in tl.static_range(9):
+        near = x + near * (x * (1.0 / (10 - n)))
+    return tl.where(tl.abs(x) < 0.7, near, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), and near 0, where that cancels, the series of 2 artanh(z) with z = x / (2 + x)."""
+    z = x / (2.0 + x)
+    square = z * z
+    near = 2.0 * z * (1.0 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7 + square / 9))))
+    return tl.where((x > -0.3) & (x < 0.5), near, tl.log(1.0 + x))
+
+
+@triton.jit
+def atan(x):
+    """Cephes' atanf: a polynomial near 0, and pi/2 - atan(1 / x) and pi/4 + atan((x - 1) / (x + 1)) from there on."""
+    size = tl.abs(x)
+    far, middle = size > 2.414213562373095, size > 0.4142135623730950
+    near = tl.where(far, -1.0 / size, tl.where(middle, (size - 1.0) / (size + 1.0), size))
+    square = near * near
+    series = 8.05374449538e-2 * square - 1.38776856032e-1
+    series = (series * square + 1.99777106478e-1) * square - 3.33329491539e-1
+    angle = tl.where(far, 1.5707963267948966, tl.where(middle, 0.7853981633974483, 0.0))
+    angle += near + near * square * series
+    return tl.where(x < 0, -angle, angle)
+
+
+@triton.jit
+def asinh(x):
+    """sign(x) log(|x| + sqrt(x^2 + 1)), which is log(2 |x|) where the square may overflow."""
+    size = tl.abs(x)
+    near = log1p(size + size * (size / (1.0 + tl.sqrt(size * size + 1.0))))
+    result = tl.where(size > 1e9, tl.log(size) + 0.6931471805599453, near)
+    return tl.where(x < 0, -result, result)
+
+
+@triton.jit
+def sign(x):
+    """0 for 0 and for NaN."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+
+
+@triton.jit
 def scaled_exp2(x, SCALE: tl.constexpr):
     """2 ** (SCALE x) for x <= 0, to half a unit in the last place or so.
 

@@ -20,7 +20,10 @@ BLOCKS = (64, 128)
 # Batch axes of a tensor map, which has five axes.
 BATCH_AXES = 3
 # Functions that take many instructions, and registers.
-SPECIAL = frozenset({"pow", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos"})
+SPECIAL = frozenset({
+    "pow", "exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos",
+    "atan", "asinh", "fmod",
+})  # fmt: skip
 # Positions whose keys and values stay in the cache while tiles of as much work run.
 MAX_SPREAD = 8
 # Bytes that a tensor map's strides are multiples of.

@@ -20,10 +20,10 @@ _IMPORTS = {
     "libdevice.": "from triton.language.extra import libdevice",
     "load_along(": "from flashfuse.kernels.tiles import load_along",
     "product(": "from flashfuse.kernels.tiles import product",
-    "power(": "from flashfuse.kernels.elementary import power",
-    "tanh(": "from flashfuse.kernels.elementary import tanh",
-    "through(": "from flashfuse.kernels.elementary import through",
-    "to_bfloat16(": "from flashfuse.kernels.elementary import to_bfloat16",
+    **{
+        f"{name}(": f"from flashfuse.kernels.elementary import {name}"
+        for name in ("asinh", "atan", "expm1", "log1p", "power", "sign", "tanh", "through", "to_bfloat16")
+    },
 }
 # What of a capped score is lost near 0 is far below what operands of 16 bits have lost already.
 _NARROW_IMPORTS = {**_IMPORTS, "tanh(": "from flashfuse.kernels.elementary import bounded_tanh as tanh"}

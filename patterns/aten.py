@@ -9,15 +9,13 @@ from typing import Any
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv, Mod
 
 from flashfuse.kernels.expr import Const, Dot, Expr, Index, Reduce, Softmax
-from flashfuse.kernels.normal import cast, const, converted, index, pointwise, stored
+from flashfuse.kernels.normal import cast, const, converted, index, number, pointwise, stored
 from flashfuse.kernels.operators import OPS
 from flashfuse.patterns.graph import shape, to_sympy
-from flashfuse.patterns.indexing import ZERO, Indices, Ranges, divide, never_negative
+from flashfuse.patterns.indexing import ZERO, Indices
 from flashfuse.patterns.lift import CannotLift, NodeView, Row
-from flashfuse.patterns.limits import at_least, at_most
 from flashfuse.patterns.rows import argument, replaced, row
 from flashfuse.patterns.trace import AtenCall
 
@@ -83,7 +81,10 @@ def _cumsum(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
 _POINTWISE: dict[Any, str] = {
     aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.div.Tensor: "div", aten.div.Scalar: "div",
     aten.neg.default: "neg", aten.abs.default: "abs", aten.floor.default: "floor",
-    aten.exp.default: "exp", aten.log.default: "log", aten.sqrt.default: "sqrt", aten.rsqrt.default: "rsqrt",
+    aten.exp.default: "exp", aten.exp2.default: "exp2", aten.expm1.default: "expm1",
+    aten.log.default: "log", aten.log2.default: "log2", aten.log1p.default: "log1p",
+    aten.atan.default: "atan", aten.asinh.default: "asinh",
+    aten.sqrt.default: "sqrt", aten.rsqrt.default: "rsqrt",
     aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid", aten.erf.default: "erf",
     aten.sin.default: "sin", aten.cos.default: "cos", aten.pow.Tensor_Scalar: "pow", aten.pow.Tensor_Tensor: "pow",
     aten.maximum.default: "maximum", aten.clamp_min.default: "max",
@@ -176,37 +177,16 @@ def _reciprocal(view: NodeView, call: AtenCall, position: Indices, _: int) -> Ex
     return pointwise("div", const(1.0), view.element(call.args[0], position), dtype=call.output.dtype)
 
 
+@row(aten.pow.Scalar)
+def _power_of_a_number(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    base, exponent = (view.element(a, position) for a in call.args)
+    dtype = call.output.dtype
+    return pointwise(*(("exp2",) if number(base) == 2 else ("pow", base)), exponent, dtype=dtype)
+
+
 @row(aten.relu.default)
 def _relu(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     return pointwise("max", const(0.0), view.element(call.args[0], position), dtype=call.output.dtype)
-
-
-_REMAINDERS = (aten.remainder.Scalar, aten.remainder.Tensor)
-
-
-def _is_remainder(a: Expr, b: Expr, ranges: Ranges) -> bool:
-    """Whether 0 <= a < b can be proven."""
-    return isinstance(b, Index) and at_least(a, ZERO, ranges) and at_most(a, b.value - 1, ranges)
-
-
-@row(aten.floor_divide.default, aten.div.Tensor_mode, *_REMAINDERS)
-def _divide_positions(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    """Whole division of positions (chunks, blocks)."""
-    a, b = (view.resolved(view.element(x, position)) for x in call.args[:2])
-    rounding = call.kwargs.get("rounding_mode", "floor")
-    if call.func in _REMAINDERS and _is_remainder(a, b, view.ranges):
-        return cast(a, call.output.dtype)
-    if not isinstance(a, Index) or not isinstance(b, Index) or rounding is None or not b.value.is_positive:
-        raise CannotLift(view.node, "divides with rounding")
-    positive = never_negative(a.value, view.ranges)
-    if call.func not in _REMAINDERS:
-        whole = divide(a.value, b.value, view.ranges)[0] if positive else FloorDiv(a.value, b.value)
-        if rounding == "trunc" and not positive:
-            raise CannotLift(view.node, "rounds a negative position towards zero")
-        return cast(index(whole), call.output.dtype)
-    # torch's remainder has the sign of the divisor, as Mod has.
-    remainder = divide(a.value, b.value, view.ranges)[1] if positive else Mod(a.value, b.value)
-    return cast(index(remainder), call.output.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -87,6 +87,52 @@ def _gelu(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     return pointwise("mul", half, pointwise("add", mass, const(1.0)), dtype=dtype)
 
 
+def _between(x: Expr, low: Expr, high: Expr, below: Expr, inside: Expr, above: Expr, dtype: torch.dtype) -> Expr:
+    """What is flat at both ends, and on them."""
+    upper = pointwise("where", pointwise("ge", x, high), above, inside, dtype=dtype)
+    return pointwise("where", pointwise("le", x, low), below, upper, dtype=dtype)
+
+
+@row(aten.hardtanh.default)
+def _hardtanh(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    x, dtype = view.element(call.args[0], position), call.output.dtype
+    limits = (argument(call, 1, "min_val", -1.0), argument(call, 2, "max_val", 1.0))
+    low, high = (const(float(limit), dtype) for limit in limits)
+    return _between(x, low, high, low, x, high, dtype)
+
+
+@row(aten.hardsigmoid.default, aten.hardswish.default)
+def _hardsigmoid(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    """min(max(x + 3, 0), 6) / 6, and x times that."""
+    x, dtype = view.element(call.args[0], position), call.output.dtype
+    inside, above = pointwise("add", x, const(3.0)), const(1.0)
+    if call.func is aten.hardswish.default:
+        inside, above = pointwise("mul", x, inside), x
+    inside = pointwise("div", inside, const(6.0))
+    return _between(x, const(-3.0), const(3.0), const(0.0), inside, above, dtype)
+
+
+@row(aten.fmax.default, aten.fmin.default)
+def _not_nan(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    """The larger or the smaller, or the one that is not NaN; of equal ones, the first."""
+    a, b = (view.element(x, position) for x in call.args)
+    first = pointwise("ge" if call.func is aten.fmax.default else "le", a, b)
+    chosen = pointwise("or", first, pointwise("ne", b, b, dtype=torch.bool))
+    return pointwise("where", chosen, a, b, dtype=call.output.dtype)
+
+
+@row(aten.tan.default)
+def _tan(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    x = view.element(call.args[0], position)
+    return pointwise("div", pointwise("sin", x), pointwise("cos", x), dtype=call.output.dtype)
+
+
+@row(aten.log10.default)
+def _log10(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    logarithm = pointwise("log2", view.element(call.args[0], position))
+    return pointwise("mul", logarithm, const(math.log10(2.0)), dtype=call.output.dtype)
+
+
 def _tensor_literal(view: NodeView, position: Indices) -> Expr:
     """torch.tensor(8.0): a constant."""
     literal = view.node.args[0]

@@ -122,7 +122,7 @@ class _Maker:
     def _applied(self, load: Load) -> Expr:
         node = load.tensor
         assert isinstance(node, fx.Node)
-        if not _is_pointwise(self.lifter, node) or self._region(node) != self._region(self.source):
+        if not is_pointwise(self.lifter, node) or self._region(node) != self._region(self.source):
             raise CannotLift(node, "is no pointwise operator")
         inputs = tuple(n for n in node.all_input_nodes if tensor(n) is not None)
         return Applied(load.dtype, node, inputs, tuple(self._input(n, load) for n in inputs))
@@ -155,7 +155,7 @@ _COPIES = frozenset({
 })  # fmt: skip
 
 
-def _is_pointwise(lifter: Lifter, node: fx.Node) -> bool:
+def is_pointwise(lifter: Lifter, node: fx.Node) -> bool:
     """Whether all that the node does is to compute each element from those beside it in its inputs."""
     try:
         calls = lifter.traced(node).calls

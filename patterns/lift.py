@@ -91,18 +91,18 @@ class Lifter:
         writers = self.graph.writes.get(where, ()) if where is not None else ()
         return any(position[node] < position[writer] <= position[later] for writer in writers)
 
-    def expand(self, load: Load, draws: bool = False) -> Expr:
+    def expand(self, load: Load, draws: bool = False, followed: bool = True) -> Expr:
         """One step back: the element in terms of the inputs of the load's node. Raises CannotLift.
 
         With `history` never past a place where a gradient ends (`detach`, `torch.no_grad`): behind it, one would start.
-        draws: whether it may be one that is drawn at random.
+        draws: whether it may be one that is drawn at random. followed: whether a gradient comes to the element at all.
         """
         expr = self.look_behind(load)
         node = load.tensor
         assert isinstance(node, fx.Node)
         if not draws and drawn(expr):
             raise CannotLift(node, "drops elements at random")
-        if self._ends_gradient(node, expr):
+        if followed and self._ends_gradient(node, expr):
             blamed = node.args[1] if node.target is after_write else node
             raise CannotLift(blamed, "ends a gradient that its input requires")  # type: ignore[arg-type]
         return expr

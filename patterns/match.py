@@ -17,7 +17,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 import flashfuse.patterns.aten
 import flashfuse.patterns.aten_layout
 import flashfuse.patterns.aten_numbers
+import flashfuse.patterns.aten_rounding
 import flashfuse.patterns.aten_windows
+import flashfuse.patterns.decompose
 import flashfuse.patterns.direct
 import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa
@@ -234,8 +236,7 @@ def _check_apart(lifter: Lifter, site: AttentionSite, chain: tuple[fx.Node, ...]
     """Refuse where the kernel would read what it takes the place of."""
     for used in site.nodes_read:
         if used in chain:
-            lifter.region.open(*chain)
-            raise read_as_whole(used, chain)
+            raise read_as_whole(lifter, used, chain)
 
 
 def _unnormalised(

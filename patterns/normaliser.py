@@ -9,16 +9,18 @@ from dataclasses import dataclass
 import sympy
 
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols
-from flashfuse.kernels.normal import number, substitute
+from flashfuse.kernels.normal import const, number, pointwise, substitute
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.shift import is_own_maximum, limited_by_number, same_element, same_value
 
-# Operators that a normaliser starts from, by their bare names.
+POWERS = frozenset({"pow", "__pow__", "__rpow__", "float_power"})
+# Operators that a normaliser starts from, by their bare names; so do powers of a number.
 NORMALISERS = frozenset({
-    "softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp_", "special_softmax", "logsumexp",
+    "softmax", "_softmax", "_safe_softmax", "_masked_softmax", "softmin", "log_softmax", "special_softmax", "exp",
+    "exp_", "exp2", "exp2_", "special_exp2", "logsumexp",
 })  # fmt: skip
-# Those of them that are no normaliser alone.
-PARTIAL = frozenset({"exp", "exp_", "logsumexp"})
+# Those of them that are no normaliser alone, beside powers of a number.
+PARTIAL = frozenset({"exp", "exp_", "exp2", "exp2_", "special_exp2", "logsumexp", *POWERS})
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,22 @@ def open_up(lifter: Lifter, expr: Expr) -> Expr:
     while isinstance(expr, Load):
         expr = lifter.expand(expr)
     return expr
+
+
+def as_exponential(expr: Expr) -> tuple[Expr, float] | None:
+    """(x, c) of exp(c x) for c > 0, also to another base; None for any other expression."""
+    match expr:
+        case Pointwise(op="exp", args=(x,)):
+            return x, 1.0
+        case Pointwise(op="exp2", args=(x,)):
+            return x, math.log(2.0)
+        case Pointwise(op="pow", args=(base, x)) if 1 < (number(base) or 0) < math.inf:
+            return x, math.log(number(base) or 0)
+    return None
+
+
+def _scaled(x: Expr, rate: float) -> Expr:
+    return pointwise("mul", x, const(rate), dtype=x.dtype)
 
 
 def as_softmax(lifter: Lifter, expr: Expr) -> Normalised | None:
@@ -117,22 +135,24 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
         exponential = open_up(lifter, total.arg)
     except CannotLift:
         return None
-    if at is None or not isinstance(exponential, Pointwise) or exponential.op != "exp":
+    exponent = as_exponential(exponential)
+    if at is None or exponent is None:
         return None
-    score, shift = _without_shift(lifter, exponential.args[0], total.axis)
+    whole, rate = exponent
+    score, shift = _without_shift(lifter, whole, total.axis)
     if further is None:
-        softmax = Softmax(total.dtype, score, total.axis, at, total.extent)
+        softmax = Softmax(total.dtype, _scaled(score, rate), total.axis, at, total.extent)
         return Normalised(softmax, subtracted=_subtracted(lifter, shift, score, total.axis))
-    sink = _relative_to(lifter, further, shift)
+    sink = _relative_to(lifter, further, shift, rate)
     if sink is None:
-        score, shift = exponential.args[0], None
-        sink = _relative_to(lifter, further, None)
+        score, shift = whole, None
+        sink = _relative_to(lifter, further, None, rate)
     if sink is None:
         return None
     # exp(-inf - m) is 0 beside the further term, unless m is -inf as well.
     finite = shift is None or _has_lower_limit(lifter, shift)
     return Normalised(
-        Softmax(total.dtype, score, total.axis, at, total.extent, empty_row="zero" if finite else "nan"), (sink,)
+        Softmax(total.dtype, _scaled(score, rate), total.axis, at, total.extent, "zero" if finite else "nan"), (sink,)
     )
 
 
@@ -168,9 +188,10 @@ def opened_or_none(lifter: Lifter, expr: Expr) -> Expr | None:
         return None
 
 
-def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None) -> Expr | None:
+def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None, rate: float) -> Expr | None:
     """The score whose exponential `term` is where `shift` was subtracted from all scores; None where it is none.
 
+    rate: what scores and shift are multiplied by in their exponentials.
     Softmax-plus-one is the term 1 without a shift and exp(-shift) with one: the score 0.
     """
     top = opened_or_none(lifter, term)
@@ -179,16 +200,17 @@ def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None) -> Expr | None:
     value = number(top)
     if value is not None:
         return Const(top.dtype, math.log(value)) if value > 0 and shift is None else None
-    if not isinstance(top, Pointwise) or top.op != "exp":
+    exponential = as_exponential(top)
+    if exponential is None:
         return None
     if shift is None:
-        return top.args[0]
-    exponent = opened_or_none(lifter, top.args[0])
+        return _scaled(*exponential)
+    exponent = opened_or_none(lifter, exponential[0])
     match exponent:
-        case Pointwise(op="neg", args=(m,)) if same_value(lifter, m, shift):
+        case Pointwise(op="neg", args=(m,)) if exponential[1] == rate and same_value(lifter, m, shift):
             return Const(exponent.dtype, 0.0)
-        case Pointwise(op="sub", args=(score, m)) if same_value(lifter, m, shift):
-            return score
+        case Pointwise(op="sub", args=(score, m)) if exponential[1] == rate and same_value(lifter, m, shift):
+            return _scaled(score, rate)
     return None
 
 
@@ -213,8 +235,8 @@ def _one_step(lifter: Lifter, expr: Expr) -> Expr | None:
     try:
         if isinstance(expr, Load):
             return lifter.expand(expr)
-        if isinstance(expr, Pointwise) and expr.op == "exp" and isinstance(expr.args[0], Load):
-            return Pointwise(expr.dtype, "exp", (lifter.expand(expr.args[0]),))
+        if isinstance(expr, Pointwise) and as_exponential(expr) and isinstance(expr.args[-1], Load):
+            return Pointwise(expr.dtype, expr.op, (*expr.args[:-1], lifter.expand(expr.args[-1])))
     except CannotLift:
         pass
     return None

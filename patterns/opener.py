@@ -38,7 +38,7 @@ from flashfuse.patterns.operand import sizes_of
 from flashfuse.patterns.refusal import Refused
 
 # Where an argument's last bit may decide the result, so that it must be computed as written.
-STEPS = frozenset({"floor", "to_int", "to_bool", "lt", "le", "gt", "ge", "eq", "ne"})
+STEPS = frozenset({"floor", "sign", "fmod", "to_int", "to_bool", "lt", "le", "gt", "ge", "eq", "ne"})
 
 
 class _Inexact(Exception):

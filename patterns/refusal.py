@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from torch import fx
 
 from flashfuse.patterns.calls import label_of, name_of
-from flashfuse.patterns.graph import is_weighted
+from flashfuse.patterns.distances import is_pointwise
+from flashfuse.patterns.graph import is_weighted, shape, tensor
+from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.region import Region
 
 
@@ -43,8 +45,16 @@ def _over_rows(node: fx.Node) -> Refused | None:
     return known and Refused(known[0], f"{known[1]} by `{name_of(node)}`", node)
 
 
-def read_as_whole(used: fx.Node, chain: Sequence[fx.Node]) -> Refused:
+def read_as_whole(lifter: Lifter, used: fx.Node, chain: Sequence[fx.Node]) -> Refused:
     """Why a tensor on the way from the product to the output cannot be read by the kernel, which takes their place."""
+    lifter.region.open(*chain)
+    t = tensor(used)
+    assert t is not None
+    try:
+        lifter.expand(lifter.load(used, lifter.position(shape(t))))
+    except CannotLift as error:
+        if is_pointwise(lifter, error.node or used):
+            return blocked(lifter.region, error.node or used, error.reason)
     behind = used
     while name_of(behind) in _PARTS and behind.all_input_nodes[0] in chain:
         behind = behind.all_input_nodes[0]

@@ -28,7 +28,7 @@ from flashfuse.kernels.expr import (
     loads,
     walk,
 )
-from flashfuse.kernels.normal import number, pointwise, rewrite
+from flashfuse.kernels.normal import number, pointwise, rewrite, substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.graph import is_weighted
 from flashfuse.patterns.indexing import within
@@ -37,6 +37,7 @@ from flashfuse.patterns.opener import STEPS, Opener
 from flashfuse.patterns.operand import exactly_promotes, sizes_of
 from flashfuse.patterns.products import Term, as_one_product, side_products, summands
 from flashfuse.patterns.refusal import Refused, blocked, mixed
+from flashfuse.patterns.shift import same_value
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,15 @@ def find_score(
 
 @dataclass(frozen=True)
 class Products:
-    """`program` over `Product(n)`, product n being `dots[n]`, which `nodes[n]` makes; what it was found with."""
+    """`program` over `Product(n)`, product n being `dots[n]`, which `nodes[n]` makes; what it was found with.
+
+    again: nodes that make one of the products once more.
+    """
 
     program: Expr
     dots: tuple[Dot, ...]
     nodes: tuple[fx.Node, ...]
+    again: tuple[fx.Node, ...]
     lifter: Lifter = field(compare=False)
     j: sympy.Symbol
     leads: AbstractSet[fx.Node] = field(compare=False)
@@ -117,7 +122,7 @@ def find_products(
     if not search.found:
         raise search.trouble or Refused("no-product", "the softmax is not over products of queries and keys")
     dots, nodes = zip(*search.found, strict=True)
-    return Products(program, dots, nodes, lifter, j, leads)
+    return Products(program, dots, nodes, tuple(search.again), lifter, j, leads)
 
 
 def as_score(found: Products) -> Score:
@@ -125,7 +130,7 @@ def as_score(found: Products) -> Score:
     program, terms = as_one_product(found.program, found.dots, found.nodes)
     i_symbols = free_symbols(terms[0].dot.lhs) - free_symbols(terms[0].dot.rhs)
     opener = Opener(found.lifter, i_symbols, found.j, found.leads)
-    return Score(opener.read(program), terms, found.nodes, opener)
+    return Score(opener.read(program), terms, (*found.nodes, *found.again), opener)
 
 
 def as_scores(found: Products) -> tuple[Score, ...]:
@@ -154,6 +159,7 @@ class _Search:
     ) -> None:
         self.lifter, self.j, self.leads, self.others = lifter, j, leads, others
         self.found: list[tuple[Dot, fx.Node]] = []
+        self.again: list[fx.Node] = []
         self.trouble: Refused | None = None
 
     def read(self, expr: Expr, node: fx.Node) -> Expr:
@@ -162,17 +168,22 @@ class _Search:
             return self.opened(expr, node)
         except _NoIndexForm:
             self.found.clear()
+            self.again.clear()
             return expr
 
-    def opened(self, expr: Expr, node: fx.Node) -> Expr:
-        """`expr`, which `node` computes, with its products found."""
+    def opened(self, expr: Expr, node: fx.Node, followed: bool = True) -> Expr:
+        """`expr`, which `node` computes, with its products found.
+
+        followed: whether a gradient comes here; none passes a comparison.
+        """
+        followed = followed and expr.dtype.is_floating_point
         match expr:
             case Dot():
                 return self._product(expr, node)
             case Pointwise():
-                return pointwise(expr.op, *(self.opened(a, node) for a in expr.args), dtype=expr.dtype)
+                return pointwise(expr.op, *(self.opened(a, node, followed) for a in expr.args), dtype=expr.dtype)
             case Load() if expr.tensor in self.leads and self.j in free_symbols(expr):
-                return self._through(expr)
+                return self._through(expr, followed)
             case Gather() if expr.tensor in self.leads:
                 self._note(Refused("look-up", "the scores are looked up at positions that depend on data", node))
             case Softmax() | Reduce():
@@ -180,13 +191,13 @@ class _Search:
                 raise _NoIndexForm
         return expr
 
-    def _through(self, load: Load) -> Expr:
+    def _through(self, load: Load, followed: bool) -> Expr:
         """Behind a load, or the load itself where no score program lies there."""
         node = load.tensor
         assert isinstance(node, fx.Node)
-        before = len(self.found)
+        before, again = len(self.found), len(self.again)
         try:
-            program = self.opened(self.lifter.expand(load), node)
+            program = self.opened(self.lifter.expand(load, followed=followed), node, followed)
             if not self._reaches_outside(load) or all(self._stays_inside(dot) for dot, _ in self.found[before:]):
                 return program
             self._note(Refused("extra-columns", "the softmax has rows or columns that are no products", node))
@@ -194,7 +205,7 @@ class _Search:
             self._note(blocked(self.lifter.region, error.node or node, error.reason))
         except _NoIndexForm:
             pass
-        del self.found[before:]
+        del self.found[before:], self.again[again:]
         return load
 
     def _reaches_outside(self, load: Load) -> bool:
@@ -223,13 +234,22 @@ class _Search:
         if left == right or is_weighted(node):
             raise _NoIndexForm
         dot = dot if right else Dot(dot.dtype, dot.rhs, dot.lhs, dot.axis, dot.extent)
-        if dot in self.others:
+        if any(self._is_again(dot, other) for other in self.others):
             raise _NoIndexForm
-        known = [d for d, _ in self.found]
-        if dot not in known:
-            self.found.append((dot, node))
-            known.append(dot)
-        return Product(dot.dtype, known.index(dot))
+        for slot, (known, made_by) in enumerate(self.found):
+            if self._is_again(dot, known):
+                self.again += [node] if node is not made_by else []
+                return Product(dot.dtype, slot)
+        self.found.append((dot, node))
+        return Product(dot.dtype, len(self.found) - 1)
+
+    def _is_again(self, dot: Dot, known: Dot) -> bool:
+        """Whether a product is one that is known already, perhaps written a second time."""
+        if dot == known or (dot.dtype, dot.extent) != (known.dtype, known.extent):
+            return dot == known
+        moved = {dot.axis: known.axis}
+        pairs = ((dot.lhs, known.lhs), (dot.rhs, known.rhs))
+        return all(same_value(self.lifter, substitute(mine, moved), theirs) for mine, theirs in pairs)
 
     def _note(self, trouble: Refused) -> None:
         self.trouble = self.trouble or trouble

@@ -9,7 +9,7 @@ from torch import fx
 
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.graph import WEIGHTED, Graph, is_weighted
-from flashfuse.patterns.normaliser import NORMALISERS
+from flashfuse.patterns.normaliser import NORMALISERS, POWERS
 
 Seeds = frozenset[fx.Node]
 NONE: Seeds = frozenset()
@@ -24,14 +24,30 @@ WHOLE = frozenset({"scaled_dot_product_attention"})
 _GATES = frozenset({"mul", "mul_", "imul", "__mul__", "__rmul__", "__imul__", "multiply"})
 # What makes a product of activations more than a product: a chain of linear operators is left to the matrix products.
 _CURVED = frozenset({
-    "sigmoid", "sigmoid_", "relu", "relu_", "silu", "gelu", "tanh", "tanh_", "square", "pow", "__pow__", "leaky_relu",
-    "clamp", "clamp_", "clip", "clamp_min", "clamp_min_", "abs", "exp", "maximum", "mul", "__mul__",
+    "sigmoid", "expit", "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "silu", "gelu", "mish",
+    "softplus", "logsigmoid", "log_sigmoid", "softsign", "tanhshrink", "softshrink", "hardshrink", "threshold",
+    "hardtanh", "hardsigmoid", "hardswish", "tanh", "erf", "atan", "arctan", "asinh", "arcsinh", "sin", "cos",
+    "tan", "square", "pow", "__pow__", "__rpow__", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p",
+    "logaddexp", "logaddexp2", "sqrt", "rsqrt", "reciprocal", "clamp", "clip", "clamp_min", "clamp_max", "abs",
+    "absolute", "maximum", "minimum", "fmax", "fmin", "lerp", "sign", "sgn", "floor", "ceil", "round", "trunc",
+    "fix", "frac", "fmod", "remainder", "__mod__", "mod", "mul", "__mul__", "multiply", "addcmul", "addcdiv",
 })  # fmt: skip
 
 
 def is_contraction(node: fx.Node) -> bool:
     """A product of activations, by any of its names."""
     return name_of(node) in _CONTRACTIONS and not is_weighted(node)
+
+
+def _may_normalise(node: fx.Node) -> bool:
+    """Whether a normaliser may start here; a power does where it is one of a number."""
+    name = name_of(node)
+    return name in NORMALISERS or (name in POWERS and isinstance(node.args[0] if node.args else None, (int, float)))
+
+
+def _is_curved(name: str) -> bool:
+    """By the name of the operator or of its form in place."""
+    return name in _CURVED or name.removesuffix("_") in _CURVED
 
 
 @dataclass(frozen=True)
@@ -98,13 +114,13 @@ def upstream(graph: Graph) -> Upstream:
         if weighted:
             continue
         # An exponential of other things, as of a temperature, starts nothing where it meets the scores.
-        if name in NORMALISERS and (not seeds or (behind is not None and not seeds & over_products)):
+        if _may_normalise(node) and (not seeds or (behind is not None and not seeds & over_products)):
             seeds = frozenset((node,))
             over_products |= seeds if behind is not None else frozenset()
         if seeds:
             normalisers[node] = seeds
         bends = _union(curved, inputs)
-        if not bends and name in _CURVED and behind is not None and behind not in values:
+        if not bends and _is_curved(name) and behind is not None and behind not in values:
             bends = frozenset((node,))
         if bends:
             curved[node] = bends

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch._decomp import decomposition_table
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
@@ -59,7 +61,7 @@ class CannotTrace(Exception):
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, known: set[int]) -> None:
+    def __init__(self, known: AbstractSet[int]) -> None:
         super().__init__()
         self.known = known
         self.producers: dict[int, tuple[AtenCall, int]] = {}
@@ -147,6 +149,25 @@ def recorded(graph: Graph, node: fx.Node, target: Any, given: tuple[Any, ...], t
     except Exception as error:
         raise CannotTrace(f"{type(error).__name__}: {error}") from error
     return Trace(inputs, scalars, recorder.producers, result, tuple(recorder.calls), (args, kwargs))
+
+
+def decomposed(graph: Graph, node: fx.Node, call: AtenCall, into: Trace) -> Trace:
+    """A trace with the calls that torch decomposes one of its calls into; its result is that of the call.
+
+    Raises CannotTrace.
+    """
+    function = decomposition_table.get(call.func)
+    if function is None:
+        raise CannotTrace(f"uses {call.func}, which this torch does not decompose")
+    recorder = _Recorder(into.inputs.keys() | into.producers.keys())
+    try:
+        # A call is what autocast has left of an operator already.
+        with as_traced(graph, node), torch._C._DisableAutocast(), recorder:
+            result = function(*call.args, **call.kwargs)
+    except Exception as error:
+        raise CannotTrace(f"{type(error).__name__}: {error}") from error
+    producers = into.producers | recorder.producers
+    return replace(into, producers=producers, result=result, calls=tuple(recorder.calls), keep=(into, result))
 
 
 # What these operators of Python do with a tensor on the left.

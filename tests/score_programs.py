@@ -68,6 +68,11 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.Tensor, ...]]] = {
     "waves": ("sin(qk) * cos(t0[n0] * qk) - sin(to_float(q_idx)) * qk", (SLOPE,)),
     "gelu": ("qk * 0.5 * (1.0 + erf(qk * 0.7071067811865476))", ()),
     "softplus": ("where(qk > 20.0, qk, log(1.0 + exp(qk)))", ()),
+    "curves": (
+        "exp2(qk * 0.3) + expm1(qk * t0[n0]) - log2(abs(qk) + 1.0) + log1p(abs(qk)) + atan(qk) * asinh(qk * t0[n0])",
+        (SLOPE,),
+    ),
+    "remainders": ("fmod(qk, 1.3) * sign(qk) + fmod(3.0, t0[n0]) * qk", (SLOPE,)),
     "rounded": ("to_float16(qk) * 0.125 + to_float16(to_float32(t0[n0, q_idx, kv_idx]))", (BIAS,)),
     "rounded to bfloat16": ("to_bfloat16(qk * 0.125) + to_bfloat16(t0[n0, q_idx, kv_idx])", (BIAS,)),
     "steps": ("qk * floor(qk) + to_float(to_int(qk))", ()),

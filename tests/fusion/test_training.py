@@ -116,11 +116,18 @@ def scores_as_integers(q: Any, k: Any, v: Any, bias: Any) -> Any:
     return ((q @ k.mT).long() + bias).sigmoid() @ v
 
 
+def mask_of_detached_scores(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    """A comparison passes no gradient, so nothing ends here."""
+    s = (q @ k.mT) * 0.3 + bias
+    return s.masked_fill(s.detach() > 1, 1.0).softmax(-1) @ v
+
+
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
     "fn",
     [
         scores_as_integers,
+        mask_of_detached_scores,
         detached_bias_beside_itself,
         keys_of_detached_queries,
         bias_without_grad,
@@ -157,9 +164,14 @@ def scores_written_without_grad(q: Any, k: Any, v: Any, bias: Any) -> Any:
     return scores.softmax(-1) @ v
 
 
+def straight_through(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    s = q @ k.mT + bias
+    return (s + (s.round() - s).detach()).softmax(-1) @ v
+
+
 @pytest.mark.parametrize(
     "fn",
-    [probabilities_without_grad, detached_probabilities, scores_written_without_grad],
+    [probabilities_without_grad, detached_probabilities, scores_written_without_grad, straight_through],
     ids=lambda fn: fn.__name__,
 )
 def test_gradient_that_ends_inside_is_refused(fn: Callable[..., Any]) -> None:

@@ -134,10 +134,31 @@ CURVES = {
     "periodic": ("{s}.sin()", "torch.cos({s})"),
     "shifted": ("{s} + 1.0", "1 - {s}", "-{s}", "{s} - 3"),
     "upcast": ("{s}.float()", "{s}.to(torch.float32)"),
-    "limited-exponential": ("torch.exp({s}.clamp(max=2))", "{s}.clamp(max=1).exp()"),
+    "limited-exponential": (
+        "torch.exp({s}.clamp(max=2))",
+        "{s}.clamp(max=1).exp()",
+        "{s}.clamp(-4, 2).expm1()",
+        "torch.exp2({s}.clamp(max=3))",
+    ),
+    "activation": (
+        "F.elu({s})",
+        "F.softplus({s})",
+        "F.logsigmoid({s})",
+        "F.hardtanh({s}, -3.0, 2.0)",
+        "F.relu6({s})",
+        "F.mish({s})",
+        "F.hardsigmoid({s})",
+        "F.hardswish({s})",
+        "F.selu({s})",
+        "F.softshrink({s})",
+        "torch.logaddexp({s}, -{s})",
+    ),
+    "arcs": ("{s}.atan()", "{s}.asinh()"),
+    "logarithmic": ("torch.log1p({s}.abs())", "torch.log2({s} ** 2 + 1)", "torch.log10({s}.abs() + 1)"),
+    "interpolated": ("torch.lerp({s}, {s}.tanh(), 0.3)", "torch.addcmul({s}, {s}, {s}.tanh(), value=0.1)"),
 }
 # Functions without a row in the table of operators.
-UNKNOWN = ("F.logsigmoid({s})", "F.softplus({s})", "{s}.atan()", "{s}.clamp(-4, 2).expm1()", "{s}.asinh()")
+UNKNOWN = ("{s}.clamp(-4, 2).cosh()", "torch.erfc({s} * 0.1)", "torch.hypot({s}, {s} + 1)")
 
 
 def curve(draft: Draft, s: Var) -> Var:

@@ -17,7 +17,7 @@ ONE_LINE = (
     "{s}.softmax({d})", "F.softmax({s}, dim={d})", "torch.softmax({s}, {d})", "torch.nn.Softmax(dim={d})({s})",
     "F.softmax({s}, dim={d}, dtype=torch.float32).to({s}.dtype)", "{s}.float().softmax({d}).type_as({s})",
     "torch.softmax({s}, dim={d}, dtype=torch.float32)", "F.softmax({s}.float(), {d}).to({s}.dtype)",
-    "torch.special.softmax({s}, {d})",
+    "torch.special.softmax({s}, {d})", "F.softmin(-{s}, dim={d})",
 )  # fmt: skip
 WRITTEN_OUT = {
     "shifted": ("m = {s}.amax({d}, keepdim=True)", "e = ({s} - m).exp()", "{p} = e / e.sum({d}, keepdim=True)"),
@@ -27,6 +27,8 @@ WRITTEN_OUT = {
     "shifted-detached": (
         "e = torch.exp({s} - torch.max({s}, {d}, keepdim=True)[0].detach())", "{p} = e / e.sum({d}, keepdim=True)",
     ),
+    "base-two": ("e = torch.exp2({s} - {s}.amax({d}, True))", "{p} = e / e.sum({d}, keepdim=True)"),
+    "base-three": ("e = 3.0 ** ({s} - {s}.amax({d}, True))", "{p} = e / e.sum({d}, keepdim=True)"),
     "unshifted": ("e = {s}.exp()", "{p} = e / e.sum({d}, keepdim=True)"),
     "shifted-whole": ("e = ({s} - {s}.max()).exp()", "{p} = e / e.sum({d}, keepdim=True)"),
     "shifted-twice": (
@@ -57,6 +59,8 @@ WITHOUT = {
     "rectified": ("{p} = F.relu({s}) / {t}",),
     "rectified-squared": ("{p} = F.relu({s} / {t}) ** 2",),
     "exponential": ("{p} = {s}.clamp(max=3).exp()",),
+    "bent": ("{p} = F.softplus({s}) / {t}",),
+    "bent-sine": ("{p} = torch.sin({s}) / {t}",),
 }
 PLUS_ONE = {
     "plus-one": ("e = {s}.exp()", "{p} = e / (1 + e.sum({d}, keepdim=True))"),

@@ -70,6 +70,29 @@ def test_a_sum_of_products_is_one_product(fn: Callable[..., Any]) -> None:
     check_fused(fn, *latent())
 
 
+def test_a_product_written_twice_is_one_product() -> None:
+    """It counted as two products that are not just added."""
+
+    def fn(q: Any, k: Any, qp: Any, kp: Any, v: Any) -> Any:
+        near = torch.arange(T) > torch.arange(S)[:, None]
+        again = q @ k.transpose(-1, -2)
+        again *= 0.5
+        return attend(torch.where(near, q @ k.mT, again), v)
+
+    assert score_of(only_site(fn, *latent()).spec) == "where((kv_idx > q_idx), qk, (qk * 0.5))"
+    check_fused(fn, *latent())
+
+
+def test_a_product_of_keys_that_were_written_in_between_is_another() -> None:
+    def fn(q: Any, k: Any, qp: Any, kp: Any, v: Any) -> Any:
+        keys = k * 1.5
+        first = q @ keys.mT
+        keys.mul_(2.0)
+        return attend(torch.maximum(first, q @ keys.mT), v)
+
+    assert only_refusal(fn, *latent()).code == "square-intermediate"
+
+
 def test_another_scale_goes_into_the_smaller_queries() -> None:
     def fn(q: Any, k: Any, qp: Any, kp: Any, v: Any) -> Any:
         return attend((qp @ kp.mT) * 0.5 + q @ k.mT * 0.25, v)

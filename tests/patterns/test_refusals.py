@@ -128,6 +128,12 @@ def maximum_over_rows(q: Any, k: Any, v: Any) -> Any:
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
+def unknown_beside_the_product(q: Any, k: Any, v: Any) -> Any:
+    """It was said that `erfc` needs the scores as a whole."""
+    s = scores(q, k)
+    return (s + torch.erfc(s)).softmax(-1) @ v
+
+
 def values_averaged_by_head(q: Any, k: Any, v: Any) -> Any:
     return scores(q, k).softmax(-1).mean(1)
 
@@ -151,6 +157,7 @@ REFUSED = [
     (convolved_heads_before, "head-mixing", "F.conv2d"),
     (convolved_heads_after, "head-mixing", "F.conv2d"),
     (twice_normalised, "row-dependent", "softmax(-1).softmax(-1)"),
+    (unknown_beside_the_product, "unknown-operator", "erfc"),
     (drops_at_random, "dropout", "F.dropout1d"),
     (mask_written_in_place, "mutation", "bias.fill_(7.0)"),
     (values_averaged_by_head, "no-value-product", "softmax(-1)"),

@@ -138,6 +138,17 @@ def test_softmax_plus_one(fn: Callable[..., Any]) -> None:
     check(fn, *inputs())
 
 
+def test_sink_to_another_base() -> None:
+    def fn(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+        s = scores(q, k)
+        m = s.amax(-1, keepdim=True)
+        e, rest = torch.exp2(s - m), torch.exp2(sink.view(1, -1, 1, 1) - m)
+        return (e / (rest + e.sum(-1, keepdim=True))) @ v
+
+    assert to_text(only_site(fn, *inputs()).spec.sink) == f"(t0[n1] * {math.log(2)!r})"
+    check(fn, *inputs())
+
+
 def test_several_columns_are_one_sink() -> None:
     def zeros(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
         s = scores(q, k)

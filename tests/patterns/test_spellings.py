@@ -74,6 +74,17 @@ def unshifted(q: Any, k: Any, v: Any) -> Any:
     return torch.div(e, torch.sum(e, -1)[..., None]) @ v
 
 
+def base_two(q: Any, k: Any, v: Any) -> Any:
+    s = q @ k.transpose(-1, -2) * (0.5 / math.log(2.0))
+    e = torch.exp2(s - s.amax(-1, keepdim=True))
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def base_three(q: Any, k: Any, v: Any) -> Any:
+    e = 3.0 ** (q @ k.transpose(-1, -2) * (0.5 / math.log(3.0)))
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
 def in_place(q: Any, k: Any, v: Any) -> Any:
     s = q @ k.transpose(-1, -2)
     s *= 0.5
@@ -100,8 +111,8 @@ def functional(q: Any, k: Any, v: Any) -> Any:
 
 SPELLINGS = [
     plain, scaled_queries, scaled_both, folded_heads, baddbmm, einsum, einsum_sequence_first, assembled,
-    assembled_with_max_values, unshifted, in_place, transposed_output, contiguous_everywhere, zero_dim_tensor_scale,
-    functional,
+    assembled_with_max_values, unshifted, base_two, base_three, in_place, transposed_output, contiguous_everywhere,
+    zero_dim_tensor_scale, functional,
 ]  # fmt: skip
 
 
@@ -115,6 +126,12 @@ def test_one_meaning(fn: Callable[..., Any]) -> None:
     assert (site.q_len, site.kv_len, site.head_dim, site.value_dim) == (S, T, D, E)
     assert site.spec.captured == ()
     assert site.spec.empty_row == ("zero" if fn is functional else "nan")
+
+
+def test_softmin() -> None:
+    """It was passed over in silence, as exponentials to another base than e were."""
+    site = only_site(lambda q, k, v: F.softmin(q @ k.mT * 0.5, -1) @ v, *qkv())
+    assert score_of(site.spec) == "neg((qk * 0.5))"
 
 
 @pytest.mark.parametrize("fn", SPELLINGS, ids=lambda f: f.__name__)

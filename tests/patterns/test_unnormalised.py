@@ -25,6 +25,11 @@ UNNORMALISED: dict[str, tuple[Callable[..., Any], str]] = {
     "relu": (lambda s, keep: F.relu(s) / T, "(max(0.0, (qk * 0.5)) * 0.1)"),
     "squared-relu": (lambda s, keep: F.relu(s).square(), "pow(max(0.0, (qk * 0.5)), 2)"),
     "silu": (lambda s, keep: F.silu(s), "((qk * 0.5) * sigmoid((qk * 0.5)))"),
+    "softplus": (
+        lambda s, keep: F.softplus(s),
+        "where(((qk * 0.5) > 20.0), (qk * 0.5), log1p(exp((qk * 0.5))))",
+    ),
+    "wave": (lambda s, keep: torch.sin(s), "sin((qk * 0.5))"),
     "exponential": (lambda s, keep: torch.exp(s), "exp((qk * 0.5))"),
 }
 
