@@ -60,8 +60,8 @@ def atan(x):
 def asinh(x):
     """sign(x) log(|x| + sqrt(x^2 + 1)), which is log(2 |x|) where the square may overflow."""
     size = tl.abs(x)
-    near = log1p(size + size * (size / (1.0 + tl.sqrt(size * size + 1.0))))
-    result = tl.where(size > 1e9, tl.log(size) + 0.6931471805599453, near)
+    root = tl.where(size > 1e9, size, size * (size / (1.0 + tl.sqrt(size * size + 1.0))))
+    result = log1p(size + root)
     return tl.where(x < 0, -result, result)
 
 
