@@ -54,7 +54,7 @@ PROGRAMS: dict[str, tuple[str, list[torch.Tensor], dict[str, str]]] = {
     "softcap": ("where(kv_idx <= q_idx, tanh(qk * 0.1) * 5.0, -inf)", [], {}),
     "bias": ("qk * 0.3 + t0[n0, n1, q_idx, kv_idx]", [noise(B, H, SQ, SK)], {}),
     "shared-bias": ("where(kv_idx <= q_idx, qk * 0.3 + t0[n1, q_idx, kv_idx], -inf)", [noise(H, SQ, SK)], {}),
-    "key-bias": ("qk + t0[n0, kv_idx] * 2.0", [noise(B, SK)], {}),
+    "key-bias": ("qk * 0.3 + t0[n0, kv_idx] * 2.0", [noise(B, SK)], {}),
     "bias-table": ("qk + t0[q_idx - kv_idx + (kv_len - 1), n1]", [noise(SQ + SK, H)], {}),
     "diagonal-table": ("qk + t0[q_idx + kv_idx]", [noise(SQ + SK)], {}),
     "look-up": ("qk + t1[t0[q_idx, kv_idx], n1]", [(noise(SQ, SK) * 9).long() % 7, noise(7, H)], {}),
