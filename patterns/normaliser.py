@@ -44,13 +44,16 @@ def open_up(lifter: Lifter, expr: Expr) -> Expr:
 
 
 def as_exponential(expr: Expr) -> tuple[Expr, float] | None:
-    """(x, c) of exp(c x) for c > 0, also to another base; None for any other expression."""
+    """(x, c) of exp(c x) for 0 < c <= 1, also to a smaller base than e; None for any other expression.
+
+    A factor above 1 would take the lowest number of a mask, which rows without a key share, to -inf.
+    """
     match expr:
         case Pointwise(op="exp", args=(x,)):
             return x, 1.0
         case Pointwise(op="exp2", args=(x,)):
             return x, math.log(2.0)
-        case Pointwise(op="pow", args=(base, x)) if 1 < (number(base) or 0) < math.inf:
+        case Pointwise(op="pow", args=(base, x)) if 1 < (number(base) or 0) <= math.e:
             return x, math.log(number(base) or 0)
     return None
 

@@ -28,7 +28,7 @@ WRITTEN_OUT = {
         "e = torch.exp({s} - torch.max({s}, {d}, keepdim=True)[0].detach())", "{p} = e / e.sum({d}, keepdim=True)",
     ),
     "base-two": ("e = torch.exp2({s} - {s}.amax({d}, True))", "{p} = e / e.sum({d}, keepdim=True)"),
-    "base-three": ("e = 3.0 ** ({s} - {s}.amax({d}, True))", "{p} = e / e.sum({d}, keepdim=True)"),
+    "base-one-and-a-half": ("e = 1.5 ** ({s} - {s}.amax({d}, True))", "{p} = e / e.sum({d}, keepdim=True)"),
     "unshifted": ("e = {s}.exp()", "{p} = e / e.sum({d}, keepdim=True)"),
     "shifted-whole": ("e = ({s} - {s}.max()).exp()", "{p} = e / e.sum({d}, keepdim=True)"),
     "shifted-twice": (
