@@ -21,3 +21,10 @@ def fresh() -> Iterator[None]:
     with torch.no_grad():
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def gradients(fresh: None) -> Iterator[None]:
+    """Gradients are recorded, for the tests of a module that says so."""
+    with torch.enable_grad():
+        yield

@@ -21,18 +21,11 @@ from training import (
     qkvb,
 )
 
-import flashfuse
 from flashfuse.kernels import ops
 
 ATTENTION = "flashfuse.attention.default"
 
-
-@pytest.fixture(autouse=True)
-def _gradients() -> Any:
-    torch._dynamo.reset()
-    flashfuse.reset()
-    with torch.enable_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("gradients")
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])

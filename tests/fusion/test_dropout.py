@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,11 +19,7 @@ B, S, EMBED, HEADS, P = 2, 24, 32, 4, 0.3
 INNERS = ["eager", "aot_eager", "inductor"]
 aten = torch.ops.aten
 
-
-@pytest.fixture(autouse=True)
-def _gradients() -> Iterator[None]:
-    with torch.enable_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("gradients")
 
 
 class Block(nn.Module):

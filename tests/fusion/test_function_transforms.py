@@ -16,13 +16,7 @@ from flashfuse.report import Report
 
 Function = Callable[..., Any]
 
-
-@pytest.fixture(autouse=True)
-def _gradients() -> Any:
-    torch._dynamo.reset()
-    flashfuse.reset()
-    with torch.enable_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("gradients")
 
 
 def assert_same(fn: Function, inner: str = "aot_eager", inputs: Sequence[torch.Tensor] | None = None) -> Report:

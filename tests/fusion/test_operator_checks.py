@@ -21,11 +21,7 @@ TINY = Sizes(batch=2, heads=2, q_len=6, kv_len=6, dim=4, value_dim=3, window=3, 
 # A score this small is a mask's fill; float64 has no digits left there for a product that is added to it.
 FILL = -1e6
 
-
-@pytest.fixture(autouse=True)
-def _gradients() -> Any:
-    with torch.enable_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("gradients")
 
 
 def calls(form: Form, sizes: Sizes, learned: bool = False) -> dict[Any, list[tuple[Any, ...]]]:

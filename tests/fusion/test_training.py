@@ -15,13 +15,7 @@ from training import S, assert_trains, attention, compiled, qkvb
 
 import flashfuse
 
-
-@pytest.fixture(autouse=True)
-def _gradients() -> Any:
-    torch._dynamo.reset()
-    flashfuse.reset()
-    with torch.enable_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("gradients")
 
 
 @pytest.mark.parametrize(("form", "spelling"), [(f, s) for f, s, _ in spelled()], ids=[n for *_, n in spelled()])

@@ -30,13 +30,7 @@ from training import (
 
 import flashfuse
 
-
-@pytest.fixture(autouse=True)
-def _gradients() -> Any:
-    torch._dynamo.reset()
-    flashfuse.reset()
-    with torch.enable_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("gradients")
 
 
 def cast(dtype: torch.dtype, x: torch.Tensor) -> torch.autocast:

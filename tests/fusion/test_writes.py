@@ -14,13 +14,7 @@ import flashfuse
 
 S = 12
 
-
-@pytest.fixture(autouse=True)
-def _gradients() -> Any:
-    torch._dynamo.reset()
-    flashfuse.reset()
-    with torch.enable_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("gradients")
 
 
 def scores(q: Any, k: Any) -> Any:
