@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .draft import Draft, Var
-from .masks import given_axes, positions
+from .masks import given_axes, positions, written
 from .scores import broadcast
 
 
@@ -76,22 +76,17 @@ def _smooth(draft: Draft) -> Var:
 
 
 WRITTEN = (
-    "{b}[:, :2] = 0.5", "{b}[1:] -= 1.0", "{b}[..., ::2] += 0.25", "{b}.diagonal().fill_(1.5)", "{b}[:, 0] *= 3",
-    "{b}[-1] = torch.arange({t}) * 0.125", "{b}[i > j] = -0.5", "{b}.transpose(0, 1)[0] = 2.0", "{b}[2:].zero_()",
-    "{b}.view(-1)[:3] = 1", "{b}[:, : {t} // 2].neg_()", "{b}[i[:, 0], 0] = 0.75", "{b}[0] = {b}[-1] + 1",
-    "{b}[:, {t} // 2 :] = (i + 1.0).expand({s}, {t} - {t} // 2)", "{b}[1:].tanh_()", "{b}.fill_(0.25)",
+    "{x}[:, :2] = 0.5", "{x}[1:] -= 1.0", "{x}[..., ::2] += 0.25", "{x}.diagonal().fill_(1.5)", "{x}[:, 0] *= 3",
+    "{x}[-1] = torch.arange({t}) * 0.125", "{x}[i > j] = -0.5", "{x}.transpose(0, 1)[0] = 2.0", "{x}[2:].zero_()",
+    "{x}.view(-1)[:3] = 1", "{x}[:, : {t} // 2].neg_()", "{x}[i[:, 0], 0] = 0.75", "{x}[0] = {x}[-1] + 1",
+    "{x}[:, {t} // 2 :] = (i + 1.0).expand({s}, {t} - {t} // 2)", "{x}[1:].tanh_()", "{x}.fill_(0.25)",
 )  # fmt: skip
 
 
 def _written(draft: Draft) -> Var:
     """A bias that is made by assignments."""
-    positions(draft)
-    sizes = {"s": draft.size("s"), "t": draft.size("t")}
-    spelling = draft.one(("torch.zeros({s}, {t})", "torch.full(({s}, {t}), 0.5)", "(i - j).float()"))
-    b = draft.let("bias", spelling.format(**sizes), ("s", "t"))
-    for _ in range(draft.one((1, 2, 3))):
-        draft.say(draft.one(WRITTEN).format(b=b.name, **sizes))
-    return b
+    made = ("torch.zeros({s}, {t})", "torch.full(({s}, {t}), 0.5)", "(i - j).float()")
+    return written(draft, "bias", made, WRITTEN)
 
 
 BIASES: dict[str, Callable[[Draft], Var]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .draft import Draft, Var
 from .program import Axes
@@ -137,24 +137,28 @@ def _counted(draft: Draft) -> Var:
 
 
 WRITTEN = (
-    "{m}[:, :2] = True", "{m}[1:] = 1", "{m}[..., ::2] = True", "{m}.diagonal().fill_(True)", "{m}[-1] = True",
-    "{m}[i >= j] = True", "{m}[:, 0] |= True", "{m}[: {s} // 2, {t} // 3 :] = False", "{m}.transpose(0, 1)[-1:] = 0",
-    "{m}[2:4].logical_not_()", "{m}[i[:, 0], 0] = True", "{m}.view(-1)[:3] = True", "{m}[:, -1] ^= i[:, 0] > 2",
-    "{m}.narrow(1, 0, 1).fill_(True)", "{m}.index_fill_(0, torch.arange(1), True)", "{m}[1:] = {m}[1:] & (j < 9)",
+    "{x}[:, :2] = True", "{x}[1:] = 1", "{x}[..., ::2] = True", "{x}.diagonal().fill_(True)", "{x}[-1] = True",
+    "{x}[i >= j] = True", "{x}[:, 0] |= True", "{x}[: {s} // 2, {t} // 3 :] = False", "{x}.transpose(0, 1)[-1:] = 0",
+    "{x}[2:4].logical_not_()", "{x}[i[:, 0], 0] = True", "{x}.view(-1)[:3] = True", "{x}[:, -1] ^= i[:, 0] > 2",
+    "{x}.narrow(1, 0, 1).fill_(True)", "{x}.index_fill_(0, torch.arange(1), True)", "{x}[1:] = {x}[1:] & (j < 9)",
 )  # fmt: skip
 
 
-def _written(draft: Draft) -> Var:
-    """A mask that is made by assignments."""
+def written(draft: Draft, name: str, made: Sequence[str], writes: Sequence[str], first: Sequence[str] = ()) -> Var:
+    """A tensor [s, t] `{x}` that is made in one of these ways and then written, by what is `first` in any case."""
     positions(draft)
     sizes = {"s": draft.size("s"), "t": draft.size("t")}
-    spelling = draft.one(("torch.zeros({s}, {t}, dtype=torch.bool)", "j <= i", "torch.ones({s}, {t}).tril() > 0"))
-    m = draft.let("keep", spelling.format(**sizes), ("s", "t"))
-    # Nothing would be left of scores that constants mask everywhere.
-    draft.say(f"{m.name}[:, :1] = True")
-    for _ in range(draft.one((1, 2, 3))):
-        draft.say(draft.one(WRITTEN).format(m=m.name, **sizes))
-    return m
+    x = draft.let(name, draft.one(made).format(**sizes), ("s", "t"))
+    lines = [*first, *(draft.one(writes) for _ in range(draft.one((1, 2, 3))))]
+    for line in lines:
+        draft.say(line.format(x=x.name, **sizes))
+    return x
+
+
+def _written(draft: Draft) -> Var:
+    """A mask that is made by assignments. Nothing would be left of scores that constants mask everywhere."""
+    made = ("torch.zeros({s}, {t}, dtype=torch.bool)", "j <= i", "torch.ones({s}, {t}).tril() > 0")
+    return written(draft, "keep", made, WRITTEN, first=("{x}[:, :1] = True",))
 
 
 def _both(draft: Draft) -> Var:
