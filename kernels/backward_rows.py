@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashfuse.kernels.forward import HUGE, LARGE, LARGEST_FLOAT32, LOG2_E
-from flashfuse.kernels.tiles import batch_pointer, load_columns, tile_pointers
+from flashfuse.kernels.tiles import batch_pointer, load_columns, product, tile_pointers
 
 # The planes of `rows_ptr` [ROW_PLANES, batch positions, rows_len]: whole blocks of rows, so that tiles of them are read
 # without a mask; those behind the last query give 0.
@@ -34,7 +34,7 @@ def attention_rows_backward_kernel(
     grad_ptr, out_ptr, lse_ptr, rows_ptr, sums_ptr, grad_strides, out_strides,
     batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
     SINK: tl.constexpr, ROW_KEPT: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, FILLS: tl.constexpr,
-    APART: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    APART: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """delta_i = sum_d grad_id out_id, and what makes a probability of a score; 0 unless ROW_KEPT.
@@ -57,10 +57,13 @@ def attention_rows_backward_kernel(
     # [block_q, block_dv]
     grad_ptrs = tile_pointers(batch_pointer(grad_ptr, grad_strides, n0, n1, n2, n3), q_idx, offs_dv, grad_strides)
     out_ptrs = tile_pointers(batch_pointer(out_ptr, out_strides, n0, n1, n2, n3), q_idx, offs_dv, out_strides)
-    grad = load_columns(grad_ptrs, offs_dv[None, :], VALUE_DIM, BLOCK_DV).to(tl.float32)
-    out = load_columns(out_ptrs, offs_dv[None, :], VALUE_DIM, BLOCK_DV).to(tl.float32)
+    grad = load_columns(grad_ptrs, offs_dv[None, :], VALUE_DIM, BLOCK_DV)
+    out = load_columns(out_ptrs, offs_dv[None, :], VALUE_DIM, BLOCK_DV)
+    # [block_q, block_q]: the product of the tiles, so that a row that is one value has its delta to the last digit
+    rows = tl.arange(0, BLOCK_Q)
+    both = product(grad, tl.trans(out), PRECISION)
     # [block_q]
-    delta = tl.sum(grad * out, 1)
+    delta = tl.sum(tl.where(rows[:, None] == rows[None, :], both, 0.0), 1)
     lse_ptrs = lse_ptr + 2 * (position.to(tl.int64) * q_len + q_idx)
     largest = tl.load(lse_ptrs)
     row_sum = tl.load(lse_ptrs + 1)

@@ -152,6 +152,9 @@ class _Rows:
         # exp(score - shift) * share is the probability: 0 or NaN in rows without a key.
         self.shift = self.max.masked_fill(self.max == -math.inf, 0.0)
         self.share = total.reciprocal().masked_fill(total == 0, 0.0)
+        # Rows that are one value, up to rounding: the largest score is all of the sum.
+        saturated = total == 1.0
+        self.saturated = saturated if bool(saturated.any()) else None
         self.dq = torch.zeros_like(self.q)
 
     def _flat(self, x: torch.Tensor) -> torch.Tensor:
@@ -249,6 +252,9 @@ class _Rows:
             dscores, dsink = _of_whole_rows(probs, dprobs, sink)
         else:
             dscores = probs * (dprobs - self.delta)
+            if self.saturated is not None:
+                # Its own delta, which another sum of products rounds otherwise.
+                dscores.masked_fill_(self.saturated & (probs > 0.5), 0.0)
         self._add_reads(score, dscores, tile)
         if score.product is None or not {Q, K} & sums.keys():
             return dsink

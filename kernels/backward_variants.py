@@ -155,6 +155,7 @@ def rows_constants(
         "SLACK": slack_in(spec, program),
         "FILLS": program.forward.fills,
         "APART": _apart(spec),
+        "PRECISION": precision_of(spec),
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
         "BLOCK_D": padded(head_dim),

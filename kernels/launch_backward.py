@@ -38,8 +38,9 @@ from flashfuse.kernels.spec import AttentionSpec
 
 # Numbers kept for each row beside the log-sum-exp: see `backward`.
 ROW_PLANES = 5
-# Elements of the output that one program of the rows kernel reads.
+# Elements of the output that one program of the rows kernel reads, and its most rows: those of its product as well.
 ROW_ELEMENTS = 8192
+MOST_ROWS = 64
 # Programs with rows of pairs that a device takes at once, and the least tiles of keys that each has.
 ROWS_PROGRAMS, ROWS_TILES = 256, 8
 
@@ -158,7 +159,7 @@ class _Preparation:
     def _rows(self, rows_len: int) -> Launched:
         """The kernel that makes the numbers of rows, [ROW_PLANES, N.., rows_len]."""
         call = self.call
-        block = max(16, min(ROWS_BLOCK.value, ROW_ELEMENTS // padded(call.value_dim)))
+        block = max(16, min(MOST_ROWS, ROW_ELEMENTS // padded(call.value_dim)))
         variant = rows_constants(call.spec, self.program, call.head_dim, call.value_dim, block, self._with_sink)
         strides = (strides_of(x, call.batch) for x in (self.grad_out, self.out))
         programs = math.prod(call.batch) * (rows_len // block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from attention_cases import Call
@@ -71,3 +72,13 @@ def check_gradients(
 
 def _stacked(draws: Iterable[Sequence[torch.Tensor]]) -> Gradients:
     return [torch.stack(grads) for grads in zip(*draws, strict=True)]
+
+
+def check_rows_of_one_value(call: Call, backward: Callable[[Call, torch.Tensor, Sequence[int]], Gradients]) -> None:
+    """Gradients of a call whose queries are keys, every probability being 0 or 1: those of queries and keys are 0."""
+    k = (torch.nn.functional.normalize(call.k.float(), dim=-1) * 4).to(call.k.dtype)
+    call = replace(call, q=k[..., : call.q_len, :].contiguous(), k=k)
+    grad = grad_out(call)
+    dq, dk, dv = backward(call, grad, (0, 1, 2))
+    torch.testing.assert_close(dv[..., : call.q_len, :], grad.to(dv.device))
+    assert torch.count_nonzero(dq) == torch.count_nonzero(dk) == 0

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import Call, make_call
-from gradient_cases import Gradients, check_gradients, differentiable, grad_out
+from gradient_cases import Gradients, check_gradients, check_rows_of_one_value, differentiable, grad_out
 
 pytest.importorskip("triton")
 
@@ -55,6 +55,14 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("head_dim", [16, 32, 40, 64, 72, 80, 96, 128, 192, 256, 320, 512])
 def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
     check(make_call(CAUSAL, (2, 3, 203, head_dim), 331, dtype=dtype))
+
+
+@TYPES
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256, 512])
+def test_rows_that_are_one_value(head_dim: int, dtype: torch.dtype) -> None:
+    """In every tile shape, and by every instruction, the product of rows is rounded as that of tiles."""
+    call = make_call("qk * 300.0", (2, 3, 203, head_dim), 331, dtype=dtype)
+    check_rows_of_one_value(call.to("cuda"), backward)
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 5), (192, 128), (64, 256)])

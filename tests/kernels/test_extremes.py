@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import Call, make_call
-from gradient_cases import Gradients, check_gradients, differentiable, grad_out
+from gradient_cases import Gradients, check_gradients, check_rows_of_one_value, differentiable, grad_out
 from numerics import assert_close_to_exact
 
 from flashfuse.kernels.backward_tiled import attention_backward_tiled
@@ -119,6 +119,16 @@ def test_products_of_any_size(size: float, scale: float, kernel: str) -> None:
     call = replace(call, q=call.q * size, k=call.k * size)
     check(call, kernel, [2])
     assert all(grad.isfinite().all() for grad in backward(call, grad_out(call), [0, 1, 2], kernel))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kv_len", [37, 1100])
+def test_rows_that_are_one_value(kv_len: int, kernel: str) -> None:
+    """The sum that their derivative subtracts is the one product that it is subtracted from, which another order of
+    adding up rounded otherwise: gradients of 1e-4 where the exact ones are 0.
+    """
+    call = make_call("qk * 300.0", (2, 21, 16), kv_len)
+    check_rows_of_one_value(call, lambda *arguments: backward(*arguments, kernel=kernel))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -8,7 +8,14 @@ from functools import partial
 import pytest
 import torch
 from attention_cases import Call, make_call
-from gradient_cases import Gradients, check_gradients, differentiable, grad_out, reference_gradients
+from gradient_cases import (
+    Gradients,
+    check_gradients,
+    check_rows_of_one_value,
+    differentiable,
+    grad_out,
+    reference_gradients,
+)
 from numerics import assert_close_to_exact
 
 triton = pytest.importorskip("triton")
@@ -71,6 +78,12 @@ def backward(call: Call, grad: torch.Tensor, needed: Sequence[int], by_rows: boo
 def test_gradients(name: str) -> None:
     by_rows = name in ROWS_OF_PAIRS_CALLS
     check_gradients(ALL[name]().to("cuda"), partial(backward, by_rows=by_rows), wanted=wanted(name), draws=2)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rows_that_are_one_value(head_dim: int, dtype: torch.dtype) -> None:
+    check_rows_of_one_value(make_call("qk * 300.0", (2, 3, 640, head_dim), dtype=dtype).to("cuda"), backward)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
