@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import sympy
@@ -44,7 +44,7 @@ class Grid:
     """Tiles of `block_q` queries by `block_kv` keys at every batch position.
 
     batch: symbol and size of each batch axis. sizes: the value of every size symbol, perhaps symbolic.
-    captured: the tensors that loads read, whole.
+    captured: the tensors that loads read, whole. found: what `interval` has found.
     """
 
     batch: Sequence[tuple[sympy.Symbol, int]]
@@ -53,6 +53,7 @@ class Grid:
     block_q: int
     block_kv: int
     device: torch.device
+    found: dict[Expr, Interval | None] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -98,11 +99,13 @@ class Grid:
 
 def interval(expr: Expr, grid: Grid) -> Interval | None:
     """The values of `expr` on each tile of the grid; None for a number that nothing is known of."""
-    found = _interval(expr, grid)
-    if found is not None or expr.dtype != torch.bool:
-        return found
-    never = torch.zeros((1,) * grid.rank, dtype=torch.bool, device=grid.device)
-    return Interval(never, ~never)
+    if expr not in grid.found:
+        found = _interval(expr, grid)
+        if found is None and expr.dtype == torch.bool:
+            never = torch.zeros((1,) * grid.rank, dtype=torch.bool, device=grid.device)
+            found = Interval(never, ~never)
+        grid.found[expr] = found
+    return grid.found[expr]
 
 
 def _interval(expr: Expr, grid: Grid) -> Interval | None:

@@ -131,9 +131,9 @@ def mask_ranges(
 def _found(some: torch.Tensor, every: torch.Tensor, grid: Grid) -> torch.Tensor:
     """The ranges, where `some` says which granules hold a key, and `every` in which nothing is masked."""
     blocks, granules = grid.tiles
-    number = grid.along(-1, torch.arange(granules, device=grid.device))
-    ranges = (torch.stack(hull_and_run(some, every, number), -1) * MASK_GRANULE).clamp(max=grid.sizes[KV_LEN])
-    return ranges.to(torch.int32).expand(*(size for _, size in grid.batch), blocks, 4)
+    number = grid.along(-1, torch.arange(granules, dtype=torch.int32, device=grid.device))
+    fields = [(tile * MASK_GRANULE).clamp(max=grid.sizes[KV_LEN]) for tile in hull_and_run(some, every, number)]
+    return torch.stack(fields, -1).expand(*(size for _, size in grid.batch), blocks, 4)
 
 
 def hull_and_run(some: torch.Tensor, every: torch.Tensor, number: torch.Tensor) -> list[torch.Tensor]:
