@@ -39,6 +39,7 @@ from flashfuse.patterns.refusal import Refused, mixing_layer, read_as_whole
 from flashfuse.patterns.replay import Analyses
 from flashfuse.patterns.score import Score, as_scores, find_products, find_score
 from flashfuse.patterns.seeds import WHOLE, Upstream, is_contraction, unclaimed, upstream
+from flashfuse.patterns.sharing import Sharing
 from flashfuse.patterns.site import AttentionSite, Refusal
 from flashfuse.patterns.transforms import gradient_levels, is_wrapped
 from flashfuse.patterns.vanishing import with_infinite_fills
@@ -80,6 +81,8 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     # What another attention's kernel takes over is none of its own: a product of curved queries with keys is its score.
     inside = {node for site in sites for node in site.chain}
     sites = [site for site in sites if site.node not in inside]
+    sharing = Sharing(graph, analyses.facts)
+    sites = [sharing.site(site) for site in sorted(sites, key=lambda site: graph.position[site.node])]
     left = [*unclaimed(graph, up, claimed)]
     left += [n for n, why in refused.items() if n not in claimed and why.node not in inside and _is_curve(up, n)]
     refusals = [_refusal(n, refused.get(n)) for n in dict.fromkeys(left) if name_of(n) not in PARTIAL or n in refused]

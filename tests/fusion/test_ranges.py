@@ -140,3 +140,58 @@ def test_numbers_of_added_masks(shape: tuple[int, ...]) -> None:
     assert_close_to_exact(compiled(x, mask, ids), fn(x, mask, ids), fn(x.double(), mask.double(), ids))
     flashfuse.reports()[0].assert_fused(sites=2)
     assert flashfuse.reports()[0].after.count("flashfuse.mask_ranges") == 2
+
+
+MADE_MASKS: dict[str, Callable[[Any, Any], Any]] = {
+    "compared": lambda s, ids: s.masked_fill(ids[:, None, None, :] == 0, -1e9),
+    "added": lambda s, ids: s + (1.0 - ids[:, None, None].to(s.dtype)) * MIN,
+    "lengths": lambda s, ids: s.masked_fill(torch.arange(s.shape[-1]) >= ids.sum(1)[:, None, None, None], -torch.inf),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", MADE_MASKS)
+def test_a_mask_that_every_layer_makes_is_one(name: str, dynamic: bool) -> None:
+    """Each layer had its own, with its own ranges, unless a gradient was wanted: then AOTAutograd finds what is equal."""
+
+    def fn(x: Any, ids: Any) -> Any:
+        for _ in range(3):
+            x = attention(x, lambda s: MADE_MASKS[name](s, ids))
+        return x
+
+    seen: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        seen.append(rewrite(gm, find_attention(gm).sites))
+        return seen[-1]
+
+    x, keep = inputs()
+    found = torch.compile(fn, backend=backend, dynamic=dynamic)(x, keep.long())
+    assert_close_to_exact(found, fn(x, keep.long()), fn(x.double(), keep.long()))
+    (ranges,), given = ranges_and_their_users(seen[0])
+    assert given == [ranges] * 3
+    assert len(calls(seen[0], torch.arange)) <= 1
+
+
+def test_masks_made_alike_that_differ() -> None:
+    """By what was written in between, by chance, and by an argument."""
+
+    def edited(x: Any, ids: Any) -> Any:
+        x = attention(x, lambda s: s.masked_fill(ids[:, None, None, :] == 0, MIN))
+        ids[:, 100:] = 0
+        return attention(x, lambda s: s.masked_fill(ids[:, None, None, :] == 0, MIN))
+
+    def drawn(x: Any, ids: Any) -> Any:
+        x = attention(x, lambda s: s.masked_fill(torch.rand(B, 1, 1, S) < 0.3, MIN))
+        return attention(x, lambda s: s.masked_fill(torch.rand(B, 1, 1, S) < 0.3, MIN))
+
+    def counted(x: Any, ids: Any) -> Any:
+        x = attention(x, lambda s: s.masked_fill(ids[:, None, None, :] == 0, MIN))
+        return attention(x, lambda s: s.masked_fill(ids[:, None, None, :] == 1, MIN))
+
+    x, keep = inputs()
+    for fn in (edited, drawn, counted):
+        made, given = ranges_and_their_users(rewritten(fn, x, keep.long()))
+        assert given == made
+        assert len(made) == 2
+        assert made[0].args[0] != made[1].args[0]
