@@ -88,7 +88,8 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
 
 def _is_curve(up: Upstream, node: fx.Node) -> bool:
     """Whether a search started from a product without a normaliser."""
-    return up.curved.get(node) == frozenset((node,)) and node not in up.normalisers
+    normalised = up.normalisers.get(node, frozenset()) & up.over_products
+    return up.curved.get(node) == frozenset((node,)) and not normalised
 
 
 def _refusal(seed: fx.Node, error: Refused | None) -> Refusal:

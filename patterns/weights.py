@@ -268,7 +268,7 @@ def _at_columns(columns: Columns, found: Normalised) -> Weights:
     arg = shiftless or softmax.arg
     subtracted = "else" if shiftless and found.subtracted == "nothing" else found.subtracted
     if not (before.is_Integer and behind.is_Integer and before >= 0 and 0 <= behind <= _MOST_SINKS - before):
-        raise Refused("extra-columns", "the softmax runs over more columns than there are keys")
+        raise Refused("extra-columns", f"the softmax has {softmax.extent} columns, and {columns.extent} meet values")
     outside = [*map(sympy.Integer, range(int(before))), *(before + columns.extent + n for n in range(int(behind)))]
     sinks = tuple(substitute(arg, {softmax.axis: at}) for at in outside)
     empty_row = "zero" if sinks else softmax.empty_row

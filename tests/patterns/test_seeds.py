@@ -54,6 +54,18 @@ def test_a_reason_beside_the_exponential_of_something_else() -> None:
     assert only_refusal(fn, *qkv(), torch.randn(S, S)).code == "log-sum-exp"
 
 
+def test_a_reason_beside_the_exponential_of_a_temperature() -> None:
+    """Weights without a normaliser were left alone without a refusal: the search started from the temperature."""
+
+    def fn(q: Any, k: Any, v: Any, tau: Any) -> Any:
+        return torch.sigmoid(q @ k.mT * tau.exp()).to(v.dtype) @ v
+
+    q, k, v = qkv()
+    refusal = only_refusal(fn, q, k, v.double(), torch.randn(()))
+    assert (refusal.code, refusal.node.name) == ("dtype", "matmul_1")
+    assert "float64" in refusal.reason
+
+
 def test_exponential_in_place() -> None:
     """`exp_` started no search, so a softmax written in place was left alone without a refusal."""
 
