@@ -24,7 +24,7 @@ import flashfuse.patterns.direct
 import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa
 import flashfuse.patterns.writes  # noqa: F401
-from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols, loads
+from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols, loads, walk
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
@@ -125,11 +125,12 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
         return _terms(lifter, node, position, gated.product, leads, gated)
     if not isinstance(expr, Dot) and not is_contraction(node) and not whole:
         return None
-    if not isinstance(expr, Dot):
-        raise Refused(
-            "value-product", "the product with the values is combined with something else in one operator", node
-        )
-    return _terms(lifter, node, position, expr, frozenset() if whole else leads)
+    if isinstance(expr, Dot):
+        return _terms(lifter, node, position, expr, frozenset() if whole else leads)
+    # Queries that a function bends a little are no weights, and this is a product of scores.
+    if not any(_terms(lifter, node, position, dot, leads) for dot in walk(expr) if isinstance(dot, Dot)):
+        return None
+    raise Refused("value-product", "the product with the values is combined with something else in one operator", node)
 
 
 def _check_transforms(graph: Graph, node: fx.Node) -> None:

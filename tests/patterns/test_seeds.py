@@ -113,3 +113,23 @@ def test_scaled_queries_are_not_refused() -> None:
 
     x, k, v = (t[0] for t in qkv())
     only_site(fn, x, torch.randn(D, D), k, v)
+
+
+def test_scaled_queries_are_not_refused_beside_a_refusal() -> None:
+    """They were where the softmax behind them is no site: `value-product` at the product of scores."""
+
+    def fn(x: Any, wq: Any, k: Any, v: Any) -> Any:
+        q = F.linear(x, wq).mul(0.3)
+        s = torch.baddbmm(q.new_empty(4, S, S), q, k.mT, beta=0, alpha=0.5)
+        return s.softmax(-2) @ v
+
+    x, k, v = (t[0] for t in qkv())
+    assert only_refusal(fn, x, torch.randn(D, D), k, v).code == "softmax-axis"
+
+
+def test_a_product_with_values_to_which_something_is_added() -> None:
+    def fn(q: Any, k: Any, v: Any, x: Any) -> Any:
+        return torch.baddbmm(x, (q @ k.mT).softmax(-1), v)
+
+    q, k, v = (t[0] for t in qkv())
+    assert only_refusal(fn, q, k, v, torch.randn(4, S, D)).code == "value-product"
