@@ -68,6 +68,20 @@ def test_a_mask_that_is_given() -> None:
     assert_like_eager(fn, q, k, v, added(keep, LOWEST, torch.float16))
 
 
+@pytest.mark.parametrize(("dtype", "fill"), FILLS, ids=lambda x: str(x))
+def test_a_mask_of_keys_that_the_graph_makes(dtype: torch.dtype, fill: float) -> None:
+    """It is smaller than the scores, and stays a tensor."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        return torch.softmax(q @ k.mT + (1.0 - keep[:, None, None].to(dtype)) * fill, -1) @ v
+
+    q, k, v, keep = inputs(dtype)
+    keep = keep[:, 0, 0].clone()
+    keep[1] = False
+    assert_like_eager(fn, q, k, v, keep)
+    assert only_site(fn, q, k, v, keep).captured[0].op != "placeholder"
+
+
 def assert_like_eager(fn: Callable[..., Any], *args: torch.Tensor) -> None:
     """Rows with a key too: a narrow type's rounding of the output is all that differs."""
     torch._dynamo.reset()
