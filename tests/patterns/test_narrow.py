@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from graphs import only_site, score_of
 
 import flashfuse
@@ -103,6 +104,17 @@ def test_other_sums_are_not_rounded(dtype: torch.dtype, fill: float) -> None:
         return (q @ k.mT + added(keep, fill, dtype)).softmax(-1) @ v
 
     assert score_of(only_site(fn, *inputs(dtype)).spec) == f"(qk + where((~t0[n0, 0, q_idx, kv_idx]), {fill}, 0.0))"
+
+
+def test_torch_adds_a_mask_in_float32() -> None:
+    """Its own attention, which keeps the scores."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=added(keep, LOWEST, torch.float16), scale=1.0)
+
+    args = inputs(torch.float16)
+    assert "to_float16" not in score_of(only_site(fn, *args).spec)
+    assert_like_eager(fn, *args)
 
 
 def test_kernels_round_no_sums_where_every_row_keeps_a_key() -> None:
