@@ -39,7 +39,7 @@ from flashfuse.patterns.refusal import Refused, mixing_layer, read_as_whole
 from flashfuse.patterns.replay import Analyses
 from flashfuse.patterns.score import Score, as_scores, find_products, find_score
 from flashfuse.patterns.seeds import WHOLE, Upstream, is_contraction, unclaimed, upstream
-from flashfuse.patterns.site import AttentionSite, Refusal
+from flashfuse.patterns.site import AttentionSite, Refusal, outermost
 from flashfuse.patterns.transforms import gradient_levels, is_wrapped
 from flashfuse.patterns.vanishing import with_infinite_fills
 from flashfuse.patterns.weights import Columns, OtherAxis, Weights, find_weights
@@ -60,6 +60,7 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     analyses = Analyses(graph, up.products, lambda lifter, node: _match(lifter, node, up.products.keys()))
     sites: list[AttentionSite] = []
     refused: dict[fx.Node, Refused] = {}
+    tried: dict[fx.Node, fx.Node] = {}
     claimed: set[fx.Node] = set()
     for node in up.starts:
         seeds = up.seeds(node)
@@ -72,16 +73,16 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
         except Refused as error:
             for seed in seeds:
                 refused.setdefault(seed, error)
+                tried.setdefault(seed, node)
             continue
         if site is not None:
             sites.append(site)
             # What other scores are made of too, as the curve of a temperature, is not taken.
             claimed.update(seeds & {node, *site.chain})
-    # What another attention's kernel takes over is none of its own: a product of curved queries with keys is its score.
-    inside = {node for site in sites for node in site.chain}
-    sites = [site for site in sites if site.node not in inside]
+    sites, inside = outermost(sites)
     left = [*unclaimed(graph, up, claimed)]
-    left += [n for n, why in refused.items() if n not in claimed and why.node not in inside and _is_curve(up, n)]
+    apart = (n for n, why in refused.items() if n not in claimed and not {why.node, tried[n]} & inside)
+    left += [n for n in apart if _is_curve(up, n)]
     refusals = [_refusal(n, refused.get(n)) for n in dict.fromkeys(left) if name_of(n) not in PARTIAL or n in refused]
     return MatchResult(tuple(sites), tuple(refusals))
 

@@ -127,6 +127,31 @@ def test_scaled_queries_are_not_refused_beside_a_refusal() -> None:
     assert only_refusal(fn, x, torch.randn(D, D), k, v).code == "softmax-axis"
 
 
+def test_curved_keys_of_two_attentions() -> None:
+    """The product of an attention's output with them had a refusal, `scores-used`, beside both sites."""
+
+    def fn(x: Any, wq: Any, wk: Any, wv: Any) -> Any:
+        q, k, v = F.linear(x, wq), F.linear(x, wk).tanh(), F.linear(x, wv)
+        out = torch.einsum("st,te->se", (q @ k.mT).softmax(-1), v)
+        return torch.einsum("st,te->se", (out / 2 @ k.transpose(-2, -1)).softmax(-1), v)
+
+    result = matched(fn, torch.randn(S, 4), *(torch.randn(D, 4) for _ in range(3)))
+    assert len(result.sites) == 2
+    assert not result.refusals
+
+
+def test_an_attention_before_a_product_that_another_takes_over() -> None:
+    """Its curved output times keys was a site too, which hid it and was itself part of the last."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        out = (q @ k.mT).sigmoid() @ v
+        return F.relu(out.relu() @ k.mT) @ v
+
+    result = matched(fn, *qkv())
+    assert [site.node.name for site in result.sites] == ["out", "matmul_3"]
+    assert not result.refusals
+
+
 def test_a_product_with_values_to_which_something_is_added() -> None:
     def fn(q: Any, k: Any, v: Any, x: Any) -> Any:
         return torch.baddbmm(x, (q @ k.mT).softmax(-1), v)
