@@ -78,6 +78,10 @@ UNSHIFTED = frozenset({"unshifted", "shifted-whole", "plus-one", "plus-one-shift
 # Beside these a score as it is has an exponential of 0 that no mask makes: of a fill that scores are added to or
 # multiplied by, of a small one, or of a tensor that is given.
 VANISHING = frozenset({"added", "finite", "temperature", *BIASES})
+# Functions of scores some of which make +inf or NaN of -inf.
+TURNING = frozenset({
+    "shifted", "absolute", "rectified", "squared", "periodic", "activation", "logarithmic", "interpolated",
+})  # fmt: skip
 
 
 def normalise(draft: Draft, s: Var) -> Var:
@@ -152,8 +156,8 @@ def end(draft: Draft, p: Var) -> Var:
         return draft.row(_FACTORS)(draft, p)
     spelling = draft.one(draft.row(ENDINGS))
     labels = {*draft.labels}
-    # A fill of -inf under a function that turns it around gives rows of NaN.
-    turned = "infinite" in labels and labels & {"shifted", "absolute"}
+    # A fill of -inf under a function that turns it around, or has no value there, gives rows of NaN.
+    turned = "infinite" in labels and labels & TURNING
     vanishing = "shifted-whole" in labels or ("unshifted" in labels and labels & VANISHING)
     if spelling in ENDINGS["cleared"] and (turned or vanishing):
         # A row that eager code's exponentials leave 0 is cleared, and whether one is depends on the data.
