@@ -277,14 +277,14 @@ class _Rows:
             scatter_add(total, read, self._scaled(grad, slope, tile), tile)
 
     def _scaled(self, grad: torch.Tensor, slope: Expr, tile: Tile) -> torch.Tensor:
-        """grad * slope, and 0 where the slope is, as the branch that a `where` discards has no gradient."""
+        """grad * slope, and 0 where either is: what a mask discards stays 0 beside a NaN or an infinity."""
         factor, rest = factored(slope)
         constant = number(rest)
         if constant is not None:
             grad = grad if constant == 1 else grad * constant
         else:
             values = evaluate(rest, tile).to(grad.dtype)
-            grad = (grad * values).masked_fill_(values == 0, 0.0)
+            grad = (grad * values).masked_fill_((values == 0) | (grad == 0), 0.0)
         return grad if factor == 1 else grad * (factor / LARGEST) * LARGEST
 
 

@@ -18,6 +18,7 @@ from flashfuse.kernels.expr import Const, Expr, Pointwise, Product, free_symbols
 from flashfuse.kernels.mask import HUGE_FILL
 from flashfuse.kernels.normal import pointwise
 from flashfuse.kernels.problem import Box, Problem, slices, split
+from flashfuse.kernels.rounding import unrounded
 from flashfuse.kernels.spec import AttentionSpec
 
 # The most elements of one block's bias, 4 MiB in float32, and the fewest queries of a block.
@@ -60,7 +61,8 @@ def additive_program(problem: Problem) -> AdditiveProgram | None:
 
 @functools.lru_cache(maxsize=4096)
 def _additive_program(spec: AttentionSpec) -> AdditiveProgram | None:
-    return split_additive(spec.score)
+    # A row in which a sum is rounded has a log-sum-exp that is `LARGE`, and is none of that kernel's.
+    return split_additive(unrounded(spec.score))
 
 
 def split_additive(score: Expr, factor: float = 1.0) -> AdditiveProgram | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -21,7 +21,9 @@ from flashfuse.kernels.expr import Const, Expr, Gather, Load, Pointwise, Product
 from flashfuse.kernels.mask_words import in_words
 from flashfuse.kernels.normal import FALSE, TRUE, conjunction, conjuncts, number, substitute
 from flashfuse.kernels.normal import pointwise as make
+from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.kernels.predicate import normal
+from flashfuse.kernels.rounding import unrounded, where_rounded
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec, batch_symbol
 
 # A tensor that masks is read once for each block of queries by each granule of keys.
@@ -91,12 +93,16 @@ class MaskStructure:
             return max(fill + FILL_MARGIN, fill * (1.0 - FILL_ROUNDING)) / scale
         return None if self.keeps_key(fewer_queries) else max(fill / scale, -LARGEST) / 2
 
-    def keeps_key(self, fewer_queries: bool = False) -> bool:
-        """Whether every row provably has an unmasked key, whose score is no fill of another kind either."""
+    def keeps_key(self, fewer_queries: bool = False, further: Sequence[Expr] = ()) -> bool:
+        """Whether every row provably has an unmasked key, whose score is no fill of another kind either.
+
+        further: what has to hold of that key besides.
+        """
         if any(may_be_huge(e) for e in walk(self.unmasked)):
             return False
         keys = (*_FIRST_AND_LAST, *_DIAGONALS) if fewer_queries else _FIRST_AND_LAST
-        return any(normal(substitute(self.needed, {KV_IDX: key})) == TRUE for key in keys)
+        wanted = conjunction([self.needed, *further])
+        return any(normal(substitute(wanted, {KV_IDX: key})) == TRUE for key in keys)
 
     def ends_keys(self, fewer_queries: bool = False) -> bool:
         """Whether positions behind the last key are masked like others, with nothing left of their scores."""
@@ -121,9 +127,13 @@ def mask_of(spec: AttentionSpec) -> MaskStructure:
 def kernel_spec(spec: AttentionSpec, fewer_queries: bool = False) -> AttentionSpec:
     """The spec as kernels compute it: where every row provably keeps a key, a huge fill may as well be -inf.
 
-    fewer_queries: whether q_len <= kv_len is known.
+    Nor does it matter there what a narrow type's sum leaves of masked scores. fewer_queries: whether q_len <= kv_len is
+    known.
     """
     mask = mask_of(spec)
+    large = where_rounded(spec.score) if spec.normaliser == "softmax" else ()
+    if large and mask.keeps_key(fewer_queries, [make("not", condition) for condition in large]):
+        return kernel_spec(replace(spec, score=unrounded(spec.score)), fewer_queries)
     finite = mask.data_fill is not None and -math.inf < mask.data_fill <= HUGE_FILL
     if not finite or not mask.keeps_key(fewer_queries):
         return spec
@@ -217,7 +227,7 @@ def _additive_parts(score: Expr, normaliser: str) -> Iterator[_Part]:
 
     Where one is zero throughout a tile of queries and keys it need not be read; along keys alone reading it is cheap.
     """
-    inside = {e for predicate in _predicates(score) for e in walk(predicate)}
+    inside = {e for predicate in _predicates(unrounded(score)) for e in walk(predicate)}
     for load in dict.fromkeys(e for e in walk(score) if isinstance(e, Load) and e not in inside):
         symbols = free_symbols(load)
         if not load.dtype.is_floating_point or KV_IDX not in symbols or symbols & set(map(batch_symbol, range(1, 4))):
@@ -281,6 +291,8 @@ def _added_constant(expr: Expr) -> float:
             return float(value)
         case Pointwise(op="add", args=args):
             return min(_added_constant(a) for a in args)
+        case Pointwise(op=op, args=(inner,)) if op in ROUNDINGS:
+            return _added_constant(inner)
         case Pointwise(op="sub", args=(left, Const(value=c))):
             return min(_added_constant(left), -c)
         case Pointwise(op="sub", args=(left, _)):

@@ -220,7 +220,9 @@ def cast(expr: Expr, dtype: torch.dtype) -> Expr:
         if isinstance(expr, Index) and expr.value.is_Integer:
             return const(float(expr.value), dtype)
         if expr.dtype.is_floating_point:
-            return replace(expr, dtype=dtype) if isinstance(expr, Pointwise) else expr
+            # A sum keeps the type that it was made in: a narrow one may have lost an addend (patterns/narrow.py).
+            told = isinstance(expr, Pointwise) and expr.op not in ("add", "sub")
+            return replace(expr, dtype=dtype) if told else expr
         if expr.dtype == torch.bool:
             return pointwise("where", expr, Const(dtype, 1.0), Const(dtype, 0.0), dtype=dtype)
         return Pointwise(dtype, "to_float", (expr,))

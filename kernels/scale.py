@@ -14,6 +14,7 @@ import torch
 
 from flashfuse.kernels.expr import Const, Expr, Gather, Load, Pointwise, walk
 from flashfuse.kernels.normal import number, pointwise
+from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.kernels.spec import AttentionSpec
 
 # In float32 nothing of a score is left beside a number of this size.
@@ -91,6 +92,9 @@ def _fills(expr: Expr, scale: float) -> frozenset[Fill]:
             sign = -1.0 if op == "sub" else 1.0
             sums = itertools.product(_fills(left, scale), _fills(right, scale))
             return frozenset((_float32(a + sign * c), _float32(b + sign * d)) for (a, b), (c, d) in sums)
+        case Pointwise(op=op, args=(rest,)) if op in ROUNDINGS and scale == 1.0:
+            rounded = (torch.tensor(score).to(ROUNDINGS[op]).item() for _, score in _fills(rest, 1.0))
+            return frozenset((score, score) for score in rounded)
     return frozenset([(0.0, 0.0)])
 
 

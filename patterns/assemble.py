@@ -21,6 +21,7 @@ from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.layout import Layout, Option
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.naming import named
+from flashfuse.patterns.narrow import masks_of, with_narrow_sums
 from flashfuse.patterns.normaliser import open_up
 from flashfuse.patterns.operand import Reading, exactly_promotes, readings
 from flashfuse.patterns.output_order import output_order
@@ -64,6 +65,7 @@ def assemble(
     for factor in (f for reading in factors for f in reading.factors):
         program = _scaled(program, factor)
     program = settled(layout.substitute(program), score.dtype)
+    program = with_narrow_sums(program, masks_of(score.program, score.opener))
     axes = layout.batch
     if len(axes) + mapped_axes(raw_value(node)) > MAX_BATCH_AXES:
         raise Refused("transform", f"with the axes of vmap there are more than {MAX_BATCH_AXES} batch axes", node)

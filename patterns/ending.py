@@ -36,7 +36,7 @@ from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import opened_or_none, place
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score
-from flashfuse.patterns.vanishing import finite_numbers, has_largest_fill, is_biased, may_vanish
+from flashfuse.patterns.vanishing import finite_numbers, is_biased, may_vanish, spoils_rows
 from flashfuse.patterns.weights import Weights, combined
 
 
@@ -67,8 +67,8 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
             "log-sum-exp",
             "a row of large fills absorbs the logarithm of its sum, so its probabilities do not add up to 1",
         )
-    if weights.empty_row == "zero" and not weights.sinks and has_largest_fill(score.program):
-        raise Refused("probability-mask", "masked scores are +inf, and the NaN of their rows is set to zero")
+    if (weights.cleared or (weights.empty_row == "zero" and not weights.sinks)) and spoils_rows(score.program):
+        raise Refused("probability-mask", "masked scores are +inf or NaN, and the NaN of their rows is set to zero")
     own_maximum = weights.subtracted in ("maximum", "logarithm") or weights.sinks
     if weights.empty_row == "zero" and not own_maximum and may_vanish(score.program, j):
         raise Refused(

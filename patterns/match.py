@@ -24,7 +24,7 @@ import flashfuse.patterns.direct
 import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa
 import flashfuse.patterns.writes  # noqa: F401
-from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols, loads
+from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols, loads, walk
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
@@ -40,7 +40,7 @@ from flashfuse.patterns.replay import Analyses
 from flashfuse.patterns.score import Score, as_scores, find_products, find_score
 from flashfuse.patterns.seeds import WHOLE, Upstream, is_contraction, unclaimed, upstream
 from flashfuse.patterns.sharing import Sharing
-from flashfuse.patterns.site import AttentionSite, Refusal
+from flashfuse.patterns.site import AttentionSite, Refusal, outermost
 from flashfuse.patterns.transforms import gradient_levels, is_wrapped
 from flashfuse.patterns.vanishing import with_infinite_fills
 from flashfuse.patterns.weights import Columns, OtherAxis, Weights, find_weights
@@ -61,6 +61,7 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     analyses = Analyses(graph, up.products, lambda lifter, node: _match(lifter, node, up.products.keys()))
     sites: list[AttentionSite] = []
     refused: dict[fx.Node, Refused] = {}
+    tried: dict[fx.Node, fx.Node] = {}
     claimed: set[fx.Node] = set()
     for node in up.starts:
         seeds = up.seeds(node)
@@ -73,25 +74,26 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
         except Refused as error:
             for seed in seeds:
                 refused.setdefault(seed, error)
+                tried.setdefault(seed, node)
             continue
         if site is not None:
             sites.append(site)
             # What other scores are made of too, as the curve of a temperature, is not taken.
             claimed.update(seeds & {node, *site.chain})
-    # What another attention's kernel takes over is none of its own: a product of curved queries with keys is its score.
-    inside = {node for site in sites for node in site.chain}
-    sites = [site for site in sites if site.node not in inside]
+    sites, inside = outermost(sites)
     sharing = Sharing(graph, analyses.facts)
     sites = [sharing.site(site) for site in sorted(sites, key=lambda site: graph.position[site.node])]
     left = [*unclaimed(graph, up, claimed)]
-    left += [n for n, why in refused.items() if n not in claimed and why.node not in inside and _is_curve(up, n)]
+    apart = (n for n, why in refused.items() if n not in claimed and not {why.node, tried[n]} & inside)
+    left += [n for n in apart if _is_curve(up, n)]
     refusals = [_refusal(n, refused.get(n)) for n in dict.fromkeys(left) if name_of(n) not in PARTIAL or n in refused]
     return MatchResult(tuple(sites), tuple(refusals))
 
 
 def _is_curve(up: Upstream, node: fx.Node) -> bool:
     """Whether a search started from a product without a normaliser."""
-    return up.curved.get(node) == frozenset((node,)) and node not in up.normalisers
+    normalised = up.normalisers.get(node, frozenset()) & up.over_products
+    return up.curved.get(node) == frozenset((node,)) and not normalised
 
 
 def _refusal(seed: fx.Node, error: Refused | None) -> Refusal:
@@ -127,11 +129,12 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
         return _terms(lifter, node, position, gated.product, leads, gated)
     if not isinstance(expr, Dot) and not is_contraction(node) and not whole:
         return None
-    if not isinstance(expr, Dot):
-        raise Refused(
-            "value-product", "the product with the values is combined with something else in one operator", node
-        )
-    return _terms(lifter, node, position, expr, frozenset() if whole else leads)
+    if isinstance(expr, Dot):
+        return _terms(lifter, node, position, expr, frozenset() if whole else leads)
+    # Queries that a function bends a little are no weights, and this is a product of scores.
+    if not any(_terms(lifter, node, position, dot, leads) for dot in walk(expr) if isinstance(dot, Dot)):
+        return None
+    raise Refused("value-product", "the product with the values is combined with something else in one operator", node)
 
 
 def _check_transforms(graph: Graph, node: fx.Node) -> None:

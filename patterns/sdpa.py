@@ -47,7 +47,9 @@ def lift_sdpa(view: NodeView, position: Indices) -> Expr:
     if given["attn_mask"] is not None:
         _check_mask(view, given["attn_mask"], q, k, bool(given["enable_gqa"]))
         mask = view.input(given["attn_mask"], (*batch, i, j))
-        score = _masked(mask, score) if mask.dtype == torch.bool else pointwise("add", score, mask, dtype=q.dtype)
+        # Torch adds in float32 at least.
+        wide = torch.promote_types(q.dtype, torch.float32)
+        score = _masked(mask, score) if mask.dtype == torch.bool else pointwise("add", score, mask, dtype=wide)
     probs = dropped(view, Softmax(q.dtype, score, j, j, kv_len, empty_row="zero"), given["dropout_p"], (*batch, i, j))
     return Dot(q.dtype, probs, at("value", heads, j, d), j, kv_len)
 

@@ -57,7 +57,7 @@ class Upstream:
     starts: what a search may start from: contractions, whole attentions, and what may rescale one.
     products: a product of activations. normalisers: the normalisers up to the next product. curved: operators that may
     make a product of activations non-linear, up to the next product. values: products with what was normalised, and
-    the normalisers.
+    the normalisers. over_products: the normalisers behind which a product of activations lies.
     A layer with weights ends all, except that it may mix raw scores (talking heads); a product with values is not one.
     """
 
@@ -66,6 +66,7 @@ class Upstream:
     normalisers: Mapping[fx.Node, Seeds]
     curved: Mapping[fx.Node, Seeds]
     values: Mapping[fx.Node, Seeds]
+    over_products: Seeds
 
     def seeds(self, node: fx.Node) -> Seeds:
         """What one of `starts` takes part of its input from; of a whole attention, the node itself."""
@@ -75,7 +76,11 @@ class Upstream:
         if name in _GATES:
             return self._gated(node)
         inputs = node.all_input_nodes
-        return _union(self.normalisers, inputs) or _union(self.curved, inputs)
+        normalisers = _union(self.normalisers, inputs)
+        # Weights of a curved product may hold an exponential too, as of a temperature.
+        if normalisers & self.over_products:
+            return normalisers
+        return _union(self.curved, inputs) or normalisers
 
     def _gated(self, node: fx.Node) -> Seeds:
         """Of an attention's output multiplied with something that was made from scores: the normalisers of both."""
@@ -124,7 +129,7 @@ def upstream(graph: Graph) -> Upstream:
             bends = frozenset((node,))
         if bends:
             curved[node] = bends
-    return Upstream(tuple(starts), products, normalisers, curved, values)
+    return Upstream(tuple(starts), products, normalisers, curved, values, over_products)
 
 
 def _union(known: Mapping[fx.Node, Seeds], nodes: Sequence[fx.Node]) -> Seeds:

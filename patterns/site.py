@@ -103,3 +103,17 @@ class Refusal:
 
     def __str__(self) -> str:
         return f"{self.code}: {self.reason} [{self.location}]"
+
+
+def outermost(sites: list[AttentionSite]) -> tuple[list[AttentionSite], set[fx.Node]]:
+    """The sites that no other one's kernel takes over, and the nodes that theirs do.
+
+    A product of curved queries with keys is a score, and no attention of its own.
+    """
+    kept: list[AttentionSite] = []
+    inside: set[fx.Node] = set()
+    for site in reversed(sites):
+        if site.node not in inside:
+            kept.insert(0, site)
+            inside.update(site.chain)
+    return kept, inside

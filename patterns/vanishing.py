@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import sympy
 
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, free_symbols, loads, walk
-from flashfuse.kernels.normal import number, pointwise, rewrite
+from flashfuse.kernels.normal import FALSE, TRUE, number, pointwise, rewrite
 from flashfuse.patterns.lift import CannotLift
 from flashfuse.patterns.normaliser import open_up
 from flashfuse.patterns.opener import Opener
@@ -54,9 +54,19 @@ def may_vanish(program: Expr, j: sympy.Symbol) -> bool:
     return is_biased(program, j) or any(fill < _VANISHES for fill in finite_numbers(program))
 
 
-def has_largest_fill(program: Expr) -> bool:
-    """Whether a mask makes scores +inf, as `1 - score` does behind a fill of -inf: their rows are NaN."""
-    return any(fill == math.inf for _, fill in _opened(program).fills)
+def spoils_rows(program: Expr) -> bool:
+    """Whether a mask of -inf makes scores +inf or NaN, as `1 - score` or their sine does: their rows are NaN."""
+    if any(fill == math.inf for _, fill in _opened(program).fills):
+        return True
+    chosen = (e.args for e in walk(program) if isinstance(e, Pointwise) and e.op == "where")
+    masks = ((condition, at) for condition, *branches in chosen for at in (0, 1) if number(branches[at]) == -math.inf)
+    return any(_makes_nan(program, condition, TRUE if at == 0 else FALSE) for condition, at in dict.fromkeys(masks))
+
+
+def _makes_nan(program: Expr, condition: Expr, truth: Expr) -> bool:
+    """Whether an operator of numbers alone is left where a condition is known: all but NaN would be one number."""
+    known = rewrite(program, lambda e: truth if e == condition else None)
+    return any(isinstance(e, Pointwise) and all(number(a) is not None for a in e.args) for e in walk(known))
 
 
 def finite_numbers(program: Expr) -> Iterator[float]:

@@ -34,10 +34,10 @@ from flashfuse.patterns.shift import limited_by_number, same_value, without_shif
 class Weights:
     """The probabilities of one softmax at column j of the values, and what became of them.
 
-    arg: the softmax's argument at column j; sinks: its arguments in columns that have no value.
-    factors: what the probabilities are multiplied by. kept: conditions outside which they are replaced by 0.
-    dropout: the random number that each is multiplied by.
-    empty_row: what a row of only -inf gives. subtracted: see `Normalised`.
+    arg: the softmax's argument at column j; sinks: its arguments in columns that have no value. factors: what the
+    probabilities are multiplied by. kept: conditions outside which they are replaced by 0. dropout: the random number
+    that each is multiplied by. empty_row: what a row of only -inf gives. cleared: whether NaN is replaced by 0.
+    subtracted: see `Normalised`.
     """
 
     arg: Expr
@@ -47,6 +47,7 @@ class Weights:
     factors: tuple[Expr, ...] = ()
     kept: tuple[Expr, ...] = ()
     dropout: DrawLoad | None = None
+    cleared: bool = False
 
     @property
     def largest(self) -> float:
@@ -112,8 +113,7 @@ def _search(columns: Columns, expr: Expr, passed: fx.Node | None) -> tuple[Weigh
         return (_at_columns(columns, Normalised(expr)),)
     if not isinstance(expr, Pointwise):
         return ()
-    found = as_softmax(columns.lifter, expr)
-    if found is not None:
+    if (found := as_softmax(columns.lifter, expr)) is not None:
         return (_at_columns(columns, found),)
     if expr.op in ROUNDINGS:
         return _rounded(columns, expr, passed)
@@ -188,13 +188,12 @@ def _without_nan(terms: tuple[Weights, ...], passed: fx.Node | None) -> tuple[We
     """NaN is what a row without any key gives; such a row becomes zero."""
     if len(terms) > 1 or terms[0].factors:
         raise Refused("probability-factor", "the probabilities are cleared of NaN after another operation", passed)
-    return (replace(terms[0], empty_row="zero"),)
+    return (replace(terms[0], empty_row="zero", cleared=True),)
 
 
 def _limit(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
     """A limit that no probability reaches."""
-    limited = limited_by_number(expr, "min", "max")
-    if limited is None:
+    if (limited := limited_by_number(expr, "min", "max")) is None:
         return _other(columns, expr, passed)
     terms = find_weights(columns, limited[0], passed)
     if len(terms) != 1 or terms[0].factors:
@@ -268,7 +267,7 @@ def _at_columns(columns: Columns, found: Normalised) -> Weights:
     arg = shiftless or softmax.arg
     subtracted = "else" if shiftless and found.subtracted == "nothing" else found.subtracted
     if not (before.is_Integer and behind.is_Integer and before >= 0 and 0 <= behind <= _MOST_SINKS - before):
-        raise Refused("extra-columns", "the softmax runs over more columns than there are keys")
+        raise Refused("extra-columns", f"the softmax has {softmax.extent} columns, and {columns.extent} meet values")
     outside = [*map(sympy.Integer, range(int(before))), *(before + columns.extent + n for n in range(int(behind)))]
     sinks = tuple(substitute(arg, {softmax.axis: at}) for at in outside)
     empty_row = "zero" if sinks else softmax.empty_row

@@ -252,8 +252,10 @@ def _left_open(program: Program, fused: torch.Tensor, eager: torch.Tensor, wide:
     """Where nothing is asked: eager code gives the very same or overflows as well, or the contract leaves it open.
 
     Where exponentials without the row's own maximum overflow, eager code has no error that another could be held to.
+    Nor where their sum alone does, and the quotient is 0: no wider type than float64 tells.
     """
     same = ~eager.isfinite() & ((fused == eager) | (fused.isnan() & eager.isnan()))
     if program.left_open:
-        return ~eager.isfinite() | ~wide.isfinite()
+        overflown = (eager == 0) & (wide == 0) & (program.dtype == torch.float64)
+        return ~eager.isfinite() | ~wide.isfinite() | overflown
     return same | (wide.isfinite() & ~eager.isfinite() & ~fused.isfinite())

@@ -34,6 +34,15 @@ def test_gradients_that_are_rounding_alone() -> None:
     check(EQUAL_VALUES)
 
 
+def test_sums_that_overflow_in_float64() -> None:
+    """The number that a row's softmax is was held to 0, which is what a sum that overflows makes of it in any type."""
+    lines = ("e = torch.log1p((q @ k.mT).masked_fill(q[:, :1] > 0, torch.finfo(q.dtype).min).abs()).exp()",)
+    program = replace(EQUAL_VALUES, inputs=GIVEN, lines=(*lines, "return e / e.sum(-1, True) @ v"), trains=False)
+    with pytest.raises(AssertionError, match="largest error"):
+        check(program)
+    check(replace(program, left_open=True))
+
+
 def test_rounding_alone_has_a_size() -> None:
     """Where float32 leaves 1e-7, float64 may leave 1e-15, and nothing larger."""
     single = [torch.tensor([3e-7, -1e-7])]

@@ -78,6 +78,10 @@ UNSHIFTED = frozenset({"unshifted", "shifted-whole", "plus-one", "plus-one-shift
 # Beside these a score as it is has an exponential of 0 that no mask makes: of a fill that scores are added to or
 # multiplied by, of a small one, or of a tensor that is given.
 VANISHING = frozenset({"added", "finite", "temperature", *BIASES})
+# Functions of scores some of which make +inf or NaN of -inf.
+TURNING = frozenset({
+    "shifted", "absolute", "rectified", "squared", "periodic", "activation", "logarithmic", "interpolated",
+})  # fmt: skip
 
 
 def normalise(draft: Draft, s: Var) -> Var:
@@ -96,6 +100,7 @@ def normalise(draft: Draft, s: Var) -> Var:
     draft.labels.append(name)
     draft.left_open |= name in UNSHIFTED
     draft.refused |= {"log-sum-exp"} if table is BY_LOGARITHM else set()
+    draft.refused |= _lengths_unknown(draft) if name == "plus-one-column" else set()
     # Products without a normaliser that are no score program are no attention, and nothing is said of them.
     draft.certain &= table is not WITHOUT or "unknown-operator" not in draft.refused
     for line in table[name]:
@@ -117,12 +122,18 @@ def _sink(draft: Draft, s: Var, d: str) -> Var:
     column = f"{text}.expand({', '.join(map(draft.size, one))}).unsqueeze({at}).expand({shape})"
     if not own:
         column = f"{text}.expand({shape})"
+    draft.refused |= _lengths_unknown(draft)
     last = draft.chance(2)
     both = f"{s.name}, {column}.to({s.name}.dtype)" if last else f"{column}.to({s.name}.dtype), {s.name}"
     draft.say(f"joined = torch.cat([{both}], dim={d})")
     if draft.chance(3):
         draft.say(f"joined = joined - joined.amax({d}, keepdim=True)")
     return draft.let("p", f"joined.softmax({d}).narrow({d}, {0 if last else 1}, {draft.size('t')})", s.axes)
+
+
+def _lengths_unknown(draft: Draft) -> set[str]:
+    """What is right of a further column where no guard says that other keys are as many as the first."""
+    return {"extra-columns"} if draft.symbolic and "of-others" in draft.labels else set()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -145,8 +156,8 @@ def end(draft: Draft, p: Var) -> Var:
         return draft.row(_FACTORS)(draft, p)
     spelling = draft.one(draft.row(ENDINGS))
     labels = {*draft.labels}
-    # A fill of -inf under a function that turns it around gives rows of NaN.
-    turned = "infinite" in labels and labels & {"shifted", "absolute"}
+    # A fill of -inf under a function that turns it around, or has no value there, gives rows of NaN.
+    turned = "infinite" in labels and labels & TURNING
     vanishing = "shifted-whole" in labels or ("unshifted" in labels and labels & VANISHING)
     if spelling in ENDINGS["cleared"] and (turned or vanishing):
         # A row that eager code's exponentials leave 0 is cleared, and whether one is depends on the data.

@@ -254,6 +254,14 @@ def test_a_slope_that_float32_does_not_hold() -> None:
     assert check(call)[3].isfinite().all()
 
 
+def test_a_slope_that_is_infinite_where_a_gradient_is_0() -> None:
+    """The square of a mask's number: the slope overflowed before it met a gradient of 0, and the mask's was NaN."""
+    mask = keep(B, H, SQ, SK).float()
+    score = "neg(pow(qk + (1.0 - t0[n0, n1, q_idx, kv_idx]) * -1e+30, 2.0))"
+    call = make_call(score, (B, H, SQ, 8), SK, captured=[mask])
+    assert check(call)[3].isfinite().all()
+
+
 def test_dropped_rows_have_no_gradient() -> None:
     """Also where they have no key, so that their probabilities are NaN before they are dropped."""
     mask = keep(20, 20)

@@ -58,6 +58,7 @@ def test_scale_is_taken_out(score: str, scale: float, inner: str) -> None:
         (f"where(t0[kv_idx], qk, {MIN!r}) * 0.5", {MIN: MIN / 2}),
         ("qk * 0.5 + where(t0[kv_idx], 0.0, -1e10) - where(t0[q_idx], 0.0, 4e10)", {-2e10: -1e10, -8e10: -4e10,
          -1e11: -5e10}),
+        ("where(t0[kv_idx], qk, to_bfloat16(qk + -1e9)) * 0.5", {-998244352.0: -499122176.0}),
         (f"qk * 0.5 + where(t0[kv_idx], 0.0, {MIN!r}) + where(t0[q_idx], 0.0, {MIN!r})", {MIN: MIN}),
     ],
 )  # fmt: skip

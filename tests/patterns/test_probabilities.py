@@ -142,6 +142,26 @@ def test_a_fill_that_is_turned_around_is_cleared_of_nan() -> None:
     assert only_refusal(fn, *inputs()).code == "probability-mask"
 
 
+@pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.parametrize("curve", [F.silu, torch.sin])
+def test_cleared_rows_that_a_function_of_masked_scores_spoils(curve: Callable[..., Any], plus_one: bool) -> None:
+    """Such a function makes NaN of -inf, and so of each row with a masked key; only rows without a key were 0."""
+
+    def fn(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+        e = curve(masked(q, k, keep)).exp()
+        return (e / (e.sum(-1, keepdim=True) + plus_one)).nan_to_num() @ v
+
+    assert only_refusal(fn, *inputs()).code == "probability-mask"
+
+
+def test_cleared_rows_beside_a_function_that_keeps_masked_scores() -> None:
+    def fn(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+        return torch.softmax(F.softplus(masked(q, k, keep)) + masked(q, k, keep), -1).nan_to_num() @ v
+
+    check(fn, *inputs())
+    assert only_site(fn, *inputs()).spec.empty_row == "zero"
+
+
 UNSHIFTED_FILLS: dict[str, tuple[Callable[..., Any], str]] = {
     "limited": (lambda s, keep: s.masked_fill(~keep, -1e4).clamp(max=3), "-inf"),
     "scaled": (lambda s, keep: s.masked_fill(~keep, -1e4) * 0.5, "-inf"),

@@ -54,6 +54,18 @@ def test_a_reason_beside_the_exponential_of_something_else() -> None:
     assert only_refusal(fn, *qkv(), torch.randn(S, S)).code == "log-sum-exp"
 
 
+def test_a_reason_beside_the_exponential_of_a_temperature() -> None:
+    """Weights without a normaliser were left alone without a refusal: the search started from the temperature."""
+
+    def fn(q: Any, k: Any, v: Any, tau: Any) -> Any:
+        return torch.sigmoid(q @ k.mT * tau.exp()).to(v.dtype) @ v
+
+    q, k, v = qkv()
+    refusal = only_refusal(fn, q, k, v.double(), torch.randn(()))
+    assert (refusal.code, refusal.node.name) == ("dtype", "matmul_1")
+    assert "float64" in refusal.reason
+
+
 def test_exponential_in_place() -> None:
     """`exp_` started no search, so a softmax written in place was left alone without a refusal."""
 
@@ -101,3 +113,48 @@ def test_scaled_queries_are_not_refused() -> None:
 
     x, k, v = (t[0] for t in qkv())
     only_site(fn, x, torch.randn(D, D), k, v)
+
+
+def test_scaled_queries_are_not_refused_beside_a_refusal() -> None:
+    """They were where the softmax behind them is no site: `value-product` at the product of scores."""
+
+    def fn(x: Any, wq: Any, k: Any, v: Any) -> Any:
+        q = F.linear(x, wq).mul(0.3)
+        s = torch.baddbmm(q.new_empty(4, S, S), q, k.mT, beta=0, alpha=0.5)
+        return s.softmax(-2) @ v
+
+    x, k, v = (t[0] for t in qkv())
+    assert only_refusal(fn, x, torch.randn(D, D), k, v).code == "softmax-axis"
+
+
+def test_curved_keys_of_two_attentions() -> None:
+    """The product of an attention's output with them had a refusal, `scores-used`, beside both sites."""
+
+    def fn(x: Any, wq: Any, wk: Any, wv: Any) -> Any:
+        q, k, v = F.linear(x, wq), F.linear(x, wk).tanh(), F.linear(x, wv)
+        out = torch.einsum("st,te->se", (q @ k.mT).softmax(-1), v)
+        return torch.einsum("st,te->se", (out / 2 @ k.transpose(-2, -1)).softmax(-1), v)
+
+    result = matched(fn, torch.randn(S, 4), *(torch.randn(D, 4) for _ in range(3)))
+    assert len(result.sites) == 2
+    assert not result.refusals
+
+
+def test_an_attention_before_a_product_that_another_takes_over() -> None:
+    """Its curved output times keys was a site too, which hid it and was itself part of the last."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        out = (q @ k.mT).sigmoid() @ v
+        return F.relu(out.relu() @ k.mT) @ v
+
+    result = matched(fn, *qkv())
+    assert [site.node.name for site in result.sites] == ["out", "matmul_3"]
+    assert not result.refusals
+
+
+def test_a_product_with_values_to_which_something_is_added() -> None:
+    def fn(q: Any, k: Any, v: Any, x: Any) -> Any:
+        return torch.baddbmm(x, (q @ k.mT).softmax(-1), v)
+
+    q, k, v = (t[0] for t in qkv())
+    assert only_refusal(fn, q, k, v, torch.randn(4, S, D)).code == "value-product"
