@@ -24,22 +24,24 @@ import flashfuse.patterns.direct
 import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa
 import flashfuse.patterns.writes  # noqa: F401
-from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols, loads
+from flashfuse.kernels.expr import Dot, Expr, Reduce, free_symbols, loads
 from flashfuse.patterns.assemble import assemble
+from flashfuse.patterns.blame import refuse_single_key, wrong_axis
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
 from flashfuse.patterns.dropout import before_dropout, check_draws
 from flashfuse.patterns.ending import Ending, ending, is_linear
-from flashfuse.patterns.gate import Gated, as_gated
+from flashfuse.patterns.gate import Gated, as_gated, with_gate
 from flashfuse.patterns.graph import Graph, location, raw_value, shape, tensor, wants_gradient
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import PARTIAL, place
-from flashfuse.patterns.refusal import Refused, mixing_layer, read_as_whole
+from flashfuse.patterns.normaliser import PARTIAL
+from flashfuse.patterns.refusal import Refused, mixing_layer, no_value_product, read_as_whole
 from flashfuse.patterns.replay import Analyses
 from flashfuse.patterns.score import Score, as_scores, find_products, find_score
 from flashfuse.patterns.seeds import WHOLE, Upstream, is_contraction, unclaimed, upstream
 from flashfuse.patterns.site import AttentionSite, Refusal
+from flashfuse.patterns.summed import as_product
 from flashfuse.patterns.transforms import gradient_levels, is_wrapped
 from flashfuse.patterns.vanishing import with_infinite_fills
 from flashfuse.patterns.weights import Columns, OtherAxis, Weights, find_weights
@@ -64,7 +66,7 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     for node in up.starts:
         seeds = up.seeds(node)
         # An output that was taken already is not rescaled by anything that belongs to its attention.
-        taken = seeds <= claimed if is_contraction(node) else bool(seeds & claimed)
+        taken = seeds <= claimed if up.products.get(node) is node else bool(seeds & claimed)
         if node not in graph.live or not seeds or taken:
             continue
         try:
@@ -82,7 +84,9 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     sites = [site for site in sites if site.node not in inside]
     left = [*unclaimed(graph, up, claimed)]
     left += [n for n, why in refused.items() if n not in claimed and why.node not in inside and _is_curve(up, n)]
-    refusals = [_refusal(n, refused.get(n)) for n in dict.fromkeys(left) if name_of(n) not in PARTIAL or n in refused]
+    # Alone these are no attention: an exponential, and what a layer makes of a product, as a classifier does.
+    told = (n for n in dict.fromkeys(left) if n in refused or not (name_of(n) in PARTIAL or n in up.mixed))
+    refusals = [_refusal(n, refused.get(n)) for n in told]
     return MatchResult(tuple(sites), tuple(refusals))
 
 
@@ -122,6 +126,10 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
     gated = as_gated(lifter, expr)
     if gated is not None:
         return _terms(lifter, node, position, gated.product, leads, gated)
+    if isinstance(expr, Reduce) and node in leads:
+        expr = as_product(lifter, expr)
+        if isinstance(expr, Reduce):
+            raise no_value_product(node)
     if not isinstance(expr, Dot) and not is_contraction(node) and not whole:
         return None
     if not isinstance(expr, Dot):
@@ -150,18 +158,20 @@ def _terms(
     gated: Gated | None = None,
 ) -> AttentionSite | None:
     """The attention with these values, which may be a sum of several. Raises Refused."""
+    if product.extent == 1:
+        refuse_single_key(lifter, node)
     problems: list[Refused] = []
     for probs_side, value_side in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
         columns = Columns(lifter, product.axis, product.extent, product.dtype, leads)
         try:
             terms = find_weights(columns, probs_side)
             if gated is not None and terms:
-                terms = _with_gate(lifter, terms, gated, product.axis)
+                terms = with_gate(lifter, terms, gated, product.axis)
         except Refused as error:
             problems.append(error)
             continue
         except OtherAxis as error:
-            problems.append(_wrong_axis(lifter, error.softmax, product.axis, leads, node))
+            problems.append(wrong_axis(lifter, error.softmax, product.axis, leads, node))
             continue
         if terms:
             return _added(lifter, [_site(lifter, node, position, product, value_side, w, leads) for w in terms])
@@ -169,6 +179,7 @@ def _terms(
         raise problems[0]
     if gated is not None:
         return None
+    _check_not_inside(lifter, node, product, leads)
     for weights_side, value_side in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
         try:
             site = _unnormalised(lifter, node, position, product, weights_side, value_side, leads)
@@ -180,6 +191,16 @@ def _terms(
     if problems:
         raise problems[0]
     return None
+
+
+def _check_not_inside(lifter: Lifter, node: fx.Node, product: Dot, leads: AbstractSet[fx.Node]) -> None:
+    """Refuse a product of three and more, as of probabilities, values and an output projection, in one operator."""
+    for inner in (side for side in (product.lhs, product.rhs) if isinstance(side, Dot)):
+        columns = Columns(lifter, inner.axis, inner.extent, inner.dtype, leads)
+        if any(find_weights(columns, side) for side in (inner.lhs, inner.rhs)):
+            told = f"`{name_of(node)}` multiplies the attention's output with something more, and only gives the result"
+            raise Refused("value-product", told, node)
+        _check_not_inside(lifter, node, inner, leads)
 
 
 def _added(lifter: Lifter, sites: list[AttentionSite]) -> AttentionSite:
@@ -194,14 +215,6 @@ def _added(lifter: Lifter, sites: list[AttentionSite]) -> AttentionSite:
     return replace(wide[0], plus=tuple(wide[1:]))
 
 
-def _with_gate(lifter: Lifter, terms: tuple[Weights, ...], gated: Gated, j: sympy.Symbol) -> tuple[Weights, ...]:
-    """The weights with the sink of a gate; none where its log-sum-exp is another row's or another softmax's."""
-    if len(terms) > 1 or terms[0].sinks:
-        return ()
-    same_scores = place(lifter, terms[0].arg, gated.total.arg, gated.total.axis) == j
-    return (replace(terms[0], sinks=(gated.sink,)),) if same_scores else ()
-
-
 def _site(
     lifter: Lifter,
     node: fx.Node,
@@ -211,6 +224,9 @@ def _site(
     weights: Weights,
     leads: AbstractSet[fx.Node],
 ) -> AttentionSite:
+    there = free_symbols(weights.arg) | free_symbols(value_side)
+    if any(product.axis in free_symbols(f) and not free_symbols(f) <= there for f in weights.factors):
+        raise no_value_product(node)
     score = find_score(lifter, weights.arg, product.axis, leads, node, _rows(position, value_side))
     if weights.subtracted == "nothing" and not weights.sinks:
         score = replace(score, program=with_infinite_fills(score.program, score.opener))
@@ -279,18 +295,3 @@ def _unnormalised(
 
 # Beyond this no tile holds a row, and two matrix products are the faster program.
 _WIDEST = 512
-
-
-def _wrong_axis(
-    lifter: Lifter, softmax: Softmax, contracted: sympy.Symbol, leads: AbstractSet[fx.Node], node: fx.Node
-) -> Refused:
-    """Why a product over another axis than the softmax's is no attention: rows, or heads, are mixed."""
-    try:
-        dot = find_score(lifter, softmax.arg, softmax.axis, leads, node).dot
-    except Refused as error:
-        if error.code != "no-product":
-            return error
-    else:
-        if contracted in free_symbols(dot.lhs) and contracted in free_symbols(dot.rhs):
-            return Refused("head-mixing", f"`{name_of(node)}` mixes the probabilities across heads", node)
-    return Refused("softmax-axis", "the softmax is not over the axis that is multiplied with the values")

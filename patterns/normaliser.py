@@ -72,14 +72,14 @@ def as_softmax(lifter: Lifter, expr: Expr) -> Normalised | None:
         return None
     if expr.op == "exp":
         return _exponential(lifter, expr.args[0])
-    for numerator, denominator in _quotients(lifter, expr):
+    for numerator, denominator in quotients(lifter, expr):
         found = _quotient(lifter, numerator, denominator)
         if found is not None:
             return found
     return None
 
 
-def _quotients(lifter: Lifter, expr: Pointwise) -> Iterator[tuple[Expr, Expr]]:
+def quotients(lifter: Lifter, expr: Pointwise) -> Iterator[tuple[Expr, Expr]]:
     """What is divided by what."""
     if expr.op == "div":
         yield expr.args[0], expr.args[1]
@@ -131,7 +131,7 @@ def as_logsumexp(lifter: Lifter, expr: Expr) -> Reduce | None:
 def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised | None:
     """exp(x) over a sum of the same exp(x), and possibly of one more term that is the same for the whole row."""
     try:
-        total, further = _sum_and_rest(lifter, denominator)
+        total, further = sum_and_rest(lifter, denominator)
         if total is None:
             return None
         at = place(lifter, numerator, total.arg, total.axis)
@@ -171,7 +171,7 @@ def _has_lower_limit(lifter: Lifter, shift: Expr) -> bool:
     return top is not None and limited_by_number(top, "max") is not None
 
 
-def _sum_and_rest(lifter: Lifter, denominator: Expr) -> tuple[Reduce | None, Expr | None]:
+def sum_and_rest(lifter: Lifter, denominator: Expr) -> tuple[Reduce | None, Expr | None]:
     """The sum over a row in a denominator, and what is added to it."""
     top = open_up(lifter, denominator)
     if isinstance(top, Reduce) and top.kind == "sum":

@@ -36,8 +36,9 @@ from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.opener import STEPS, Opener
 from flashfuse.patterns.operand import exactly_promotes, sizes_of
 from flashfuse.patterns.products import Term, as_one_product, side_products, summands
-from flashfuse.patterns.refusal import Refused, blocked, mixed
+from flashfuse.patterns.refusal import Refused, blocked, mixed, no_product
 from flashfuse.patterns.shift import same_value
+from flashfuse.patterns.summed import as_product
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,11 @@ class _Search:
                 return self._through(expr, followed)
             case Gather() if expr.tensor in self.leads:
                 self._note(Refused("look-up", "the scores are looked up at positions that depend on data", node))
+            case Reduce() if (product := as_product(self.lifter, expr)) is not expr:
+                return self.opened(product, node, followed)
+            case Reduce() if not any(read.tensor in self.leads for read in loads(expr)):
+                self._note(no_product(self.lifter.region, node))
+                raise _NoIndexForm
             case Softmax() | Reduce():
                 self._note(Refused("row-dependent", "a score depends on other scores of its row or column", node))
                 raise _NoIndexForm

@@ -19,14 +19,12 @@ from torch import fx
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Softmax
 from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
-from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.blame import refuse_base, refuse_opaque
 from flashfuse.patterns.draw import DrawLoad, drawn
-from flashfuse.patterns.graph import is_weighted
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import NORMALISERS, Normalised, as_softmax, opened_or_none
+from flashfuse.patterns.normaliser import Normalised, as_softmax, opened_or_none
 from flashfuse.patterns.operand import exactly_promotes
-from flashfuse.patterns.refusal import Refused, mixed
-from flashfuse.patterns.seeds import is_contraction
+from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.shift import limited_by_number, same_value, without_shift
 
 
@@ -106,7 +104,7 @@ def _search(columns: Columns, expr: Expr, passed: fx.Node | None) -> tuple[Weigh
         try:
             return find_weights(columns, columns.lifter.expand(expr, draws=True), expr.tensor)
         except CannotLift as error:
-            _refuse_opaque(columns.lifter, error, expr.tensor)
+            refuse_opaque(columns.lifter, error, expr.tensor)
             return ()
     if isinstance(expr, Softmax):
         return (_at_columns(columns, Normalised(expr)),)
@@ -115,6 +113,7 @@ def _search(columns: Columns, expr: Expr, passed: fx.Node | None) -> tuple[Weigh
     found = as_softmax(columns.lifter, expr)
     if found is not None:
         return (_at_columns(columns, found),)
+    refuse_base(columns.lifter, expr)
     if expr.op in ROUNDINGS:
         return _rounded(columns, expr, passed)
     return _RULES.get(expr.op, _other)(columns, expr, passed)
@@ -218,34 +217,6 @@ _RULES = {
     "mul": _product, "div": _quotient, "neg": _negated, "add": _sum, "sub": _sum, "where": _choice, "min": _limit,
     "max": _limit,
 }  # fmt: skip
-
-
-def _refuse_opaque(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
-    """Refuse where a normaliser lies behind the operator that cannot be lifted."""
-    node = error.node or passed
-    if not _behind(lifter, node, NORMALISERS):
-        return
-    name = name_of(node)
-    if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
-        reason = f"probabilities are dropped at random in a way that has no kernel: `{name}` {error.reason}"
-        raise Refused("dropout", reason, node)
-    if is_contraction(node) or is_weighted(node):
-        raise mixed(node, "probabilities", "before they meet the values")
-    raise Refused("unknown-operator", f"`{name}` between the softmax and the values {error.reason}", node)
-
-
-def _behind(lifter: Lifter, node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
-    """Whether an operator of one of these names lies shortly behind a node."""
-    seen, queue = {node}, [node]
-    while queue and len(seen) < limit:
-        current = queue.pop()
-        lifter.region.open(current)
-        if name_of(current) in names:
-            return True
-        fresh = [n for n in current.all_input_nodes if n not in seen and n.op not in ("placeholder", "get_attr")]
-        seen.update(fresh)
-        queue += fresh
-    return False
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,162 @@
+"""Products that are written as a multiplication and a sum: `(q[.., :, None, :] * k[.., None, :, :]).sum(-1)`.
+
+Broadcasting makes such a sum a contraction like any other, of what was broadcast. A sum of other things of two
+tensors, as of their differences, is none, and is told from it here too.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+from torch import fx
+
+from flashfuse.kernels.expr import Const, Dot, Expr, Load, Pointwise, Reduce, free_symbols
+from flashfuse.kernels.normal import pointwise
+from flashfuse.kernels.operators import ROUNDINGS
+from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.graph import shape, tensor, to_sympy
+from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.normaliser import open_up
+from flashfuse.patterns.operand import exactly_promotes
+
+_SUMS = frozenset({"sum", "mean", "norm", "linalg_norm", "linalg_vector_norm"})
+_PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
+_DIFFERENCES = frozenset({"sub", "__sub__", "__rsub__", "subtract"})
+# Sum along an axis of the tensors that they are given.
+_BOTH = frozenset({"vecdot", "linalg_vecdot", "cosine_similarity"})
+# Functions of every pair of rows.
+PAIRWISE = frozenset({"cdist"})
+# What may stand between the two tensors and the sum.
+_BETWEEN = _PRODUCTS | {
+    "mul_", "imul", "truediv", "div", "__truediv__", "div_", "neg", "pow", "__pow__", "pow_", "square", "abs", "float",
+    "to",
+}  # fmt: skip
+
+
+class Sum(enum.Enum):
+    """Which elements of two tensors a node brings together and sums along an axis, as in a product of them.
+
+    PAIRS: every row of one with every row of the other. SINGLE: one row with all of the other's. ALIGNED: each row with
+    its own, which may be one repeated row. AVERAGE: one number for each row with all numbers of the row.
+    """
+
+    NONE = enum.auto()
+    PAIRS = enum.auto()
+    SINGLE = enum.auto()
+    ALIGNED = enum.auto()
+    AVERAGE = enum.auto()
+
+
+def sum_of(node: fx.Node) -> Sum:
+    """What a node sums of two tensors that are multiplied, or of whose every pair of rows it takes a distance."""
+    name = name_of(node)
+    if name in PAIRWISE:
+        return Sum.PAIRS
+    source = node if name in _BOTH else node.args[0] if name in _SUMS and node.args else None
+    while isinstance(source, fx.Node):
+        product, difference = name_of(source) in _PRODUCTS or source is node, name_of(source) in _DIFFERENCES
+        found = _pair(source.args[:2]) if product or difference else None
+        if found is not None:
+            kind = _kind(node, *found)
+            return kind if product or kind is Sum.PAIRS else Sum.NONE
+        source = source.args[0] if name_of(source) in _BETWEEN and source.args else None
+    return Sum.NONE
+
+
+def _kind(node: fx.Node, left: Sequence[sympy.Expr], right: Sequence[sympy.Expr]) -> Sum:
+    broadcast = [any(a == 1 != b for a, b in zip(*sides, strict=True)) for sides in ((left, right), (right, left))]
+    if all(broadcast):
+        return Sum.PAIRS
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
+    if dims not in (-1, len(left) - 1, [-1], (-1,), [len(left) - 1], (len(left) - 1,)):
+        return Sum.AVERAGE if any(broadcast) else Sum.NONE
+    return Sum.SINGLE if any(broadcast) else Sum.ALIGNED
+
+
+def _pair(args: Sequence[Any]) -> tuple[tuple[sympy.Expr, ...], tuple[sympy.Expr, ...]] | None:
+    """The sizes of two tensors, as many of each; an expanded dimension has size 1. None for other arguments."""
+    tensors = [t for a in args if isinstance(a, fx.Node) and (t := tensor(a)) is not None and t.is_floating_point()]
+    if len(tensors) != 2 or args[0] is args[1]:
+        return None
+    one = sympy.Integer(1)
+    sizes = [[one if to_sympy(s) == 0 else n for n, s in zip(shape(t), t.stride(), strict=True)] for t in tensors]
+    rank = max(map(len, sizes))
+    left, right = ((*[one] * (rank - len(s)), *s) for s in sizes)
+    return left, right
+
+
+def _is_along_last(node: fx.Node, rank: int) -> bool:
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
+    return dims in (-1, rank - 1, [-1], (-1,), [rank - 1], (rank - 1,))
+
+
+def as_product(lifter: Lifter, expr: Expr) -> Expr:
+    """A sum of products of two elements as the contraction that it is; any other expression as it is."""
+    if isinstance(expr, Pointwise) and expr.op in ("div", "mul") and isinstance(expr.args[0], Reduce):
+        return pointwise(expr.op, as_product(lifter, expr.args[0]), expr.args[1], dtype=expr.dtype)
+    if not isinstance(expr, Reduce) or expr.kind != "sum" or not expr.dtype.is_floating_point:
+        return expr
+    found = _two_factors(lifter, expr)
+    if found is None:
+        return expr
+    lhs, rhs, factors = found
+    result: Expr = Dot(expr.dtype, lhs, rhs, expr.axis, expr.extent)
+    for factor in factors:
+        result = pointwise("mul", result, factor, dtype=expr.dtype)
+    return result
+
+
+def _two_factors(lifter: Lifter, total: Reduce) -> tuple[Expr, Expr, tuple[Expr, ...]] | None:
+    """The two factors of a sum's terms that differ along its axis, and those that do not; None where there are more."""
+    expr, factors = total.arg, []
+    while True:
+        try:
+            top = open_up(lifter, expr)
+        except CannotLift:
+            return None
+        if not isinstance(top, Pointwise):
+            return None
+        varying = [a for a in top.args if total.axis in free_symbols(a)]
+        if top.op == "mul" and len(varying) == 2:
+            lhs, rhs = (_before_expansion(lifter, a) for a in top.args)
+            of_more = any(_is_pair(lifter, side, total.axis) for side in (lhs, rhs))
+            return None if of_more else (lhs, rhs, tuple(factors))
+        if len(varying) != 1:
+            return None
+        if top.op == "mul":
+            factors += [a for a in top.args if a is not varying[0]]
+        elif top.op == "div" and varying[0] is top.args[0]:
+            factors.append(pointwise("div", Const(top.dtype, 1.0), top.args[1], dtype=top.dtype))
+        elif top.op == "neg":
+            factors.append(Const(top.dtype, -1.0))
+        elif top.op not in ROUNDINGS or not exactly_promotes(top.args[0].dtype, ROUNDINGS[top.op]):
+            return None
+        expr = varying[0]
+
+
+def _before_expansion(lifter: Lifter, expr: Expr) -> Expr:
+    """The element where its tensor was not yet expanded, as a query to the number of the keys."""
+    narrowest = expr
+    while isinstance(expr, Load):
+        try:
+            expr = lifter.expand(expr)
+        except CannotLift:
+            break
+        if isinstance(expr, Load) and free_symbols(expr) < free_symbols(narrowest):
+            narrowest = expr
+    return narrowest
+
+
+def _is_pair(lifter: Lifter, expr: Expr, axis: sympy.Symbol) -> bool:
+    """Whether a factor is itself a product of two that differ along the axis, of which each was broadcast."""
+    try:
+        top = open_up(lifter, expr)
+    except CannotLift:
+        return False
+    if not isinstance(top, Pointwise) or top.op != "mul":
+        return False
+    left, right = (free_symbols(a) for a in top.args)
+    return axis in left & right and not (left <= right or right <= left)
