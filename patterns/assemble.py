@@ -21,7 +21,7 @@ from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.layout import Layout, Option
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.naming import named
-from flashfuse.patterns.normaliser import open_up
+from flashfuse.patterns.opened import open_up
 from flashfuse.patterns.operand import Reading, exactly_promotes, readings
 from flashfuse.patterns.output_order import output_order
 from flashfuse.patterns.refusal import Refused

@@ -33,7 +33,8 @@ from flashfuse.patterns.calls import label_of
 from flashfuse.patterns.draw import DrawLoad
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import opened_or_none, place
+from flashfuse.patterns.normaliser import place
+from flashfuse.patterns.opened import opened_or_none
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score
 from flashfuse.patterns.vanishing import finite_numbers, has_largest_fill, is_biased, may_vanish

@@ -14,7 +14,8 @@ from flashfuse.kernels.expr import Dot, Expr, Pointwise, Reduce
 from flashfuse.kernels.normal import number
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import as_logsumexp, open_up, place
+from flashfuse.patterns.normaliser import as_logsumexp, place
+from flashfuse.patterns.opened import open_up
 from flashfuse.patterns.weights import Weights
 
 

@@ -26,13 +26,13 @@ import flashfuse.patterns.sdpa
 import flashfuse.patterns.writes  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Reduce, free_symbols, loads
 from flashfuse.patterns.assemble import assemble
-from flashfuse.patterns.blame import refuse_single_key, wrong_axis
+from flashfuse.patterns.blame import check_transforms, refuse_single_key, wrong_axis
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
 from flashfuse.patterns.dropout import before_dropout, check_draws
 from flashfuse.patterns.ending import Ending, ending, is_linear
 from flashfuse.patterns.gate import Gated, as_gated, with_gate
-from flashfuse.patterns.graph import Graph, location, raw_value, shape, tensor, wants_gradient
+from flashfuse.patterns.graph import Graph, location, shape, tensor, wants_gradient
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import PARTIAL
@@ -42,7 +42,6 @@ from flashfuse.patterns.score import Score, as_scores, find_products, find_score
 from flashfuse.patterns.seeds import WHOLE, Upstream, is_contraction, unclaimed, upstream
 from flashfuse.patterns.site import AttentionSite, Refusal
 from flashfuse.patterns.summed import as_product
-from flashfuse.patterns.transforms import gradient_levels, is_wrapped
 from flashfuse.patterns.vanishing import with_infinite_fills
 from flashfuse.patterns.weights import Columns, OtherAxis, Weights, find_weights
 
@@ -62,6 +61,7 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     analyses = Analyses(graph, up.products, lambda lifter, node: _match(lifter, node, up.products.keys()))
     sites: list[AttentionSite] = []
     refused: dict[fx.Node, Refused] = {}
+    beside: dict[fx.Node, Refused] = {}
     claimed: set[fx.Node] = set()
     for node in up.starts:
         seeds = up.seeds(node)
@@ -72,13 +72,16 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
         try:
             site = analyses.site(node, history=wants_gradient(node))
         except Refused as error:
+            # A sum may be the normaliser of another start, whose reason is the better one.
+            is_sum = up.products.get(node) is node and not is_contraction(node)
             for seed in seeds:
-                refused.setdefault(seed, error)
+                (beside if is_sum else refused).setdefault(seed, error)
             continue
         if site is not None:
             sites.append(site)
             # What other scores are made of too, as the curve of a temperature, is not taken.
             claimed.update(seeds & {node, *site.chain})
+    refused = beside | refused
     # What another attention's kernel takes over is none of its own: a product of curved queries with keys is its score.
     inside = {node for site in sites for node in site.chain}
     sites = [site for site in sites if site.node not in inside]
@@ -112,7 +115,7 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
     out = tensor(node)
     if out is None:
         return None
-    _check_transforms(lifter.graph, node)
+    check_transforms(lifter.graph, node)
     if free_unbacked_symbols([tensor(n) for n in (node, *node.all_input_nodes)]):
         raise Refused("data-dependent-shape", "a length depends on data, so it is not known even as a symbol", node)
     if any(0 in shape(t) for n in (node, *node.all_input_nodes) if (t := tensor(n)) is not None):
@@ -137,16 +140,6 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
             "value-product", "the product with the values is combined with something else in one operator", node
         )
     return _terms(lifter, node, position, expr, frozenset() if whole else leads)
-
-
-def _check_transforms(graph: Graph, node: fx.Node) -> None:
-    """Refuse what a `torch.func` transform asks of the output, and the operator does not give."""
-    if graph.forward_mode:
-        raise Refused("transform", "a forward-mode derivative is taken here, and the operator has none", node)
-    if not is_wrapped(raw_value(node)):
-        return
-    if gradient_levels(raw_value(node)) > 1:
-        raise Refused("transform", "a gradient of a gradient is wanted, and the operator has none", node)
 
 
 def _terms(

@@ -10,7 +10,9 @@ import sympy
 
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols
 from flashfuse.kernels.normal import const, number, pointwise, substitute
+from flashfuse.patterns.exponential import as_exponential, is_normalised, masked_exponential
 from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.opened import open_up, opened_or_none
 from flashfuse.patterns.shift import is_own_maximum, limited_by_number, same_element, same_value
 
 POWERS = frozenset({"pow", "__pow__", "__rpow__", "float_power"})
@@ -34,28 +36,6 @@ class Normalised:
     softmax: Softmax
     sinks: tuple[Expr, ...] = ()
     subtracted: str = "maximum"
-
-
-def open_up(lifter: Lifter, expr: Expr) -> Expr:
-    """Expand a load until something other than a load is on top. Raises CannotLift."""
-    while isinstance(expr, Load):
-        expr = lifter.expand(expr)
-    return expr
-
-
-def as_exponential(expr: Expr) -> tuple[Expr, float] | None:
-    """(x, c) of exp(c x) for 0 < c <= 1, also to a smaller base than e; None for any other expression.
-
-    A factor above 1 would take the lowest number of a mask, which rows without a key share, to -inf.
-    """
-    match expr:
-        case Pointwise(op="exp", args=(x,)):
-            return x, 1.0
-        case Pointwise(op="exp2", args=(x,)):
-            return x, math.log(2.0)
-        case Pointwise(op="pow", args=(base, x)) if 1 < (number(base) or 0) <= math.e:
-            return x, math.log(number(base) or 0)
-    return None
 
 
 def _scaled(x: Expr, rate: float) -> Expr:
@@ -135,17 +115,19 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
         if total is None:
             return None
         at = place(lifter, numerator, total.arg, total.axis)
-        exponential = open_up(lifter, total.arg)
+        exponent = masked_exponential(lifter, open_up(lifter, total.arg), total.axis)
     except CannotLift:
         return None
-    exponent = as_exponential(exponential)
     if at is None or exponent is None:
         return None
     whole, rate = exponent
     score, shift = _without_shift(lifter, whole, total.axis)
+    again = is_normalised(lifter, total)
     if further is None:
         softmax = Softmax(total.dtype, _scaled(score, rate), total.axis, at, total.extent)
-        return Normalised(softmax, subtracted=_subtracted(lifter, shift, score, total.axis))
+        return Normalised(softmax, subtracted="else" if again else _subtracted(lifter, shift, score, total.axis))
+    if again:
+        return None
     sink = _relative_to(lifter, further, shift, rate)
     if sink is None:
         score, shift = whole, None
@@ -182,13 +164,6 @@ def sum_and_rest(lifter: Lifter, denominator: Expr) -> tuple[Reduce | None, Expr
             if isinstance(inner, Reduce) and inner.kind == "sum" and inner.axis not in free_symbols(rest):
                 return inner, rest
     return None, None
-
-
-def opened_or_none(lifter: Lifter, expr: Expr) -> Expr | None:
-    try:
-        return open_up(lifter, expr)
-    except CannotLift:
-        return None
 
 
 def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None, rate: float) -> Expr | None:

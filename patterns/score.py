@@ -206,7 +206,8 @@ class _Search:
             program = self.opened(self.lifter.expand(load, followed=followed), node, followed)
             if not self._reaches_outside(load) or all(self._stays_inside(dot) for dot, _ in self.found[before:]):
                 return program
-            self._note(Refused("extra-columns", "the softmax has rows or columns that are no products", node))
+            told = "the softmax is over rows or columns beside the product's own, as of a second product"
+            self._note(Refused("extra-columns", told, node))
         except CannotLift as error:
             self._note(blocked(self.lifter.region, error.node or node, error.reason))
         except _NoIndexForm:

@@ -37,11 +37,6 @@ _CURVED = frozenset({
 })  # fmt: skip
 
 
-# Sums that may be a product with values, where probabilities or the like are behind; and that may be scores.
-_OF_WEIGHTS = (Sum.PAIRS, Sum.SINGLE, Sum.AVERAGE)
-_OF_FEATURES = (Sum.PAIRS, Sum.SINGLE, Sum.ALIGNED)
-
-
 def is_contraction(node: fx.Node) -> bool:
     """A product of activations, by any of its names."""
     return name_of(node) in _CONTRACTIONS and not is_weighted(node)
@@ -114,10 +109,10 @@ def upstream(graph: Graph) -> Upstream:
         weighted = name in WEIGHTED and is_weighted(node)
         seeds = _union(normalisers, inputs)
         contracts = name in _CONTRACTIONS and not weighted
-        summed = Sum.PAIRS if contracts else sum_of(node)
-        weighs = seeds or _union(curved, inputs)
-        if name in WHOLE or summed in (_OF_WEIGHTS if weighs else _OF_FEATURES):
-            if summed is not Sum.ALIGNED:
+        summed = Sum.BROADCAST if contracts or name in WHOLE else sum_of(node)
+        # Of two tensors of one shape a sum may be scores, whose query was repeated, but no product with values.
+        if summed is Sum.BROADCAST or (summed is Sum.ALIGNED and not seeds and not _union(curved, inputs)):
+            if summed is Sum.BROADCAST:
                 starts.append(node)
             products[node] = node
             if seeds or name in WHOLE:

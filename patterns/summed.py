@@ -19,7 +19,7 @@ from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.graph import shape, tensor, to_sympy
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import open_up
+from flashfuse.patterns.opened import open_up
 from flashfuse.patterns.operand import exactly_promotes
 
 _SUMS = frozenset({"sum", "mean", "norm", "linalg_norm", "linalg_vector_norm"})
@@ -28,7 +28,7 @@ _DIFFERENCES = frozenset({"sub", "__sub__", "__rsub__", "subtract"})
 # Sum along an axis of the tensors that they are given.
 _BOTH = frozenset({"vecdot", "linalg_vecdot", "cosine_similarity"})
 # Functions of every pair of rows.
-PAIRWISE = frozenset({"cdist"})
+_PAIRWISE = frozenset({"cdist"})
 # What may stand between the two tensors and the sum.
 _BETWEEN = _PRODUCTS | {
     "mul_", "imul", "truediv", "div", "__truediv__", "div_", "neg", "pow", "__pow__", "pow_", "square", "abs", "float",
@@ -37,43 +37,38 @@ _BETWEEN = _PRODUCTS | {
 
 
 class Sum(enum.Enum):
-    """Which elements of two tensors a node brings together and sums along an axis, as in a product of them.
+    """Which elements of two tensors a node brings together and sums along an axis, as a product of them does.
 
-    PAIRS: every row of one with every row of the other. SINGLE: one row with all of the other's. ALIGNED: each row with
-    its own, which may be one repeated row. AVERAGE: one number for each row with all numbers of the row.
+    BROADCAST: one of them at least has each of its elements meet several of the other. ALIGNED: each meets its own, in
+    rows along the last axis, which may be one repeated row.
     """
 
     NONE = enum.auto()
-    PAIRS = enum.auto()
-    SINGLE = enum.auto()
     ALIGNED = enum.auto()
-    AVERAGE = enum.auto()
+    BROADCAST = enum.auto()
 
 
 def sum_of(node: fx.Node) -> Sum:
     """What a node sums of two tensors that are multiplied, or of whose every pair of rows it takes a distance."""
     name = name_of(node)
-    if name in PAIRWISE:
-        return Sum.PAIRS
+    if name in _PAIRWISE:
+        return Sum.BROADCAST
     source = node if name in _BOTH else node.args[0] if name in _SUMS and node.args else None
     while isinstance(source, fx.Node):
         product, difference = name_of(source) in _PRODUCTS or source is node, name_of(source) in _DIFFERENCES
         found = _pair(source.args[:2]) if product or difference else None
         if found is not None:
-            kind = _kind(node, *found)
-            return kind if product or kind is Sum.PAIRS else Sum.NONE
+            return _kind(node, *found, product)
         source = source.args[0] if name_of(source) in _BETWEEN and source.args else None
     return Sum.NONE
 
 
-def _kind(node: fx.Node, left: Sequence[sympy.Expr], right: Sequence[sympy.Expr]) -> Sum:
+def _kind(node: fx.Node, left: Sequence[sympy.Expr], right: Sequence[sympy.Expr], product: bool) -> Sum:
     broadcast = [any(a == 1 != b for a, b in zip(*sides, strict=True)) for sides in ((left, right), (right, left))]
-    if all(broadcast):
-        return Sum.PAIRS
+    if all(broadcast) or (product and any(broadcast)):
+        return Sum.BROADCAST
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
-    if dims not in (-1, len(left) - 1, [-1], (-1,), [len(left) - 1], (len(left) - 1,)):
-        return Sum.AVERAGE if any(broadcast) else Sum.NONE
-    return Sum.SINGLE if any(broadcast) else Sum.ALIGNED
+    return Sum.ALIGNED if product and dims in (-1, [-1], (-1,)) and not any(broadcast) else Sum.NONE
 
 
 def _pair(args: Sequence[Any]) -> tuple[tuple[sympy.Expr, ...], tuple[sympy.Expr, ...]] | None:

@@ -16,15 +16,16 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Softmax
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax
 from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
-from flashfuse.patterns.blame import refuse_base, refuse_opaque
+from flashfuse.patterns.blame import refuse_normaliser, refuse_opaque
 from flashfuse.patterns.draw import DrawLoad, drawn
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import Normalised, as_softmax, opened_or_none
+from flashfuse.patterns.normaliser import Normalised, as_softmax
+from flashfuse.patterns.opened import opened_or_none
 from flashfuse.patterns.operand import exactly_promotes
-from flashfuse.patterns.refusal import Refused
+from flashfuse.patterns.refusal import Refused, mixed
 from flashfuse.patterns.shift import limited_by_number, same_value, without_shift
 
 
@@ -108,15 +109,28 @@ def _search(columns: Columns, expr: Expr, passed: fx.Node | None) -> tuple[Weigh
             return ()
     if isinstance(expr, Softmax):
         return (_at_columns(columns, Normalised(expr)),)
+    if isinstance(expr, Reduce):
+        return _summed(columns, expr, passed)
     if not isinstance(expr, Pointwise):
         return ()
     found = as_softmax(columns.lifter, expr)
     if found is not None:
         return (_at_columns(columns, found),)
-    refuse_base(columns.lifter, expr)
+    refuse_normaliser(columns.lifter, expr)
     if expr.op in ROUNDINGS:
         return _rounded(columns, expr, passed)
     return _RULES.get(expr.op, _other)(columns, expr, passed)
+
+
+def _summed(columns: Columns, expr: Reduce, passed: fx.Node | None) -> tuple[Weights, ...]:
+    """Refuse a sum or average of probabilities over another axis than their own, as over heads."""
+    try:
+        terms = find_weights(columns, expr.arg, passed)
+    except OtherAxis:
+        return ()
+    if terms and passed is not None:
+        raise mixed(passed, "probabilities", "before they meet the values")
+    return ()
 
 
 def _rounded(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:

@@ -1,0 +1,72 @@
+"""What the terms of a normaliser are e to the power of: exponentials to a base up to e, masked ones, probabilities."""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+import torch
+
+from flashfuse.kernels.expr import Const, Expr, Pointwise, Reduce, Softmax
+from flashfuse.kernels.normal import const, number, pointwise, substitute
+from flashfuse.patterns.lift import Lifter
+from flashfuse.patterns.opened import open_up, opened_or_none
+
+
+def as_exponential(expr: Expr) -> tuple[Expr, float] | None:
+    """(x, c) of exp(c x) for 0 < c <= 1, also to a smaller base than e; None for any other expression.
+
+    A factor above 1 would take the lowest number of a mask, which rows without a key share, to -inf.
+    """
+    match expr:
+        case Pointwise(op="exp", args=(x,)):
+            return x, 1.0
+        case Pointwise(op="exp2", args=(x,)):
+            return x, math.log(2.0)
+        case Pointwise(op="pow", args=(base, x)) if 1 < (number(base) or 0) <= math.e:
+            return x, math.log(number(base) or 0)
+    return None
+
+
+def masked_exponential(lifter: Lifter, expr: Expr, axis: sympy.Symbol) -> tuple[Expr, float] | None:
+    """`as_exponential` of a term that a mask makes 0, which is e to -inf, and of probabilities normalised once more.
+
+    The sum that a softmax has divided by is one for all of its axis, and so none of the quotient.
+    """
+    match expr:
+        case Softmax(arg=arg, axis=over, at=at) if at == axis:
+            return substitute(arg, {over: axis}), 1.0
+        case Pointwise(op="where", args=(kept, yes, no)):
+            choices = ((kept, yes, no), (pointwise("not", kept), no, yes))
+        case Pointwise(op="mul", args=(left, right)):
+            zero = const(0.0, expr.dtype)
+            choices = tuple((k, x, zero) for x, m in ((left, right), (right, left)) if (k := _kept_by(lifter, m)))
+        case _:
+            return as_exponential(expr)
+    for kept, x, other in choices:
+        if number(other) == 0 and (inner := masked_exponential(lifter, open_up(lifter, x), axis)) is not None:
+            score, rate = inner
+            return pointwise("where", kept, score, Const(score.dtype, -math.inf), dtype=score.dtype), rate
+    return None
+
+
+def _kept_by(lifter: Lifter, mask: Expr) -> Expr | None:
+    """The condition where a mask of ones and zeros is one; None for what may hold other numbers."""
+    if mask.dtype == torch.bool:
+        return mask
+    match opened_or_none(lifter, mask):
+        case Pointwise(op="where", args=(kept, yes, no)) if (number(yes), number(no)) in ((1, 0), (0, 1)):
+            return kept if number(yes) == 1 else pointwise("not", kept)
+    return None
+
+
+def is_normalised(lifter: Lifter, total: Reduce) -> bool:
+    """Whether what is summed are probabilities, masked perhaps."""
+    pending = [total.arg]
+    while pending:
+        top = opened_or_none(lifter, pending.pop())
+        if isinstance(top, Softmax):
+            return top.at == total.axis
+        if isinstance(top, Pointwise) and top.op in ("mul", "where"):
+            pending += top.args
+    return False
