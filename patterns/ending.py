@@ -71,10 +71,10 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
     if weights.empty_row == "zero" and not weights.sinks and has_largest_fill(score.program):
         raise Refused("probability-mask", "masked scores are +inf, and the NaN of their rows is set to zero")
     own_maximum = weights.subtracted in ("maximum", "logarithm") or weights.sinks
-    if weights.empty_row == "zero" and not own_maximum and may_vanish(score.program, j):
+    if weights.empty_row == "zero" and not own_maximum and (weights.masked or may_vanish(score.program, j)):
         raise Refused(
             "probability-mask",
-            "a row of large fills sums to 0 where its maximum is not subtracted, and the NaN that it gives is set to 0",
+            "a row may sum to 0 where its maximum is not subtracted, and the NaN that it gives is set to 0",
         )
     sink = combined(tuple(score.opener.read(_sink(lifter, s, score, leads)) for s in weights.sinks))
     factor: Expr | None = None

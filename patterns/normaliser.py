@@ -31,11 +31,13 @@ class Normalised:
 
     subtracted: what eager code takes from the scores before their exponentials: the row's own "maximum", after which no
     row's sum is 0; the "logarithm" of the sum, which large scores absorb; "nothing"; or something "else".
+    masked: whether terms were set to 0 that another maximum may be of, so that data decide whether a row's sum is 0.
     """
 
     softmax: Softmax
     sinks: tuple[Expr, ...] = ()
     subtracted: str = "maximum"
+    masked: bool = False
 
 
 def _scaled(x: Expr, rate: float) -> Expr:
@@ -115,7 +117,8 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
         if total is None:
             return None
         at = place(lifter, numerator, total.arg, total.axis)
-        exponent = masked_exponential(lifter, open_up(lifter, total.arg), total.axis)
+        exponential = open_up(lifter, total.arg)
+        exponent = masked_exponential(lifter, exponential, total.axis)
     except CannotLift:
         return None
     if at is None or exponent is None:
@@ -125,7 +128,8 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
     again = is_normalised(lifter, total)
     if further is None:
         softmax = Softmax(total.dtype, _scaled(score, rate), total.axis, at, total.extent)
-        return Normalised(softmax, subtracted="else" if again else _subtracted(lifter, shift, score, total.axis))
+        subtracted = "else" if again else _subtracted(lifter, shift, score, total.axis)
+        return Normalised(softmax, subtracted=subtracted, masked=as_exponential(exponential) is None)
     if again:
         return None
     sink = _relative_to(lifter, further, shift, rate)

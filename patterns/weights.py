@@ -36,7 +36,7 @@ class Weights:
     arg: the softmax's argument at column j; sinks: its arguments in columns that have no value.
     factors: what the probabilities are multiplied by. kept: conditions outside which they are replaced by 0.
     dropout: the random number that each is multiplied by.
-    empty_row: what a row of only -inf gives. subtracted: see `Normalised`.
+    empty_row: what a row of only -inf gives. subtracted, masked: see `Normalised`.
     """
 
     arg: Expr
@@ -46,6 +46,7 @@ class Weights:
     factors: tuple[Expr, ...] = ()
     kept: tuple[Expr, ...] = ()
     dropout: DrawLoad | None = None
+    masked: bool = False
 
     @property
     def largest(self) -> float:
@@ -252,13 +253,14 @@ def _at_columns(columns: Columns, found: Normalised) -> Weights:
     shiftless = without_shift(lifter, softmax.arg, softmax.axis, columns.leads) if removable else None
     arg = shiftless or softmax.arg
     subtracted = "else" if shiftless and found.subtracted == "nothing" else found.subtracted
+    masked = found.masked and subtracted == "else"
     if not (before.is_Integer and behind.is_Integer and before >= 0 and 0 <= behind <= _MOST_SINKS - before):
         raise Refused("extra-columns", "the softmax runs over more columns than there are keys")
     outside = [*map(sympy.Integer, range(int(before))), *(before + columns.extent + n for n in range(int(behind)))]
     sinks = tuple(substitute(arg, {softmax.axis: at}) for at in outside)
     empty_row = "zero" if sinks else softmax.empty_row
     at_j, sinks = substitute(arg, {softmax.axis: softmax.at}), (*sinks, *found.sinks)
-    return Weights(at_j, sinks, empty_row, subtracted)
+    return Weights(at_j, sinks, empty_row, subtracted, masked=masked)
 
 
 def combined(sinks: tuple[Expr, ...]) -> Expr | None:

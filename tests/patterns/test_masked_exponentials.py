@@ -83,3 +83,16 @@ def test_a_number_beside_a_sum_of_probabilities_is_refused() -> None:
     refusal = only_refusal(fn, *inputs())
     assert refusal.code == "row-dependent"
     assert "normalised again" in refusal.reason
+
+
+def test_cleared_where_data_decide_which_rows_vanish() -> None:
+    """The maximum may be of a key that the mask drops, beside which the others' exponentials are 0."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        return torch.nan_to_num(quotient(chosen(q, k, keep))) @ v
+
+    def chosen(q: Any, k: Any, keep: Any) -> Any:
+        s = q @ k.mT
+        return torch.exp(s - s.amax(-1, keepdim=True)) * keep
+
+    assert only_refusal(fn, *inputs()).code == "probability-mask"
