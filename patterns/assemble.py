@@ -25,7 +25,8 @@ from flashfuse.patterns.opened import open_up
 from flashfuse.patterns.operand import Reading, exactly_promotes, readings
 from flashfuse.patterns.output_order import output_order
 from flashfuse.patterns.refusal import Refused
-from flashfuse.patterns.score import Score, settled
+from flashfuse.patterns.score import Score
+from flashfuse.patterns.settled import settled
 from flashfuse.patterns.site import AttentionSite
 from flashfuse.patterns.stored import Side
 from flashfuse.patterns.table import Table

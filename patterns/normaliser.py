@@ -18,8 +18,8 @@ from flashfuse.patterns.shift import is_own_maximum, limited_by_number, same_ele
 POWERS = frozenset({"pow", "__pow__", "__rpow__", "float_power"})
 # Operators that a normaliser starts from, by their bare names; so do powers of a number.
 NORMALISERS = frozenset({
-    "softmax", "_softmax", "_safe_softmax", "_masked_softmax", "softmin", "log_softmax", "special_softmax", "exp",
-    "exp_", "exp2", "exp2_", "special_exp2", "logsumexp",
+    "softmax", "_softmax", "_safe_softmax", "_masked_softmax", "softmin", "log_softmax", "special_softmax",
+    "gumbel_softmax", "exp", "exp_", "exp2", "exp2_", "special_exp2", "logsumexp",
 })  # fmt: skip
 # Those of them that are no normaliser alone, beside powers of a number.
 PARTIAL = frozenset({"exp", "exp_", "exp2", "exp2_", "special_exp2", "logsumexp", *POWERS})

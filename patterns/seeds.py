@@ -64,7 +64,7 @@ class Upstream:
     make a product of activations non-linear, up to the next product. values: products with what was normalised, and
     the normalisers.
     A layer with weights ends all, except that it may mix raw scores (talking heads); a product with values is not one.
-    mixed: what lies behind a product and such a layer.
+    mixed: what lies behind a product and such a layer, and behind a product with values.
     """
 
     starts: tuple[fx.Node, ...]
@@ -123,7 +123,7 @@ def upstream(graph: Graph) -> Upstream:
         behind = next((products[n] for n in inputs if n in products), None)
         if behind is not None and not (weighted and behind in values):
             products[node] = behind
-            if weighted or any(n in mixed for n in inputs):
+            if weighted or behind in values or any(n in mixed for n in inputs):
                 mixed.add(node)
         if weighted:
             continue

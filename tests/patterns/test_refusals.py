@@ -154,6 +154,15 @@ def three_factors(q: Any, k: Any, v: Any) -> Any:
     return (q[..., None, :] * k[..., None, :, :] * v[0, 0, 0]).sum(-1).softmax(-1) @ v
 
 
+def added_features(q: Any, k: Any, v: Any) -> Any:
+    """Additive attention: a product would have to store features of every pair, which the sum does not."""
+    return (torch.tanh(q[..., None, :] + k[..., None, :, :]) * v[0, 0, 0]).sum(-1).softmax(-1) @ v
+
+
+def noisy(q: Any, k: Any, v: Any) -> Any:
+    return F.gumbel_softmax(scores(q, k), dim=-1) @ v
+
+
 def masked_values(q: Any, k: Any, v: Any) -> Any:
     return (scores(q, k).softmax(-1)[..., None] * v[..., None, :, :] * k[..., None, :, :]).sum(-2)
 
@@ -185,6 +194,8 @@ REFUSED = [
     (squared_differences, "no-product", "pow(2).sum"),
     (cosines, "no-product", "cosine_similarity"),
     (three_factors, "no-product", "sum(-1)"),
+    (added_features, "no-product", "sum(-1)"),
+    (noisy, "unknown-operator", "gumbel_softmax"),
     (masked_values, "value-product", "sum(-2)"),
     (output_projection, "value-product", "einsum"),
     (chain_of_products, "value-product", "multi_dot"),
@@ -294,6 +305,15 @@ def test_a_classifier_is_not_refused() -> None:
             return self.head(adjacency @ x).log_softmax(-1)
 
     assert not matched(Classifier(), torch.randn(S, D), torch.rand(S, S)).refusals
+
+
+def test_classes_of_an_average_are_not_refused() -> None:
+    def fn(x: Any, gate: Any) -> Any:
+        return (gate.softmax(1) * x).sum(1).softmax(-1)
+
+    result = matched(fn, torch.randn(B, S, D), torch.randn(B, S, 1))
+    assert not result.sites
+    assert not result.refusals
 
 
 @pytest.mark.parametrize("shape", [(0, H, S, D), (B, 0, S, D), (B, H, 0, D), (B, H, S, 0)], ids=str)
