@@ -87,10 +87,8 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     sites = [site for site in sites if site.node not in inside]
     left = [*unclaimed(graph, up, claimed)]
     left += [n for n, why in refused.items() if n not in claimed and why.node not in inside and _is_curve(up, n)]
-    # Alone these are no attention: an exponential, and what a layer makes of a product, as a classifier does.
-    told = (n for n in dict.fromkeys(left) if n in refused or not (name_of(n) in PARTIAL or n in up.mixed))
-    refusals = [_refusal(n, refused.get(n)) for n in told]
-    return MatchResult(tuple(sites), tuple(refusals))
+    reasons = ((n, refused.get(n) or _reason(up, n)) for n in dict.fromkeys(left))
+    return MatchResult(tuple(sites), tuple(_refusal(n, why) for n, why in reasons if why is not None))
 
 
 def _is_curve(up: Upstream, node: fx.Node) -> bool:
@@ -98,11 +96,18 @@ def _is_curve(up: Upstream, node: fx.Node) -> bool:
     return up.curved.get(node) == frozenset((node,)) and node not in up.normalisers
 
 
-def _refusal(seed: fx.Node, error: Refused | None) -> Refusal:
-    if error is None:
-        error = mixing_layer(seed) or Refused(
-            "no-value-product", "the probabilities are not multiplied with values in this graph"
-        )
+def _reason(up: Upstream, seed: fx.Node) -> Refused | None:
+    """Why a normaliser behind a product meets no values; None where it is no attention's.
+
+    So it is with an exponential alone, and with a softmax of what a layer makes of a product, as a classifier's.
+    """
+    if name_of(seed) in PARTIAL:
+        return None
+    alone = Refused("no-value-product", "the probabilities are not multiplied with values in this graph")
+    return mixing_layer(seed) or (None if seed in up.mixed else alone)
+
+
+def _refusal(seed: fx.Node, error: Refused) -> Refusal:
     node = error.node or seed
     return Refusal(node, error.code, error.reason, location(node))
 

@@ -307,6 +307,21 @@ def test_a_classifier_is_not_refused() -> None:
     assert not matched(Classifier(), torch.randn(S, D), torch.rand(S, S)).refusals
 
 
+def test_layers_that_mix_heads_on_both_sides() -> None:
+    """CaiT mixes scores by one layer and probabilities by another."""
+
+    class Talking(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = torch.nn.Linear(H, H), torch.nn.Linear(H, H)
+
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            mixed = self.before(scores(q, k).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return self.after(mixed.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+
+    assert only_refusal(Talking(), *qkv()).code == "head-mixing"
+
+
 def test_classes_of_an_average_are_not_refused() -> None:
     def fn(x: Any, gate: Any) -> Any:
         return (gate.softmax(1) * x).sum(1).softmax(-1)
