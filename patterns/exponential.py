@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import sympy
 import torch
@@ -28,6 +29,10 @@ def as_exponential(expr: Expr) -> tuple[Expr, float] | None:
     return None
 
 
+def scaled(x: Expr, rate: float) -> Expr:
+    return pointwise("mul", x, const(rate), dtype=x.dtype)
+
+
 def masked_exponential(lifter: Lifter, expr: Expr, axis: sympy.Symbol) -> tuple[Expr, float] | None:
     """`as_exponential` of a term that a mask makes 0, which is e to -inf, and of probabilities normalised once more.
 
@@ -36,18 +41,39 @@ def masked_exponential(lifter: Lifter, expr: Expr, axis: sympy.Symbol) -> tuple[
     match expr:
         case Softmax(arg=arg, axis=over, at=at) if at == axis:
             return substitute(arg, {over: axis}), 1.0
-        case Pointwise(op="where", args=(kept, yes, no)):
-            choices = ((kept, yes, no), (pointwise("not", kept), no, yes))
-        case Pointwise(op="mul", args=(left, right)):
-            zero = const(0.0, expr.dtype)
-            choices = tuple((k, x, zero) for x, m in ((left, right), (right, left)) if (k := _kept_by(lifter, m)))
-        case _:
-            return as_exponential(expr)
-    for kept, x, other in choices:
+        case Pointwise(op="where" | "mul"):
+            return _product(lifter, expr) or _zeroed(lifter, expr, axis)
+    return as_exponential(expr)
+
+
+def _product(lifter: Lifter, expr: Pointwise) -> tuple[Expr, float] | None:
+    """Of two exponentials."""
+    if expr.op != "mul":
+        return None
+    tops = [opened_or_none(lifter, a) for a in expr.args]
+    both = [scaled(*x) for top in tops if top is not None and (x := as_exponential(top)) is not None]
+    return (pointwise("add", *both), 1.0) if len(both) == 2 else None
+
+
+def _zeroed(lifter: Lifter, expr: Pointwise, axis: sympy.Symbol) -> tuple[Expr, float] | None:
+    """Of a term that is 0 where a mask says so."""
+    for kept, x, other in _choices(lifter, expr):
         if number(other) == 0 and (inner := masked_exponential(lifter, open_up(lifter, x), axis)) is not None:
             score, rate = inner
             return pointwise("where", kept, score, Const(score.dtype, -math.inf), dtype=score.dtype), rate
     return None
+
+
+def _choices(lifter: Lifter, expr: Pointwise) -> Iterator[tuple[Expr, Expr, Expr]]:
+    """A condition, what an expression is where it holds, and what elsewhere."""
+    if expr.op == "where":
+        kept, yes, no = expr.args
+        yield from ((kept, yes, no), (pointwise("not", kept), no, yes))
+        return
+    for x, mask in (expr.args, expr.args[::-1]):
+        condition = _kept_by(lifter, mask)
+        if condition is not None:
+            yield condition, x, const(0.0, expr.dtype)
 
 
 def _kept_by(lifter: Lifter, mask: Expr) -> Expr | None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import sympy
 
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols
-from flashfuse.kernels.normal import const, number, pointwise, substitute
-from flashfuse.patterns.exponential import as_exponential, is_normalised, masked_exponential
+from flashfuse.kernels.normal import number, substitute
+from flashfuse.patterns.exponential import as_exponential, is_normalised, masked_exponential, scaled
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.opened import open_up, opened_or_none
 from flashfuse.patterns.shift import is_own_maximum, limited_by_number, same_element, same_value
@@ -38,10 +38,6 @@ class Normalised:
     sinks: tuple[Expr, ...] = ()
     subtracted: str = "maximum"
     masked: bool = False
-
-
-def _scaled(x: Expr, rate: float) -> Expr:
-    return pointwise("mul", x, const(rate), dtype=x.dtype)
 
 
 def as_softmax(lifter: Lifter, expr: Expr) -> Normalised | None:
@@ -127,7 +123,7 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
     score, shift = _without_shift(lifter, whole, total.axis)
     again = is_normalised(lifter, total)
     if further is None:
-        softmax = Softmax(total.dtype, _scaled(score, rate), total.axis, at, total.extent)
+        softmax = Softmax(total.dtype, scaled(score, rate), total.axis, at, total.extent)
         subtracted = "else" if again else _subtracted(lifter, shift, score, total.axis)
         return Normalised(softmax, subtracted=subtracted, masked=as_exponential(exponential) is None)
     if again:
@@ -141,7 +137,7 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
     # exp(-inf - m) is 0 beside the further term, unless m is -inf as well.
     finite = shift is None or _has_lower_limit(lifter, shift)
     return Normalised(
-        Softmax(total.dtype, _scaled(score, rate), total.axis, at, total.extent, "zero" if finite else "nan"), (sink,)
+        Softmax(total.dtype, scaled(score, rate), total.axis, at, total.extent, "zero" if finite else "nan"), (sink,)
     )
 
 
@@ -186,13 +182,13 @@ def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None, rate: float) ->
     if exponential is None:
         return None
     if shift is None:
-        return _scaled(*exponential)
+        return scaled(*exponential)
     exponent = opened_or_none(lifter, exponential[0])
     match exponent:
         case Pointwise(op="neg", args=(m,)) if exponential[1] == rate and same_value(lifter, m, shift):
             return Const(exponent.dtype, 0.0)
         case Pointwise(op="sub", args=(score, m)) if exponential[1] == rate and same_value(lifter, m, shift):
-            return _scaled(score, rate)
+            return scaled(score, rate)
     return None
 
 

@@ -14,10 +14,11 @@ import sympy
 from torch import fx
 
 from flashfuse.kernels.expr import Const, Dot, Expr, Load, Pointwise, Reduce, free_symbols
-from flashfuse.kernels.normal import pointwise
+from flashfuse.kernels.normal import pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.graph import shape, tensor, to_sympy
+from flashfuse.patterns.indexing import divide
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.opened import open_up
 from flashfuse.patterns.operand import exactly_promotes
@@ -94,19 +95,38 @@ def as_product(lifter: Lifter, expr: Expr) -> Expr:
         return pointwise(expr.op, as_product(lifter, expr.args[0]), expr.args[1], dtype=expr.dtype)
     if not isinstance(expr, Reduce) or expr.kind != "sum" or not expr.dtype.is_floating_point:
         return expr
-    found = _two_factors(lifter, expr)
+    total = _over_one_axis(lifter, expr)
+    found = _two_factors(lifter, total)
     if found is None:
         return expr
     lhs, rhs, factors = found
-    result: Expr = Dot(expr.dtype, lhs, rhs, expr.axis, expr.extent)
+    result: Expr = Dot(expr.dtype, lhs, rhs, total.axis, total.extent)
     for factor in factors:
         result = pointwise("mul", result, factor, dtype=expr.dtype)
     return result
 
 
+def _over_one_axis(lifter: Lifter, total: Reduce) -> Reduce:
+    """A sum over several axes as one over all of their positions, in order."""
+    axes, arg = [(total.axis, total.extent)], total.arg
+    while isinstance(arg, Reduce) and arg.kind == "sum":
+        axes.append((arg.axis, arg.extent))
+        arg = arg.arg
+    if len(axes) == 1:
+        return total
+    extent = sympy.prod([extent for _, extent in axes])
+    whole = lifter.symbol("r", extent)
+    rest: sympy.Expr = whole
+    places: dict[sympy.Symbol, sympy.Expr] = {}
+    for axis, size in reversed(axes):
+        rest, places[axis] = divide(rest, size, lifter.ranges)
+    return Reduce(total.dtype, "sum", lifter.divided_again(substitute(arg, places)), whole, extent)
+
+
 def _two_factors(lifter: Lifter, total: Reduce) -> tuple[Expr, Expr, tuple[Expr, ...]] | None:
     """The two factors of a sum's terms that differ along its axis, and those that do not; None where there are more."""
-    expr, factors = total.arg, []
+    expr = total.arg
+    factors: list[Expr] = []
     while True:
         try:
             top = open_up(lifter, expr)

@@ -125,7 +125,7 @@ def trace(graph: Graph, node: fx.Node) -> Trace:
     """Run the node once on its inputs' fake tensors and record its ATen calls. Raises CannotTrace."""
     target, told = node.target, dict(node.kwargs)
     if is_border(node):
-        raise CannotTrace("a torch.func transform begins or ends here")
+        raise CannotTrace("is where a torch.func transform begins or ends")
     written = mutated_inputs(node)
     if written and written == (told.get("out"),):
         del told["out"]

@@ -62,6 +62,11 @@ def averaged(q: Any, k: Any, v: Any) -> Any:
     return pairs(q, k).mean(-1).softmax(-1) @ v
 
 
+def over_two_axes(q: Any, k: Any, v: Any) -> Any:
+    q, k = q.unflatten(-1, (2, 4)), k.unflatten(-1, (2, 4))
+    return (q[:, :, None] * k[:, None]).sum((-1, -2)).softmax(-1) @ v
+
+
 def vecdot(q: Any, k: Any, v: Any) -> Any:
     return torch.linalg.vecdot(q[:, :, None], k[:, None]).softmax(-1) @ v
 
@@ -85,6 +90,7 @@ def pooled_by_a_copied_query(q: Any, k: Any, v: Any) -> Any:
 
 SUMMED = {
     summed_scores: "qk", summed_values: "qk", scaled_within: "(qk * 0.125)", averaged: "(qk * 0.125)", vecdot: "qk",
+    over_two_axes: "qk",
     summed_gates: "sigmoid(qk)", pooled: "qk", pooled_by_a_repeated_query: "qk", pooled_by_a_copied_query: "qk",
 }  # fmt: skip
 

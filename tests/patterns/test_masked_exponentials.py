@@ -36,6 +36,10 @@ def chosen_behind_the_maximum(q: Any, k: Any, v: Any, keep: Any) -> Any:
     return quotient(torch.where(keep, torch.exp(s - s.amax(-1, keepdim=True)), 0.0)) @ v
 
 
+def times_another(q: Any, k: Any, v: Any, keep: Any) -> Any:
+    return quotient(torch.exp(q @ k.mT) * torch.exp(v[..., 0][:, None])) @ v
+
+
 def renormalised(q: Any, k: Any, v: Any, keep: Any) -> Any:
     return quotient((q @ k.mT).softmax(-1) * keep) @ v
 
@@ -45,6 +49,7 @@ def normalised_twice(q: Any, k: Any, v: Any, keep: Any) -> Any:
 
 
 FORMS = {
+    times_another: "(qk + t0[n0, kv_idx, 0])",
     normalised_twice: "where(t0[n0, 0, kv_idx], -1000000000.0, qk)",
     multiplied: "where((~t0[n0, 0, kv_idx]), -inf, qk)",
     filled: "where(t0[n0, 0, kv_idx], -inf, qk)",
