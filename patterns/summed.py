@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from flashfuse.kernels.expr import Const, Dot, Expr, Load, Pointwise, Reduce, free_symbols
@@ -23,18 +24,17 @@ from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.opened import open_up
 from flashfuse.patterns.operand import exactly_promotes
 
-_SUMS = frozenset({"sum", "mean", "norm", "linalg_norm", "linalg_vector_norm"})
+_SUMS = frozenset({"sum", "mean"})
+_NORMS = frozenset({"norm", "linalg_norm", "linalg_vector_norm"})
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
 _DIFFERENCES = frozenset({"sub", "__sub__", "__rsub__", "subtract"})
 # Sum along an axis of the tensors that they are given.
 _BOTH = frozenset({"vecdot", "linalg_vecdot", "cosine_similarity"})
 # Functions of every pair of rows.
 _PAIRWISE = frozenset({"cdist"})
-# What may stand between the two tensors and the sum.
-_BETWEEN = _PRODUCTS | {
-    "mul_", "imul", "truediv", "div", "__truediv__", "div_", "neg", "pow", "__pow__", "pow_", "square", "abs", "float",
-    "to",
-}  # fmt: skip
+# What may stand between two tensors and the sum, and what makes a distance of their difference there.
+_SCALES = _PRODUCTS | {"mul_", "imul", "truediv", "div", "__truediv__", "div_", "neg", "float", "to"}
+_BENDS = frozenset({"pow", "__pow__", "pow_", "square", "abs"})
 
 
 class Sum(enum.Enum):
@@ -54,13 +54,15 @@ def sum_of(node: fx.Node) -> Sum:
     name = name_of(node)
     if name in _PAIRWISE:
         return Sum.BROADCAST
-    source = node if name in _BOTH else node.args[0] if name in _SUMS and node.args else None
+    source = node if name in _BOTH else node.args[0] if name in _SUMS | _NORMS and node.args else None
+    linear = name not in _NORMS
     while isinstance(source, fx.Node):
         product, difference = name_of(source) in _PRODUCTS or source is node, name_of(source) in _DIFFERENCES
-        found = _pair(source.args[:2]) if product or difference else None
+        found = _pair(source.args[:2]) if difference or (product and linear) else None
         if found is not None:
             return _kind(node, *found, product)
-        source = source.args[0] if name_of(source) in _BETWEEN and source.args else None
+        linear &= name_of(source) not in _BENDS
+        source = source.args[0] if name_of(source) in _SCALES | _BENDS and source.args else None
     return Sum.NONE
 
 
@@ -74,19 +76,15 @@ def _kind(node: fx.Node, left: Sequence[sympy.Expr], right: Sequence[sympy.Expr]
 
 def _pair(args: Sequence[Any]) -> tuple[tuple[sympy.Expr, ...], tuple[sympy.Expr, ...]] | None:
     """The sizes of two tensors, as many of each; an expanded dimension has size 1. None for other arguments."""
-    tensors = [t for a in args if isinstance(a, fx.Node) and (t := tensor(a)) is not None and t.is_floating_point()]
-    if len(tensors) != 2 or args[0] is args[1]:
+    tensors = [t for a in args if isinstance(a, fx.Node) and (t := tensor(a)) is not None]
+    dense = all(t.layout == torch.strided and not t.is_nested and t.is_floating_point() for t in tensors)
+    if len(tensors) != 2 or not dense or args[0] is args[1]:
         return None
     one = sympy.Integer(1)
     sizes = [[one if to_sympy(s) == 0 else n for n, s in zip(shape(t), t.stride(), strict=True)] for t in tensors]
     rank = max(map(len, sizes))
     left, right = ((*[one] * (rank - len(s)), *s) for s in sizes)
     return left, right
-
-
-def _is_along_last(node: fx.Node, rank: int) -> bool:
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
-    return dims in (-1, rank - 1, [-1], (-1,), [rank - 1], (rank - 1,))
 
 
 def as_product(lifter: Lifter, expr: Expr) -> Expr:
