@@ -58,7 +58,9 @@ def _product(lifter: Lifter, expr: Pointwise) -> tuple[Expr, float] | None:
 def _zeroed(lifter: Lifter, expr: Pointwise, axis: sympy.Symbol) -> tuple[Expr, float] | None:
     """Of a term that is 0 where a mask says so."""
     for kept, x, other in _choices(lifter, expr):
-        if number(other) == 0 and (inner := masked_exponential(lifter, open_up(lifter, x), axis)) is not None:
+        zero = opened_or_none(lifter, other)
+        inner = masked_exponential(lifter, open_up(lifter, x), axis) if zero and number(zero) == 0 else None
+        if inner is not None:
             score, rate = inner
             return pointwise("where", kept, score, Const(score.dtype, -math.inf), dtype=score.dtype), rate
     return None

@@ -33,7 +33,7 @@ def filled(q: Any, k: Any, v: Any, keep: Any) -> Any:
 
 def chosen_behind_the_maximum(q: Any, k: Any, v: Any, keep: Any) -> Any:
     s = q @ k.mT
-    return quotient(torch.where(keep, torch.exp(s - s.amax(-1, keepdim=True)), 0.0)) @ v
+    return quotient(torch.where(keep, torch.exp(s - s.amax(-1, keepdim=True)), torch.zeros(()))) @ v
 
 
 def times_another(q: Any, k: Any, v: Any, keep: Any) -> Any:
