@@ -58,8 +58,7 @@ def _product(lifter: Lifter, expr: Pointwise) -> tuple[Expr, float] | None:
 def _zeroed(lifter: Lifter, expr: Pointwise, axis: sympy.Symbol) -> tuple[Expr, float] | None:
     """Of a term that is 0 where a mask says so."""
     for kept, x, other in _choices(lifter, expr):
-        zero = opened_or_none(lifter, other)
-        inner = masked_exponential(lifter, open_up(lifter, x), axis) if zero and number(zero) == 0 else None
+        inner = masked_exponential(lifter, open_up(lifter, x), axis) if _number(lifter, other) == 0 else None
         if inner is not None:
             score, rate = inner
             return pointwise("where", kept, score, Const(score.dtype, -math.inf), dtype=score.dtype), rate
@@ -83,9 +82,17 @@ def _kept_by(lifter: Lifter, mask: Expr) -> Expr | None:
     if mask.dtype == torch.bool:
         return mask
     match opened_or_none(lifter, mask):
-        case Pointwise(op="where", args=(kept, yes, no)) if (number(yes), number(no)) in ((1, 0), (0, 1)):
-            return kept if number(yes) == 1 else pointwise("not", kept)
+        case Pointwise(op="where", args=(kept, yes, no)):
+            numbers = _number(lifter, yes), _number(lifter, no)
+            if numbers in ((1, 0), (0, 1)):
+                return kept if numbers[0] == 1 else pointwise("not", kept)
     return None
+
+
+def _number(lifter: Lifter, expr: Expr) -> float | int | None:
+    """The number that every element of a tensor is."""
+    top = opened_or_none(lifter, expr)
+    return None if top is None else number(top)
 
 
 def is_normalised(lifter: Lifter, total: Reduce) -> bool:

@@ -27,6 +27,11 @@ def multiplied(q: Any, k: Any, v: Any, keep: Any) -> Any:
     return quotient(torch.exp(q @ k.mT) * keep.float()) @ v
 
 
+def multiplied_by_a_triangle(q: Any, k: Any, v: Any, keep: Any) -> Any:
+    mask = torch.tril(torch.ones(S, T), 3)
+    return quotient(torch.exp(q @ k.mT) * mask) @ v
+
+
 def filled(q: Any, k: Any, v: Any, keep: Any) -> Any:
     return quotient(torch.exp(q @ k.mT).masked_fill(~keep, 0.0)) @ v
 
@@ -52,6 +57,7 @@ FORMS = {
     times_another: "(qk + t0[n0, kv_idx, 0])",
     normalised_twice: "where(t0[n0, 0, kv_idx], -1000000000.0, qk)",
     multiplied: "where((~t0[n0, 0, kv_idx]), -inf, qk)",
+    multiplied_by_a_triangle: "where((kv_idx > (3 + q_idx)), -inf, qk)",
     filled: "where(t0[n0, 0, kv_idx], -inf, qk)",
     chosen_behind_the_maximum: "where(t0[n0, 0, kv_idx], qk, -inf)",
     renormalised: "where(t0[n0, 0, kv_idx], qk, -inf)",
