@@ -22,11 +22,12 @@ from flashfuse.patterns.layout import Layout, Option
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.naming import named
 from flashfuse.patterns.narrow import masks_of, with_narrow_sums
-from flashfuse.patterns.normaliser import open_up
+from flashfuse.patterns.opened import open_up
 from flashfuse.patterns.operand import Reading, exactly_promotes, readings
 from flashfuse.patterns.output_order import output_order
 from flashfuse.patterns.refusal import Refused
-from flashfuse.patterns.score import Score, settled
+from flashfuse.patterns.score import Score
+from flashfuse.patterns.settled import settled
 from flashfuse.patterns.site import AttentionSite
 from flashfuse.patterns.stored import Side
 from flashfuse.patterns.table import Table

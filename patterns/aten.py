@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import sympy
 import torch
 
-from flashfuse.kernels.expr import Const, Dot, Expr, Index, Reduce, Softmax
+from flashfuse.kernels.expr import Const, Dot, Expr, Index, Load, Reduce, Softmax
 from flashfuse.kernels.normal import cast, const, converted, index, number, pointwise, stored
 from flashfuse.kernels.operators import OPS
 from flashfuse.patterns.graph import shape, to_sympy
@@ -86,7 +87,7 @@ _POINTWISE: dict[Any, str] = {
     aten.atan.default: "atan", aten.asinh.default: "asinh",
     aten.sqrt.default: "sqrt", aten.rsqrt.default: "rsqrt",
     aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid", aten.erf.default: "erf",
-    aten.sin.default: "sin", aten.cos.default: "cos", aten.pow.Tensor_Scalar: "pow", aten.pow.Tensor_Tensor: "pow",
+    aten.sin.default: "sin", aten.cos.default: "cos", aten.pow.Tensor_Scalar: "pow",
     aten.maximum.default: "maximum", aten.clamp_min.default: "max",
     aten.minimum.default: "minimum", aten.clamp_max.default: "min",
     aten.lt.Tensor: "lt", aten.lt.Scalar: "lt", aten.le.Tensor: "le", aten.le.Scalar: "le",
@@ -177,10 +178,15 @@ def _reciprocal(view: NodeView, call: AtenCall, position: Indices, _: int) -> Ex
     return pointwise("div", const(1.0), view.element(call.args[0], position), dtype=call.output.dtype)
 
 
-@row(aten.pow.Scalar)
-def _power_of_a_number(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+@row(aten.pow.Scalar, aten.pow.Tensor_Tensor)
+def _power(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     base, exponent = (view.element(a, position) for a in call.args)
     dtype = call.output.dtype
+    # A tensor of one number that the code itself made, as `torch.tensor(2.0)`.
+    if isinstance(base, Load) and not base.indices:
+        with contextlib.suppress(CannotLift):
+            made = view.lifter.expand(base)
+            base = base if number(made) is None else made
     return pointwise(*(("exp2",) if number(base) == 2 else ("pow", base)), exponent, dtype=dtype)
 
 
@@ -247,6 +253,15 @@ def _reduce(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     )
 
 
+@row(aten.mean.dim)
+def _mean(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
+    dims, keepdim, dtype = argument(call, 1, "dim"), argument(call, 2, "keepdim", False), call.output.dtype
+    total = reduced(view, call, position, dims, keepdim, "sum", call.args[0])
+    if not isinstance(total, Reduce) or isinstance(total.arg, Reduce):
+        raise CannotLift(view.node, "is an average over no dimension or over several")
+    return pointwise("div", total, index(total.extent), dtype=dtype)
+
+
 @row(aten.max.default)
 def _largest(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     return reduced(view, call, position, None, False, "max", call.args[0])
@@ -264,7 +279,7 @@ def _softmax(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     x, dtype = call.args[0], call.output.dtype
     dim, extent = call.args[1] % len(x.shape), shape(x)[call.args[1] % len(x.shape)]
     if extent == 1:
-        raise CannotLift(view.node, "is a softmax over a single element")
+        raise CannotLift(view.node, "is over a single element, and so is 1")
     j = view.symbol(extent)
     empty_row = "zero" if call.func is aten._safe_softmax.default else "nan"
     score = cast(view.element(x, replaced(position, dim, j)), dtype)

@@ -102,13 +102,19 @@ def _product(view: NodeView, position: Indices) -> Expr | None:
     if node.kwargs or len(node.args) != 2 or autocasts(view.lifter.graph, node):
         return None
     a, b = (_plain(given, out.dtype) for given in node.args)
-    if a is None or b is None or min(a.dim(), b.dim()) < 2 or shape(a)[-1] == 1:
+    if a is None or b is None or min(a.dim(), b.dim()) < 1 or shape(a)[-1] == 1:
         return None
     left, right = (given for given in node.args if isinstance(given, fx.Node))
     extent = shape(a)[-1]
     r = view.symbol(extent)
-    *batch, i, j = position
-    return Dot(out.dtype, view.input(left, (*batch, i, r)), view.input(right, (*batch, r, j)), r, extent)
+    # A vector has no row and no column in the result.
+    columns = position[-1:] if b.dim() > 1 else ()
+    rest = position[: len(position) - len(columns)]
+    rows = rest[-1:] if a.dim() > 1 else ()
+    batch = rest[: len(rest) - len(rows)]
+    lhs = (*batch, *rows, r) if a.dim() > 1 else (r,)
+    rhs = (*batch, r, *columns) if b.dim() > 1 else (r,)
+    return Dot(out.dtype, view.input(left, lhs), view.input(right, rhs), r, extent)
 
 
 @_direct(operator.getitem)

@@ -33,7 +33,8 @@ from flashfuse.patterns.calls import label_of
 from flashfuse.patterns.draw import DrawLoad
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import opened_or_none, place
+from flashfuse.patterns.normaliser import place
+from flashfuse.patterns.opened import opened_or_none
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.score import Score
 from flashfuse.patterns.vanishing import finite_numbers, is_biased, may_vanish, spoils_rows
@@ -70,10 +71,10 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
     if (weights.cleared or (weights.empty_row == "zero" and not weights.sinks)) and spoils_rows(score.program):
         raise Refused("probability-mask", "masked scores are +inf or NaN, and the NaN of their rows is set to zero")
     own_maximum = weights.subtracted in ("maximum", "logarithm") or weights.sinks
-    if weights.empty_row == "zero" and not own_maximum and may_vanish(score.program, j):
+    if weights.empty_row == "zero" and not own_maximum and (weights.masked or may_vanish(score.program, j)):
         raise Refused(
             "probability-mask",
-            "a row of large fills sums to 0 where its maximum is not subtracted, and the NaN that it gives is set to 0",
+            "a row may sum to 0 where its maximum is not subtracted, and the NaN that it gives is set to 0",
         )
     sink = combined(tuple(score.opener.read(_sink(lifter, s, score, leads)) for s in weights.sinks))
     factor: Expr | None = None

@@ -6,13 +6,17 @@ what a fused kernel returns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import sympy
 
 from flashfuse.kernels.expr import Dot, Expr, Pointwise, Reduce
 from flashfuse.kernels.normal import number
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import as_logsumexp, open_up
+from flashfuse.patterns.normaliser import as_logsumexp, place
+from flashfuse.patterns.opened import open_up
+from flashfuse.patterns.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,11 @@ def _open(lifter: Lifter, expr: Expr) -> Expr:
 
 def _without_rounding(expr: Expr) -> Expr:
     return expr.args[0] if isinstance(expr, Pointwise) and expr.op in ROUNDINGS else expr
+
+
+def with_gate(lifter: Lifter, terms: tuple[Weights, ...], gated: Gated, j: sympy.Symbol) -> tuple[Weights, ...]:
+    """The weights with the sink of a gate; none where its log-sum-exp is another row's or another softmax's."""
+    if len(terms) > 1 or terms[0].sinks:
+        return ()
+    same_scores = place(lifter, terms[0].arg, gated.total.arg, gated.total.axis) == j
+    return (replace(terms[0], sinks=(gated.sink,)),) if same_scores else ()

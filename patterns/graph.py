@@ -102,6 +102,10 @@ _LINEAR = {"linear": (1, "weight"), "addmm": (2, "mat2")}
 WEIGHTED = _LAYERS | _LINEAR.keys()
 
 
+# Take a part of their first argument, which others may choose.
+_CHOICES = frozenset({"getitem", "__getitem__", "index_select"})
+
+
 def is_weighted(node: fx.Node) -> bool:
     """Whether the node applies a layer's weights; `F.linear` of two activations is a product like any other."""
     name = name_of(node)
@@ -194,10 +198,11 @@ class Graph:
         return live
 
     def _made_of_parameters(self) -> frozenset[fx.Node]:
-        """The nodes whose values are made from parameters alone."""
+        """The nodes whose values are made from parameters alone, perhaps chosen by data as those of a routed expert."""
         made: set[fx.Node] = set()
         for node, inputs in self.inputs.items():
-            if made.issuperset(inputs) if inputs else isinstance(raw_value(node), torch.nn.Parameter):
+            chosen = name_of(node) in _CHOICES and node.args[:1] and node.args[0] in made
+            if chosen or (made.issuperset(inputs) if inputs else isinstance(raw_value(node), torch.nn.Parameter)):
                 made.add(node)
         return frozenset(made)
 

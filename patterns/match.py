@@ -24,24 +24,25 @@ import flashfuse.patterns.direct
 import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa
 import flashfuse.patterns.writes  # noqa: F401
-from flashfuse.kernels.expr import Dot, Expr, Softmax, free_symbols, loads, walk
+from flashfuse.kernels.expr import Dot, Expr, Reduce, free_symbols, loads, walk
 from flashfuse.patterns.assemble import assemble
+from flashfuse.patterns.blame import check_transforms, refuse_single_key, wrong_axis
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
 from flashfuse.patterns.dropout import before_dropout, check_draws
 from flashfuse.patterns.ending import Ending, ending, is_linear
-from flashfuse.patterns.gate import Gated, as_gated
-from flashfuse.patterns.graph import Graph, location, raw_value, shape, tensor, wants_gradient
+from flashfuse.patterns.gate import Gated, as_gated, with_gate
+from flashfuse.patterns.graph import Graph, location, shape, tensor, wants_gradient
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import PARTIAL, place
-from flashfuse.patterns.refusal import Refused, mixing_layer, read_as_whole
+from flashfuse.patterns.normaliser import PARTIAL
+from flashfuse.patterns.refusal import Refused, mixing_layer, no_value_product, read_as_whole
 from flashfuse.patterns.replay import Analyses
 from flashfuse.patterns.score import Score, as_scores, find_products, find_score
 from flashfuse.patterns.seeds import WHOLE, Upstream, is_contraction, unclaimed, upstream
 from flashfuse.patterns.sharing import Sharing
 from flashfuse.patterns.site import AttentionSite, Refusal, outermost
-from flashfuse.patterns.transforms import gradient_levels, is_wrapped
+from flashfuse.patterns.summed import as_product
 from flashfuse.patterns.vanishing import with_infinite_fills
 from flashfuse.patterns.weights import Columns, OtherAxis, Weights, find_weights
 
@@ -60,34 +61,37 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     up = upstream(graph)
     analyses = Analyses(graph, up.products, lambda lifter, node: _match(lifter, node, up.products.keys()))
     sites: list[AttentionSite] = []
-    refused: dict[fx.Node, Refused] = {}
-    tried: dict[fx.Node, fx.Node] = {}
+    # Why, and which start was tried.
+    refused: dict[fx.Node, tuple[Refused, fx.Node]] = {}
+    beside: dict[fx.Node, tuple[Refused, fx.Node]] = {}
     claimed: set[fx.Node] = set()
     for node in up.starts:
         seeds = up.seeds(node)
         # An output that was taken already is not rescaled by anything that belongs to its attention.
-        taken = seeds <= claimed if is_contraction(node) else bool(seeds & claimed)
+        taken = seeds <= claimed if up.products.get(node) is node else bool(seeds & claimed)
         if node not in graph.live or not seeds or taken:
             continue
         try:
             site = analyses.site(node, history=wants_gradient(node))
         except Refused as error:
+            # A sum may be the normaliser of another start, whose reason is the better one.
+            is_sum = up.products.get(node) is node and not is_contraction(node)
             for seed in seeds:
-                refused.setdefault(seed, error)
-                tried.setdefault(seed, node)
+                (beside if is_sum else refused).setdefault(seed, (error, node))
             continue
         if site is not None:
             sites.append(site)
             # What other scores are made of too, as the curve of a temperature, is not taken.
             claimed.update(seeds & {node, *site.chain})
+    refused = beside | refused
     sites, inside = outermost(sites)
     sharing = Sharing(graph, analyses.facts)
     sites = [sharing.site(site) for site in sorted(sites, key=lambda site: graph.position[site.node])]
     left = [*unclaimed(graph, up, claimed)]
-    apart = (n for n, why in refused.items() if n not in claimed and not {why.node, tried[n]} & inside)
+    apart = (n for n, (why, tried) in refused.items() if n not in claimed and not {why.node, tried} & inside)
     left += [n for n in apart if _is_curve(up, n)]
-    refusals = [_refusal(n, refused.get(n)) for n in dict.fromkeys(left) if name_of(n) not in PARTIAL or n in refused]
-    return MatchResult(tuple(sites), tuple(refusals))
+    reasons = ((n, refused[n][0] if n in refused else _reason(up, n)) for n in dict.fromkeys(left))
+    return MatchResult(tuple(sites), tuple(_refusal(n, why) for n, why in reasons if why is not None))
 
 
 def _is_curve(up: Upstream, node: fx.Node) -> bool:
@@ -96,11 +100,18 @@ def _is_curve(up: Upstream, node: fx.Node) -> bool:
     return up.curved.get(node) == frozenset((node,)) and not normalised
 
 
-def _refusal(seed: fx.Node, error: Refused | None) -> Refusal:
-    if error is None:
-        error = mixing_layer(seed) or Refused(
-            "no-value-product", "the probabilities are not multiplied with values in this graph"
-        )
+def _reason(up: Upstream, seed: fx.Node) -> Refused | None:
+    """Why a normaliser behind a product meets no values; None where it is no attention's.
+
+    So it is with an exponential alone, and with a softmax of what a layer makes of a product, as a classifier's.
+    """
+    if name_of(seed) in PARTIAL:
+        return None
+    alone = Refused("no-value-product", "the probabilities are not multiplied with values in this graph")
+    return mixing_layer(seed) or (None if seed in up.mixed else alone)
+
+
+def _refusal(seed: fx.Node, error: Refused) -> Refusal:
     node = error.node or seed
     return Refusal(node, error.code, error.reason, location(node))
 
@@ -113,7 +124,7 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
     out = tensor(node)
     if out is None:
         return None
-    _check_transforms(lifter.graph, node)
+    check_transforms(lifter.graph, node)
     if free_unbacked_symbols([tensor(n) for n in (node, *node.all_input_nodes)]):
         raise Refused("data-dependent-shape", "a length depends on data, so it is not known even as a symbol", node)
     if any(0 in shape(t) for n in (node, *node.all_input_nodes) if (t := tensor(n)) is not None):
@@ -127,6 +138,10 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
     gated = as_gated(lifter, expr)
     if gated is not None:
         return _terms(lifter, node, position, gated.product, leads, gated)
+    if isinstance(expr, Reduce) and node in leads:
+        expr = as_product(lifter, expr)
+        if isinstance(expr, Reduce):
+            raise no_value_product(node)
     if not isinstance(expr, Dot) and not is_contraction(node) and not whole:
         return None
     if isinstance(expr, Dot):
@@ -135,16 +150,6 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
     if not any(_terms(lifter, node, position, dot, leads) for dot in walk(expr) if isinstance(dot, Dot)):
         return None
     raise Refused("value-product", "the product with the values is combined with something else in one operator", node)
-
-
-def _check_transforms(graph: Graph, node: fx.Node) -> None:
-    """Refuse what a `torch.func` transform asks of the output, and the operator does not give."""
-    if graph.forward_mode:
-        raise Refused("transform", "a forward-mode derivative is taken here, and the operator has none", node)
-    if not is_wrapped(raw_value(node)):
-        return
-    if gradient_levels(raw_value(node)) > 1:
-        raise Refused("transform", "a gradient of a gradient is wanted, and the operator has none", node)
 
 
 def _terms(
@@ -156,18 +161,20 @@ def _terms(
     gated: Gated | None = None,
 ) -> AttentionSite | None:
     """The attention with these values, which may be a sum of several. Raises Refused."""
+    if product.extent == 1:
+        refuse_single_key(lifter, node)
     problems: list[Refused] = []
     for probs_side, value_side in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
         columns = Columns(lifter, product.axis, product.extent, product.dtype, leads)
         try:
             terms = find_weights(columns, probs_side)
             if gated is not None and terms:
-                terms = _with_gate(lifter, terms, gated, product.axis)
+                terms = with_gate(lifter, terms, gated, product.axis)
         except Refused as error:
             problems.append(error)
             continue
         except OtherAxis as error:
-            problems.append(_wrong_axis(lifter, error.softmax, product.axis, leads, node))
+            problems.append(wrong_axis(lifter, error.softmax, product.axis, leads, node))
             continue
         if terms:
             return _added(lifter, [_site(lifter, node, position, product, value_side, w, leads) for w in terms])
@@ -175,6 +182,7 @@ def _terms(
         raise problems[0]
     if gated is not None:
         return None
+    _check_not_inside(lifter, node, product, leads)
     for weights_side, value_side in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
         try:
             site = _unnormalised(lifter, node, position, product, weights_side, value_side, leads)
@@ -186,6 +194,16 @@ def _terms(
     if problems:
         raise problems[0]
     return None
+
+
+def _check_not_inside(lifter: Lifter, node: fx.Node, product: Dot, leads: AbstractSet[fx.Node]) -> None:
+    """Refuse a product of three and more, as of probabilities, values and an output projection, in one operator."""
+    for inner in (side for side in (product.lhs, product.rhs) if isinstance(side, Dot)):
+        columns = Columns(lifter, inner.axis, inner.extent, inner.dtype, leads)
+        if any(find_weights(columns, side) for side in (inner.lhs, inner.rhs)):
+            told = f"`{name_of(node)}` multiplies the attention's output with something more, and only gives the result"
+            raise Refused("value-product", told, node)
+        _check_not_inside(lifter, node, inner, leads)
 
 
 def _added(lifter: Lifter, sites: list[AttentionSite]) -> AttentionSite:
@@ -200,14 +218,6 @@ def _added(lifter: Lifter, sites: list[AttentionSite]) -> AttentionSite:
     return replace(wide[0], plus=tuple(wide[1:]))
 
 
-def _with_gate(lifter: Lifter, terms: tuple[Weights, ...], gated: Gated, j: sympy.Symbol) -> tuple[Weights, ...]:
-    """The weights with the sink of a gate; none where its log-sum-exp is another row's or another softmax's."""
-    if len(terms) > 1 or terms[0].sinks:
-        return ()
-    same_scores = place(lifter, terms[0].arg, gated.total.arg, gated.total.axis) == j
-    return (replace(terms[0], sinks=(gated.sink,)),) if same_scores else ()
-
-
 def _site(
     lifter: Lifter,
     node: fx.Node,
@@ -217,6 +227,9 @@ def _site(
     weights: Weights,
     leads: AbstractSet[fx.Node],
 ) -> AttentionSite:
+    there = free_symbols(weights.arg) | free_symbols(value_side)
+    if any(product.axis in free_symbols(f) and not free_symbols(f) <= there for f in weights.factors):
+        raise no_value_product(node)
     score = find_score(lifter, weights.arg, product.axis, leads, node, _rows(position, value_side))
     if weights.subtracted == "nothing" and not weights.sinks:
         score = replace(score, program=with_infinite_fills(score.program, score.opener))
@@ -285,18 +298,3 @@ def _unnormalised(
 
 # Beyond this no tile holds a row, and two matrix products are the faster program.
 _WIDEST = 512
-
-
-def _wrong_axis(
-    lifter: Lifter, softmax: Softmax, contracted: sympy.Symbol, leads: AbstractSet[fx.Node], node: fx.Node
-) -> Refused:
-    """Why a product over another axis than the softmax's is no attention: rows, or heads, are mixed."""
-    try:
-        dot = find_score(lifter, softmax.arg, softmax.axis, leads, node).dot
-    except Refused as error:
-        if error.code != "no-product":
-            return error
-    else:
-        if contracted in free_symbols(dot.lhs) and contracted in free_symbols(dot.rhs):
-            return Refused("head-mixing", f"`{name_of(node)}` mixes the probabilities across heads", node)
-    return Refused("softmax-axis", "the softmax is not over the axis that is multiplied with the values")

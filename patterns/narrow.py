@@ -18,7 +18,7 @@ from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Product, loads,
 from flashfuse.kernels.normal import FALSE, TRUE, pointwise, rewrite
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.lift import CannotLift
-from flashfuse.patterns.normaliser import open_up
+from flashfuse.patterns.opened import open_up
 from flashfuse.patterns.opener import Opener
 from flashfuse.patterns.refusal import Refused
 

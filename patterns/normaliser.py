@@ -9,15 +9,17 @@ from dataclasses import dataclass
 import sympy
 
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols
-from flashfuse.kernels.normal import const, number, pointwise, substitute
+from flashfuse.kernels.normal import number, substitute
+from flashfuse.patterns.exponential import as_exponential, is_normalised, masked_exponential, scaled
 from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.opened import open_up, opened_or_none
 from flashfuse.patterns.shift import is_own_maximum, limited_by_number, same_element, same_value
 
 POWERS = frozenset({"pow", "__pow__", "__rpow__", "float_power"})
 # Operators that a normaliser starts from, by their bare names; so do powers of a number.
 NORMALISERS = frozenset({
-    "softmax", "_softmax", "_safe_softmax", "_masked_softmax", "softmin", "log_softmax", "special_softmax", "exp",
-    "exp_", "exp2", "exp2_", "special_exp2", "logsumexp",
+    "softmax", "_softmax", "_safe_softmax", "_masked_softmax", "softmin", "log_softmax", "special_softmax",
+    "gumbel_softmax", "exp", "exp_", "exp2", "exp2_", "special_exp2", "logsumexp",
 })  # fmt: skip
 # Those of them that are no normaliser alone, beside powers of a number.
 PARTIAL = frozenset({"exp", "exp_", "exp2", "exp2_", "special_exp2", "logsumexp", *POWERS})
@@ -29,37 +31,13 @@ class Normalised:
 
     subtracted: what eager code takes from the scores before their exponentials: the row's own "maximum", after which no
     row's sum is 0; the "logarithm" of the sum, which large scores absorb; "nothing"; or something "else".
+    masked: whether terms were set to 0 that another maximum may be of, so that data decide whether a row's sum is 0.
     """
 
     softmax: Softmax
     sinks: tuple[Expr, ...] = ()
     subtracted: str = "maximum"
-
-
-def open_up(lifter: Lifter, expr: Expr) -> Expr:
-    """Expand a load until something other than a load is on top. Raises CannotLift."""
-    while isinstance(expr, Load):
-        expr = lifter.expand(expr)
-    return expr
-
-
-def as_exponential(expr: Expr) -> tuple[Expr, float] | None:
-    """(x, c) of exp(c x) for 0 < c <= 1, also to a smaller base than e; None for any other expression.
-
-    A factor above 1 would take the lowest number of a mask, which rows without a key share, to -inf.
-    """
-    match expr:
-        case Pointwise(op="exp", args=(x,)):
-            return x, 1.0
-        case Pointwise(op="exp2", args=(x,)):
-            return x, math.log(2.0)
-        case Pointwise(op="pow", args=(base, x)) if 1 < (number(base) or 0) <= math.e:
-            return x, math.log(number(base) or 0)
-    return None
-
-
-def _scaled(x: Expr, rate: float) -> Expr:
-    return pointwise("mul", x, const(rate), dtype=x.dtype)
+    masked: bool = False
 
 
 def as_softmax(lifter: Lifter, expr: Expr) -> Normalised | None:
@@ -72,14 +50,14 @@ def as_softmax(lifter: Lifter, expr: Expr) -> Normalised | None:
         return None
     if expr.op == "exp":
         return _exponential(lifter, expr.args[0])
-    for numerator, denominator in _quotients(lifter, expr):
+    for numerator, denominator in quotients(lifter, expr):
         found = _quotient(lifter, numerator, denominator)
         if found is not None:
             return found
     return None
 
 
-def _quotients(lifter: Lifter, expr: Pointwise) -> Iterator[tuple[Expr, Expr]]:
+def quotients(lifter: Lifter, expr: Pointwise) -> Iterator[tuple[Expr, Expr]]:
     """What is divided by what."""
     if expr.op == "div":
         yield expr.args[0], expr.args[1]
@@ -131,21 +109,25 @@ def as_logsumexp(lifter: Lifter, expr: Expr) -> Reduce | None:
 def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised | None:
     """exp(x) over a sum of the same exp(x), and possibly of one more term that is the same for the whole row."""
     try:
-        total, further = _sum_and_rest(lifter, denominator)
+        total, further = sum_and_rest(lifter, denominator)
         if total is None:
             return None
         at = place(lifter, numerator, total.arg, total.axis)
         exponential = open_up(lifter, total.arg)
+        exponent = masked_exponential(lifter, exponential, total.axis)
     except CannotLift:
         return None
-    exponent = as_exponential(exponential)
     if at is None or exponent is None:
         return None
     whole, rate = exponent
     score, shift = _without_shift(lifter, whole, total.axis)
+    again = is_normalised(lifter, total)
     if further is None:
-        softmax = Softmax(total.dtype, _scaled(score, rate), total.axis, at, total.extent)
-        return Normalised(softmax, subtracted=_subtracted(lifter, shift, score, total.axis))
+        softmax = Softmax(total.dtype, scaled(score, rate), total.axis, at, total.extent)
+        subtracted = "else" if again else _subtracted(lifter, shift, score, total.axis)
+        return Normalised(softmax, subtracted=subtracted, masked=as_exponential(exponential) is None)
+    if again:
+        return None
     sink = _relative_to(lifter, further, shift, rate)
     if sink is None:
         score, shift = whole, None
@@ -155,7 +137,7 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
     # exp(-inf - m) is 0 beside the further term, unless m is -inf as well.
     finite = shift is None or _has_lower_limit(lifter, shift)
     return Normalised(
-        Softmax(total.dtype, _scaled(score, rate), total.axis, at, total.extent, "zero" if finite else "nan"), (sink,)
+        Softmax(total.dtype, scaled(score, rate), total.axis, at, total.extent, "zero" if finite else "nan"), (sink,)
     )
 
 
@@ -171,7 +153,7 @@ def _has_lower_limit(lifter: Lifter, shift: Expr) -> bool:
     return top is not None and limited_by_number(top, "max") is not None
 
 
-def _sum_and_rest(lifter: Lifter, denominator: Expr) -> tuple[Reduce | None, Expr | None]:
+def sum_and_rest(lifter: Lifter, denominator: Expr) -> tuple[Reduce | None, Expr | None]:
     """The sum over a row in a denominator, and what is added to it."""
     top = open_up(lifter, denominator)
     if isinstance(top, Reduce) and top.kind == "sum":
@@ -182,13 +164,6 @@ def _sum_and_rest(lifter: Lifter, denominator: Expr) -> tuple[Reduce | None, Exp
             if isinstance(inner, Reduce) and inner.kind == "sum" and inner.axis not in free_symbols(rest):
                 return inner, rest
     return None, None
-
-
-def opened_or_none(lifter: Lifter, expr: Expr) -> Expr | None:
-    try:
-        return open_up(lifter, expr)
-    except CannotLift:
-        return None
 
 
 def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None, rate: float) -> Expr | None:
@@ -207,13 +182,13 @@ def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None, rate: float) ->
     if exponential is None:
         return None
     if shift is None:
-        return _scaled(*exponential)
+        return scaled(*exponential)
     exponent = opened_or_none(lifter, exponential[0])
     match exponent:
         case Pointwise(op="neg", args=(m,)) if exponential[1] == rate and same_value(lifter, m, shift):
             return Const(exponent.dtype, 0.0)
         case Pointwise(op="sub", args=(score, m)) if exponential[1] == rate and same_value(lifter, m, shift):
-            return _scaled(score, rate)
+            return scaled(score, rate)
     return None
 
 

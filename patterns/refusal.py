@@ -34,6 +34,8 @@ _WHOLE_ROW = {
     "cummax": ("cumulative", "the running maximum of each row of scores is taken"),
     "cummin": ("cumulative", "the running minimum of each row of scores is taken"),
 }
+# Functions of every query and key.
+_PAIRWISE = frozenset({"cdist", "cosine_similarity", "pairwise_distance", "norm", "linalg_norm", "linalg_vector_norm"})
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 # Operators that take a part of what another one made.
 _PARTS = frozenset({"getitem", "__getitem__", "unsqueeze", "select", "narrow"})
@@ -67,12 +69,25 @@ def mixed(node: fx.Node, what: str = "scores", when: str = "before the softmax")
     return Refused("head-mixing", f"the {what} are mixed across heads by `{name_of(node)}` {when}", node)
 
 
+def no_product(region: Region, node: fx.Node) -> Refused:
+    """The refusal where a score is another function of the features of a query and a key than their product."""
+    region.open(node)
+    told = f"`{label_of(node)}` makes scores of queries and keys in another way than by their product"
+    return Refused("no-product", told, node)
+
+
+def no_value_product(node: fx.Node) -> Refused:
+    return Refused("value-product", f"`{name_of(node)}` sums more than products of probabilities and values", node)
+
+
 def blocked(region: Region, node: fx.Node, reason: str) -> Refused:
     """Why an operator between the product and the softmax cannot be part of a score program."""
     candidates = (node, *(m for n in node.all_input_nodes for m in (n, *n.all_input_nodes[:1])))
     region.open(*candidates)
     if name_of(node) in _CONVOLUTIONS:
         return mixed(node)
+    if name_of(node) in _PAIRWISE:
+        return no_product(region, node)
     known = next((found for n in candidates if (found := _over_rows(n)) is not None), None)
     return known or Refused("unknown-operator", f"`{label_of(node)}` before the softmax {reason}", node)
 

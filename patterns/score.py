@@ -15,7 +15,6 @@ import torch
 from torch import fx
 
 from flashfuse.kernels.expr import (
-    Const,
     Dot,
     Expr,
     Gather,
@@ -28,16 +27,16 @@ from flashfuse.kernels.expr import (
     loads,
     walk,
 )
-from flashfuse.kernels.normal import number, pointwise, rewrite, substitute
-from flashfuse.kernels.operators import ROUNDINGS
+from flashfuse.kernels.normal import pointwise, rewrite, substitute
 from flashfuse.patterns.graph import is_weighted
 from flashfuse.patterns.indexing import within
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.opener import STEPS, Opener
-from flashfuse.patterns.operand import exactly_promotes, sizes_of
+from flashfuse.patterns.opener import Opener
+from flashfuse.patterns.operand import sizes_of
 from flashfuse.patterns.products import Term, as_one_product, side_products, summands
-from flashfuse.patterns.refusal import Refused, blocked, mixed
+from flashfuse.patterns.refusal import Refused, blocked, mixed, no_product
 from flashfuse.patterns.shift import same_value
+from flashfuse.patterns.summed import as_product
 
 
 @dataclass(frozen=True)
@@ -113,11 +112,11 @@ def find_products(
     rows: Sequence[sympy.Symbol] = (),
 ) -> Products:
     """An expression over the products of queries and keys behind it. Raises Refused where there is none."""
-    search = _Search(lifter, j, leads)
+    search = _Search(lifter, j, leads, rows)
     program = search.read(expr, site)
     others = side_products([dot for dot, _ in search.found], rows, j)
     if others:
-        search = _Search(lifter, j, leads, others)
+        search = _Search(lifter, j, leads, rows, others)
         program = search.read(expr, site)
     if not search.found:
         raise search.trouble or Refused("no-product", "the softmax is not over products of queries and keys")
@@ -151,13 +150,18 @@ class _NoIndexForm(Exception):
 class _Search:
     """Expands a score along every path that leads to a product, and puts `Product(n)` in the product's place.
 
-    A product among `others` stays the tensor that the graph makes of it.
+    A product among `others` stays the tensor that the graph makes of it. rows: of the output, which the values lack.
     """
 
     def __init__(
-        self, lifter: Lifter, j: sympy.Symbol, leads: AbstractSet[fx.Node], others: AbstractSet[Dot] = frozenset()
+        self,
+        lifter: Lifter,
+        j: sympy.Symbol,
+        leads: AbstractSet[fx.Node],
+        rows: Sequence[sympy.Symbol],
+        others: AbstractSet[Dot] = frozenset(),
     ) -> None:
-        self.lifter, self.j, self.leads, self.others = lifter, j, leads, others
+        self.lifter, self.j, self.leads, self.rows, self.others = lifter, j, leads, rows, others
         self.found: list[tuple[Dot, fx.Node]] = []
         self.again: list[fx.Node] = []
         self.trouble: Refused | None = None
@@ -186,10 +190,26 @@ class _Search:
                 return self._through(expr, followed)
             case Gather() if expr.tensor in self.leads:
                 self._note(Refused("look-up", "the scores are looked up at positions that depend on data", node))
+            case Reduce() if (product := as_product(self.lifter, expr)) is not expr:
+                if not all(self._has_queries(dot) for dot in walk(product) if isinstance(dot, Dot)):
+                    self._note(no_product(self.lifter.region, node))
+                    raise _NoIndexForm
+                return self.opened(product, node, followed)
+            case Reduce() if not any(read.tensor in self.leads for read in loads(expr)):
+                self._note(no_product(self.lifter.region, node))
+                raise _NoIndexForm
             case Softmax() | Reduce():
                 self._note(Refused("row-dependent", "a score depends on other scores of its row or column", node))
                 raise _NoIndexForm
         return expr
+
+    def _has_queries(self, dot: Dot) -> bool:
+        """Whether a product's one side has a row for every row of the scores.
+
+        A sum without, as of `weight * tanh(query + key)`, is one loop over its terms, which a product would store.
+        """
+        queries = dot.rhs if self.j in free_symbols(dot.lhs) else dot.lhs
+        return free_symbols(queries).issuperset(self.rows)
 
     def _through(self, load: Load, followed: bool) -> Expr:
         """Behind a load, or the load itself where no score program lies there."""
@@ -200,7 +220,8 @@ class _Search:
             program = self.opened(self.lifter.expand(load, followed=followed), node, followed)
             if not self._reaches_outside(load) or all(self._stays_inside(dot) for dot, _ in self.found[before:]):
                 return program
-            self._note(Refused("extra-columns", "the softmax has rows or columns that are no products", node))
+            told = "the softmax is over rows or columns beside the product's own, as of a second product"
+            self._note(Refused("extra-columns", told, node))
         except CannotLift as error:
             self._note(blocked(self.lifter.region, error.node or node, error.reason))
         except _NoIndexForm:
@@ -253,32 +274,3 @@ class _Search:
 
     def _note(self, trouble: Refused) -> None:
         self.trouble = self.trouble or trouble
-
-
-def settled(expr: Expr, dtype: torch.dtype) -> Expr:
-    """The program with the scale of its product gathered: x / c is x * (1 / c), and factors of factors are one.
-
-    Roundings of the scores to a type that holds their own element type `dtype` go too: wider is nearer to the source's
-    meaning. Masks and biases stay exactly as written.
-    """
-    if not isinstance(expr, Pointwise) or expr.op in STEPS or not any(isinstance(e, Product) for e in walk(expr)):
-        return expr
-    args = tuple(settled(a, dtype) for a in expr.args)
-    if expr.op in ROUNDINGS and exactly_promotes(dtype, ROUNDINGS[expr.op]):
-        return args[0]
-    if expr.op == "div" and number(args[1]):
-        return _times(args[0], 1.0 / float(number(args[1]) or 1.0), expr.dtype)
-    if expr.op == "mul":
-        for x, c in (args, args[::-1]):
-            if (factor := number(c)) is not None:
-                return _times(x, float(factor), expr.dtype)
-    return pointwise(expr.op, *args, dtype=expr.dtype)
-
-
-def _times(expr: Expr, factor: float, dtype: torch.dtype) -> Expr:
-    """expr * factor, where expr may have a factor already."""
-    if isinstance(expr, Pointwise) and expr.op == "mul":
-        for x, c in (expr.args, expr.args[::-1]):
-            if (known := number(c)) is not None:
-                return pointwise("mul", x, Const(dtype, factor * float(known)), dtype=dtype)
-    return pointwise("mul", expr, Const(dtype, factor), dtype=dtype)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from flashfuse.kernels.expr import Const, Dot, Expr, Softmax
-from flashfuse.kernels.normal import index, pointwise
+from flashfuse.kernels.normal import cast, index, pointwise
 from flashfuse.patterns.dropout import dropped
 from flashfuse.patterns.graph import shape, tensor, to_sympy, value
 from flashfuse.patterns.indexing import Indices, divide, quotient
@@ -38,7 +38,7 @@ def lift_sdpa(view: NodeView, position: Indices) -> Expr:
     product = Dot(q.dtype, at("query", tuple(batch), i, r), at("key", heads, j, r), r, head_dim)
     scale = given["scale"]
     if scale is None:
-        factor = _default_scale(view, head_dim)
+        factor = _default_scale(head_dim)
     else:
         factor = view.number(value(scale), scale) if isinstance(scale, fx.Node) else view.number(scale)
     score = pointwise("mul", product, factor, dtype=q.dtype)
@@ -73,9 +73,9 @@ def _check_mask(view: NodeView, mask: Any, q: torch.Tensor, k: torch.Tensor, gro
             raise CannotLift(view.node, "has a mask that is larger than its scores")
 
 
-def _default_scale(view: NodeView, head_dim: sympy.Expr) -> Expr:
+def _default_scale(head_dim: sympy.Expr) -> Expr:
     if not head_dim.is_Integer:
-        raise CannotLift(view.node, "has a symbolic head dimension and no scale")
+        return pointwise("rsqrt", cast(index(head_dim), torch.float64))
     return Const(torch.float64, 1 / math.sqrt(int(head_dim)))
 
 

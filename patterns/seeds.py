@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from flashfuse.patterns.calls import name_of
-from flashfuse.patterns.graph import WEIGHTED, Graph, is_weighted
+from flashfuse.patterns.graph import WEIGHTED, Graph, is_weighted, tensor
 from flashfuse.patterns.normaliser import NORMALISERS, POWERS
+from flashfuse.patterns.summed import Sum, sum_of
 
 Seeds = frozenset[fx.Node]
 NONE: Seeds = frozenset()
@@ -17,7 +20,7 @@ NONE: Seeds = frozenset()
 # What starts a search. A contraction may be spelled with any of these; what it means is read from its ATen calls.
 _CONTRACTIONS = frozenset({
     "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "baddbmm", "addmm", "addbmm", "mv", "dot", "inner",
-    "tensordot", "chain_matmul", "linear",
+    "tensordot", "chain_matmul", "multi_dot", "linalg_multi_dot", "linear",
 })  # fmt: skip
 WHOLE = frozenset({"scaled_dot_product_attention"})
 # What may rescale an attention's output.
@@ -41,8 +44,10 @@ def is_contraction(node: fx.Node) -> bool:
 
 def _may_normalise(node: fx.Node) -> bool:
     """Whether a normaliser may start here; a power does where it is one of a number."""
-    name = name_of(node)
-    return name in NORMALISERS or (name in POWERS and isinstance(node.args[0] if node.args else None, (int, float)))
+    name, base = name_of(node), node.args[0] if node.args else None
+    given = tensor(base) if isinstance(base, fx.Node) else base
+    single = isinstance(given, (int, float)) or (isinstance(given, torch.Tensor) and given.dim() == 0)
+    return name in NORMALISERS or (name in POWERS and single)
 
 
 def _is_curved(name: str) -> bool:
@@ -59,6 +64,7 @@ class Upstream:
     make a product of activations non-linear, up to the next product. values: products with what was normalised, and
     the normalisers. over_products: the normalisers behind which a product of activations lies.
     A layer with weights ends all, except that it may mix raw scores (talking heads); a product with values is not one.
+    mixed: what lies behind a product and such a layer, and behind a product with values.
     """
 
     starts: tuple[fx.Node, ...]
@@ -67,6 +73,7 @@ class Upstream:
     curved: Mapping[fx.Node, Seeds]
     values: Mapping[fx.Node, Seeds]
     over_products: Seeds
+    mixed: AbstractSet[fx.Node]
 
     def seeds(self, node: fx.Node) -> Seeds:
         """What one of `starts` takes part of its input from; of a whole attention, the node itself."""
@@ -98,6 +105,7 @@ def upstream(graph: Graph) -> Upstream:
     normalisers: dict[fx.Node, Seeds] = {}
     curved: dict[fx.Node, Seeds] = {}
     over_products: Seeds = frozenset()
+    mixed: set[fx.Node] = set()
     starts: list[fx.Node] = []
     for node, inputs in graph.inputs.items():
         name = name_of(node)
@@ -105,8 +113,12 @@ def upstream(graph: Graph) -> Upstream:
             continue
         weighted = name in WEIGHTED and is_weighted(node)
         seeds = _union(normalisers, inputs)
-        if name in WHOLE or (name in _CONTRACTIONS and not weighted):
-            starts.append(node)
+        contracts = name in _CONTRACTIONS and not weighted
+        summed = Sum.BROADCAST if contracts or name in WHOLE else sum_of(node)
+        # Of two tensors of one shape a sum may be scores, whose query was repeated, but no product with values.
+        if summed is Sum.BROADCAST or (summed is Sum.ALIGNED and not seeds and not _union(curved, inputs)):
+            if summed is Sum.BROADCAST:
+                starts.append(node)
             products[node] = node
             if seeds or name in WHOLE:
                 values[node] = seeds or frozenset((node,))
@@ -116,6 +128,8 @@ def upstream(graph: Graph) -> Upstream:
         behind = next((products[n] for n in inputs if n in products), None)
         if behind is not None and not (weighted and behind in values):
             products[node] = behind
+            if weighted or behind in values or any(n in mixed for n in inputs):
+                mixed.add(node)
         if weighted:
             continue
         # An exponential of other things, as of a temperature, starts nothing where it meets the scores.
@@ -129,7 +143,7 @@ def upstream(graph: Graph) -> Upstream:
             bends = frozenset((node,))
         if bends:
             curved[node] = bends
-    return Upstream(tuple(starts), products, normalisers, curved, values, over_products)
+    return Upstream(tuple(starts), products, normalisers, curved, values, over_products, mixed)
 
 
 def _union(known: Mapping[fx.Node, Seeds], nodes: Sequence[fx.Node]) -> Seeds:

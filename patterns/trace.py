@@ -60,6 +60,10 @@ class CannotTrace(Exception):
     """The node cannot be run on fake tensors, or does not give what Dynamo saw."""
 
 
+# Operators that change the shape of what a function of torch has made, as `matmul` does with vectors; and their twins.
+_RESHAPING = {aten.squeeze_.dim: aten.squeeze.dim}
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, known: AbstractSet[int]) -> None:
         super().__init__()
@@ -68,8 +72,14 @@ class _Recorder(TorchDispatchMode):
         self.calls: list[AtenCall] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        call = AtenCall(func, args, kwargs or {}, output)
+        if func in _RESHAPING and id(args[0]) in self.producers:
+            # As it was before it has a name of its own.
+            before = aten.alias.default(args[0])
+            self.producers[id(before)] = self.producers[id(args[0])]
+            call = AtenCall(_RESHAPING[func], (before, *args[1:]), kwargs or {}, func(*args, **(kwargs or {})))
+        else:
+            call = AtenCall(func, args, kwargs or {}, func(*args, **(kwargs or {})))
+        output = call.output
         self.calls.append(call)
         for i, out in enumerate(output if isinstance(output, (tuple, list)) else (output,)):
             if isinstance(out, torch.Tensor) and id(out) not in self.known:
@@ -115,7 +125,7 @@ def trace(graph: Graph, node: fx.Node) -> Trace:
     """Run the node once on its inputs' fake tensors and record its ATen calls. Raises CannotTrace."""
     target, told = node.target, dict(node.kwargs)
     if is_border(node):
-        raise CannotTrace("a torch.func transform begins or ends here")
+        raise CannotTrace("is where a torch.func transform begins or ends")
     written = mutated_inputs(node)
     if written and written == (told.get("out"),):
         del told["out"]

@@ -14,7 +14,7 @@ import sympy
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, free_symbols, loads, walk
 from flashfuse.kernels.normal import FALSE, TRUE, number, pointwise, rewrite
 from flashfuse.patterns.lift import CannotLift
-from flashfuse.patterns.normaliser import open_up
+from flashfuse.patterns.opened import open_up
 from flashfuse.patterns.opener import Opener
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.shift import ABSORBING

@@ -16,17 +16,16 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Softmax
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax
 from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
-from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.blame import refuse_normaliser, refuse_opaque
 from flashfuse.patterns.draw import DrawLoad, drawn
-from flashfuse.patterns.graph import is_weighted
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import NORMALISERS, Normalised, as_softmax, opened_or_none
+from flashfuse.patterns.normaliser import Normalised, as_softmax
+from flashfuse.patterns.opened import opened_or_none
 from flashfuse.patterns.operand import exactly_promotes
 from flashfuse.patterns.refusal import Refused, mixed
-from flashfuse.patterns.seeds import is_contraction
 from flashfuse.patterns.shift import limited_by_number, same_value, without_shift
 
 
@@ -37,7 +36,7 @@ class Weights:
     arg: the softmax's argument at column j; sinks: its arguments in columns that have no value. factors: what the
     probabilities are multiplied by. kept: conditions outside which they are replaced by 0. dropout: the random number
     that each is multiplied by. empty_row: what a row of only -inf gives. cleared: whether NaN is replaced by 0.
-    subtracted: see `Normalised`.
+    subtracted, masked: see `Normalised`.
     """
 
     arg: Expr
@@ -48,6 +47,7 @@ class Weights:
     kept: tuple[Expr, ...] = ()
     dropout: DrawLoad | None = None
     cleared: bool = False
+    masked: bool = False
 
     @property
     def largest(self) -> float:
@@ -107,17 +107,31 @@ def _search(columns: Columns, expr: Expr, passed: fx.Node | None) -> tuple[Weigh
         try:
             return find_weights(columns, columns.lifter.expand(expr, draws=True), expr.tensor)
         except CannotLift as error:
-            _refuse_opaque(columns.lifter, error, expr.tensor)
+            refuse_opaque(columns.lifter, error, expr.tensor)
             return ()
     if isinstance(expr, Softmax):
         return (_at_columns(columns, Normalised(expr)),)
+    if isinstance(expr, Reduce):
+        return _summed(columns, expr, passed)
     if not isinstance(expr, Pointwise):
         return ()
     if (found := as_softmax(columns.lifter, expr)) is not None:
         return (_at_columns(columns, found),)
+    refuse_normaliser(columns.lifter, expr)
     if expr.op in ROUNDINGS:
         return _rounded(columns, expr, passed)
     return _RULES.get(expr.op, _other)(columns, expr, passed)
+
+
+def _summed(columns: Columns, expr: Reduce, passed: fx.Node | None) -> tuple[Weights, ...]:
+    """Refuse a sum or average of probabilities over another axis than their own, as over heads."""
+    try:
+        terms = find_weights(columns, expr.arg, passed)
+    except OtherAxis:
+        return ()
+    if terms and passed is not None:
+        raise mixed(passed, "probabilities", "before they meet the values")
+    return ()
 
 
 def _rounded(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tuple[Weights, ...]:
@@ -219,34 +233,6 @@ _RULES = {
 }  # fmt: skip
 
 
-def _refuse_opaque(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
-    """Refuse where a normaliser lies behind the operator that cannot be lifted."""
-    node = error.node or passed
-    if not _behind(lifter, node, NORMALISERS):
-        return
-    name = name_of(node)
-    if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
-        reason = f"probabilities are dropped at random in a way that has no kernel: `{name}` {error.reason}"
-        raise Refused("dropout", reason, node)
-    if is_contraction(node) or is_weighted(node):
-        raise mixed(node, "probabilities", "before they meet the values")
-    raise Refused("unknown-operator", f"`{name}` between the softmax and the values {error.reason}", node)
-
-
-def _behind(lifter: Lifter, node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
-    """Whether an operator of one of these names lies shortly behind a node."""
-    seen, queue = {node}, [node]
-    while queue and len(seen) < limit:
-        current = queue.pop()
-        lifter.region.open(current)
-        if name_of(current) in names:
-            return True
-        fresh = [n for n in current.all_input_nodes if n not in seen and n.op not in ("placeholder", "get_attr")]
-        seen.update(fresh)
-        queue += fresh
-    return False
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Columns
 
@@ -266,13 +252,14 @@ def _at_columns(columns: Columns, found: Normalised) -> Weights:
     shiftless = without_shift(lifter, softmax.arg, softmax.axis, columns.leads) if removable else None
     arg = shiftless or softmax.arg
     subtracted = "else" if shiftless and found.subtracted == "nothing" else found.subtracted
+    masked = found.masked and subtracted == "else"
     if not (before.is_Integer and behind.is_Integer and before >= 0 and 0 <= behind <= _MOST_SINKS - before):
         raise Refused("extra-columns", f"the softmax has {softmax.extent} columns, and {columns.extent} meet values")
     outside = [*map(sympy.Integer, range(int(before))), *(before + columns.extent + n for n in range(int(behind)))]
     sinks = tuple(substitute(arg, {softmax.axis: at}) for at in outside)
     empty_row = "zero" if sinks else softmax.empty_row
     at_j, sinks = substitute(arg, {softmax.axis: softmax.at}), (*sinks, *found.sinks)
-    return Weights(at_j, sinks, empty_row, subtracted)
+    return Weights(at_j, sinks, empty_row, subtracted, masked=masked)
 
 
 def combined(sinks: tuple[Expr, ...]) -> Expr | None:

@@ -145,7 +145,24 @@ def second_product(draft: Draft, s: Var) -> Var:
     return draft.let("s", draft.one(("{s} + {m}", "{m} + {s}")).format(s=s.name, m=f"({text})"), s.axes)
 
 
-PRODUCTS: dict[str, Callable[[Draft, Var, Var, Axes], Var]] = {"matmul": _matmul, "einsum": _einsum, "bmm": _bmm}
+def _summed(draft: Draft, q: Var, k: Var, frame: Axes) -> Var:
+    """A multiplication and a sum."""
+    outer = outer_of(frame)
+    q, k = draft.arranged(q, (*outer, "s", "d")), laid_out(draft, k, frame, ("t", "d"))
+    rows, columns = f"{q.name}.unsqueeze(-2)", f"{k.name}.unsqueeze(-3)"
+    spelling = draft.one((
+        f"({rows} * {columns}).sum(-1)", f"torch.sum({columns} * {rows}, dim=-1)",
+        f"torch.linalg.vecdot({rows}, {columns})", f"({rows} * {columns} * 0.5).sum(-1)",
+    ))  # fmt: skip
+    return draft.permuted(draft.let("s", spelling, (*outer, "s", "t")), frame)
+
+
+PRODUCTS: dict[str, Callable[[Draft, Var, Var, Axes], Var]] = {
+    "matmul": _matmul,
+    "einsum": _einsum,
+    "bmm": _bmm,
+    "summed": _summed,
+}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Scales

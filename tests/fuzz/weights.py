@@ -86,7 +86,8 @@ TURNING = frozenset({
 
 def normalise(draft: Draft, s: Var) -> Var:
     """Weights of scores."""
-    kind = draft.one(("operator", "operator", "written-out", "written-out", "by-logarithm", "plus-one", "sink", "none"))
+    kinds = ("operator", "operator", "written-out", "written-out", "by-logarithm", "plus-one", "sink", "none", "masked")
+    kind = draft.one(kinds)
     draft.labels.append(kind)
     at = s.dim("t")
     d = str(draft.one((at - len(s.axes), at)))
@@ -94,6 +95,8 @@ def normalise(draft: Draft, s: Var) -> Var:
         return draft.let("p", draft.one(ONE_LINE).format(s=s.name, d=d), s.axes)
     if kind == "sink":
         return _sink(draft, s, d)
+    if kind == "masked":
+        return _masked(draft, s, d)
     tables = {"written-out": WRITTEN_OUT, "by-logarithm": BY_LOGARITHM, "plus-one": PLUS_ONE, "none": WITHOUT}
     table = tables[kind]
     name = draft.one(tuple(table))
@@ -106,6 +109,23 @@ def normalise(draft: Draft, s: Var) -> Var:
     for line in table[name]:
         draft.say(line.format(s=s.name, d=d, p="p", t=draft.size("t")))
     return Var("p", s.axes)
+
+
+def _masked(draft: Draft, s: Var, d: str) -> Var:
+    """Exponentials, or probabilities, that a mask sets to zero, and their quotients by what is left of the sum."""
+    m = draft.row(KEPT)(draft)
+    text = f"({broadcast(draft, m, s.axes)})"
+    # A row that is left no key is NaN, and which of its gradients are, is open.
+    draft.left_open = True
+    terms = draft.one((
+        f"{s.name}.exp()", f"({s.name} - {s.name}.amax({d}, keepdim=True)).exp()", f"{s.name}.softmax({d})",
+    ))  # fmt: skip
+    kept = draft.one((
+        f"{terms} * {text}", f"({terms}).masked_fill(~{text}, 0.0)", f"torch.where({text}, {terms}, 0.0)",
+        f"{terms} * {text}.to({s.name}.dtype)",
+    ))  # fmt: skip
+    draft.say(f"e = {kept}")
+    return draft.let("p", f"e / e.sum({d}, keepdim=True)", s.axes)
 
 
 def _sink(draft: Draft, s: Var, d: str) -> Var:
@@ -158,7 +178,7 @@ def end(draft: Draft, p: Var) -> Var:
     labels = {*draft.labels}
     # A fill of -inf under a function that turns it around, or has no value there, gives rows of NaN.
     turned = "infinite" in labels and labels & TURNING
-    vanishing = "shifted-whole" in labels or ("unshifted" in labels and labels & VANISHING)
+    vanishing = labels & {"shifted-whole", "masked"} or ("unshifted" in labels and labels & VANISHING)
     if spelling in ENDINGS["cleared"] and (turned or vanishing):
         # A row that eager code's exponentials leave 0 is cleared, and whether one is depends on the data.
         draft.refused.add("probability-mask")
@@ -237,6 +257,16 @@ def _bmm(draft: Draft, p: Var, v: Var) -> Var:
     return draft.let("out", spelling.format(p=p.name, v=v.name), (p.axes[0], "s", "e"))
 
 
+def _summed(draft: Draft, p: Var, v: Var) -> Var:
+    """A multiplication and a sum. Of one query and one column it is an average like any other."""
+    outer = outer_of(p.axes)
+    p, v = draft.permuted(p, (*outer, "s", "t")), laid_out(draft, v, p.axes, ("t", "e"))
+    draft.certain &= draft.number("s") > 1 or draft.number("e") > 1
+    spelling = draft.one(("({p} * {v}).sum(-2)", "torch.sum({v} * {p}, dim=-2)"))
+    both = spelling.format(p=f"{p.name}.unsqueeze(-1)", v=f"{v.name}.unsqueeze(-3)")
+    return draft.let("out", both, (*outer, "s", "e"))
+
+
 def weigh_late(draft: Draft, s: Var, v: Var) -> Var:
     """Exponentials times values, divided by their sums only then: what is read twice has to exist."""
     draft.labels.append("late")
@@ -254,6 +284,7 @@ PRODUCTS: dict[str, Callable[[Draft, Var, Var], Var]] = {
     "value-matmul": _matmul,
     "value-einsum": _einsum,
     "value-bmm": _bmm,
+    "value-summed": _summed,
 }
 
 

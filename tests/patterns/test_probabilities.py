@@ -367,7 +367,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "squared": (lambda p, f: p * p, "probability-factor"),
     "bent": (lambda p, f: p.sqrt(), "probability-factor"),
     "limited": (lambda p, f: p.clamp(max=0.5), "probability-factor"),
-    "renormalised": (lambda p, f: p / p.sum(-1, keepdim=True), "row-dependent"),
+    "renormalised": (lambda p, f: p * f / (p * f).sum(-1, keepdim=True), "row-dependent"),
     "top-k": (lambda p, f: p * (p >= p.topk(3, -1).values[..., -1:]), "probability-factor"),
     "chosen": (lambda p, f: F.one_hot(p.argmax(-1), T).to(p.dtype), "no-value-product"),
     "cumulative": (lambda p, f: p.cumsum(-1), "unknown-operator"),

@@ -138,7 +138,70 @@ def values_averaged_by_head(q: Any, k: Any, v: Any) -> Any:
     return scores(q, k).softmax(-1).mean(1)
 
 
+def distances(q: Any, k: Any, v: Any) -> Any:
+    return (-torch.cdist(q, k)).softmax(-1) @ v
+
+
+def squared_differences(q: Any, k: Any, v: Any) -> Any:
+    return (-(q[..., None, :] - k[..., None, :, :]).pow(2).sum(-1)).softmax(-1) @ v
+
+
+def cosines(q: Any, k: Any, v: Any) -> Any:
+    return F.cosine_similarity(q[..., None, :], k[..., None, :, :], dim=-1).softmax(-1) @ v
+
+
+def three_factors(q: Any, k: Any, v: Any) -> Any:
+    return (q[..., None, :] * k[..., None, :, :] * v[0, 0, 0]).sum(-1).softmax(-1) @ v
+
+
+def added_features(q: Any, k: Any, v: Any) -> Any:
+    """Additive attention: a product would have to store features of every pair, which the sum does not."""
+    return (torch.tanh(q[..., None, :] + k[..., None, :, :]) * v[0, 0, 0]).sum(-1).softmax(-1) @ v
+
+
+def noisy(q: Any, k: Any, v: Any) -> Any:
+    return F.gumbel_softmax(scores(q, k), dim=-1) @ v
+
+
+def masked_values(q: Any, k: Any, v: Any) -> Any:
+    return (scores(q, k).softmax(-1)[..., None] * v[..., None, :, :] * k[..., None, :, :]).sum(-2)
+
+
+def output_projection(q: Any, k: Any, v: Any) -> Any:
+    return torch.einsum("bhst,bhtd,hde->bse", scores(q, k).softmax(-1), v, q.new_ones(H, D, D))
+
+
+def chain_of_products(q: Any, k: Any, v: Any) -> Any:
+    return torch.linalg.multi_dot([scores(q[0, 0], k[0, 0]).softmax(-1), v[0, 0], q.new_ones(D, 50)])
+
+
+def single_key(q: Any, k: Any, v: Any) -> Any:
+    return scores(q, k[:, :, :1]).softmax(-1) @ v[:, :, :1]
+
+
+def single_key_written_out(q: Any, k: Any, v: Any) -> Any:
+    e = scores(q, k[:, :, :1]).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v[:, :, :1]
+
+
+def base_three(q: Any, k: Any, v: Any) -> Any:
+    e = 3.0 ** scores(q, k)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
 REFUSED = [
+    (distances, "no-product", "cdist"),
+    (squared_differences, "no-product", "pow(2).sum"),
+    (cosines, "no-product", "cosine_similarity"),
+    (three_factors, "no-product", "sum(-1)"),
+    (added_features, "no-product", "sum(-1)"),
+    (noisy, "unknown-operator", "gumbel_softmax"),
+    (masked_values, "value-product", "sum(-2)"),
+    (output_projection, "value-product", "einsum"),
+    (chain_of_products, "value-product", "multi_dot"),
+    (single_key, "single-key", "@ v"),
+    (single_key_written_out, "single-key", "@ v"),
+    (base_three, "base", "3.0 **"),
     (over_rows, "softmax-axis", "softmax(-2)"),
     (over_heads, "softmax-axis", "softmax(1)"),
     (probabilities_returned, "probabilities-used", "softmax(-1)"),
@@ -226,6 +289,44 @@ def test_no_softmax_over_products_is_no_attention_at_all() -> None:
 
     with torch.no_grad():
         result = matched(Router(), torch.randn(B, D), torch.randn(H, B, D))
+    assert not result.sites
+    assert not result.refusals
+
+
+def test_a_classifier_is_not_refused() -> None:
+    """What a layer makes of a product of activations, as a graph convolution's, was said to be a softmax of scores."""
+
+    class Classifier(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(D, H)
+
+        def forward(self, x: Any, adjacency: Any) -> Any:
+            return self.head(adjacency @ x).log_softmax(-1)
+
+    assert not matched(Classifier(), torch.randn(S, D), torch.rand(S, S)).refusals
+
+
+def test_layers_that_mix_heads_on_both_sides() -> None:
+    """CaiT mixes scores by one layer and probabilities by another."""
+
+    class Talking(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = torch.nn.Linear(H, H), torch.nn.Linear(H, H)
+
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            mixed = self.before(scores(q, k).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return self.after(mixed.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+
+    assert only_refusal(Talking(), *qkv()).code == "head-mixing"
+
+
+def test_classes_of_an_average_are_not_refused() -> None:
+    def fn(x: Any, gate: Any) -> Any:
+        return (gate.softmax(1) * x).sum(1).softmax(-1)
+
+    result = matched(fn, torch.randn(B, S, D), torch.randn(B, S, 1))
     assert not result.sites
     assert not result.refusals
 

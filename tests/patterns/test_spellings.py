@@ -304,6 +304,13 @@ def test_autocast_decides_the_product_type() -> None:
     assert site.q.dtype == torch.bfloat16
 
 
+def test_scale_of_a_symbolic_head_dim() -> None:
+    """torch's own scale was one that only a head dim known while compiling has."""
+    site = only_site(F.scaled_dot_product_attention, *qkv(), dynamic=True)
+    assert score_of(site.spec) == "(qk * rsqrt(to_float(size0)))"
+    assert site.sizes == (site.head_dim,)
+
+
 def test_dynamic_sizes_stay_symbolic() -> None:
     site = only_site(plain, *qkv(), dynamic=True)
     assert not site.q_len.is_Integer

@@ -135,6 +135,25 @@ def test_layers_with_weights_are_no_attention() -> None:
     assert not result.refusals
 
 
+def test_routed_experts_are_no_attention() -> None:
+    """Weights that data choose were taken for keys and values, and those of a gate refused as a second product."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.gate = (torch.nn.Parameter(torch.randn(3, D, 4 * D)) for _ in range(2))
+            self.down = torch.nn.Parameter(torch.randn(3, 4 * D, D))
+
+        def forward(self, x: Any, expert: Any) -> Any:
+            plain = torch.bmm(F.gelu(torch.bmm(x, self.up[expert])), self.down[expert])
+            hidden = F.silu(torch.bmm(x, self.gate.index_select(0, expert))) * torch.bmm(x, self.up[expert])
+            return plain + torch.bmm(hidden, self.down[expert])
+
+    result = matched(Experts(), torch.randn(2, S, D), torch.tensor([2, 0]))
+    assert not result.sites
+    assert not result.refusals
+
+
 def test_layers_that_add_their_bias_are_no_attention() -> None:
     """A layer written as addmm behind another and a curve was refused as an attention whose output has a bias."""
 

@@ -1,0 +1,114 @@
+"""What a contraction is told by that takes something from a normaliser and is no attention."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+import sympy
+from torch import fx
+
+from flashfuse.kernels.expr import Expr, Pointwise, Softmax, free_symbols
+from flashfuse.kernels.normal import number
+from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.exponential import is_normalised, masked_exponential
+from flashfuse.patterns.graph import Graph, is_weighted, raw_value
+from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.normaliser import NORMALISERS, place, quotients, sum_and_rest
+from flashfuse.patterns.opened import opened_or_none
+from flashfuse.patterns.refusal import Refused, mixed
+from flashfuse.patterns.score import find_score
+from flashfuse.patterns.seeds import is_contraction
+from flashfuse.patterns.transforms import gradient_levels, is_wrapped
+
+
+def refuse_opaque(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
+    """Refuse where a normaliser lies behind the operator that cannot be lifted."""
+    node = error.node or passed
+    if not _behind(lifter, node, NORMALISERS):
+        return
+    name = name_of(node)
+    if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
+        reason = f"probabilities are dropped at random in a way that has no kernel: `{name}` {error.reason}"
+        raise Refused("dropout", reason, node)
+    if is_contraction(node) or is_weighted(node):
+        raise mixed(node, "probabilities", "before they meet the values")
+    raise Refused("unknown-operator", f"`{name}` between the softmax and the values {error.reason}", node)
+
+
+def refuse_normaliser(lifter: Lifter, expr: Pointwise) -> None:
+    """Refuse a quotient by a sum that is no softmax that kernels have, of powers to another base for one."""
+    for numerator, denominator in quotients(lifter, expr):
+        try:
+            total, further = sum_and_rest(lifter, denominator)
+            top = None if total is None else opened_or_none(lifter, total.arg)
+        except CannotLift:
+            continue
+        if total is None or place(lifter, numerator, total.arg, total.axis) is None:
+            continue
+        if further is not None and is_normalised(lifter, total):
+            told = "the probabilities are normalised again, by a sum with something relative to the first one"
+            raise Refused("row-dependent", told)
+        match top:
+            case Pointwise(op="mul", args=factors) if any(_is_exponential(lifter, f, total.axis) for f in factors):
+                told = "exponentials are multiplied with numbers that need not be ones and zeros before they are summed"
+                raise Refused("row-dependent", told)
+            case Pointwise(op="pow", args=(base, x)) if _varies_by(total.axis, x, base):
+                told = "no number of the code" if number(base) is None else f"{number(base):g}"
+                raise Refused("base", f"the base of the softmax is {told}; kernels take bases from 1 to e")
+
+
+def _is_exponential(lifter: Lifter, expr: Expr, axis: sympy.Symbol) -> bool:
+    top = opened_or_none(lifter, expr)
+    return top is not None and masked_exponential(lifter, top, axis) is not None
+
+
+def _varies_by(axis: sympy.Symbol, exponent: Expr, base: Expr) -> bool:
+    return axis in free_symbols(exponent) and axis not in free_symbols(base)
+
+
+def refuse_single_key(lifter: Lifter, node: fx.Node) -> None:
+    """Refuse a product over one key where probabilities are multiplied: each is 1, and nothing is left to fuse."""
+    if _behind(lifter, node, NORMALISERS):
+        raise Refused("single-key", "there is one key, whose probability is 1: the output is its value", node)
+
+
+def _behind(lifter: Lifter, node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
+    """Whether an operator of one of these names lies shortly behind a node."""
+    seen, queue = {node}, [node]
+    while queue and len(seen) < limit:
+        current = queue.pop()
+        lifter.region.open(current)
+        if name_of(current) in names:
+            return True
+        # What lies behind another product or a layer belongs to that.
+        if current is not node and (is_contraction(current) or is_weighted(current)):
+            continue
+        fresh = [n for n in current.all_input_nodes if n not in seen and n.op not in ("placeholder", "get_attr")]
+        seen.update(fresh)
+        queue += fresh
+    return False
+
+
+def wrong_axis(
+    lifter: Lifter, softmax: Softmax, contracted: sympy.Symbol, leads: AbstractSet[fx.Node], node: fx.Node
+) -> Refused:
+    """Why a product over another axis than the softmax's is no attention: rows, or heads, are mixed."""
+    try:
+        dot = find_score(lifter, softmax.arg, softmax.axis, leads, node).dot
+    except Refused as error:
+        if error.code != "no-product":
+            return error
+    else:
+        if contracted in free_symbols(dot.lhs) and contracted in free_symbols(dot.rhs):
+            return Refused("head-mixing", f"`{name_of(node)}` mixes the probabilities across heads", node)
+    return Refused("softmax-axis", "the softmax is not over the axis that is multiplied with the values")
+
+
+def check_transforms(graph: Graph, node: fx.Node) -> None:
+    """Refuse what a `torch.func` transform asks of the output, and the operator does not give."""
+    if graph.forward_mode:
+        raise Refused("transform", "a forward-mode derivative is taken here, and the operator has none", node)
+    if not is_wrapped(raw_value(node)):
+        return
+    if gradient_levels(raw_value(node)) > 1:
+        raise Refused("transform", "a gradient of a gradient is wanted, and the operator has none", node)

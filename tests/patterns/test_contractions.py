@@ -1,0 +1,104 @@
+"""Products that are no `matmul` of matrices: of vectors, and written as multiplications and sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from agreement import check_fused
+from graphs import only_site, score_of
+
+S, T, D, E = 6, 10, 8, 3
+
+
+def qkv() -> tuple[torch.Tensor, ...]:
+    return torch.randn(2, S, D), torch.randn(2, T, D), torch.randn(2, T, E)
+
+
+def vector_query(q: Any, k: Any, v: Any) -> Any:
+    return (q[0, 0] @ k[0].mT).softmax(-1) @ v[0]
+
+
+def vector_behind_keys(q: Any, k: Any, v: Any) -> Any:
+    return (k @ q[0, 0]).softmax(-1)[:, None] @ v
+
+
+def vector_under_autocast(q: Any, k: Any, v: Any) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return vector_query(q, k, v)
+
+
+@pytest.mark.parametrize("fn", [vector_query, vector_behind_keys, vector_under_autocast], ids=lambda f: f.__name__)
+def test_a_vector_is_one_query(fn: Callable[..., Any]) -> None:
+    """`matmul` of a vector and a matrix was refused for the operator by which torch makes a vector of its result."""
+    site = only_site(fn, *qkv())
+    assert (site.q_len, site.kv_len, site.head_dim, site.value_dim) == (1, T, D, E)
+    check_fused(fn, *qkv())
+
+
+def pairs(q: Any, k: Any) -> Any:
+    return q[:, :, None] * k[:, None]
+
+
+def summed_scores(q: Any, k: Any, v: Any) -> Any:
+    return pairs(q, k).sum(-1).softmax(-1) @ v
+
+
+def summed_values(q: Any, k: Any, v: Any) -> Any:
+    return torch.sum(summed_weights(q, k)[..., None] * v[:, None], 2)
+
+
+def summed_weights(q: Any, k: Any) -> Any:
+    return pairs(q, k).sum(dim=-1).softmax(-1)
+
+
+def scaled_within(q: Any, k: Any, v: Any) -> Any:
+    return (pairs(q, k) / 8).sum(-1).softmax(-1) @ v
+
+
+def averaged(q: Any, k: Any, v: Any) -> Any:
+    return pairs(q, k).mean(-1).softmax(-1) @ v
+
+
+def over_two_axes(q: Any, k: Any, v: Any) -> Any:
+    q, k = q.unflatten(-1, (2, 4)), k.unflatten(-1, (2, 4))
+    return (q[:, :, None] * k[:, None]).sum((-1, -2)).softmax(-1) @ v
+
+
+def vecdot(q: Any, k: Any, v: Any) -> Any:
+    return torch.linalg.vecdot(q[:, :, None], k[:, None]).softmax(-1) @ v
+
+
+def summed_gates(q: Any, k: Any, v: Any) -> Any:
+    return (pairs(q, k).sum(-1).sigmoid()[..., None] * v[:, None]).sum(-2)
+
+
+def pooled(q: Any, k: Any, v: Any) -> Any:
+    """One query, and sums that keep the axis."""
+    return ((q[:, :1] * k).sum(-1, keepdim=True).softmax(1) * v).sum(1)
+
+
+def pooled_by_a_repeated_query(q: Any, k: Any, v: Any) -> Any:
+    return ((q[:, :1].expand(-1, T, -1) * k).sum(-1).softmax(-1)[..., None] * v).sum(1)
+
+
+def pooled_by_a_copied_query(q: Any, k: Any, v: Any) -> Any:
+    return ((q[:, :1].repeat(1, T, 1) * k).sum(-1).softmax(-1)[..., None] * v).sum(1)
+
+
+SUMMED = {
+    summed_scores: "qk", summed_values: "qk", scaled_within: "(qk * 0.125)", averaged: "(qk * 0.125)", vecdot: "qk",
+    over_two_axes: "qk",
+    summed_gates: "sigmoid(qk)", pooled: "qk", pooled_by_a_repeated_query: "qk", pooled_by_a_copied_query: "qk",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fn", SUMMED, ids=lambda f: f.__name__)
+def test_a_sum_of_products_of_broadcast_tensors_is_their_product(fn: Callable[..., Any]) -> None:
+    """It was left alone without a word."""
+    site = only_site(fn, *qkv())
+    assert score_of(site.spec) == SUMMED[fn]
+    assert (site.q_len, site.kv_len, site.value_dim) == (1 if "pooled" in fn.__name__ else S, T, E)
+    check_fused(fn, *qkv())
