@@ -1,5 +1,6 @@
-"""An attention's output rescaled by what its softmax would have left to a sink: out * sigmoid(lse - sink).
+"""An output rescaled behind the product with the values: normalised only there, or by what is left beside a sink.
 
+sum_j exp(s_j) v_j / sum_j exp(s_j) is an attention whose division comes last (FlashAttention-2, section 3.1.1).
 exp(s) / (exp(sink) + sum exp(s)) is softmax(s) * sigmoid(log(sum exp(s)) - sink): the form of a sink that needs only
 what a fused kernel returns.
 """
@@ -9,13 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import sympy
+import torch
 
-from flashfuse.kernels.expr import Dot, Expr, Pointwise, Reduce
-from flashfuse.kernels.normal import number
+from flashfuse.kernels.expr import Dot, Expr, Pointwise, Reduce, free_symbols
+from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import as_logsumexp, place
-from flashfuse.patterns.opened import open_up
+from flashfuse.patterns.normaliser import as_logsumexp, as_softmax, place, quotients
+from flashfuse.patterns.opened import open_up, opened_or_none
+from flashfuse.patterns.operand import exactly_promotes
+from flashfuse.patterns.summed import as_product
 from flashfuse.patterns.weights import Weights
 
 
@@ -26,6 +30,32 @@ class Gated:
     product: Dot
     total: Reduce
     sink: Expr
+
+
+def normalised_late(lifter: Lifter, expr: Expr) -> Dot | None:
+    """The product of a softmax with values that an output divided by its row sums is; None for other quotients."""
+    if not isinstance(expr, Pointwise):
+        return None
+    for numerator, denominator in quotients(lifter, expr):
+        try:
+            product, total = as_product(lifter, _open(lifter, numerator)), _open(lifter, denominator)
+            if not isinstance(product, Dot) or product.axis in free_symbols(total):
+                continue
+            for weights, values in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
+                quotient = pointwise("div", _before_rounding(lifter, weights, product.dtype), total, dtype=total.dtype)
+                if as_softmax(lifter, quotient) is not None:
+                    return replace(product, lhs=quotient, rhs=values)
+        except CannotLift:
+            continue
+    return None
+
+
+def _before_rounding(lifter: Lifter, expr: Expr, dtype: torch.dtype) -> Expr:
+    """The element before it is rounded to a type that the product's holds."""
+    top = opened_or_none(lifter, expr)
+    if isinstance(top, Pointwise) and top.op in ROUNDINGS and exactly_promotes(dtype, ROUNDINGS[top.op]):
+        return _before_rounding(lifter, top.args[0], dtype)
+    return expr
 
 
 def as_gated(lifter: Lifter, expr: Expr) -> Gated | None:

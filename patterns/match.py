@@ -31,15 +31,15 @@ from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
 from flashfuse.patterns.dropout import before_dropout, check_draws
 from flashfuse.patterns.ending import Ending, ending, is_linear
-from flashfuse.patterns.gate import Gated, as_gated, with_gate
-from flashfuse.patterns.graph import Graph, location, shape, tensor, wants_gradient
+from flashfuse.patterns.gate import Gated, as_gated, normalised_late, with_gate
+from flashfuse.patterns.graph import Graph, shape, tensor, wants_gradient
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.normaliser import PARTIAL
-from flashfuse.patterns.refusal import Refused, mixing_layer, no_value_product, read_as_whole
+from flashfuse.patterns.reasons import Reasons
+from flashfuse.patterns.refusal import Refused, no_value_product, read_as_whole
 from flashfuse.patterns.replay import Analyses
 from flashfuse.patterns.score import Score, as_scores, find_products, find_score
-from flashfuse.patterns.seeds import WHOLE, Upstream, is_contraction, unclaimed, upstream
+from flashfuse.patterns.seeds import WHOLE, is_contraction, upstream
 from flashfuse.patterns.sharing import Sharing
 from flashfuse.patterns.site import AttentionSite, Refusal, outermost
 from flashfuse.patterns.summed import as_product
@@ -61,9 +61,7 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
     up = upstream(graph)
     analyses = Analyses(graph, up.products, lambda lifter, node: _match(lifter, node, up.products.keys()))
     sites: list[AttentionSite] = []
-    # Why, and which start was tried.
-    refused: dict[fx.Node, tuple[Refused, fx.Node]] = {}
-    beside: dict[fx.Node, tuple[Refused, fx.Node]] = {}
+    reasons = Reasons(graph, up)
     claimed: set[fx.Node] = set()
     for node in up.starts:
         seeds = up.seeds(node)
@@ -74,46 +72,16 @@ def find_attention(module: fx.GraphModule) -> MatchResult:
         try:
             site = analyses.site(node, history=wants_gradient(node))
         except Refused as error:
-            # A sum may be the normaliser of another start, whose reason is the better one.
-            is_sum = up.products.get(node) is node and not is_contraction(node)
-            for seed in seeds:
-                (beside if is_sum else refused).setdefault(seed, (error, node))
+            reasons.add(node, seeds, error)
             continue
         if site is not None:
             sites.append(site)
             # What other scores are made of too, as the curve of a temperature, is not taken.
             claimed.update(seeds & {node, *site.chain})
-    refused = beside | refused
     sites, inside = outermost(sites)
     sharing = Sharing(graph, analyses.facts)
     sites = [sharing.site(site) for site in sorted(sites, key=lambda site: graph.position[site.node])]
-    left = [*unclaimed(graph, up, claimed)]
-    apart = (n for n, (why, tried) in refused.items() if n not in claimed and not {why.node, tried} & inside)
-    left += [n for n in apart if _is_curve(up, n)]
-    reasons = ((n, refused[n][0] if n in refused else _reason(up, n)) for n in dict.fromkeys(left))
-    return MatchResult(tuple(sites), tuple(_refusal(n, why) for n, why in reasons if why is not None))
-
-
-def _is_curve(up: Upstream, node: fx.Node) -> bool:
-    """Whether a search started from a product without a normaliser."""
-    normalised = up.normalisers.get(node, frozenset()) & up.over_products
-    return up.curved.get(node) == frozenset((node,)) and not normalised
-
-
-def _reason(up: Upstream, seed: fx.Node) -> Refused | None:
-    """Why a normaliser behind a product meets no values; None where it is no attention's.
-
-    So it is with an exponential alone, and with a softmax of what a layer makes of a product, as a classifier's.
-    """
-    if name_of(seed) in PARTIAL:
-        return None
-    alone = Refused("no-value-product", "the probabilities are not multiplied with values in this graph")
-    return mixing_layer(seed) or (None if seed in up.mixed else alone)
-
-
-def _refusal(seed: fx.Node, error: Refused) -> Refusal:
-    node = error.node or seed
-    return Refusal(node, error.code, error.reason, location(node))
+    return MatchResult(tuple(sites), tuple(reasons.refusals(claimed, inside)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -138,6 +106,9 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
     gated = as_gated(lifter, expr)
     if gated is not None:
         return _terms(lifter, node, position, gated.product, leads, gated)
+    late = normalised_late(lifter, expr)
+    if late is not None:
+        return _terms(lifter, node, position, late, leads)
     if isinstance(expr, Reduce) and node in leads:
         expr = as_product(lifter, expr)
         if isinstance(expr, Reduce):

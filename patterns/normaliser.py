@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -193,19 +194,23 @@ def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None, rate: float) ->
 
 
 def place(lifter: Lifter, above: Expr, below: Expr, axis: sympy.Symbol) -> sympy.Expr | None:
-    """Where on the summed axis `above` stands, if it is `below` there: both are opened in step."""
-    upper: Expr | None = above
-    lower: Expr | None = below
-    while upper is not None and lower is not None:
-        above, below = upper, lower
-        for at in free_symbols(above) - free_symbols(below):
-            if substitute(below, {axis: at}) == above:
+    """Where on the summed axis `above` stands, if it is `below` there, seen through the loads of either."""
+    for upper, lower in itertools.product(_steps(lifter, above), [*_steps(lifter, below)]):
+        for at in free_symbols(upper) - free_symbols(lower):
+            if substitute(lower, {axis: at}) == upper:
                 return at
-        places = same_element(below, above, {axis})
+        places = same_element(lower, upper, {axis})
         if places is not None:
             return places.get(axis)
-        upper, lower = _one_step(lifter, above), _one_step(lifter, below)
     return None
+
+
+def _steps(lifter: Lifter, expr: Expr) -> Iterator[Expr]:
+    """An expression, and it again for each load expanded."""
+    step: Expr | None = expr
+    while step is not None:
+        yield step
+        step = _one_step(lifter, step)
 
 
 def _one_step(lifter: Lifter, expr: Expr) -> Expr | None:

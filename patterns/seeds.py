@@ -24,7 +24,10 @@ _CONTRACTIONS = frozenset({
 })  # fmt: skip
 WHOLE = frozenset({"scaled_dot_product_attention"})
 # What may rescale an attention's output.
-_GATES = frozenset({"mul", "mul_", "imul", "__mul__", "__rmul__", "__imul__", "multiply"})
+_GATES = frozenset({
+    "mul", "mul_", "imul", "__mul__", "__rmul__", "__imul__", "multiply", "div", "div_", "truediv", "itruediv",
+    "__truediv__", "__itruediv__", "divide", "true_divide",
+})  # fmt: skip
 # What makes a product of activations more than a product: a chain of linear operators is left to the matrix products.
 _CURVED = frozenset({
     "sigmoid", "expit", "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "silu", "gelu", "mish",
@@ -125,6 +128,9 @@ def upstream(graph: Graph) -> Upstream:
             continue
         if name in _GATES:
             starts.append(node)
+            # What is left of its own normaliser is none of the next product's.
+            if any(seeds <= values[products[n]] for n in inputs if products.get(n) in values):
+                seeds = NONE
         behind = next((products[n] for n in inputs if n in products), None)
         if behind is not None and not (weighted and behind in values):
             products[node] = behind
@@ -153,7 +159,7 @@ def _union(known: Mapping[fx.Node, Seeds], nodes: Sequence[fx.Node]) -> Seeds:
     return NONE.union(*found)
 
 
-def unclaimed(graph: Graph, up: Upstream, claimed: set[fx.Node]) -> Iterable[fx.Node]:
+def unclaimed(graph: Graph, up: Upstream, claimed: AbstractSet[fx.Node]) -> Iterable[fx.Node]:
     """Live softmaxes over products of activations that no site took."""
     for node in graph.nodes:
         whole = node in up.values and name_of(node) in WHOLE

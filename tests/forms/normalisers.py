@@ -85,6 +85,15 @@ def plus_one_clamped(c: Any, q: Any, k: Any, v: Any) -> Any:
     return (e / (e.sum(-1, keepdim=True) + (-m).exp())) @ v
 
 
+def plus_one_late(c: Any, q: Any, k: Any, v: Any) -> Any:
+    """Divided behind the product with the values, as a fused kernel does it."""
+    x = (q @ k.mT).mul(c.scale)
+    m = x.amax(-1, keepdim=True)
+    e = (x - m).exp()
+    total = e.sum(-1, keepdim=True) + torch.exp(-m)
+    return torch.einsum("bhij,bhjd->bhid", e.to(v.dtype), v) / total.to(v.dtype)
+
+
 def plus_one_padded(c: Any, q: Any, k: Any, v: Any) -> Any:
     x = F.pad(q @ k.transpose(-1, -2) * c.scale, (1, 0))
     return F.softmax(x, dim=-1)[..., 1:] @ v
@@ -239,7 +248,7 @@ FORMS = (
     Form("sink-first", (sink_first, sink_sigmoid), Expect(mask="causal$", sink=r"t\d\[.*n1"), _sinks),
     Form(
         "softmax-plus-one",
-        (plus_one_direct, plus_one_shifted, plus_one_clamped, plus_one_padded, plus_one_column),
+        (plus_one_direct, plus_one_shifted, plus_one_clamped, plus_one_late, plus_one_padded, plus_one_column),
         Expect(sink=r"0(\.0)?$"),
     ),
     Form("sigmoid", (sigmoid_paper, sigmoid_einsum), Expect((r"sigmoid\(", r"qk \* 0\.3535"), normaliser=NONE)),

@@ -90,7 +90,7 @@ def _of(draft: Draft, q: Var, k: Var, v: Var) -> Var:
         s = second_product(draft, s)
     for step in changes(draft):
         s = step(draft, s)
-    if draft.chance(40):
+    if draft.chance(20):
         return finish(draft, weigh_late(draft, s, v))
     p = normalise(draft, s)
     if draft.chance(4):

@@ -268,11 +268,8 @@ def _summed(draft: Draft, p: Var, v: Var) -> Var:
 
 
 def weigh_late(draft: Draft, s: Var, v: Var) -> Var:
-    """Exponentials times values, divided by their sums only then: what is read twice has to exist."""
+    """Exponentials times values, divided by their sums only then."""
     draft.labels.append("late")
-    # Exponentials that nothing divides are no softmax, and nothing is said of them where their scores are no program.
-    draft.certain &= "unknown-operator" not in draft.refused
-    draft.refused.add("probabilities-used")
     d = s.dim("t")
     e = draft.let("e", f"({s.name} - {s.name}.amax({d}, keepdim=True)).exp()", s.axes)
     out = weigh(draft, e, v)

@@ -422,3 +422,59 @@ def test_report_shows_the_factor_or_no_softmax() -> None:
         only_site(lambda q, k, v, x: (scores(q, k).softmax(-1) * x[:, None, None]) @ v, *inputs()[:4])
     )
     assert headed.math.startswith("(softmax((qk * 0.5)) * t0[n1]) @ v")
+
+
+def exponentials(q: Any, k: Any, keep: Any) -> Any:
+    s = masked(q, k, keep, MIN)
+    return (s - s.amax(-1, keepdim=True)).exp()
+
+
+LATE: dict[str, Callable[[Any, Any], Any]] = {
+    "divided": lambda e, v: (e @ v) / e.sum(-1, keepdim=True),
+    "inverse": lambda e, v: e.sum(-1)[..., None].reciprocal() * (e @ v),
+    "in-place": lambda e, v: (e @ v).div_(e.sum(-1, keepdim=True)),
+    "transposed": lambda e, v: ((v.mT @ e.mT) / e.sum(-1)[..., None, :]).mT,
+    "multiplied-and-summed": lambda e, v: (e.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2) / e.sum(-1, keepdim=True),
+    "as-wide": lambda e, v: (e.to(v.dtype) @ v) / e.sum(-1, keepdim=True, dtype=torch.float32).to(v.dtype),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_divided_behind_the_product(name: str) -> None:
+    """It was refused, since the sum reads exponentials that have to exist for it."""
+
+    def fn(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        return LATE[name](exponentials(q, k, keep), v)
+
+    site = only_site(fn, *inputs())
+    assert site.spec.normaliser == "softmax"
+    assert site.spec.factor is None
+    check(fn, *inputs())
+
+
+def test_two_in_a_row_divided_behind_the_product() -> None:
+    """The sum of the first was taken for a normaliser behind the second's product, which then was the first's."""
+
+    def fn(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        e = exponentials(q, k, keep)
+        out = (e @ v) / e.sum(-1, keepdim=True)
+        e = exponentials(out, k, keep)
+        return (e @ v) / e.sum(-1, keepdim=True)
+
+    q, k, _, x, keep = inputs()
+    assert len(matched(fn, q, k, k.flip(-1).contiguous(), x, keep).sites) == 2
+
+
+NOT_ITS_SUM: dict[str, Callable[[Any, Any], Any]] = {
+    "another-sum": lambda e, v: (e @ v) / (e * 2.0).sum(-1, keepdim=True),
+    "of-columns": lambda e, v: (e[..., :S, :] @ v) / e.sum(-2, keepdim=True).mT[..., :S, :],
+    "kept": lambda e, v: ((e @ v) / e.sum(-1, keepdim=True), e.sum(-1)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ITS_SUM)
+def test_divided_by_something_else(name: str) -> None:
+    def fn(q: Any, k: Any, v: Any, x: Any, keep: Any) -> Any:
+        return NOT_ITS_SUM[name](exponentials(q, k, keep), v)
+
+    assert not matched(fn, *inputs()).sites
