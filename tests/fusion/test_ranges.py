@@ -152,7 +152,7 @@ MADE_MASKS: dict[str, Callable[[Any, Any], Any]] = {
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", MADE_MASKS)
 def test_a_mask_that_every_layer_makes_is_one(name: str, dynamic: bool) -> None:
-    """Each layer had its own, with its own ranges, unless a gradient was wanted: AOTAutograd finds what is equal then."""
+    """Each layer had its own, with its own ranges, unless a gradient was wanted: AOTAutograd finds equal ones then."""
 
     def fn(x: Any, ids: Any) -> Any:
         for _ in range(3):
