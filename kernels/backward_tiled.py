@@ -36,6 +36,8 @@ from flashfuse.kernels.tiled import key_tiles, row_boxes
 # Places of the operands that have batch axes; captured tensor c is at place OPERANDS + c.
 Q, K, V = range(3)
 OPERANDS = 3
+# A probability from here on is nearly all of its row; of one that is 1, as it is made again from large scores.
+NEARLY_ALL = 0.9
 
 
 def attention_backward_tiled(
@@ -138,23 +140,20 @@ class _Rows:
         self.shape = tuple(len(positions) for positions in box)
         pairs = math.prod(self.shape[: len(self.outer)])
         self.lead = (pairs, math.prod(self.shape) // pairs)
-        self.q, self.grad_out, out, lse = map(self._flat, (self.problem.q, *whole.rows))
+        self.q, self.grad_out, self.out, lse = map(self._flat, (self.problem.q, *whole.rows))
         self.max, total = lse.split(1, -1)
         kept = self._kept()
         if kept is not None:
             # A row that was dropped is 0, whatever its probabilities would have been.
             self.grad_out = self.grad_out.masked_fill(~kept, 0.0)
             total = total.masked_fill(~kept, math.inf)
-        self.delta = (self.grad_out * out).sum(-1, keepdim=True)
-        if self.problem.spec.dropout:
-            # What is kept is scaled on its way to the output, so its gradient is on its way back.
-            self.grad_out = self.grad_out * keep_scale(self.problem.spec.dropout)
+        self.delta = (self.grad_out * self.out).sum(-1, keepdim=True)
+        # What dropout keeps is scaled on its way to the output, so its gradient is on its way back.
+        self.kept_scale = keep_scale(self.problem.spec.dropout) if self.problem.spec.dropout else 1.0
+        self.grad_sum = self.grad_out * self.kept_scale if self.problem.spec.dropout else self.grad_out
         # exp(score - shift) * share is the probability: 0 or NaN in rows without a key.
         self.shift = self.max.masked_fill(self.max == -math.inf, 0.0)
         self.share = total.reciprocal().masked_fill(total == 0, 0.0)
-        # Rows that are one value, up to rounding: the largest score is all of the sum.
-        saturated = total == 1.0
-        self.saturated = saturated if bool(saturated.any()) else None
         self.dq = torch.zeros_like(self.q)
 
     def _flat(self, x: torch.Tensor) -> torch.Tensor:
@@ -236,25 +235,23 @@ class _Rows:
             total = total.masked_fill_(total == 0, 1.0)
             probs = probs.div_(total)
             sink = None if sink is None else sink / total
-        weights, dprobs = probs, torch.bmm(self.grad_out, v.mT)
+        weights, dprobs, factors = probs, torch.bmm(self.grad_sum, v.mT), []
         if self.problem.spec.dropout:
             kept = self.problem.kept((*self.box, keys)).reshape(product.shape)
-            weights, dprobs = weights * kept, dprobs.mul_(kept)
+            weights, dprobs, factors = weights * kept, dprobs.mul_(kept), [kept]
         if self.whole.factor is not None:
             self._add_reads(self.whole.factor, dprobs * probs, tile)
             factor = self._over(self.whole.factor.program, tile).reshape(product.shape)
-            weights, dprobs = weights * factor, dprobs * factor
+            weights, dprobs, factors = weights * factor, dprobs * factor, [*factors, factor]
         if V in sums:
-            sums[V][at_keys] += torch.bmm(weights.mT, self.grad_out).view(sums[V][at_keys].shape)
+            sums[V][at_keys] += torch.bmm(weights.mT, self.grad_sum).view(sums[V][at_keys].shape)
         if not normalised:
             dscores = dprobs
         elif alone:
             dscores, dsink = _of_whole_rows(probs, dprobs, sink)
         else:
             dscores = probs * (dprobs - self.delta)
-            if self.saturated is not None:
-                # Its own delta, which another sum of products rounds otherwise.
-                dscores.masked_fill_(self.saturated & (probs > 0.5), 0.0)
+            self._set_largest(dscores, probs, v, factors)
         self._add_reads(score, dscores, tile)
         if score.product is None or not {Q, K} & sums.keys():
             return dsink
@@ -264,6 +261,25 @@ class _Rows:
         if K in sums:
             sums[K][at_keys] += torch.bmm(dproduct.mT, self.q).view(sums[K][at_keys].shape)
         return dsink
+
+    def _set_largest(
+        self, dscores: torch.Tensor, probs: torch.Tensor, v: torch.Tensor, factors: Sequence[torch.Tensor]
+    ) -> None:
+        """Set the gradients of the scores that have nearly all of their row: p_j dout . (w_j / p_j v_j - out).
+
+        That is p_j (dw_j - delta), where both are nearly the same, and each rounds a sum of products in its own order.
+        factors: what multiplies the probabilities.
+        """
+        if not bool((probs.amax(-1) > NEARLY_ALL).any()):
+            return
+        pair, row, key = at = (probs > NEARLY_ALL).nonzero(as_tuple=True)
+        # [scores, Dv]
+        value = v[pair, key]
+        for factor in factors:
+            value = value * factor[at].unsqueeze(-1)
+        # Rounded as the output has been, so that a row of one value has a difference of 0.
+        value = (value * self.kept_scale).to(self.whole.rows[1].dtype).to(value.dtype)
+        dscores[at] = probs[at] * (self.grad_out[pair, row] * (value - self.out[pair, row])).sum(-1)
 
     def _over(self, expr: Expr, tile: Tile) -> torch.Tensor:
         shape = [len(positions) for _, positions in tile.axes]

@@ -75,8 +75,14 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Te
     """Keep what the gradients are computed from; log-sum-exps themselves have none."""
     given, (out, lse) = Arguments(*inputs), output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(given.q, given.k, given.v, out, lse, given.kv_ranges, given.seed, *given.captured)
+    kept = given.q, given.k, given.v, out, lse, given.kv_ranges, given.seed, *given.captured
+    ctx.save_for_backward(*map(_as_savable, kept))
     ctx.sizes, ctx.spec = given.sizes, given.spec
+
+
+def _as_savable(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor of inference mode as one that autograd saves: what eager code made of it, and saved, the kernel read."""
+    return x.clone() if x is not None and x.is_inference() else x
 
 
 def gradients(ctx: Any, grad_out: torch.Tensor, _: torch.Tensor | None) -> tuple[Any, ...]:

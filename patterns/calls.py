@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._numpy
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -29,6 +30,12 @@ _STATEFUL: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+# What of NumPy writes its first argument, beside the methods and operators that do so of a tensor too.
+_NUMPY_WRITES = frozenset(
+    ("setitem", "imatmul", "copyto", "fill", "fill_diagonal", "put", "put_along_axis", "resize", "shuffle", "sort")
+) | {function.__name__ for function in _INPLACE_OPERATORS}
+
+
 def name_of(node: fx.Node) -> str:
     """The bare name of what the node calls: "softmax", "masked_fill_", "scaled_dot_product_attention"; or ""."""
     target = node.target
@@ -36,7 +43,7 @@ def name_of(node: fx.Node) -> str:
         return target if node.op == "call_method" else ""
     if isinstance(target, torch._ops.OpOverload):
         return target.overloadpacket.__name__
-    return str(getattr(target, "__name__", target))
+    return _bare_name(target)
 
 
 def label_of(node: fx.Node) -> str:
@@ -88,7 +95,7 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
         return tuple(dict.fromkeys(n for overload in overloads for n in _schema_mutated(node, overload)))
     if is_foreign(target):
         return tuple(node.all_input_nodes)
-    written = (*_nodes_in(node.kwargs.get("out")), *_state_written(node))
+    written = (*_nodes_in(_given(node, "out", _numpy_out(target))), *_state_written(node))
     if _writes_first(node):
         return (*_nodes_in(node.args[:1]), *written)
     return written
@@ -99,13 +106,19 @@ def _only_reads(op: str, target: Any) -> bool:
     """Whether a function or method of torch's or Python's own writes nothing, whatever its positional arguments are."""
     if isinstance(target, (torch._ops.OperatorBase, torch._ops.OpOverloadPacket)) or is_foreign(target):
         return False
-    name = target if isinstance(target, str) else str(getattr(target, "__name__", target))
+    if _numpy_out(target) is not None:
+        return False
+    name = target if isinstance(target, str) else _bare_name(target)
     takes_flag = op == "call_function" and _inplace_argument(target) is not None
     return not takes_flag and name not in _STATEFUL and not _is_inplace(name, target)
 
 
 def _is_inplace(name: str, target: Any) -> bool:
     """Whether a function or method of torch writes its first argument by its name."""
+    if is_numpy(target):
+        name = name.removeprefix("wrapped_")
+        if name in _NUMPY_WRITES:
+            return True
     if target in _INPLACE_OPERATORS or name in ASSIGNMENTS:
         return True
     if name.startswith("__i") and name.endswith("__") and hasattr(operator, name.strip("_")):
@@ -118,8 +131,12 @@ def _writes_first(node: fx.Node) -> bool:
     if _is_inplace(name_of(node), node.target):
         return True
     place = _inplace_argument(node.target) if node.op == "call_function" else None
-    flag = node.kwargs.get("inplace", node.args[place] if place is not None and place < len(node.args) else False)
-    return flag is not False
+    return _given(node, "inplace", place, False) is not False
+
+
+def _given(node: fx.Node, name: str, place: int | None, default: Any = None) -> Any:
+    """What the node gives for an argument, by its name or at its place."""
+    return node.kwargs.get(name, node.args[place] if place is not None and place < len(node.args) else default)
 
 
 def _state_written(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -146,6 +163,24 @@ def _inplace_argument(function: Any) -> int | None:
     except (TypeError, ValueError):
         return None
     return names.index("inplace") if "inplace" in names else None
+
+
+def is_numpy(target: Any) -> bool:
+    """Whether this is a function, method or operator of NumPy, which Dynamo has tensors take."""
+    return getattr(target, "__module__", None) == "torch._dynamo.utils" and _bare_name(target).startswith("wrapped_")
+
+
+def _numpy_out(target: Any) -> int | None:
+    """The place of the argument `out` of a function or method of NumPy, None where it takes none."""
+    if not is_numpy(target):
+        return None
+    function = getattr(target, "f", None) or getattr(torch._numpy, _bare_name(target).removeprefix("wrapped_"), None)
+    names = list(inspect.signature(function).parameters) if function is not None else []
+    return names.index("out") if "out" in names else None
+
+
+def _bare_name(target: Any) -> str:
+    return str(getattr(target, "__name__", target))
 
 
 def is_foreign(target: Any) -> bool:

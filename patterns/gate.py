@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from flashfuse.kernels.expr import Dot, Expr, Pointwise, Reduce, free_symbols
+from flashfuse.kernels.expr import Const, Dot, Expr, Pointwise, Reduce, free_symbols
 from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.lift import CannotLift, Lifter
@@ -67,20 +67,19 @@ def as_gated(lifter: Lifter, expr: Expr) -> Gated | None:
             product, exponent = _open(lifter, output), _gate_argument(lifter, gate)
             if not isinstance(product, Dot) or exponent is None:
                 continue
-            total = as_logsumexp(lifter, _without_rounding(exponent.args[0]))
+            total = as_logsumexp(lifter, _without_rounding(exponent[0]))
         except CannotLift:
             continue
         if total is not None:
-            return Gated(product, total, exponent.args[1])
+            return Gated(product, total, exponent[1])
     return None
 
 
-def _gate_argument(lifter: Lifter, gate: Expr) -> Pointwise | None:
-    """a - b of a gate sigmoid(a - b) or 1 / (1 + exp(b - a))."""
+def _gate_argument(lifter: Lifter, gate: Expr) -> tuple[Expr, Expr] | None:
+    """(a, b) of a gate sigmoid(a - b) or 1 / (1 + exp(b - a)); b is 0 where there is none."""
     top = _open(lifter, gate)
     if isinstance(top, Pointwise) and top.op == "sigmoid":
-        inner = _open(lifter, top.args[0])
-        return inner if isinstance(inner, Pointwise) and inner.op == "sub" else None
+        return _difference(lifter, top.args[0])
     if not isinstance(top, Pointwise) or top.op != "div" or number(top.args[0]) != 1:
         return None
     below = _open(lifter, top.args[1])
@@ -89,10 +88,17 @@ def _gate_argument(lifter: Lifter, gate: Expr) -> Pointwise | None:
     power = _open(lifter, next(a for a in below.args if number(a) != 1))
     if not isinstance(power, Pointwise) or power.op != "exp":
         return None
-    inner = _open(lifter, power.args[0])
-    if not isinstance(inner, Pointwise) or inner.op != "sub":
-        return None
-    return Pointwise(inner.dtype, "sub", (inner.args[1], inner.args[0]))
+    subtracted, from_ = _difference(lifter, power.args[0])
+    return from_, subtracted
+
+
+def _difference(lifter: Lifter, expr: Expr) -> tuple[Expr, Expr]:
+    """(a, b) of a - b, either of which may be 0 that is not written."""
+    inner = _open(lifter, expr)
+    if isinstance(inner, Pointwise) and inner.op == "sub":
+        return inner.args[0], inner.args[1]
+    zero = Const(expr.dtype, 0.0)
+    return (zero, inner.args[0]) if isinstance(inner, Pointwise) and inner.op == "neg" else (expr, zero)
 
 
 def _open(lifter: Lifter, expr: Expr) -> Expr:

@@ -24,6 +24,8 @@ from flashfuse.patterns.transforms import as_operators_see, innermost, is_forwar
 
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+_ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
+_EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
 
 
 def value(node: fx.Node) -> Any:
@@ -170,10 +172,15 @@ class Graph:
     def _no_grad_regions(self) -> frozenset[fx.Node]:
         """The nodes whose results have no history, though Dynamo's values of views and in-place edits say otherwise."""
         nodes: list[fx.Node] = []
-        enabled = True
+        enabled, outer = True, []
         for node in self.nodes:
             if node.target is torch._C._set_grad_enabled:
                 enabled = node.args[0] is not False
+            elif node.target is _ENTER_INFERENCE:
+                outer.append(enabled)
+                enabled = node.args[0] is False
+            elif node.target is _EXIT_INFERENCE:
+                enabled = outer.pop()
             elif not enabled:
                 nodes.append(node)
         return frozenset(nodes)

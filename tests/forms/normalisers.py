@@ -105,6 +105,11 @@ def plus_one_column(c: Any, q: Any, k: Any, v: Any) -> Any:
     return torch.matmul(torch.softmax(x, dim=-1)[..., :-1], v)
 
 
+def plus_one_gated(c: Any, q: Any, k: Any, v: Any) -> Any:
+    x = q @ k.mT * c.scale
+    return torch.sigmoid(x.logsumexp(-1, keepdim=True)) * (x.softmax(-1) @ v)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # No normaliser
 
@@ -248,7 +253,15 @@ FORMS = (
     Form("sink-first", (sink_first, sink_sigmoid), Expect(mask="causal$", sink=r"t\d\[.*n1"), _sinks),
     Form(
         "softmax-plus-one",
-        (plus_one_direct, plus_one_shifted, plus_one_clamped, plus_one_late, plus_one_padded, plus_one_column),
+        (
+            plus_one_direct,
+            plus_one_shifted,
+            plus_one_clamped,
+            plus_one_late,
+            plus_one_padded,
+            plus_one_column,
+            plus_one_gated,
+        ),  # fmt: skip
         Expect(sink=r"0(\.0)?$"),
     ),
     Form("sigmoid", (sigmoid_paper, sigmoid_einsum), Expect((r"sigmoid\(", r"qk \* 0\.3535"), normaliser=NONE)),

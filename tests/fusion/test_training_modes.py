@@ -182,6 +182,22 @@ def test_training_between_inferences(inner: str) -> None:
     assert all(len(report.sites) == 1 for report in flashfuse.reports())
 
 
+def test_inference_mode_in_a_training_graph() -> None:
+    """Gradients went through what a region of it had made, and a tensor of it could not be saved for them."""
+
+    def use(run: Run, inputs: Inputs) -> list[torch.Tensor | None]:
+        out = run(*inputs)
+        loss(out).backward()
+        return [out, *kept_gradients(inputs)]
+
+    def fn(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        with torch.inference_mode():
+            keys, added, first = k.transpose(-1, -2), bias * 0.5, attention(q, k, v, bias)
+        return (q @ keys * 0.3 + added).softmax(-1) @ v + first.clone()
+
+    assert_same_use(use, fn, inner="eager").assert_fused(sites=2)
+
+
 @pytest.mark.parametrize("trained", [(0,), (1,), (2,), (3,), (1, 2), ()], ids=str)
 def test_only_some_tensors_are_trained(trained: tuple[int, ...]) -> None:
     inputs = [x.detach().requires_grad_(at in trained) for at, x in enumerate(qkvb())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from numerics import assert_close_to_exact
@@ -13,6 +14,7 @@ from training import assert_trains, qkvb
 import flashfuse
 
 S = 12
+OPTIONS = {"flashfuse.inner": "eager", "flashfuse.strict": True}
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
@@ -112,3 +114,36 @@ def test_keys_written_into_a_cache() -> None:
     assert all(map(torch.equal, one, other))
     (report,) = flashfuse.reports()
     report.assert_fused(sites=1)
+
+
+def assigned(keep: Any) -> None:
+    keep[:, 3:] = False
+
+
+def multiplied(keep: Any) -> None:
+    keep *= False
+
+
+def given_as_out(keep: Any) -> None:
+    np.logical_xor(keep, True, keep)
+
+
+def sorted_in_place(keep: Any) -> None:
+    keep.sort()
+
+
+@pytest.mark.parametrize("write", [assigned, multiplied, given_as_out, sorted_in_place], ids=lambda fn: fn.__name__)
+def test_what_numpy_writes(write: Callable[..., Any]) -> None:
+    """Writes of NumPy's methods and operators were taken for reads: what was read before them was read behind them."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        before = scores(q, k).masked_fill(~keep, -1e9)
+        write(keep.numpy())
+        return before.softmax(-1) @ v, scores(q, k).masked_fill(~keep, -1e9).softmax(-1) @ v
+
+    q, k, v, _ = (x.detach() for x in qkvb())
+    keep = torch.arange(q.shape[-2])[:, None] % torch.arange(2, k.shape[-2] + 2) < 2
+    ours = keep.clone()
+    expected = fn(q, k, v, keep)
+    torch.testing.assert_close(torch.compile(fn, backend="flashfuse", options=OPTIONS)(q, k, v, ours), expected)
+    assert torch.equal(ours, keep)

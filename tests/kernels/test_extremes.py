@@ -133,6 +133,15 @@ def test_rows_that_are_one_value(kv_len: int, kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("sink", [None, "0.5"])
+def test_rows_that_are_mostly_one_value(sink: str | None, kernel: str) -> None:
+    """A log-sum-exp in one number, as torch's kernel gives it, was taken for a sum of 1, and the gradient of each score
+    with more than half of its row was 0.
+    """
+    check(make_call("qk * 1.5", (2, 9, 16), 1100, sink=sink), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sink", [None, "0.5"])
 @pytest.mark.parametrize("size", [1e6, 1e12])
 def test_scaled_biases_of_any_size(size: float, sink: str | None, kernel: str) -> None:
     """Large positive scores kept a correction that only small ones have room for."""
