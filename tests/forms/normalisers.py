@@ -261,7 +261,7 @@ FORMS = (
             plus_one_padded,
             plus_one_column,
             plus_one_gated,
-        ),  # fmt: skip
+        ),
         Expect(sink=r"0(\.0)?$"),
     ),
     Form("sigmoid", (sigmoid_paper, sigmoid_einsum), Expect((r"sigmoid\(", r"qk \* 0\.3535"), normaliser=NONE)),
