@@ -31,7 +31,7 @@ class Reasons:
         is_sum = self.up.products.get(start) is start and not is_contraction(start)
         for seed in seeds:
             known, _ = (self._of_sums if is_sum else self._refused).setdefault(seed, (error, start))
-            if known.code == "probabilities-used" and not is_contraction(start):
+            if known.code == "probabilities-used" and self.up.products.get(start) is not start:
                 self._refused[seed] = error, start
 
     def refusals(self, claimed: AbstractSet[fx.Node], inside: AbstractSet[fx.Node]) -> Iterator[Refusal]:

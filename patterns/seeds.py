@@ -23,11 +23,10 @@ _CONTRACTIONS = frozenset({
     "tensordot", "chain_matmul", "multi_dot", "linalg_multi_dot", "linear",
 })  # fmt: skip
 WHOLE = frozenset({"scaled_dot_product_attention"})
-# What may rescale an attention's output.
-_GATES = frozenset({
-    "mul", "mul_", "imul", "__mul__", "__rmul__", "__imul__", "multiply", "div", "div_", "truediv", "itruediv",
-    "__truediv__", "__itruediv__", "divide", "true_divide",
-})  # fmt: skip
+# What may rescale an attention's output: either factor, and what is divided.
+_FACTORS = frozenset({"mul", "mul_", "imul", "__mul__", "__rmul__", "__imul__", "multiply"})
+_QUOTIENTS = frozenset({"div", "div_", "truediv", "itruediv", "__truediv__", "__itruediv__", "divide", "true_divide"})
+_GATES = _FACTORS | _QUOTIENTS
 # What makes a product of activations more than a product: a chain of linear operators is left to the matrix products.
 _CURVED = frozenset({
     "sigmoid", "expit", "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "silu", "gelu", "mish",
@@ -56,6 +55,11 @@ def _may_normalise(node: fx.Node) -> bool:
 def _is_curved(name: str) -> bool:
     """By the name of the operator or of its form in place."""
     return name in _CURVED or name.removesuffix("_") in _CURVED
+
+
+def _rescaled(node: fx.Node) -> list[fx.Node]:
+    """The inputs of one of `_GATES` that it may be an output rescaled of."""
+    return [n for n in node.args[:1] if isinstance(n, fx.Node)] if name_of(node) in _QUOTIENTS else node.all_input_nodes
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,9 @@ class Upstream:
 
     def _gated(self, node: fx.Node) -> Seeds:
         """Of an attention's output multiplied with something that was made from scores: the normalisers of both."""
-        inputs = node.all_input_nodes
-        behind = (self.products.get(n, n) for n in inputs)
+        behind = (self.products.get(n, n) for n in _rescaled(node))
         outputs = [self.values[product] for product in behind if product in self.values]
-        gates = _union(self.normalisers, inputs) if outputs else NONE
+        gates = _union(self.normalisers, node.all_input_nodes) if outputs else NONE
         return gates.union(*outputs) if gates else NONE
 
 
@@ -129,7 +132,8 @@ def upstream(graph: Graph) -> Upstream:
         if name in _GATES:
             starts.append(node)
             # What is left of its own normaliser is none of the next product's.
-            if any(seeds <= values[products[n]] for n in inputs if products.get(n) in values):
+            outputs = (n for n in _rescaled(node) if products.get(n) in values)
+            if any(seeds <= values[products[n]] for n in outputs):
                 seeds = NONE
         behind = next((products[n] for n in inputs if n in products), None)
         if behind is not None and not (weighted and behind in values):
