@@ -103,13 +103,13 @@ def _hardtanh(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr
 
 @row(aten.hardsigmoid.default, aten.hardswish.default)
 def _hardsigmoid(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    """min(max(x + 3, 0), 6) / 6, and x times that."""
+    """min(max(x + 3, 0), 6) / 6, and x times that, which at -inf is NaN."""
     x, dtype = view.element(call.args[0], position), call.output.dtype
-    inside, above = pointwise("add", x, const(3.0)), const(1.0)
+    below, inside, above = const(0.0), pointwise("add", x, const(3.0)), const(1.0)
     if call.func is aten.hardswish.default:
-        inside, above = pointwise("mul", x, inside), x
+        below, inside, above = pointwise("mul", x, below), pointwise("mul", x, inside), x
     inside = pointwise("div", inside, const(6.0))
-    return _between(x, const(-3.0), const(3.0), const(0.0), inside, above, dtype)
+    return _between(x, const(-3.0), const(3.0), below, inside, above, dtype)
 
 
 @row(aten.fmax.default, aten.fmin.default)

@@ -109,3 +109,8 @@ def test_functions_and_their_derivatives_are_torch_s(name: str) -> None:
     (product, *_) = leaves(site.spec.score)
     torch.testing.assert_close(evaluate(site.spec.score, tile).expand(scores.shape), expected.detach())
     torch.testing.assert_close(evaluate(derivative(site.spec.score, product), tile).expand(scores.shape), slope)
+    # A mask's -inf is one of their arguments: hardswish gave 0 for it, where torch gives NaN.
+    ends = torch.tensor([-torch.inf, torch.inf, torch.nan], dtype=torch.float64)[:, None].expand(3, 2)
+    tile = Tile(((Q_IDX, range(3)), axes[1]), {}, (ends,), captured, torch.float64, torch.device("cpu"))
+    found = evaluate(site.spec.score, tile).expand(ends.shape)
+    torch.testing.assert_close(found, fn(ends), equal_nan=True)
