@@ -260,10 +260,13 @@ def _masking_limit(score: Expr, load: Load, normaliser: str) -> float | None:
 def _fill_of(masked: Expr, normaliser: str) -> float | None:
     """The value a masked score stands for: its constant, or a hugely negative constant added to anything.
 
-    None where it is neither, or too near to the scores of unmasked keys for skipping ever to pay.
+    None where it is neither, is NaN, or is too near to the scores of unmasked keys for skipping ever to pay.
     """
+    limit = number(_saturated(masked))
     if normaliser == "none":
-        return -math.inf if number(_saturated(masked)) == 0 else None
+        return -math.inf if limit == 0 else None
+    if limit is not None and math.isnan(limit):
+        return None
     if isinstance(masked, Pointwise) and masked.op == "where":
         fills = [_fill_of(branch, normaliser) for branch in masked.args[1:]]
         return None if None in fills else max(f for f in fills if f is not None)
@@ -276,9 +279,12 @@ def _fill_of(masked: Expr, normaliser: str) -> float | None:
 
 def _saturated(expr: Expr) -> Expr:
     """`expr` with -inf for every sum that a hugely negative constant dominates, 0 for its multiples, and simplified."""
-    if expr.dtype.is_floating_point and isinstance(expr, Pointwise) and _added_constant(expr) <= HUGE_FILL:
-        return Const(expr.dtype, -math.inf)
     children = tuple(_saturated(child) for child in expr.children)
+    if expr.dtype.is_floating_point and isinstance(expr, Pointwise) and _added_constant(expr) <= HUGE_FILL:
+        # What is added may be as large by itself: s + s * tanh(s).
+        opposed = math.inf if expr.op == "add" else -math.inf
+        against = expr.op in ("add", "sub") and any(number(c) == opposed for c in children[-2:])
+        return Const(expr.dtype, math.nan if against else -math.inf)
     if isinstance(expr, Pointwise) and expr.op == "mul" and any(number(child) == 0 for child in children):
         return Const(expr.dtype, 0.0)
     return make(expr.op, *children, dtype=expr.dtype) if isinstance(expr, Pointwise) else expr

@@ -120,6 +120,16 @@ def test_what_data_decides(score: str, needed: str | None, idle: str | None, unm
     assert to_text(structure.unmasked) == to_text(parse(unmasked, CAPTURED))
 
 
+SEEN = "(where(kv_idx <= q_idx, qk, -inf) + t1[kv_idx])"
+
+
+@pytest.mark.parametrize("normaliser", ["softmax", "none"])
+@pytest.mark.parametrize("score", [f"{SEEN} + {SEEN} * tanh({SEEN})", f"{SEEN} - {SEEN} * 2.0"])
+def test_a_fill_that_becomes_nan_masks_nothing(score: str, normaliser: str) -> None:
+    """Keys that no row of a tile sees were skipped, and its rows were numbers where eager code gives NaN."""
+    assert analyze(parse(score, CAPTURED), normaliser).describe() == "none"
+
+
 def test_weights_are_masked_where_they_are_zero() -> None:
     """Without a softmax a masked score is 0, however the source brings that about."""
     for score in ("sigmoid(where(kv_idx <= q_idx, qk, -inf))", "where(kv_idx <= q_idx, sigmoid(qk), 0.0)",
