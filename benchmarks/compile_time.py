@@ -33,7 +33,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.measure import versions
-from benchmarks.table import allowed_error, relative_error
+from benchmarks.table import allowed_error, line, relative_error
 
 BACKENDS = ("inductor", "flashfuse")
 HEADER = ("backend", "caches", "compile", "flashfuse", "share", "matching", "a layer", "share")
@@ -181,10 +181,6 @@ def cells(row: Row) -> tuple[str, ...]:
         each = 1e3 * row.matching / row.case.layers
         matching = f"{1e3 * row.matching:.0f} ms", f"{each:.1f} ms", f"{row.matching / row.compile:.2%}"
     return row.case.backend, row.caches, f"{row.compile:.1f} s", *own, *matching
-
-
-def line(texts: tuple[str, ...]) -> str:
-    return "| " + " | ".join(texts) + " |"
 
 
 def main(arguments: list[str] | None = None) -> None:

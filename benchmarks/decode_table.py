@@ -6,8 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from benchmarks.decode_peers import BASELINE, PEERS
-from benchmarks.measure import versions
-from benchmarks.table import Row, number
+from benchmarks.table import Row, number, table_of
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,11 @@ def measured(row: DecodeRow) -> list[str]:
 
 def markdown(rows: list[DecodeRow]) -> str:
     best = max((row.best_read for row in rows), default=0.0)
-    lines = [f"{versions()}, one query, reads {best / 1e9:.0f} GB/s at best", ""]
-    lines += ["| " + " | ".join(HEADER) + " |", "| --- " * len(HEADER) + "|"]
+    lines: list[tuple[str, ...]] = []
     for row in rows:
         sizes = (row.name, f"{row.kv_bytes / 1e6:.1f}", str(row.sets), str(row.splits or "-"))
-        lines += ["| " + " | ".join((*sizes, peer, *cells(row, peer))) + " |" for peer in measured(row)]
-    return "\n".join(lines) + "\n"
+        lines += [(*sizes, peer, *cells(row, peer)) for peer in measured(row)]
+    return table_of(f"one query, reads {best / 1e9:.0f} GB/s at best", HEADER, lines)
 
 
 def show(row: DecodeRow) -> None:

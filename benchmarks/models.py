@@ -26,7 +26,7 @@ import torch
 import flashfuse
 from benchmarks.measure import Run, graphed, measure, measure_cold, require_cuda, versions
 from benchmarks.model_cases import MODELS, Model, gradient_of, output_of
-from benchmarks.table import Row, allowed_error, checked, relative_error
+from benchmarks.table import Row, allowed_error, checked, relative_error, table_of
 
 ROUNDS = 3
 BACKENDS = ("flashfuse", "inductor", "eager")
@@ -109,10 +109,8 @@ def _figures(row: Row, peer: str) -> str:
 
 
 def markdown(found: list[Measured]) -> str:
-    table = [f"{versions()}, bf16, ms a step and extra peak memory", "", "| " + " | ".join(header()) + " |"]
-    table += ["| --- " * len(header()) + "|"]
-    table += ["| " + " | ".join(line) + " |" for measured in found for line in lines(measured)]
-    return "\n".join(table) + "\n"
+    rows = (row for measured in found for row in lines(measured))
+    return table_of("bf16, ms a step and extra peak memory", header(), rows)
 
 
 def show(found: Measured) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -140,9 +140,18 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def markdown(rows: list[Row]) -> str:
-    lines = [f"{versions()}, bf16 forward", "", "| " + " | ".join(HEADER) + " |", "| --- " * len(HEADER) + "|"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
+    return table_of("bf16 forward", HEADER, map(cells, rows))
+
+
+def table_of(what: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, under the versions that its figures belong to and what they are of."""
+    lines = [f"{versions()}, {what}", "", line(header), "| --- " * len(header) + "|", *map(line, rows)]
     return "\n".join(lines) + "\n"
+
+
+def line(texts: Iterable[str]) -> str:
+    """A line of a table in Markdown."""
+    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
 
 def show(row: Row) -> None:

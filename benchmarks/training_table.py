@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from benchmarks.measure import versions
-from benchmarks.table import Row, number
+from benchmarks.table import Row, number, table_of
 
 OWN = ("flashfuse", "operator")
 PEERS = (*OWN, "flex", "flex tuned", "sdpa flash", "sdpa cudnn", "inductor")
@@ -77,10 +76,7 @@ def target(row: TrainingRow) -> str:
 
 
 def markdown(rows: list[TrainingRow]) -> str:
-    lines = [f"{versions()}, bf16, backward / forward and backward", ""]
-    lines += ["| " + " | ".join(HEADER) + " |", "| --- " * len(HEADER) + "|"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return table_of("bf16, backward / forward and backward", HEADER, map(cells, rows))
 
 
 def show(row: TrainingRow) -> None:

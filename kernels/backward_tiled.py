@@ -149,8 +149,8 @@ class _Rows:
             total = total.masked_fill(~kept, math.inf)
         self.delta = (self.grad_out * self.out).sum(-1, keepdim=True)
         # What dropout keeps is scaled on its way to the output, so its gradient is on its way back.
-        self.kept_scale = keep_scale(self.problem.spec.dropout) if self.problem.spec.dropout else 1.0
-        self.grad_sum = self.grad_out * self.kept_scale if self.problem.spec.dropout else self.grad_out
+        self.kept_scale = keep_scale(self.problem.spec.dropout)
+        self.grad_sum = self.grad_out if self.kept_scale == 1.0 else self.grad_out * self.kept_scale
         # exp(score - shift) * share is the probability: 0 or NaN in rows without a key.
         self.shift = self.max.masked_fill(self.max == -math.inf, 0.0)
         self.share = total.reciprocal().masked_fill(total == 0, 0.0)
