@@ -19,6 +19,7 @@ from flashfuse.kernels.hopper_forward_loader import GROUP_Q, load_tiles
 from flashfuse.kernels.hopper_tiles import (
     arrived,
     column_buffers,
+    issued,
     load_columns,
     next_stage,
     opaque,
@@ -49,7 +50,8 @@ def attention_hopper_forward_kernel(
     ROW_KEPT: gl.constexpr, Q_AXES: gl.constexpr, K_AXES: gl.constexpr, V_AXES: gl.constexpr,
     PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr, COLUMNS: gl.constexpr,
     CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr, COLUMN_TYPES: gl.constexpr, SHARED_BATCH: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr,
+    DEPTH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    SPREAD: gl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)): see `forward`, whose results these are.
 
@@ -58,6 +60,7 @@ def attention_hopper_forward_kernel(
     COLUMNS, CODED_ROWS, CODE_OF, COLUMN_TYPES: see `columns`.
     counter_ptr: a 0 that counts the tiles taken beside each program's first; without it a program takes every
     num_programs-th.
+    DEPTH: columns of queries and keys, as a multiple of 16.
     BLOCK_D, BLOCK_DV: 64 or 128 columns, behind the last of which TMA gives zeros and writes nothing.
     Q_STAGES: tiles of queries that are loaded ahead; STAGES: tiles of keys, each with one of values.
     SPREAD: how many positions take a tile of queries before the next is begun; a divisor of their number.
@@ -120,13 +123,13 @@ def attention_hopper_forward_kernel(
                 0, out_desc, lse_ptr, out_s, shared, pairs_s if pairs_desc is not None else None, barriers,
                 batch_1, batch_2, batch_3, q_len, kv_len, sizes,
                 captured, captured_strides, SCORE_MASKED, SCORE_FULL, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS,
-                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT, CODE_OF, BLOCK_DV, Q_STAGES, STAGES,
+                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT, CODE_OF, DEPTH, BLOCK_DV, Q_STAGES, STAGES,
             )),
             (_attend, (
                 1, out_desc, lse_ptr, out_s, shared, pairs_s if pairs_desc is not None else None, barriers,
                 batch_1, batch_2, batch_3, q_len, kv_len, sizes,
                 captured, captured_strides, SCORE_MASKED, SCORE_FULL, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS,
-                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT, CODE_OF, BLOCK_DV, Q_STAGES, STAGES,
+                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT, CODE_OF, DEPTH, BLOCK_DV, Q_STAGES, STAGES,
             )),
             (load_tiles, (
                 q_desc, k_desc, v_desc, pairs_desc, shared, pairs_s if pairs_desc is not None else None, barriers,
@@ -150,7 +153,7 @@ def _attend(
     sizes, captured, captured_strides, SCORE_MASKED: gl.constexpr, SCORE_FULL: gl.constexpr, LOG2_SCALE: gl.constexpr,
     FILL_THRESHOLD: gl.constexpr, LARGE_SCORES: gl.constexpr, FILLS: gl.constexpr, ZERO_EMPTY_ROWS: gl.constexpr,
     SINK: gl.constexpr, ROW_FACTOR: gl.constexpr, ROW_KEPT: gl.constexpr, CODE_OF: gl.constexpr,
-    BLOCK_DV: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    DEPTH: gl.constexpr, BLOCK_DV: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The output and the log-sum-exp of 64 queries of each tile.
 
@@ -189,7 +192,7 @@ def _attend(
         # The last tile of keys, which mostly has a mask, under the last values of the queries before.
         mbarrier.wait(q_full.index(q_stage), turn // Q_STAGES % 2)
         mbarrier.wait(full.index(stage), phase)
-        qk = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        qk = issued(q, k_s.index(stage), nothing, DEPTH)
         if RUNS_ON:
             acc_next = warpgroup_mma(w, v_s.index(stage), acc, is_async=True)
         pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
@@ -224,7 +227,7 @@ def _attend(
             kv_start = end - (i + 1) * BLOCK_KV
             masked = (kv_start < full_start) | (kv_start >= full_end)
             mbarrier.wait(full.index(stage), phase)
-            qk = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            qk = issued(q, k_s.index(stage), nothing, DEPTH)
             acc_next = warpgroup_mma(w, v_s.index(stage), acc, is_async=True)
             pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
             columns = (columns_s, stage, GROUP, CODE_OF)
@@ -266,7 +269,7 @@ def _attend(
             for i in range(before + behind):
                 kv_start = skipped_tile(i, before, end)
                 mbarrier.wait(full.index(stage), phase)
-                qk = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+                qk = issued(q, k_s.index(stage), nothing, DEPTH)
                 pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
                 columns = (columns_s, stage, GROUP, CODE_OF)
                 met += 1

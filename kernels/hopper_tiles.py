@@ -2,7 +2,12 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from flashfuse.kernels.backward_rows import batch_position
 
@@ -138,6 +143,34 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
     """The stage after this one in a ring, and the parity of the phase that is waited for there."""
     last = (stage == STAGES - 1).to(gl.int32)
     return (stage + 1) * (1 - last), phase ^ last
+
+
+@gluon.jit
+def issued(rows, columns, zeros, DEPTH: gl.constexpr):
+    """rows columns^T of two tiles in shared memory, under way, of whose columns those from DEPTH on are 0.
+
+    DEPTH: a multiple of 16. The product is taken in powers of two, the largest first: 96 = 64 + 32.
+    """
+    if rows.shape[1] == DEPTH:
+        return warpgroup_mma(rows, columns.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    else:
+        product = zeros
+        for i in gl.static_range(3):
+            product = _with_part(rows, columns, product, DEPTH, 64 >> i)
+        return product
+
+
+@gluon.jit
+def _with_part(rows, columns, product, DEPTH: gl.constexpr, PART: gl.constexpr):
+    """The part of `issued` that is PART columns deep, behind those of larger ones, if there is such."""
+    START: gl.constexpr = DEPTH // (2 * PART) * (2 * PART)
+    if DEPTH // PART % 2 == 0:
+        return product
+    else:
+        return warpgroup_mma(
+            rows.slice(START, PART, 1), columns.slice(START, PART, 1).permute((1, 0)), product,
+            use_acc=START > 0, is_async=True,
+        )  # fmt: skip
 
 
 @gluon.jit

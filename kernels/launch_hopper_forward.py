@@ -19,6 +19,7 @@ from flashfuse.kernels.launch import (
     device_index,
     device_of,
     in_torch,
+    padded,
     shape_of,
     subtracts_scores,
 )
@@ -43,6 +44,8 @@ from flashfuse.kernels.spec import AttentionSpec
 SHARED_BYTES = 227 * 1024
 # Queries of a program's tile, and keys.
 BLOCK = 128
+# Columns that a matrix instruction multiplies at a time.
+DEPTH = 16
 # Tiles of queries that are loaded ahead, one beside tiles of pairs; tiles of keys and values, by their wider columns.
 Q_STAGES = 2
 STAGES = {64: 4, 128: 2}
@@ -108,7 +111,8 @@ def takes_program(spec: AttentionSpec) -> bool:
 @functools.lru_cache(maxsize=4096)
 def forward_constants(
     spec: AttentionSpec,
-    blocks: tuple[int, int],
+    head_dim: int,
+    value_dim: int,
     axes: tuple[tuple[bool, ...], ...],
     ranged: bool,
     fewer_queries: bool,
@@ -122,6 +126,7 @@ def forward_constants(
     from flashfuse.kernels.hopper_forward import MAX_REGISTERS
 
     program = load_hopper_forward(spec, ranged, fewer_queries)
+    block_d, block_dv = padded(head_dim), padded(value_dim)
     return {
         "SCORE_MASKED": program.score_masked,
         "SCORE_FULL": program.score_full,
@@ -141,10 +146,11 @@ def forward_constants(
         **read_constants(program),
         "PAIRS_AXES": axes[3],
         "SHARED_BATCH": program.shared_batch,
-        "BLOCK_D": blocks[0],
-        "BLOCK_DV": blocks[1],
+        "DEPTH": -(-head_dim // DEPTH) * DEPTH,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
         "Q_STAGES": Q_STAGES if program.pairs_at is None else 1,
-        "STAGES": STAGES[max(blocks)],
+        "STAGES": STAGES[max(block_d, block_dv)],
         "SPREAD": math.gcd(MAX_SPREAD, positions) if program.longest_first or program.pairs_at is not None else 1,
         "num_warps": 4,
         "maxnreg": MAX_REGISTERS,
@@ -167,7 +173,9 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
     read, pairs = pair_read(call.spec), of_pairs(call)
     axes = (*(own_axes(x, call.batch) for x in own), pair_axes(pairs))
     positions, fewer_queries = math.prod(call.batch), call.q_len <= call.kv_len
-    variant = forward_constants(call.spec, blocks, axes, call.kv_ranges is not None, fewer_queries, positions)
+    variant = forward_constants(
+        call.spec, call.head_dim, call.value_dim, axes, call.kv_ranges is not None, fewer_queries, positions
+    )
     of_ranges = (0,) * 6 if call.kv_ranges is None else strides_of(call.kv_ranges, call.batch)
     tiles = ((GROUP_Q.value, blocks[0]), (BLOCK, blocks[0]), (BLOCK, blocks[1]), (GROUP_Q.value, blocks[1]))
     operands = zip((*own, out), tiles, strict=True)

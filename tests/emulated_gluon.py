@@ -88,6 +88,8 @@ class Shared:
         self, memory: torch.Tensor, dtype: torch.dtype, shape: Sequence[int], transposed: bool = False
     ) -> None:
         self.memory, self.dtype, self.shape, self.transposed = memory, dtype, tuple(shape), transposed
+        # Those of a slice; `shape` is of all there are.
+        self.columns = slice(None)
 
     def _elements(self) -> torch.Tensor:
         flat = self.memory.view(self.dtype)
@@ -107,10 +109,19 @@ class Shared:
 
     def permute(self, order: Sequence[int]) -> Shared:
         assert order == (1, 0)
-        return Shared(self.memory, self.dtype, self.shape, True)
+        found = Shared(self.memory, self.dtype, self.shape, True)
+        found.columns = self.columns
+        return found
+
+    def slice(self, start: int, length: int, dim: int) -> Shared:
+        assert dim == 1
+        assert start + length <= self.shape[1]
+        found = Shared(self.memory, self.dtype, self.shape)
+        found.columns = slice(start, start + length)
+        return found
 
     def load(self, _: Any = None) -> Any:
-        found = self._elements().reshape(self.shape).clone()
+        found = self._elements().reshape(self.shape)[..., self.columns].clone()
         return tile(found.mT if self.transposed else found)
 
     def store(self, x: Any) -> None:

@@ -17,6 +17,7 @@ from flashfuse.kernels.codegen_hopper import pair_read
 from flashfuse.kernels.hopper_backward import HALF, attention_hopper_backward_kernel
 from flashfuse.kernels.hopper_forward import attention_hopper_forward_kernel
 from flashfuse.kernels.hopper_query_visits import GROUP_KV
+from flashfuse.kernels.launch import padded
 from flashfuse.kernels.launch_hopper_backward import BLOCK_Q, backward_constants
 from flashfuse.kernels.launch_hopper_dense import dense_hopper_constants
 from flashfuse.kernels.launch_hopper_forward import forward_constants
@@ -101,17 +102,17 @@ def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.d
     spec = _spec(program, dtype)
     ranged = program.startswith("documents")
     axes = ((True, True, True), AXES, AXES, (True, True, True))
-    variant = forward_constants(spec, (head_dim, value_dim), axes, ranged, True, SPREAD)
+    variant = forward_constants(spec, head_dim, value_dim, axes, ranged, True, SPREAD)
     rows, keys = hopper_forward.GROUP_Q.value, hopper_forward.BLOCK_KV.value
     pairs = pair_read(spec)
     given = {
         "ranges_ptr": "*i32" if ranged else None,
         "counter_ptr": "*i32",
         "lse_ptr": "*fp32",
-        "q_desc": described(dtype, rows, head_dim),
-        "k_desc": described(dtype, keys, head_dim),
-        "v_desc": described(dtype, keys, value_dim),
-        "out_desc": described(dtype, rows, value_dim),
+        "q_desc": described(dtype, rows, padded(head_dim)),
+        "k_desc": described(dtype, keys, padded(head_dim)),
+        "v_desc": described(dtype, keys, padded(value_dim)),
+        "out_desc": described(dtype, rows, padded(value_dim)),
         "pairs_desc": None if pairs is None else described(pairs.dtype, rows, keys),
     }
     return _compiled(attention_hopper_forward_kernel, program, variant, given)

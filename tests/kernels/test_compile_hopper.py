@@ -1,6 +1,7 @@
 """The kernels for Hopper compile for sm_90: registers, shared memory, matrix instructions that overlap."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -50,6 +51,8 @@ FORWARD = [
     ("causal", 128, 128, BF16),
     ("causal", 64, 128, BF16),
     ("causal", 128, 64, BF16),
+    ("plain", 72, 72, BF16),
+    ("causal", 112, 40, FP16),
     ("window", 128, 128, BF16),
     ("alibi", 64, 64, BF16),
     ("alibi", 128, 128, BF16),
@@ -116,6 +119,10 @@ def test_forward_compiles_within_limits(program: str, head_dim: int, value_dim: 
     assert BLOCK_Q.value == BLOCK_KV.value == BLOCK
 
     kernel, report = compiled_forward(program, head_dim, value_dim, dtype)
+    # Of queries and keys, which are both in shared memory, columns behind the last are not multiplied, but by sixteens:
+    # in two places, or three, of two groups.
+    products = len(re.findall(r"wgmma\.mma_async[^;]*}, %rd\d+, %rd\d+,", kernel.asm["ptx"]))
+    assert products / -(-head_dim // 16) in (4, 6)
     assert kernel.metadata.shared <= SHARED_BYTES <= DEVICES["sm90"][0].shared_bytes
     assert "C75" not in report
     assert spilled_bytes(report) <= FORWARD_SPILLS + FORWARD_MORE_SPILLS.get(program, 0)
