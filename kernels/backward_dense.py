@@ -19,6 +19,7 @@ from flashfuse.kernels.backward_tile import row_factor_of, tile_gradients, tile_
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import (
     batch_pointer,
+    in_units,
     load_columns,
     load_keys,
     narrowed,
@@ -42,7 +43,8 @@ def attention_dense_backward_kernel(
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    SHARED_BY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
+    SHARED_BY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, UNITS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dt_ij = PAIR_SCALE * sum_n PAIR_GRAD(n, i, j) over the batch positions n that share the element.
 
@@ -50,6 +52,9 @@ def attention_dense_backward_kernel(
     SHARED_BY = loop_0 * .. * loop_3 positions that share them (of each axis one of the two is 1). Tiles that it skips
     are zeros. The first row of dt is that of the query q_first, and the last that before q_end.
     """
+    q_strides, k_strides = in_units(q_strides, UNITS[0]), in_units(k_strides, UNITS[1])
+    v_strides, grad_strides = in_units(v_strides, UNITS[2]), in_units(grad_strides, UNITS[3])
+    dt_strides = in_units(dt_strides, UNITS[5])
     q_tiles = tl.cdiv(q_end - q_first, BLOCK_Q)
     kv_parts = tl.cdiv(tl.cdiv(kv_len, BLOCK_KV), tiles_each)
     tile = tl.program_id(0) % q_tiles

@@ -27,7 +27,15 @@ from flashfuse.kernels.backward_tile import probabilities
 from flashfuse.kernels.hopper_backward_loader import HALF, STAGES, load_tiles
 from flashfuse.kernels.hopper_query_visits import BLOCK_KV, GROUP_KV, owned_keys, visited_queries
 from flashfuse.kernels.hopper_sums import clear, group_sums, warp_sums
-from flashfuse.kernels.hopper_tiles import column_buffers, load_columns, next_stage, opaque, store_rows
+from flashfuse.kernels.hopper_tiles import (
+    column_buffers,
+    issued,
+    load_columns,
+    next_stage,
+    opaque,
+    parts_of,
+    store_rows,
+)
 
 # Registers of a thread that multiplies, and of one that loads; `MAX_REGISTERS` of each are there to be shared out.
 REGISTERS: gl.constexpr = gl.constexpr(240)
@@ -47,12 +55,15 @@ def attention_hopper_backward_kernel(
     SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
     FULL_MASKED: gl.constexpr, PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr, COLUMNS: gl.constexpr,
     CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr, COLUMN_TYPES: gl.constexpr,
-    SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    SHARED_BATCH: gl.constexpr, DEPTH: gl.constexpr, DEPTH_V: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk_j = SLOPE sum_i ds_ij slope_ij q_i,  dv_j = sum_i p_ij grad_i,  dq_i += sum_j ds_ij slope_ij k_j.
 
     dq_desc [positions, Tq, D] holds zeros before, and has to be multiplied by SLOPE after; the other operands are
-    [n0, n1, n2, T, D]. BLOCK_D: 64 or 128 columns, behind the last of which TMA gives zeros and writes nothing.
+    [n0, n1, n2, T, D].
+    DEPTH, DEPTH_V: columns of q and k, and of v, as multiples of 16. BLOCK_D: 64 or 128 columns, behind the last of
+    which TMA gives zeros and writes nothing.
     pairs_desc: [n0, n1, n2, Tq, Tkv], or None. PAIRS_AT: where on the three axes it is read. PAIRS_AXES: on which of
     them it has positions of its own.
     FULL_MASKED: whether masks of data are left where others are not.
@@ -117,14 +128,14 @@ def attention_hopper_backward_kernel(
                 left_s if left_ptr is not None else None, barriers, left_ptr, ranges_ptr, filled_ptr, ranges_strides,
                 batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
                 captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED, CODE_OF,
-                SHARED_BATCH, BLOCK_D, BLOCK_Q, SPREAD,
+                SHARED_BATCH, DEPTH, DEPTH_V, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (_multiply, (
                 1, written, q_s, k_s, v_s, grad_s, rows_s, columns_s, pairs_s if pairs_desc is not None else None,
                 left_s if left_ptr is not None else None, barriers, left_ptr, ranges_ptr, filled_ptr, ranges_strides,
                 batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len, kv_len, sizes, captured,
                 captured_strides, GRADS_MASKED, GRADS_FULL, QUERY_BOUNDS, SCALE, SLOPE, SLACK, FULL_MASKED, CODE_OF,
-                SHARED_BATCH, BLOCK_D, BLOCK_Q, SPREAD,
+                SHARED_BATCH, DEPTH, DEPTH_V, BLOCK_D, BLOCK_Q, SPREAD,
             )),
             (load_tiles, (
                 q_desc, k_desc, v_desc, grad_desc, pairs_desc, rows_ptr, q_s, k_s, v_s, grad_s, rows_s, columns_s,
@@ -149,8 +160,8 @@ def _multiply(
     ranges_ptr, filled_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, loop_0, loop_1, loop_2, loop_3, q_len,
     kv_len, sizes, captured, captured_strides, GRADS_MASKED: gl.constexpr, GRADS_FULL: gl.constexpr,
     QUERY_BOUNDS: gl.constexpr, SCALE: gl.constexpr, SLOPE: gl.constexpr, SLACK: gl.constexpr,
-    FULL_MASKED: gl.constexpr, CODE_OF: gl.constexpr, SHARED_BATCH: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
+    FULL_MASKED: gl.constexpr, CODE_OF: gl.constexpr, SHARED_BATCH: gl.constexpr, DEPTH: gl.constexpr,
+    DEPTH_V: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """dk, dv of the 64 keys of one group, and half of what the program's 128 keys add to dq."""
     keys_full, full, empty, pairs_full, pairs_empty = barriers
@@ -204,16 +215,16 @@ def _multiply(
                 q_1 = q._reinterpret(dtype, [2, HALF, BLOCK_D], SQUARE).index(1)
                 grad_0 = grad._reinterpret(dtype, [2, HALF, BLOCK_D], SQUARE).index(0)
                 grad_1 = grad._reinterpret(dtype, [2, HALF, BLOCK_D], SQUARE).index(1)
-                qk = warpgroup_mma(k, q_0.permute((1, 0)), nothing, use_acc=False, is_async=True)
-                dw = warpgroup_mma(v, grad_0.permute((1, 0)), nothing, use_acc=False, is_async=True)
-                qk_1 = warpgroup_mma(k, q_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                qk = issued(k, q_0, nothing, DEPTH)
+                dw = issued(v, grad_0, nothing, DEPTH_V)
+                qk_1 = issued(k, q_1, nothing, DEPTH)
                 pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, 0)
-                qk = warpgroup_mma_wait(num_outstanding=2, deps=(qk,))
+                qk = warpgroup_mma_wait(num_outstanding=parts_of(DEPTH_V) + parts_of(DEPTH), deps=(qk,))
                 w, p = _weights(
                     qk, pairs, of_queries, 0, masked, kv_start, q_start, at, captured, captured_strides,
                     GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, SUMMED, HALVES, WEIGHTS, dtype,
                 )  # fmt: skip
-                dw = warpgroup_mma_wait(num_outstanding=1, deps=(dw,))
+                dw = warpgroup_mma_wait(num_outstanding=parts_of(DEPTH), deps=(dw,))
                 ds, sums = _gradients(
                     dw, p, rows_s.index(first + HALVES), masked, FULL_MASKED, SUMMED, dtype
                 )  # fmt: skip
@@ -222,9 +233,9 @@ def _multiply(
                 ds_s.index(4 * slot + 2 * GROUP).store(ds)
                 dv = warpgroup_mma(w, grad_0, dv, is_async=True)
                 dk = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), q_0, dk, is_async=True)
-                dw = warpgroup_mma(v, grad_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                dw = issued(v, grad_1, nothing, DEPTH_V)
                 pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, 1)
-                qk = warpgroup_mma_wait(num_outstanding=3, deps=(qk_1,))
+                qk = warpgroup_mma_wait(num_outstanding=2 + parts_of(DEPTH_V), deps=(qk_1,))
                 w, p = _weights(
                     qk, pairs, of_queries, 1, masked, kv_start, q_start + HALF, at, captured, captured_strides,
                     GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, SUMMED, HALVES, WEIGHTS, dtype,
@@ -237,10 +248,10 @@ def _multiply(
                 grad_last = grad_1
                 ds_slot = ds_s.index(4 * slot + 2 * GROUP + 1)
             else:
-                qk = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-                dw = warpgroup_mma(v, grad.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                qk = issued(k, q, nothing, DEPTH)
+                dw = issued(v, grad, nothing, DEPTH_V)
                 pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, slot)
-                qk = warpgroup_mma_wait(num_outstanding=1, deps=(qk,))
+                qk = warpgroup_mma_wait(num_outstanding=parts_of(DEPTH_V), deps=(qk,))
                 w, p = _weights(
                     qk, pairs, of_queries, 0, masked, kv_start, q_start, at, captured, captured_strides,
                     GRADS_MASKED, GRADS_FULL, SCALE, SLACK, FULL_MASKED, SUMMED, HALVES, WEIGHTS, dtype,

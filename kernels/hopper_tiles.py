@@ -160,6 +160,12 @@ def issued(rows, columns, zeros, DEPTH: gl.constexpr):
         return product
 
 
+@gluon.constexpr_function
+def parts_of(depth):
+    """How many products `issued` issues."""
+    return depth.bit_count()
+
+
 @gluon.jit
 def _with_part(rows, columns, product, DEPTH: gl.constexpr, PART: gl.constexpr):
     """The part of `issued` that is PART columns deep, behind those of larger ones, if there is such."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,10 +161,10 @@ class _Preparation:
         call = self.call
         block = max(16, min(MOST_ROWS, ROW_ELEMENTS // padded(call.value_dim)))
         variant = rows_constants(call.spec, self.program, call.head_dim, call.value_dim, block, self._with_sink)
-        strides = (strides_of(x, call.batch) for x in (self.grad_out, self.out))
+        strides = tuple(strides_of(x, call.batch) for x in (self.grad_out, self.out))
         programs = math.prod(call.batch) * (rows_len // block)
-        numbers = (*strides, *padded_axes(call.batch), *self._lengths)
-        return self._launched(attention_rows_backward_kernel, programs, variant, numbers)
+        numbers = (*padded_axes(call.batch), *self._lengths)
+        return self._launched(attention_rows_backward_kernel, programs, variant, strides, numbers)
 
     def _keys(self, owned: tuple[int, ...], dk: Gradient | None, dv: Gradient | None) -> Launched:
         """The kernel that passes by key tile."""
@@ -172,12 +172,10 @@ class _Preparation:
         contiguous = 1 in (call.q.stride(-2), self.grad_out.stride(-2))
         variant = keys_constants(call.spec, self.program, call.head_dim, call.value_dim, tiles, contiguous)
         ranges = None if self._ranges is None else self._ranges.buffer.without_memory
-        numbers = (
-            *self._strides(call.k, call.v, self.grad_out, ranges, *map(_written, (dk, dv))),
-            *padded_axes(owned), *padded_axes(loop_over(call.batch, owned)), *self._lengths,
-        )  # fmt: skip
+        strides = self._strides(call.k, call.v, self.grad_out, ranges, *map(_written, (dk, dv)))
+        numbers = (*padded_axes(owned), *padded_axes(loop_over(call.batch, owned)), *self._lengths)
         programs = math.prod(owned) * -(-call.kv_len // tiles.block_kv)
-        return self._launched(attention_keys_backward_kernel, programs, variant, numbers)
+        return self._launched(attention_keys_backward_kernel, programs, variant, strides, numbers)
 
     def _owned_by_keys(self) -> tuple[int, ...]:
         """The batch positions whose keys a program owns: 1 on the last axes, over which k and v are shared."""
@@ -202,8 +200,8 @@ class _Preparation:
         variant = queries_constants(call.spec, self.program, call.head_dim, call.value_dim, tiles)
         strides = self._strides(call.k, call.v, self.grad_out, call.kv_ranges, _written(dq))
         programs = math.prod(call.batch) * -(-call.q_len // tiles.block_q)
-        numbers = (*strides, *padded_axes(call.batch), *self._lengths)
-        return self._launched(attention_queries_backward_kernel, programs, variant, numbers)
+        numbers = (*padded_axes(call.batch), *self._lengths)
+        return self._launched(attention_queries_backward_kernel, programs, variant, strides, numbers)
 
     def _pairs(self, target: PairTarget) -> tuple[Launched | HopperPairs, ...]:
         """The kernel that writes the gradients of reads at pairs, or their sums by distance, for each part."""
@@ -213,7 +211,7 @@ class _Preparation:
         if found is not None:
             return (found,)
         call, owned = self.call, tuple(target.view.shape[:-2])
-        strides = tuple(self._strides(call.k, call.v, self.grad_out, call.kv_ranges, target.view))
+        strides = self._strides(call.k, call.v, self.grad_out, call.kv_ranges, target.view)
         axes = (*padded_axes(owned), *padded_axes(loop_over(call.batch, owned)))
         of = call.spec, self.program, target.number, call.head_dim, call.value_dim
         shared_by = math.prod(call.batch) // max(math.prod(owned), 1)
@@ -224,14 +222,14 @@ class _Preparation:
         launches = []
         for queries in map(queries_of, target.parts):
             programs = math.prod(owned) * -(-len(queries) // tiles.block_q)
-            numbers: tuple[Any, ...] = (*strides, *axes, queries.start, queries.stop)
+            numbers: tuple[Any, ...] = (*axes, queries.start, queries.stop)
             if dense is None:
                 kernel, programs = attention_pairs_backward_kernel, programs * kv_tiles
             else:
                 # Some of the keys each, where programs for all of them were few.
                 kernel, each = attention_dense_backward_kernel, -(-kv_tiles // _key_parts(programs, kv_tiles))
                 programs, numbers = programs * -(-kv_tiles // each), (*numbers, each)
-            launches.append(self._launched(kernel, programs, variant, (*numbers, *self._lengths)))
+            launches.append(self._launched(kernel, programs, variant, strides, (*numbers, *self._lengths)))
         return tuple(launches)
 
     def _dense_tiles(self, shared_by: int) -> Launch | None:
@@ -239,17 +237,24 @@ class _Preparation:
         shape = shape_of(self.call.spec, self.call.q_len, self.call.head_dim, self.call.value_dim)
         return choose_dense(device_of(device_index(self.call)), shape, self.launch.dense, shared_by)
 
-    def _launched(self, kernel: Any, programs: int, variant: Mapping[str, Any], numbers: tuple[Any, ...]) -> Launched:
-        strides = tuple(c.stride() for c in self.call.captured)
-        return Launched(KernelLaunch(kernel, programs, variant), numbers, strides)
+    def _launched(
+        self,
+        kernel: Any,
+        programs: int,
+        variant: Mapping[str, Any],
+        strides: tuple[tuple[int, ...], ...],
+        numbers: tuple[Any, ...],
+    ) -> Launched:
+        launch = KernelLaunch(kernel, programs, variant).of(strides)
+        return Launched(launch, (*strides, *numbers), tuple(c.stride() for c in self.call.captured))
 
     @property
     def _lengths(self) -> tuple[Any, ...]:
         return self.call.q_len, self.call.kv_len, self.call.program_sizes
 
-    def _strides(self, *tensors: torch.Tensor | None) -> Iterator[tuple[int, ...]]:
+    def _strides(self, *tensors: torch.Tensor | None) -> tuple[tuple[int, ...], ...]:
         """Of q and these; any for what there is none of."""
-        return (strides_of(self.call.q if x is None else x, self.call.batch) for x in (self.call.q, *tensors))
+        return tuple([strides_of(self.call.q if x is None else x, self.call.batch) for x in (self.call.q, *tensors)])
 
     def _gradient(self, x: torch.Tensor, owned: tuple[int, ...]) -> Gradient:
         """Where the gradient of `x` goes: itself, or one for each position that shares `x`, in float32."""

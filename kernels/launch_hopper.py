@@ -17,6 +17,8 @@ from flashfuse.kernels.prepared import Buffer
 TRITON_RELEASE = "3.6."
 # Columns of a tile, which matrix instructions and the registers behind them take.
 BLOCKS = (64, 128)
+# Columns that a matrix instruction multiplies at a time.
+DEPTH = 16
 # Batch axes of a tensor map, which has five axes.
 BATCH_AXES = 3
 # Functions that take many instructions, and registers.
@@ -60,6 +62,11 @@ def blocks_of(head_dim: int, value_dim: int) -> tuple[int, int] | None:
     """The columns of tiles of keys and of values, None where there are no such, or less than half would be in use."""
     columns = padded(head_dim), padded(value_dim)
     return columns if set(columns) <= set(BLOCKS) else None
+
+
+def depth_of(head_dim: int) -> int:
+    """The columns of a tile that are multiplied."""
+    return -(-head_dim // DEPTH) * DEPTH
 
 
 def is_read(x: torch.Tensor) -> bool:

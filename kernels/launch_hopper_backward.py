@@ -20,6 +20,7 @@ from flashfuse.kernels.launch_hopper import (
     MAX_SPREAD,
     SPECIAL,
     blocks_of,
+    depth_of,
     has_gluon,
     has_map,
     is_computed_by,
@@ -127,7 +128,8 @@ def block_of(head_dim: int, value_dim: int) -> int | None:
 def backward_constants(
     spec: AttentionSpec,
     program: BackwardProgram,
-    block: int,
+    head_dim: int,
+    value_dim: int,
     axes: tuple[bool, ...],
     ranged: bool,
     fewer_queries: bool,
@@ -140,6 +142,7 @@ def backward_constants(
     from flashfuse.kernels.hopper_backward import MAX_REGISTERS
 
     functions = load_hopper_backward(spec, ranged, fewer_queries)
+    block = max(padded(head_dim), padded(value_dim))
     shared_batch = program.forward.shared_batch
     # Tiles of as much work, and those that read the same pairs, at one time.
     together = math.prod(owned) if program.forward.longest_first else sharing(pair_read(spec), owned, shared_batch)
@@ -154,6 +157,8 @@ def backward_constants(
         **read_constants(functions),
         "PAIRS_AXES": axes,
         "SHARED_BATCH": shared_batch,
+        "DEPTH": depth_of(head_dim),
+        "DEPTH_V": depth_of(value_dim),
         "BLOCK_D": block,
         "BLOCK_Q": BLOCK_Q[block],
         "SPREAD": math.gcd(MAX_SPREAD, together),
@@ -196,7 +201,9 @@ def prepare_one_pass(
         ranges = query_ranges(call.kv_ranges, call.q_len, call.kv_len, BLOCK_KV.value)
     of_ranges = (0,) * 6 if ranges is None else strides_of(torch.empty(ranges.buffer.size, device="meta"), call.batch)
     read, pairs = pair_read(call.spec), of_pairs(call)
-    variant = backward_constants(call.spec, program, block, pair_axes(pairs), ranged, fewer_queries, owned)
+    variant = backward_constants(
+        call.spec, program, call.head_dim, call.value_dim, pair_axes(pairs), ranged, fewer_queries, owned
+    )
     programs = math.prod(owned) * kv_tiles
     loop = loop_over(call.batch, owned)
     numbers = (of_ranges, *padded_axes(owned), *padded_axes(loop), call.q_len, call.kv_len, call.program_sizes)
@@ -233,6 +240,7 @@ def _scaled(call: AttentionCall, program: BackwardProgram, dq: Gradient, kv_tile
         "BLOCK_Q": rows,
         "launch_pdl": True,
     }
-    numbers = (strides_of(dq.own.without_memory, call.batch), *padded_axes(call.batch), call.q_len, kv_tiles)
+    strides = strides_of(dq.own.without_memory, call.batch)
     programs = math.prod(call.batch) * -(-call.q_len // rows)
-    return Launched(KernelLaunch(scaled_rows_kernel, programs, variant), numbers)
+    launch = KernelLaunch(scaled_rows_kernel, programs, variant).of((strides,))
+    return Launched(launch, (strides, *padded_axes(call.batch), call.q_len, kv_tiles))

@@ -28,6 +28,7 @@ from flashfuse.kernels.launch_hopper import (
     MAX_SPREAD,
     SPECIAL,
     blocks_of,
+    depth_of,
     has_gluon,
     has_map,
     is_computed_by,
@@ -44,8 +45,6 @@ from flashfuse.kernels.spec import AttentionSpec
 SHARED_BYTES = 227 * 1024
 # Queries of a program's tile, and keys.
 BLOCK = 128
-# Columns that a matrix instruction multiplies at a time.
-DEPTH = 16
 # Tiles of queries that are loaded ahead, one beside tiles of pairs; tiles of keys and values, by their wider columns.
 Q_STAGES = 2
 STAGES = {64: 4, 128: 2}
@@ -146,7 +145,7 @@ def forward_constants(
         **read_constants(program),
         "PAIRS_AXES": axes[3],
         "SHARED_BATCH": program.shared_batch,
-        "DEPTH": -(-head_dim // DEPTH) * DEPTH,
+        "DEPTH": depth_of(head_dim),
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
         "Q_STAGES": Q_STAGES if program.pairs_at is None else 1,

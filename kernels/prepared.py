@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.output import empty_output
 from flashfuse.kernels.spec import MAX_BATCH_AXES
 
+# Triton compiles a kernel apart for numbers that are multiples of this.
+COMPILER_ASKS = 16
 # What makes an uninitialised tensor of a size, strides and an element type.
 Empty = Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]
 
@@ -22,6 +25,10 @@ class KernelLaunch(NamedTuple):
     kernel: Any
     programs: int
     variant: Mapping[str, Any]
+
+    def of(self, strides: Iterable[tuple[int, ...]]) -> KernelLaunch:
+        """The same for operands with these strides, of which a kernel is told what numbers they are multiples of."""
+        return self._replace(variant={**self.variant, "UNITS": tuple(map(_unit, strides))})
 
 
 # What launches a kernel with its arguments: tensors, numbers, None and tuples of them.
@@ -84,9 +91,9 @@ class Prepared:
         """lengths: the arguments between the strides and the program's own sizes."""
         out, lse = empty_output(call)
         ranges = out if call.kv_ranges is None else call.kv_ranges
-        strides = (strides_of(x, call.batch) for x in (call.q, call.k, call.v, out, ranges))
+        strides = tuple(strides_of(x, call.batch) for x in (call.q, call.k, call.v, out, ranges))
         return Prepared(
-            launches=launches,
+            launches=tuple(launch.of(strides) for launch in launches),
             out=Buffer.like(out),
             lse=Buffer.like(lse),
             workspace=workspace,
@@ -135,6 +142,12 @@ def strides_of(x: torch.Tensor, batch: tuple[int, ...]) -> tuple[int, ...]:
     *outer, row, column = x.stride()
     shared = (0 if size == 1 else stride for size, stride in zip(x.shape, outer, strict=False))
     return (*shared, *(0,) * (MAX_BATCH_AXES - len(batch)), row, column)
+
+
+def _unit(strides: tuple[int, ...]) -> int:
+    """What all but the last are multiples of, up to 8: the compiler asks for 16 itself. See `tiles.in_units`."""
+    unit = math.gcd(COMPILER_ASKS, *strides[:-1])
+    return 1 if unit == COMPILER_ASKS else unit
 
 
 def padded_axes(sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -45,26 +45,29 @@ def source_of(
     sums: bool = False,
     stored: torch.dtype | None = None,
     ones: Sequence[str] = (),
+    unit: int = 1,
 ) -> ASTSource:
     """The kernel as the launcher would specialise it for aligned operands with contiguous rows.
 
     ranged: for a call with `kv_ranges`. filled: with rows that may see every key. parts: with several splits of keys.
     sums: with those of the one pass, which start at 0.
     stored: the element type of k and v, by default the output's.
-    ones: numbers that are 1.
+    ones: numbers that are 1. unit: what strides are multiples of, if not of 16, see `tiles.in_units`.
     """
     signature: dict[str, Any] = {}
     constant: dict[tuple[int, ...], Any] = {}
     aligned: list[tuple[int, ...]] = []
 
     def strides(path: tuple[int, ...], rank: int) -> tuple[str, ...]:
-        aligned.extend((*path, axis) for axis in range(rank - 1))
+        aligned.extend((*path, axis) for axis in range(rank - 1) if unit == 1)
         constant[*path, rank - 1] = 1
         return (*("i32",) * (rank - 1), "constexpr")
 
     for i, name in enumerate(kernel.arg_names):
         if name in arguments:
             signature[name], constant[i,] = "constexpr", arguments[name]
+        elif name == "UNITS":
+            signature[name], constant[i,] = "constexpr", (unit,) * 7
         elif name in ("ranges_ptr", "filled_ptr"):
             given = ranged if name == "ranges_ptr" else filled
             signature[name] = "*i32" if given else "constexpr"

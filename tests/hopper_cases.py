@@ -61,19 +61,20 @@ def compiled_backward(program: str, head_dim: int, dtype: torch.dtype, shared: b
     # With sums of the scores' gradients where it can have them.
     wanted = pairs is not None and load_derivatives(spec, ranged).is_flat
     backward = load_backward(spec, (wanted,) * len(spec.captured), ranged, True)
-    rows, keys = BLOCK_Q[head_dim], GROUP_KV.value
+    block = padded(head_dim)
+    rows, keys = BLOCK_Q[block], GROUP_KV.value
     given = {
         "ranges_ptr": "*i32" if ranged else None,
         "filled_ptr": None if backward.fill_threshold is None else "*i32",
         "rows_ptr": "*fp32",
         "left_ptr": "*fp32" if backward.corrected else None,
         **{f"loop_{axis}": "i32" if shared and axis == 2 else 1 for axis in range(4)},
-        **{f"{name}_desc": described(dtype, rows, head_dim) for name in ("q", "grad")},
-        **{f"{name}_desc": described(dtype, keys, head_dim) for name in ("k", "v", "dk", "dv")},
+        **{f"{name}_desc": described(dtype, rows, block) for name in ("q", "grad")},
+        **{f"{name}_desc": described(dtype, keys, block) for name in ("k", "v", "dk", "dv")},
         "dq_desc": described(torch.float32, 64, 64, batch_axes=1),
         "pairs_desc": None if pairs is None else described(pairs.dtype, HALF.value, keys),
     }
-    variant = backward_constants(spec, backward, head_dim, AXES, ranged, True, (SPREAD, 1))
+    variant = backward_constants(spec, backward, head_dim, head_dim, AXES, ranged, True, (SPREAD, 1))
     return _compiled(attention_hopper_backward_kernel, program, variant, given)
 
 

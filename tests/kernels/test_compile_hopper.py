@@ -30,6 +30,8 @@ BACKWARD = [
     ("causal", 128, BF16, False),
     ("causal", 64, BF16, True),
     ("causal", 128, BF16, True),
+    ("plain", 48, FP16, False),
+    ("causal", 72, BF16, False),
     ("window", 64, BF16, False),
     ("window", 128, BF16, False),
     ("alibi", 64, BF16, False),
@@ -85,6 +87,7 @@ def test_backward_compiles_within_limits(program: str, head_dim: int, dtype: tor
     from compile_targets import DEVICES, spilled_bytes
     from hopper_cases import compiled_backward
 
+    from flashfuse.kernels.launch import padded
     from flashfuse.kernels.launch_hopper_backward import SHARED_BYTES
 
     kernel, report = compiled_backward(program, head_dim, dtype, shared)
@@ -92,7 +95,7 @@ def test_backward_compiles_within_limits(program: str, head_dim: int, dtype: tor
     ptx = kernel.asm["ptx"]
     assert "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add" in ptx
     assert "C75" not in report
-    assert spilled_bytes(report) <= SPILLS[head_dim] + MORE_SPILLS.get(program, 0)
+    assert spilled_bytes(report) <= SPILLS[padded(head_dim)] + MORE_SPILLS.get(program, 0)
 
 
 @pytest.mark.parametrize(("program", "head_dim", "dtype", "shared_by"), ROWS_OF_PAIRS)

@@ -5,6 +5,7 @@ FLASHFUSE_FULL_TABLE=1 compiles every head dim and element type of the launch ta
 
 import itertools
 import os
+import re
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from compile_targets import DEVICES, accumulators, compiled, source_of, spilled_
 from flashfuse.kernels.forward import attention_forward_kernel  # noqa: E402
 from flashfuse.kernels.launch import choose_launch, constants, shape_of  # noqa: E402
 from flashfuse.kernels.mask import mask_of  # noqa: E402
+from flashfuse.kernels.prepared import KernelLaunch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled when interpreted"
@@ -115,3 +117,33 @@ def test_compiles_within_limits(device: str, program: str, head_dim: int, dtype:
     if limits.arch in (80, 90):
         assert "serialized" not in report, "matrix instructions are serialised"
         assert spilled_bytes(report) <= (0 if program in ("plain", "causal") and head_dim in (64, 128) else 512)
+
+
+@pytest.mark.parametrize("unit", [4, 8])
+@pytest.mark.parametrize("device", ["sm80", "sm90"])
+def test_rows_of_a_few_numbers_too_many_are_loaded_in_few_parts(device: str, unit: int) -> None:
+    """Triton asks whether strides are multiples of 16; those of rows of 72 or 40 numbers are of 8, of 36 of 4.
+
+    What it was not told of was loaded number by number, and no keys ahead of their use: ten times as long.
+    """
+    limits, target = DEVICES[device]
+    head_dim = 9 * unit
+    spec = AttentionSpec(2, parse("qk * 0.125"), (), 0, BF16, BF16, BF16, "nan", (0, 1, 2, 3))
+    launch = choose_launch(limits, shape_of(spec, 4096, head_dim, head_dim))
+    assert launch is not None
+    arguments = dict(constants(spec, head_dim, head_dim, "ieee", launch))
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
+    kernel, report = compiled(
+        source_of(attention_forward_kernel, spec, (), arguments, False, unit=unit), target, options
+    )
+    ahead = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", kernel.asm["ptx"])
+    assert set(ahead) == {f"0x{2 * unit:x}"}
+    assert spilled_bytes(report) == 0
+
+
+@pytest.mark.parametrize(
+    ("strides", "unit"), [((0, 72, 5184, 72, 1), 8), ((0, 64, 128, 1), 1), ((36, 4, 12, 1), 4), ((7, 1), 1)]
+)
+def test_units_of_strides(strides: tuple[int, ...], unit: int) -> None:
+    """None where the compiler sees for itself, or there is none: no kernel is compiled twice for it."""
+    assert KernelLaunch(None, 1, {}).of([strides]).variant["UNITS"] == (unit,)

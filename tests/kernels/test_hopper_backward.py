@@ -147,7 +147,7 @@ def test_positions_that_share_pairs_come_together(read: str, batch: tuple[int, .
     captured = [bias(FP16, *(8,) * (read.count(",") - 1), 70, 70)]
     call = call_of(f"qk * 0.125 + {read}", (*batch, 70, 64), captured=captured)
     program = load_backward(call.spec, (True,), False, True)
-    found = backward_constants(call.spec, program, 64, (True,) * 3, False, True, batch)
+    found = backward_constants(call.spec, program, 64, 64, (True,) * 3, False, True, batch)
     assert found["SPREAD"] == spread
 
 
