@@ -14,8 +14,8 @@ from flashfuse.kernels.backward_rows import batch_position, load_delta, load_shi
 from flashfuse.kernels.backward_tile import row_factor_of, tile_gradients, tile_weights
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import (
+    all_in_units,
     batch_pointer,
-    in_units,
     load_columns,
     load_keys,
     narrowed,
@@ -44,7 +44,8 @@ def attention_keys_backward_kernel(
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, UNITS: tl.constexpr, ROWS_CONTIGUOUS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, UNITS: tl.constexpr, CAPTURED_UNITS: tl.constexpr,
+    ROWS_CONTIGUOUS: tl.constexpr,
 ):  # fmt: skip
     """dk_j = SLOPE sum_i ds_ij slope_ij q_i,  dv_j = sum_i w_ij grad_i, over the queries of all positions that share j.
 
@@ -52,9 +53,9 @@ def attention_keys_backward_kernel(
     positions that share them (of each axis one of the two is 1). ranges_ptr [n.., key tiles, 4] narrows the queries,
     filled_ptr [n.., 2] holds the queries that see every key. sums_ptrs [n.., kv_len] take the gradients of reads.
     """
-    q_strides, k_strides = in_units(q_strides, UNITS[0]), in_units(k_strides, UNITS[1])
-    v_strides, grad_strides = in_units(v_strides, UNITS[2]), in_units(grad_strides, UNITS[3])
-    dk_strides, dv_strides = in_units(dk_strides, UNITS[5]), in_units(dv_strides, UNITS[6])
+    operands = (q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides)
+    q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides = all_in_units(operands, UNITS)
+    captured_strides = all_in_units(captured_strides, CAPTURED_UNITS)
     kv_tiles = tl.cdiv(kv_len, BLOCK_KV)
     tile = tl.program_id(0) % kv_tiles
     n0, n1, n2, n3 = batch_position(tl.program_id(0) // kv_tiles, batch_0, batch_1, batch_2, batch_3)
@@ -222,16 +223,16 @@ def attention_queries_backward_kernel(
     DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, UNITS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, UNITS: tl.constexpr, CAPTURED_UNITS: tl.constexpr,
 ):  # fmt: skip
     """dq_i = SLOPE sum_j ds_ij slope_ij k_j.
 
     One program owns BLOCK_Q queries of one batch position, and visits the keys that the forward visits. sums_ptrs
     [n.., q_len] take the gradients of reads.
     """
-    q_strides, k_strides = in_units(q_strides, UNITS[0]), in_units(k_strides, UNITS[1])
-    v_strides, grad_strides = in_units(v_strides, UNITS[2]), in_units(grad_strides, UNITS[3])
-    dq_strides = in_units(dq_strides, UNITS[5])
+    operands = (q_strides, k_strides, v_strides, grad_strides, dq_strides)
+    q_strides, k_strides, v_strides, grad_strides, dq_strides = all_in_units(operands, UNITS)
+    captured_strides = all_in_units(captured_strides, CAPTURED_UNITS)
     q_tiles = tl.cdiv(q_len, BLOCK_Q)
     tile = tl.program_id(0) % q_tiles
     position = tl.program_id(0) // q_tiles

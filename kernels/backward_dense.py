@@ -18,8 +18,8 @@ from flashfuse.kernels.backward_rows import (
 from flashfuse.kernels.backward_tile import row_factor_of, tile_gradients, tile_weights
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import (
+    all_in_units,
     batch_pointer,
-    in_units,
     load_columns,
     load_keys,
     narrowed,
@@ -44,7 +44,7 @@ def attention_dense_backward_kernel(
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     SHARED_BY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, UNITS: tl.constexpr,
-    STAGES: tl.constexpr,
+    CAPTURED_UNITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dt_ij = PAIR_SCALE * sum_n PAIR_GRAD(n, i, j) over the batch positions n that share the element.
 
@@ -52,9 +52,9 @@ def attention_dense_backward_kernel(
     SHARED_BY = loop_0 * .. * loop_3 positions that share them (of each axis one of the two is 1). Tiles that it skips
     are zeros. The first row of dt is that of the query q_first, and the last that before q_end.
     """
-    q_strides, k_strides = in_units(q_strides, UNITS[0]), in_units(k_strides, UNITS[1])
-    v_strides, grad_strides = in_units(v_strides, UNITS[2]), in_units(grad_strides, UNITS[3])
-    dt_strides = in_units(dt_strides, UNITS[5])
+    operands = (q_strides, k_strides, v_strides, grad_strides, dt_strides)
+    q_strides, k_strides, v_strides, grad_strides, dt_strides = all_in_units(operands, UNITS)
+    captured_strides = all_in_units(captured_strides, CAPTURED_UNITS)
     q_tiles = tl.cdiv(q_end - q_first, BLOCK_Q)
     kv_parts = tl.cdiv(tl.cdiv(kv_len, BLOCK_KV), tiles_each)
     tile = tl.program_id(0) % q_tiles

@@ -19,8 +19,8 @@ from flashfuse.kernels.backward_rows import (
 from flashfuse.kernels.backward_tile import row_factor_of, tile_gradients, tile_weights
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import (
+    all_in_units,
     batch_pointer,
-    in_units,
     load_columns,
     load_keys,
     narrowed,
@@ -42,7 +42,7 @@ def attention_pairs_backward_kernel(
     FACTOR_MASKED: tl.constexpr, ROW_FACTOR: tl.constexpr, DROP_LEAST: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, UNITS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, UNITS: tl.constexpr, CAPTURED_UNITS: tl.constexpr,
 ):  # fmt: skip
     """dt_ij = PAIR_SCALE * sum_n PAIR_GRAD(n, i, j) over the batch positions n that share the element.
 
@@ -52,9 +52,9 @@ def attention_pairs_backward_kernel(
     query q_first, and the last that before q_end. SKIPS: whether masks rule tiles out; a loop without that question
     loads ahead.
     """
-    q_strides, k_strides = in_units(q_strides, UNITS[0]), in_units(k_strides, UNITS[1])
-    v_strides, grad_strides = in_units(v_strides, UNITS[2]), in_units(grad_strides, UNITS[3])
-    dt_strides = in_units(dt_strides, UNITS[5])
+    operands = (q_strides, k_strides, v_strides, grad_strides, dt_strides)
+    q_strides, k_strides, v_strides, grad_strides, dt_strides = all_in_units(operands, UNITS)
+    captured_strides = all_in_units(captured_strides, CAPTURED_UNITS)
     q_tiles = tl.cdiv(q_len, BLOCK_Q)
     kv_tiles = tl.cdiv(kv_len, BLOCK_KV)
     if BY_DISTANCE:

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashfuse.kernels.forward import HUGE, LARGE, LARGEST_FLOAT32, LOG2_E
-from flashfuse.kernels.tiles import batch_pointer, in_units, load_columns, product, tile_pointers
+from flashfuse.kernels.tiles import all_in_units, batch_pointer, in_units, load_columns, product, tile_pointers
 
 # The planes of `rows_ptr` [ROW_PLANES, batch positions, rows_len]: whole blocks of rows, so that tiles of them are read
 # without a mask; those behind the last query give 0.
@@ -36,6 +36,7 @@ def attention_rows_backward_kernel(
     SINK: tl.constexpr, ROW_KEPT: tl.constexpr, SCALE: tl.constexpr, SLACK: tl.constexpr, FILLS: tl.constexpr,
     APART: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, UNITS: tl.constexpr,
+    CAPTURED_UNITS: tl.constexpr,
 ):  # fmt: skip
     """delta_i = sum_d grad_id out_id, and what makes a probability of a score; 0 unless ROW_KEPT.
 
@@ -47,7 +48,8 @@ def attention_rows_backward_kernel(
     """
     if sums_ptr is not None:
         gdc_launch_dependents()
-    grad_strides, out_strides = in_units(grad_strides, UNITS[0]), in_units(out_strides, UNITS[1])
+    grad_strides, out_strides = all_in_units((grad_strides, out_strides), UNITS)
+    captured_strides = all_in_units(captured_strides, CAPTURED_UNITS)
     q_tiles = rows_length(q_len) // BLOCK_Q
     position = tl.program_id(0) // q_tiles
     n0, n1, n2, n3 = batch_position(position, batch_0, batch_1, batch_2, batch_3)

@@ -11,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashfuse.kernels.elementary import scaled_exp2
 from flashfuse.kernels.forward import finish, key_tiles, visit, visit_skipped
-from flashfuse.kernels.tiles import batch_pointer, in_units, load_columns, tile_pointers
+from flashfuse.kernels.tiles import all_in_units, batch_pointer, load_columns, tile_pointers
 
 # The lengths of a growing cache: nothing is gained from knowing that they are 1 or a multiple of 16.
 _LENGTHS = ["kv_len", "num_splits", "sizes"]
@@ -56,8 +56,9 @@ def attention_split_kernel(
     if OVERLAPPED:
         gdc_launch_dependents()
     COMPUTE: tl.constexpr = lse_ptr.dtype.element_ty
-    q_strides, k_strides = in_units(q_strides, UNITS[0]), in_units(k_strides, UNITS[1])
-    v_strides, out_strides = in_units(v_strides, UNITS[2]), in_units(out_strides, UNITS[3])
+    q_strides, k_strides, v_strides, out_strides = all_in_units(
+        (q_strides, k_strides, v_strides, out_strides), UNITS
+    )  # fmt: skip
     outer = (outer_0, outer_1, outer_2, outer_3)
     packed = (packed_0, packed_1, packed_2, packed_3)
     rows = packed_0 * packed_1 * packed_2 * packed_3 * q_len
@@ -146,8 +147,9 @@ def attention_combine_kernel(
     What only whole rows tell is done here: the visit of skipped keys, sinks, factors of rows.
     """
     COMPUTE: tl.constexpr = lse_ptr.dtype.element_ty
-    q_strides, k_strides = in_units(q_strides, UNITS[0]), in_units(k_strides, UNITS[1])
-    v_strides, out_strides = in_units(v_strides, UNITS[2]), in_units(out_strides, UNITS[3])
+    q_strides, k_strides, v_strides, out_strides = all_in_units(
+        (q_strides, k_strides, v_strides, out_strides), UNITS
+    )  # fmt: skip
     outer = (outer_0, outer_1, outer_2, outer_3)
     packed = (packed_0, packed_1, packed_2, packed_3)
     rows = packed_0 * packed_1 * packed_2 * packed_3 * q_len

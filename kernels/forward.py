@@ -11,9 +11,9 @@ import triton.language as tl
 from flashfuse.kernels.elementary import scaled_exp2
 from flashfuse.kernels.philox import kept_scales
 from flashfuse.kernels.tiles import (
+    all_in_units,
     batch_pointer,
     from_stored,
-    in_units,
     load_columns,
     load_keys,
     narrowed,
@@ -45,6 +45,7 @@ def attention_forward_kernel(
     KEY: tl.constexpr, VALUE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, UNITS: tl.constexpr,
+    CAPTURED_UNITS: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)),  s_ij = score(q_i . k_j, n, i, j)
 
@@ -55,12 +56,14 @@ def attention_forward_kernel(
     dropped at random, see `dropout`. KEY and VALUE make k_j and v_j of stored ones.
     Operands have four batch axes (size 1 where the attention has fewer) and strides (n0, n1, n2, n3, row, column), 0 on
     axes they are shared over; so has ranges_ptr [n.., blocks of queries, 4], where there is one. One program computes
-    BLOCK_Q rows of one batch position; LOG2_SCALE turns inner scores into base-2 logarithms. UNITS: see `in_units`, of
-    q, k, v and out.
+    BLOCK_Q rows of one batch position; LOG2_SCALE turns inner scores into base-2 logarithms. UNITS, CAPTURED_UNITS:
+    see `in_units`, of q, k, v and out, and of what is captured.
     """
     COMPUTE: tl.constexpr = lse_ptr.dtype.element_ty
-    q_strides, k_strides = in_units(q_strides, UNITS[0]), in_units(k_strides, UNITS[1])
-    v_strides, out_strides = in_units(v_strides, UNITS[2]), in_units(out_strides, UNITS[3])
+    q_strides, k_strides, v_strides, out_strides = all_in_units(
+        (q_strides, k_strides, v_strides, out_strides), UNITS
+    )  # fmt: skip
+    captured_strides = all_in_units(captured_strides, CAPTURED_UNITS)
 
     # Programs next to each other share keys and values: the tiles of one head first, then the heads of one group.
     q_tiles = tl.cdiv(q_len, BLOCK_Q)

@@ -32,7 +32,16 @@ from flashfuse.kernels.launch import Device, Launch, choose_launch, device_index
 from flashfuse.kernels.launch_hopper_backward import prepare_one_pass
 from flashfuse.kernels.launch_hopper_dense import prepare_hopper_pairs
 from flashfuse.kernels.launch_ranges import filled_rows, query_ranges
-from flashfuse.kernels.prepared import Buffer, KernelLaunch, empty_on, loop_over, padded_axes, start, strides_of
+from flashfuse.kernels.prepared import (
+    Buffer,
+    KernelLaunch,
+    Strides,
+    empty_on,
+    loop_over,
+    padded_axes,
+    start,
+    strides_of,
+)
 from flashfuse.kernels.prepared_backward import Found, Gradient, HopperPairs, Launched, PreparedBackward
 from flashfuse.kernels.spec import AttentionSpec
 
@@ -242,17 +251,19 @@ class _Preparation:
         kernel: Any,
         programs: int,
         variant: Mapping[str, Any],
-        strides: tuple[tuple[int, ...], ...],
+        strides: tuple[Strides, ...],
         numbers: tuple[Any, ...],
     ) -> Launched:
-        launch = KernelLaunch(kernel, programs, variant).of(strides)
-        return Launched(launch, (*strides, *numbers), tuple(c.stride() for c in self.call.captured))
+        """strides: of operands, but for those of the ranges, which come fifth."""
+        captured_strides = tuple(c.stride() for c in self.call.captured)
+        launch = KernelLaunch(kernel, programs, variant).of((*strides[:4], *strides[5:]), captured_strides)
+        return Launched(launch, (*strides, *numbers), captured_strides)
 
     @property
     def _lengths(self) -> tuple[Any, ...]:
         return self.call.q_len, self.call.kv_len, self.call.program_sizes
 
-    def _strides(self, *tensors: torch.Tensor | None) -> tuple[tuple[int, ...], ...]:
+    def _strides(self, *tensors: torch.Tensor | None) -> tuple[Strides, ...]:
         """Of q and these; any for what there is none of."""
         return tuple([strides_of(self.call.q if x is None else x, self.call.batch) for x in (self.call.q, *tensors)])
 

@@ -15,6 +15,7 @@ from flashfuse.kernels.spec import MAX_BATCH_AXES
 
 # Triton compiles a kernel apart for numbers that are multiples of this.
 COMPILER_ASKS = 16
+Strides = tuple[int, ...]
 # What makes an uninitialised tensor of a size, strides and an element type.
 Empty = Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]
 
@@ -26,9 +27,18 @@ class KernelLaunch(NamedTuple):
     programs: int
     variant: Mapping[str, Any]
 
-    def of(self, strides: Iterable[tuple[int, ...]]) -> KernelLaunch:
-        """The same for operands with these strides, of which a kernel is told what numbers they are multiples of."""
-        return self._replace(variant={**self.variant, "UNITS": tuple(map(_unit, strides))})
+    def of(self, strides: Iterable[Strides], captured_strides: Iterable[Strides] = ()) -> KernelLaunch:
+        """The same for operands and captured tensors with these strides, of which the kernel asks for `tiles.in_units`.
+
+        Of captured ones no more than multiples of 8 are told: lengths that grow are strides of masks, and a kernel is
+        compiled for each unit.
+        """
+        units = {
+            "UNITS": tuple(map(_unit, strides)),
+            "CAPTURED_UNITS": tuple([unit if (unit := _unit(s)) == 8 else 1 for s in captured_strides]),
+        }
+        asked = {name: found for name, found in units.items() if name in self.kernel.arg_names}
+        return self._replace(variant={**self.variant, **asked})
 
 
 # What launches a kernel with its arguments: tensors, numbers, None and tuples of them.
@@ -92,13 +102,14 @@ class Prepared:
         out, lse = empty_output(call)
         ranges = out if call.kv_ranges is None else call.kv_ranges
         strides = tuple(strides_of(x, call.batch) for x in (call.q, call.k, call.v, out, ranges))
+        captured_strides = tuple(c.stride() for c in call.captured)
         return Prepared(
-            launches=tuple(launch.of(strides) for launch in launches),
+            launches=tuple(launch.of(strides[:4], captured_strides) for launch in launches),
             out=Buffer.like(out),
             lse=Buffer.like(lse),
             workspace=workspace,
             numbers=(*strides, *lengths, call.program_sizes),
-            captured_strides=tuple(c.stride() for c in call.captured),
+            captured_strides=captured_strides,
         )
 
     def compute(
@@ -144,10 +155,10 @@ def strides_of(x: torch.Tensor, batch: tuple[int, ...]) -> tuple[int, ...]:
     return (*shared, *(0,) * (MAX_BATCH_AXES - len(batch)), row, column)
 
 
-def _unit(strides: tuple[int, ...]) -> int:
-    """What all but the last are multiples of, up to 8: the compiler asks for 16 itself. See `tiles.in_units`."""
+def _unit(strides: Strides) -> int:
+    """What all but the last are multiples of, 8 or 4; else 1, as where the compiler sees it. See `tiles.in_units`."""
     unit = math.gcd(COMPILER_ASKS, *strides[:-1])
-    return 1 if unit == COMPILER_ASKS else unit
+    return unit if unit in (4, 8) else 1
 
 
 def padded_axes(sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -33,17 +33,27 @@ def narrowed(start, full_start, full_end, end, ptrs, stride):
 
 @triton.jit
 def in_units(strides, UNIT: tl.constexpr):
-    """Strides over four batch axes, row and column, all but the last multiples of UNIT, as a compiler can tell.
+    """Strides of which all but the last are multiples of UNIT, as a compiler can tell.
 
     It knows of multiples of 16 by itself. Rows of 72 numbers of two bytes would else be loaded number by number.
     """
     if UNIT == 1:
         return strides
     else:
-        return (
-            strides[0] // UNIT * UNIT, strides[1] // UNIT * UNIT, strides[2] // UNIT * UNIT,
-            strides[3] // UNIT * UNIT, strides[4] // UNIT * UNIT, strides[5],
-        )  # fmt: skip
+        LAST: tl.constexpr = len(strides) - 1
+        found = ()
+        for axis in tl.static_range(LAST):
+            found = found + (strides[axis] // UNIT * UNIT,)  # noqa: RUF005
+        return found + (strides[LAST],)  # noqa: RUF005
+
+
+@triton.jit
+def all_in_units(strides, UNITS: tl.constexpr):
+    """`in_units` of those of several tensors."""
+    found = ()
+    for i in tl.static_range(len(strides)):
+        found = found + (in_units(strides[i], UNITS[i]),)  # noqa: RUF005
+    return found
 
 
 @triton.jit

@@ -66,8 +66,8 @@ def source_of(
     for i, name in enumerate(kernel.arg_names):
         if name in arguments:
             signature[name], constant[i,] = "constexpr", arguments[name]
-        elif name == "UNITS":
-            signature[name], constant[i,] = "constexpr", (unit,) * 7
+        elif name in ("UNITS", "CAPTURED_UNITS"):
+            signature[name], constant[i,] = "constexpr", (unit,) * (7 if name == "UNITS" else len(ranks))
         elif name in ("ranges_ptr", "filled_ptr"):
             given = ranged if name == "ranges_ptr" else filled
             signature[name] = "*i32" if given else "constexpr"

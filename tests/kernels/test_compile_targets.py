@@ -146,4 +146,5 @@ def test_rows_of_a_few_numbers_too_many_are_loaded_in_few_parts(device: str, uni
 )
 def test_units_of_strides(strides: tuple[int, ...], unit: int) -> None:
     """None where the compiler sees for itself, or there is none: no kernel is compiled twice for it."""
-    assert KernelLaunch(None, 1, {}).of([strides]).variant["UNITS"] == (unit,)
+    found = KernelLaunch(attention_forward_kernel, 1, {}).of([strides], [strides]).variant
+    assert found == {"UNITS": (unit,), "CAPTURED_UNITS": (unit if unit == 8 else 1,)}
