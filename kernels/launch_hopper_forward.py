@@ -49,9 +49,11 @@ BLOCK = 128
 Q_STAGES = 2
 STAGES = {64: 4, 128: 2}
 # How many queries, keys, and tiles of both it takes to be faster than the plain kernel, whose programs
-# are smaller, and whose launch takes the host 20 us less.
-LEAST_LENGTH = 1024
-LEAST_TILES = 8192
+# are smaller, and whose launch takes the host 20 us less: by the columns of tiles where positions alone say what is
+# seen, and in general.
+LEAST_LENGTH = {64: 512, 128: 192}
+LEAST_TILES = {64: 8192, 128: 2048}
+LEAST_LENGTH_OF_OTHERS, LEAST_TILES_OF_OTHERS = 1024, 8192
 
 
 def takes(device: Device, call: AttentionCall) -> bool:
@@ -76,11 +78,14 @@ def is_faster(device: Device, call: AttentionCall) -> bool:
 
     That is so where there is much to multiply between loads and stores, and little to do for each score.
     """
-    taken = _tiles(call)
+    taken, block = _tiles(call), max(padded(call.head_dim), padded(call.value_dim))
+    length, tiles = LEAST_LENGTH_OF_OTHERS, LEAST_TILES_OF_OTHERS
+    if call.kv_ranges is None and pair_read(call.spec) is None:
+        length, tiles = LEAST_LENGTH.get(block, length), LEAST_TILES.get(block, tiles)
     return (
-        min(call.q_len, call.kv_len) >= LEAST_LENGTH
+        min(call.q_len, call.kv_len) >= length
         and taken >= device.multiprocessors
-        and taken * -(-call.kv_len // BLOCK) >= LEAST_TILES
+        and taken * -(-call.kv_len // BLOCK) >= tiles
         and not is_computed_by(call.spec.score, SPECIAL)
     )
 

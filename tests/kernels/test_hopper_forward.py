@@ -108,19 +108,31 @@ def test_layouts_that_a_tensor_map_has() -> None:
 
 def test_what_the_plain_kernel_is_faster_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    least, small = launch_hopper_forward.LEAST_LENGTH, replace(HOPPER, multiprocessors=8)
+    least, small = launch_hopper_forward.LEAST_LENGTH[64], replace(HOPPER, multiprocessors=8)
 
-    def faster(score: str, heads: int, q_len: int, kv_len: int, device: Device = HOPPER, **changes: Any) -> bool:
-        return is_faster(device, replace(call_of(score, (1, heads, q_len, 64), kv_len=kv_len), **changes))
+    def faster(
+        score: str, heads: int, q_len: int, kv_len: int, device: Device = HOPPER, dim: int = 64, **changes: Any
+    ) -> bool:
+        captured = changes.pop("captured", ())
+        call = call_of(score, (1, heads, q_len, dim), kv_len=kv_len, captured=captured)
+        return is_faster(device, replace(call, **changes))
 
-    assert faster(CAUSAL, 128, least, least)
-    assert not faster(CAUSAL, 128, least - 1, least)
-    assert not faster(CAUSAL, 128, least, least - 1)
-    assert not faster(CAUSAL, 127, least, least)
+    assert faster(CAUSAL, 512, least, least)
+    assert not faster(CAUSAL, 512, least - 1, least)
+    assert not faster(CAUSAL, 512, least, least - 1)
+    assert not faster(CAUSAL, 511, least, least)
     # Fewer programs than processors.
-    assert faster(CAUSAL, 1, least, 128 * least, small)
-    assert not faster(CAUSAL, 1, least, 128 * least)
-    assert not faster("tanh(qk * 0.0025) * 50.0", 128, least, least)
+    assert faster(CAUSAL, 1, 1024, 128 * 1024, small)
+    assert not faster(CAUSAL, 1, 1024, 128 * 1024)
+    assert not faster("tanh(qk * 0.0025) * 50.0", 512, least, least)
+    # Of wider tiles the plain kernel has fewer at a time.
+    assert faster(CAUSAL, 512, 256, 256, dim=72)
+    assert not faster(CAUSAL, 511, 256, 256, dim=72)
+    assert not faster(CAUSAL, 512, 256, 256)
+    # Beside what is read for each pair that was measured for long rows alone.
+    biased = "qk * 0.125 + t0[q_idx, kv_idx]"
+    assert faster(biased, 128, 1024, 1024, dim=128, captured=[bias(FP16, 1024, 1024)])
+    assert not faster(biased, 512, 256, 256, dim=128, captured=[bias(FP16, 256, 256)])
 
 
 @pytest.mark.skipif(not launch_hopper.has_gluon(), reason="another Gluon")
