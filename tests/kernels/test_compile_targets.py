@@ -141,6 +141,25 @@ def test_rows_of_a_few_numbers_too_many_are_loaded_in_few_parts(device: str, uni
     assert spilled_bytes(report) == 0
 
 
+def test_rows_of_a_bias_are_loaded_like_those_of_keys() -> None:
+    """Of 1000 numbers too, which are a multiple of 8: a tile's 16 bytes at a time, ahead of their use."""
+    limits, target = DEVICES["sm90"]
+    captured = (BF16,)
+    score = parse("qk * 0.125 + t0[n1, q_idx, kv_idx]", captured)
+    spec = AttentionSpec(2, score, captured, 0, BF16, BF16, BF16, "nan", (0, 1, 2, 3))
+    launch = choose_launch(limits, shape_of(spec, 4096, 64, 64))
+    assert launch is not None
+    arguments = dict(constants(spec, 64, 64, "ieee", launch))
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
+    loads = []
+    for unit in (1, 8):
+        kernel, _ = compiled(
+            source_of(attention_forward_kernel, spec, (3,), arguments, False, unit=unit), target, options
+        )
+        loads.append(re.findall(r"cp\.async\.c[ag]\.shared\.global|ld\.global[.\w]*", kernel.asm["ptx"]))
+    assert sorted(loads[0]) == sorted(loads[1])
+
+
 @pytest.mark.parametrize(
     ("strides", "unit"), [((0, 72, 5184, 72, 1), 8), ((0, 64, 128, 1), 1), ((36, 4, 12, 1), 4), ((7, 1), 1)]
 )
