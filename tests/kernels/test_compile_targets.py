@@ -80,22 +80,29 @@ if os.environ.get("FLASHFUSE_FULL_TABLE") == "1":
     CASES = list(itertools.product(DEVICES, PROGRAMS, (16, 64, 80, 128, 256, 512), (BF16, FP32)))
 
 
+def compiled_forward(
+    device: str, spec: AttentionSpec, ranks: tuple[int, ...], head_dim: int, unit: int = 1
+) -> tuple[Any, str]:
+    """The forward kernel for long rows, and what was reported of it; see `source_of`."""
+    limits, target = DEVICES[device]
+    launch = choose_launch(limits, shape_of(spec, 4096, head_dim, head_dim))
+    assert launch is not None
+    ranged = mask_of(spec).depends_on_data
+    arguments = dict(constants(spec, head_dim, head_dim, "ieee", launch, ranged))
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
+    return compiled(source_of(attention_forward_kernel, spec, ranks, arguments, ranged, unit=unit), target, options)
+
+
 @pytest.mark.parametrize(("device", "program", "head_dim", "dtype"), CASES)
 def test_compiles_within_limits(device: str, program: str, head_dim: int, dtype: torch.dtype) -> None:
-    limits, target = DEVICES[device]
+    limits, _ = DEVICES[device]
     text, captured, ranks = PROGRAMS[program]
     further: dict[str, Any] = {
         name: parse(value, captured) if name in ("sink", "factor") else value
         for name, value in FURTHER.get(program, {}).items()
     }
     spec = AttentionSpec(2, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3), **further)
-    launch = choose_launch(limits, shape_of(spec, 4096, head_dim, head_dim))
-    assert launch is not None
-    ranged = mask_of(spec).depends_on_data
-    arguments = dict(constants(spec, head_dim, head_dim, "ieee", launch, ranged))
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
-    source = source_of(attention_forward_kernel, spec, ranks, arguments, ranged)
-    kernel, report = compiled(source, target, options)
+    kernel, report = compiled_forward(device, spec, ranks, head_dim)
 
     if dtype == FP32:
         assert all(accumulator.startswith("%cst") for accumulator in accumulators(kernel)), "sums start at 0"
@@ -126,16 +133,8 @@ def test_rows_of_a_few_numbers_too_many_are_loaded_in_few_parts(device: str, uni
 
     What it was not told of was loaded number by number, and no keys ahead of their use: ten times as long.
     """
-    limits, target = DEVICES[device]
-    head_dim = 9 * unit
     spec = AttentionSpec(2, parse("qk * 0.125"), (), 0, BF16, BF16, BF16, "nan", (0, 1, 2, 3))
-    launch = choose_launch(limits, shape_of(spec, 4096, head_dim, head_dim))
-    assert launch is not None
-    arguments = dict(constants(spec, head_dim, head_dim, "ieee", launch))
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
-    kernel, report = compiled(
-        source_of(attention_forward_kernel, spec, (), arguments, False, unit=unit), target, options
-    )
+    kernel, report = compiled_forward(device, spec, (), 9 * unit, unit)
     ahead = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", kernel.asm["ptx"])
     assert set(ahead) == {f"0x{2 * unit:x}"}
     assert spilled_bytes(report) == 0
@@ -143,20 +142,10 @@ def test_rows_of_a_few_numbers_too_many_are_loaded_in_few_parts(device: str, uni
 
 def test_rows_of_a_bias_are_loaded_like_those_of_keys() -> None:
     """Of 1000 numbers too, which are a multiple of 8: a tile's 16 bytes at a time, ahead of their use."""
-    limits, target = DEVICES["sm90"]
-    captured = (BF16,)
-    score = parse("qk * 0.125 + t0[n1, q_idx, kv_idx]", captured)
-    spec = AttentionSpec(2, score, captured, 0, BF16, BF16, BF16, "nan", (0, 1, 2, 3))
-    launch = choose_launch(limits, shape_of(spec, 4096, 64, 64))
-    assert launch is not None
-    arguments = dict(constants(spec, 64, 64, "ieee", launch))
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
-    loads = []
-    for unit in (1, 8):
-        kernel, _ = compiled(
-            source_of(attention_forward_kernel, spec, (3,), arguments, False, unit=unit), target, options
-        )
-        loads.append(re.findall(r"cp\.async\.c[ag]\.shared\.global|ld\.global[.\w]*", kernel.asm["ptx"]))
+    score = parse("qk * 0.125 + t0[n1, q_idx, kv_idx]", (BF16,))
+    spec = AttentionSpec(2, score, (BF16,), 0, BF16, BF16, BF16, "nan", (0, 1, 2, 3))
+    ptx = [compiled_forward("sm90", spec, (3,), 64, unit)[0].asm["ptx"] for unit in (1, 8)]
+    loads = [re.findall(r"cp\.async\.c[ag]\.shared\.global|ld\.global[.\w]*", text) for text in ptx]
     assert sorted(loads[0]) == sorted(loads[1])
 
 
