@@ -22,8 +22,10 @@ from flashfuse.kernels.spec import AttentionSpec
 DEVICES = {
     "sm80": (Device("cuda", 80, 166912, 108), GPUTarget("cuda", 80, 32)),
     "sm86": (Device("cuda", 86, 101376, 84), GPUTarget("cuda", 86, 32)),
+    "sm89": (Device("cuda", 89, 101376, 128), GPUTarget("cuda", 89, 32)),
     "sm90": (Device("cuda", 90, 232448, 132), GPUTarget("cuda", 90, 32)),
     "sm100": (Device("cuda", 100, 232448, 148), GPUTarget("cuda", 100, 32)),
+    "sm120": (Device("cuda", 120, 101376, 170), GPUTarget("cuda", 120, 32)),
     "gfx942": (Device("hip", 0, 65536, 304), GPUTarget("hip", "gfx942", 64)),
 }
 # Than the compiler whose code is measured on GPUs: some limits are wider for later ones.
