@@ -49,6 +49,7 @@ def programs(draw: Any, most_length: int = 40, dtypes: tuple[torch.dtype, ...] =
         refused=frozenset(draft.refused),
         trains=trains,
         left_open=draft.left_open,
+        curved=draft.curved,
         labels=tuple(draft.labels),
     )
 
