@@ -15,6 +15,7 @@ from flashfuse.patterns.exponential import as_exponential, is_normalised, masked
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.opened import open_up, opened_or_none
 from flashfuse.patterns.shift import is_own_maximum, limited_by_number, same_element, same_value
+from flashfuse.patterns.summed import as_sum
 
 POWERS = frozenset({"pow", "__pow__", "__rpow__", "float_power"})
 # Operators that a normaliser starts from, by their bare names; so do powers of a number.
@@ -98,7 +99,7 @@ def as_logsumexp(lifter: Lifter, expr: Expr) -> Reduce | None:
     top = open_up(lifter, expr)
     if not isinstance(top, Pointwise) or top.op != "log":
         return None
-    total = open_up(lifter, top.args[0])
+    total = as_sum(lifter, open_up(lifter, top.args[0]))
     if not isinstance(total, Reduce) or total.kind != "sum":
         return None
     inner = open_up(lifter, total.arg)
@@ -156,12 +157,13 @@ def _has_lower_limit(lifter: Lifter, shift: Expr) -> bool:
 
 def sum_and_rest(lifter: Lifter, denominator: Expr) -> tuple[Reduce | None, Expr | None]:
     """The sum over a row in a denominator, and what is added to it."""
-    top = open_up(lifter, denominator)
+    top = as_sum(lifter, open_up(lifter, denominator))
     if isinstance(top, Reduce) and top.kind == "sum":
         return top, None
     if isinstance(top, Pointwise) and top.op == "add":
         for part, rest in (top.args, top.args[::-1]):
             inner = opened_or_none(lifter, part)
+            inner = None if inner is None else as_sum(lifter, inner)
             if isinstance(inner, Reduce) and inner.kind == "sum" and inner.axis not in free_symbols(rest):
                 return inner, rest
     return None, None

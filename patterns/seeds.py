@@ -97,11 +97,15 @@ class Upstream:
         return _union(self.curved, inputs) or normalisers
 
     def _gated(self, node: fx.Node) -> Seeds:
-        """Of an attention's output multiplied with something that was made from scores: the normalisers of both."""
-        behind = (self.products.get(n, n) for n in _rescaled(node))
-        outputs = [self.values[product] for product in behind if product in self.values]
+        """Of an attention's output rescaled by something that was made from scores: the normalisers of both.
+
+        That may be a second product of the same weights, as with ones.
+        """
+        behind = {n: self.products.get(n, n) for n in node.all_input_nodes}
+        outputs = {behind[n] for n in _rescaled(node)} & self.values.keys()
+        others = {*behind.values()} & self.values.keys()
         gates = _union(self.normalisers, node.all_input_nodes) if outputs else NONE
-        return gates.union(*outputs) if gates else NONE
+        return gates.union(*(self.values[n] for n in others)) if gates or (outputs and len(others) > 1) else NONE
 
 
 def upstream(graph: Graph) -> Upstream:

@@ -15,13 +15,13 @@ import torch
 from torch import fx
 
 from flashfuse.kernels.expr import Const, Dot, Expr, Load, Pointwise, Reduce, free_symbols
-from flashfuse.kernels.normal import pointwise, substitute
+from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.graph import shape, tensor, to_sympy
 from flashfuse.patterns.indexing import divide
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.opened import open_up
+from flashfuse.patterns.opened import open_up, opened_or_none
 from flashfuse.patterns.operand import exactly_promotes
 
 _SUMS = frozenset({"sum", "mean"})
@@ -102,6 +102,17 @@ def as_product(lifter: Lifter, expr: Expr) -> Expr:
     for factor in factors:
         result = pointwise("mul", result, factor, dtype=expr.dtype)
     return result
+
+
+def as_sum(lifter: Lifter, expr: Expr) -> Expr:
+    """A product with ones as the sum that it is; any other expression as it is."""
+    if not isinstance(expr, Dot):
+        return expr
+    for terms, other in ((expr.lhs, expr.rhs), (expr.rhs, expr.lhs)):
+        top = opened_or_none(lifter, other)
+        if top is not None and number(top) == 1:
+            return Reduce(expr.dtype, "sum", terms, expr.axis, expr.extent)
+    return expr
 
 
 def _over_one_axis(lifter: Lifter, total: Reduce) -> Reduce:
