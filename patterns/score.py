@@ -119,6 +119,9 @@ def find_products(
         search = _Search(lifter, j, leads, rows, others)
         program = search.read(expr, site)
     if not search.found:
+        search = _Search(lifter, j, leads, rows, outer=True)
+        program = search.read(expr, site)
+    if not search.found:
         raise search.trouble or Refused("no-product", "the softmax is not over products of queries and keys")
     dots, nodes = zip(*search.found, strict=True)
     return Products(program, dots, nodes, tuple(search.again), lifter, j, leads)
@@ -151,6 +154,7 @@ class _Search:
     """Expands a score along every path that leads to a product, and puts `Product(n)` in the product's place.
 
     A product among `others` stays the tensor that the graph makes of it. rows: of the output, which the values lack.
+    outer: whether a number for each query times one for each key is their product over one feature.
     """
 
     def __init__(
@@ -160,8 +164,10 @@ class _Search:
         leads: AbstractSet[fx.Node],
         rows: Sequence[sympy.Symbol],
         others: AbstractSet[Dot] = frozenset(),
+        outer: bool = False,
     ) -> None:
         self.lifter, self.j, self.leads, self.rows, self.others = lifter, j, leads, rows, others
+        self.outer = outer
         self.found: list[tuple[Dot, fx.Node]] = []
         self.again: list[fx.Node] = []
         self.trouble: Refused | None = None
@@ -184,6 +190,8 @@ class _Search:
         match expr:
             case Dot():
                 return self._product(expr, node)
+            case Pointwise(op="mul") if self.outer and (dot := self._of_one_feature(expr)) is not None:
+                return self._product(dot, node)
             case Pointwise():
                 return pointwise(expr.op, *(self.opened(a, node, followed) for a in expr.args), dtype=expr.dtype)
             case Load() if expr.tensor in self.leads and self.j in free_symbols(expr):
@@ -202,6 +210,14 @@ class _Search:
                 self._note(Refused("row-dependent", "a score depends on other scores of its row or column", node))
                 raise _NoIndexForm
         return expr
+
+    def _of_one_feature(self, expr: Pointwise) -> Dot | None:
+        left, right = expr.args
+        one = Dot(expr.dtype, left, right, self.lifter.symbol("r", sympy.Integer(1)), sympy.Integer(1))
+        apart = (self.j in free_symbols(left)) != (self.j in free_symbols(right))
+        keys = left if self.j in free_symbols(left) else right
+        alone = isinstance(left, Load) and isinstance(right, Load) and free_symbols(keys).isdisjoint(self.rows)
+        return one if apart and alone and self._has_queries(one) else None
 
     def _has_queries(self, dot: Dot) -> bool:
         """Whether a product's one side has a row for every row of the scores.

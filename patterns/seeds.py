@@ -20,7 +20,7 @@ NONE: Seeds = frozenset()
 # What starts a search. A contraction may be spelled with any of these; what it means is read from its ATen calls.
 _CONTRACTIONS = frozenset({
     "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "baddbmm", "addmm", "addbmm", "mv", "dot", "inner",
-    "tensordot", "chain_matmul", "multi_dot", "linalg_multi_dot", "linear",
+    "tensordot", "chain_matmul", "multi_dot", "linalg_multi_dot", "linear", "outer", "ger",
 })  # fmt: skip
 WHOLE = frozenset({"scaled_dot_product_attention"})
 # What may rescale an attention's output: either factor, and what is divided.
@@ -52,7 +52,7 @@ def _may_normalise(node: fx.Node) -> bool:
     return name in NORMALISERS or (name in POWERS and single)
 
 
-def _is_curved(name: str) -> bool:
+def is_curved(name: str) -> bool:
     """By the name of the operator or of its form in place."""
     return name in _CURVED or name.removesuffix("_") in _CURVED
 
@@ -153,7 +153,7 @@ def upstream(graph: Graph) -> Upstream:
         if seeds:
             normalisers[node] = seeds
         bends = _union(curved, inputs)
-        if not bends and _is_curved(name) and behind is not None and behind not in values:
+        if not bends and is_curved(name) and behind is not None and behind not in values:
             bends = frozenset((node,))
         if bends:
             curved[node] = bends
