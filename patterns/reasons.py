@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 
 from torch import fx
 
+from flashfuse.patterns.blame import additive, scattered
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.graph import Graph, location
 from flashfuse.patterns.normaliser import PARTIAL
@@ -43,8 +44,12 @@ class Reasons:
         for seed in dict.fromkeys(left):
             error = refused[seed][0] if seed in refused else self._unmet(seed)
             if error is not None:
-                node = error.node or seed
-                yield Refusal(node, error.code, error.reason, location(node))
+                yield _told(error, seed)
+        # A softmax that meets values, over no products of activations, is an attention in this case alone.
+        for seed in (n for n in refused if n not in claimed and n not in left):
+            error = None if seed in self.up.over_products or name_of(seed) in PARTIAL else additive(seed)
+            if error is not None:
+                yield _told(error, seed)
 
     def _is_curve(self, node: fx.Node) -> bool:
         """Whether a search started from a product without a normaliser."""
@@ -57,6 +62,11 @@ class Reasons:
         So it is with an exponential alone, and with a softmax of what a layer makes of a product, as a classifier's.
         """
         if name_of(seed) in PARTIAL:
-            return None
+            return scattered(seed)
         alone = Refused("no-value-product", "the probabilities are not multiplied with values in this graph")
         return mixing_layer(seed) or (None if seed in self.up.mixed else alone)
+
+
+def _told(error: Refused, seed: fx.Node) -> Refusal:
+    node = error.node or seed
+    return Refusal(node, error.code, error.reason, location(node))

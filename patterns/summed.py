@@ -18,7 +18,7 @@ from flashfuse.kernels.expr import Const, Dot, Expr, Load, Pointwise, Reduce, fr
 from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.calls import name_of
-from flashfuse.patterns.graph import shape, tensor, to_sympy
+from flashfuse.patterns.graph import shape, tensor, to_sympy, value
 from flashfuse.patterns.indexing import divide
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.opened import open_up, opened_or_none
@@ -27,6 +27,7 @@ from flashfuse.patterns.operand import exactly_promotes
 _SUMS = frozenset({"sum", "mean"})
 _NORMS = frozenset({"norm", "linalg_norm", "linalg_vector_norm"})
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
+_ADDITIONS = frozenset({"add", "add_", "iadd", "__add__", "__radd__", "__iadd__"})
 _DIFFERENCES = frozenset({"sub", "__sub__", "__rsub__", "subtract"})
 # Sum along an axis of the tensors that they are given.
 _BOTH = frozenset({"vecdot", "linalg_vecdot", "cosine_similarity"})
@@ -72,6 +73,16 @@ def _kind(node: fx.Node, left: Sequence[sympy.Expr], right: Sequence[sympy.Expr]
         return Sum.BROADCAST
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
     return Sum.ALIGNED if product and dims in (-1, [-1], (-1,)) and not any(broadcast) else Sum.NONE
+
+
+def adds_pairs(node: fx.Node) -> bool:
+    """Whether a node adds a row of one tensor of activations to several rows of another, as a query to all keys."""
+    found = _pair(node.args[:2]) if name_of(node) in _ADDITIONS else None
+    if found is None or any(isinstance(value(n), torch.nn.Parameter) for n in node.all_input_nodes):
+        return False
+    # What all rows share is a bias, and what all of a batch shares may be positions.
+    rows = all(any(n != 1 for n in side[:-1]) for side in found)
+    return rows and any(a != b for a, b in zip(*(side[1:-1] for side in found), strict=True))
 
 
 def _pair(args: Sequence[Any]) -> tuple[tuple[sympy.Expr, ...], tuple[sympy.Expr, ...]] | None:
