@@ -25,6 +25,7 @@ import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa
 import flashfuse.patterns.writes  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Reduce, free_symbols, loads, walk
+from flashfuse.patterns.added import joined_products
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.blame import check_transforms, refuse_single_key, wrong_axis
 from flashfuse.patterns.calls import name_of
@@ -106,9 +107,9 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
     gated = as_gated(lifter, expr)
     if gated is not None:
         return _terms(lifter, node, position, gated.product, leads, gated)
-    late = normalised_late(lifter, expr)
-    if late is not None:
-        return _terms(lifter, node, position, late, leads)
+    whole_product = normalised_late(lifter, expr) or joined_products(lifter, expr)
+    if whole_product is not None:
+        return _terms(lifter, node, position, whole_product, leads)
     if isinstance(expr, Reduce) and node in leads:
         expr = as_product(lifter, expr)
         if isinstance(expr, Reduce):

@@ -29,10 +29,9 @@ from flashfuse.kernels.expr import (
 )
 from flashfuse.kernels.normal import pointwise, rewrite, substitute
 from flashfuse.patterns.graph import is_weighted
-from flashfuse.patterns.indexing import within
+from flashfuse.patterns.joined import Span, reaches_outside, span_of, stays_inside, with_joined, within_span
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.opener import Opener
-from flashfuse.patterns.operand import sizes_of
 from flashfuse.patterns.products import Term, as_one_product, side_products, summands
 from flashfuse.patterns.refusal import Refused, blocked, mixed, no_product
 from flashfuse.patterns.shift import same_value
@@ -123,8 +122,9 @@ def find_products(
         program = search.read(expr, site)
     if not search.found:
         raise search.trouble or Refused("no-product", "the softmax is not over products of queries and keys")
-    dots, nodes = zip(*search.found, strict=True)
-    return Products(program, dots, nodes, tuple(search.again), lifter, j, leads)
+    program, found, further = with_joined(lifter, program, search.found, search.spans, j)
+    dots, nodes = zip(*found, strict=True)
+    return Products(program, dots, nodes, (*search.again, *further), lifter, j, leads)
 
 
 def as_score(found: Products) -> Score:
@@ -170,6 +170,7 @@ class _Search:
         self.outer = outer
         self.found: list[tuple[Dot, fx.Node]] = []
         self.again: list[fx.Node] = []
+        self.spans: dict[Dot, Span] = {}
         self.trouble: Refused | None = None
 
     def read(self, expr: Expr, node: fx.Node) -> Expr:
@@ -234,7 +235,9 @@ class _Search:
         before, again = len(self.found), len(self.again)
         try:
             program = self.opened(self.lifter.expand(load, followed=followed), node, followed)
-            if not self._reaches_outside(load) or all(self._stays_inside(dot) for dot, _ in self.found[before:]):
+            if not reaches_outside(self.lifter, load) or all(
+                self._is_there(dot, load) for dot, _ in self.found[before:]
+            ):
                 return program
             told = "the softmax is over rows or columns beside the product's own, as of a second product"
             self._note(Refused("extra-columns", told, node))
@@ -245,24 +248,16 @@ class _Search:
         del self.found[before:], self.again[again:]
         return load
 
-    def _reaches_outside(self, load: Load) -> bool:
-        """Whether an index takes more values than its dimension has: only a choice around it keeps it inside."""
-        ranges = self.lifter.ranges
-        return any(
-            (ranges[symbol] - size).is_positive
-            for index, size in zip(load.indices, sizes_of(load), strict=True)
-            for symbol in index.free_symbols & ranges.keys()
-            if index.coeff(symbol, 1) == 1
-        )
-
-    def _stays_inside(self, dot: Dot) -> bool:
-        """Whether a product is one of queries and keys that there are, whatever a choice around it keeps."""
-        read = (load for load in loads(dot) if isinstance(load, Load))
-        return all(
-            within(index, size, self.lifter.ranges)
-            for load in read
-            for index, size in zip(load.indices, sizes_of(load), strict=True)
-        )
+    def _is_there(self, dot: Dot, load: Load) -> bool:
+        """Whether the load reads a product of queries and keys that there are, of all columns or of a span of them."""
+        if dot in self.spans or stays_inside(self.lifter, dot):
+            return True
+        span = span_of(load, self.j)
+        part = None if span is None else within_span(self.lifter, dot, span, self.j)[1]
+        if span is None or not isinstance(part, Dot) or not stays_inside(self.lifter, part):
+            return False
+        self.spans[dot] = span
+        return True
 
     def _product(self, dot: Dot, node: fx.Node) -> Expr:
         left, right = self.j in free_symbols(dot.lhs), self.j in free_symbols(dot.rhs)
@@ -281,9 +276,14 @@ class _Search:
         return Product(dot.dtype, len(self.found) - 1)
 
     def _is_again(self, dot: Dot, known: Dot) -> bool:
-        """Whether a product is one that is known already, perhaps written a second time."""
+        """Whether a product is one that is known already, perhaps written a second time.
+
+        Of two spans of the columns each is its own.
+        """
         if dot == known or (dot.dtype, dot.extent) != (known.dtype, known.extent):
             return dot == known
+        if not all(stays_inside(self.lifter, x) for x in (dot, known)):
+            return False
         moved = {dot.axis: known.axis}
         pairs = ((dot.lhs, known.lhs), (dot.rhs, known.rhs))
         return all(same_value(self.lifter, substitute(mine, moved), theirs) for mine, theirs in pairs)

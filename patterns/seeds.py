@@ -12,7 +12,7 @@ from torch import fx
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.graph import WEIGHTED, Graph, is_weighted, tensor
 from flashfuse.patterns.normaliser import NORMALISERS, POWERS
-from flashfuse.patterns.summed import Sum, sum_of
+from flashfuse.patterns.summed import ADDITIONS, Sum, sum_of
 
 Seeds = frozenset[fx.Node]
 NONE: Seeds = frozenset()
@@ -90,6 +90,8 @@ class Upstream:
         if name in _GATES:
             return self._gated(node)
         inputs = node.all_input_nodes
+        if name in ADDITIONS:
+            return _added(node, self.products, self.values)
         normalisers = _union(self.normalisers, inputs)
         # Weights of a curved product may hold an exponential too, as of a temperature.
         if normalisers & self.over_products:
@@ -139,6 +141,8 @@ def upstream(graph: Graph) -> Upstream:
             outputs = (n for n in _rescaled(node) if products.get(n) in values)
             if any(seeds <= values[products[n]] for n in outputs):
                 seeds = NONE
+        if name in ADDITIONS and _added(node, products, values):
+            starts.append(node)
         behind = next((products[n] for n in inputs if n in products), None)
         if behind is not None and not (weighted and behind in values):
             products[node] = behind
@@ -158,6 +162,15 @@ def upstream(graph: Graph) -> Upstream:
         if bends:
             curved[node] = bends
     return Upstream(tuple(starts), products, normalisers, curved, values, over_products, mixed)
+
+
+def _added(node: fx.Node, products: Mapping[fx.Node, fx.Node], values: Mapping[fx.Node, Seeds]) -> Seeds:
+    """Of a sum of two products with values, the normalisers that both are of."""
+    behind = [products.get(n) for n in node.all_input_nodes]
+    if len(behind) != 2 or behind[0] is behind[1]:
+        return NONE
+    left, right = (values.get(product, NONE) if product is not None else NONE for product in behind)
+    return left if left == right else NONE
 
 
 def _union(known: Mapping[fx.Node, Seeds], nodes: Sequence[fx.Node]) -> Seeds:

@@ -27,7 +27,7 @@ from flashfuse.patterns.operand import exactly_promotes
 _SUMS = frozenset({"sum", "mean"})
 _NORMS = frozenset({"norm", "linalg_norm", "linalg_vector_norm"})
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
-_ADDITIONS = frozenset({"add", "add_", "iadd", "__add__", "__radd__", "__iadd__"})
+ADDITIONS = frozenset({"add", "add_", "iadd", "__add__", "__radd__", "__iadd__"})
 _DIFFERENCES = frozenset({"sub", "__sub__", "__rsub__", "subtract"})
 # Sum along an axis of the tensors that they are given.
 _BOTH = frozenset({"vecdot", "linalg_vecdot", "cosine_similarity"})
@@ -77,7 +77,7 @@ def _kind(node: fx.Node, left: Sequence[sympy.Expr], right: Sequence[sympy.Expr]
 
 def adds_pairs(node: fx.Node) -> bool:
     """Whether a node adds a row of one tensor of activations to several rows of another, as a query to all keys."""
-    found = _pair(node.args[:2]) if name_of(node) in _ADDITIONS else None
+    found = _pair(node.args[:2]) if name_of(node) in ADDITIONS else None
     if found is None or any(isinstance(value(n), torch.nn.Parameter) for n in node.all_input_nodes):
         return False
     # What all rows share is a bias, and what all of a batch shares may be positions.
