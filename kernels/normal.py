@@ -182,7 +182,9 @@ def _through_choice(
         return None
     folded = (_fold(op, tuple(b if i == varying[0] else a for i, a in enumerate(args)), dtype) for b in choice.args[1:])
     branches = [b for b in folded if b is not None]
-    return pointwise("where", choice.args[0], *branches, dtype=dtype) if len(branches) == 2 else None
+    if len(branches) < 2:
+        return None
+    return pointwise("where", choice.args[0], *branches, dtype=dtype)
 
 
 def _fold(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
@@ -194,15 +196,12 @@ def _fold(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
     try:
         values = [torch.tensor(number(a), dtype=work if a.dtype.is_floating_point else a.dtype) for a in args]
         # As torch computes it: in float32, then rounded to the result's own type.
-        wide = OPS[op].torch(*values)
-        result = wide.to(dtype)
+        result = OPS[op].torch(*values).to(dtype)
     except (RuntimeError, ValueError):
         return None
     if result.is_floating_point() and bool(torch.isnan(result)):
         return None
-    # A sum loses addends by rounding. A factor only loses digits, by which every element would be off the same way.
-    kept = op in ("mul", "div") and dtype.is_floating_point and result.abs().item() >= torch.finfo(dtype).tiny
-    return const((wide if kept else result).item(), dtype)
+    return const(result.item(), dtype)
 
 
 def cast(expr: Expr, dtype: torch.dtype) -> Expr:

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 
 import sympy
 
-from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise, free_symbols
+from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise
 from flashfuse.kernels.normal import substitute
 from flashfuse.kernels.operators import ROUNDINGS
-from flashfuse.patterns.joined import Span, in_order, merged, one_step, put_together
+from flashfuse.patterns.joined import Span, in_order, merged, put_together, steps
 from flashfuse.patterns.lift import Lifter
 from flashfuse.patterns.opened import opened_or_none
+from flashfuse.patterns.shift import same_element
 
 
 def joined_products(lifter: Lifter, expr: Expr) -> Dot | None:
@@ -22,12 +23,17 @@ def joined_products(lifter: Lifter, expr: Expr) -> Dot | None:
     dots = _addends(lifter, expr) if isinstance(expr, Pointwise) else None
     if dots is None or len({dot.dtype for dot in dots}) != 1:
         return None
-    first, *others = dots
+    first = next((dot for dot in dots if dot.extent != 1), None)
+    if first is None:
+        return None
+    others = [dot for dot in dots if dot is not first]
     for weights, values in ((first.lhs, first.rhs), (first.rhs, first.lhs)):
-        for part in _spans_of(lifter, weights, first):
-            parts = [(*part, first, values), *(x for dot in others if (x := _alike(lifter, dot, part)) is not None)]
-            if len(parts) == len(dots) and (whole := _sum_of_parts(lifter, parts)) is not None:
-                return whole
+        for span, element in _spans_of(lifter, weights, first):
+            found = [x for dot in others if (x := _alike(lifter, dot, element, first.axis)) is not None]
+            if len(found) == len(others):
+                whole = _sum_of_parts(lifter, first, element, [(span, first, values), *found])
+                if whole is not None:
+                    return whole
     return None
 
 
@@ -44,13 +50,11 @@ def _addends(lifter: Lifter, expr: Expr) -> list[Dot] | None:
 
 def _spans_of(lifter: Lifter, weights: Expr, dot: Dot) -> Iterator[tuple[Span, Expr]]:
     """The spans that a product's weights may be of something's columns, and their element at column `dot.axis`."""
-    step: Expr | None = weights
-    while step is not None:
+    for step in steps(lifter, weights):
         inner = step.args[0] if isinstance(step, Pointwise) and step.op in ROUNDINGS else step
         if isinstance(inner, Load) and (at := _counted(inner, dot.axis)) is not None:
             start = sympy.expand(at - dot.axis)
             yield Span(start, dot.extent), substitute(step, {dot.axis: sympy.expand(dot.axis - start)})
-        step = one_step(lifter, step)
 
 
 def _counted(load: Load, axis: sympy.Symbol) -> sympy.Expr | None:
@@ -59,26 +63,37 @@ def _counted(load: Load, axis: sympy.Symbol) -> sympy.Expr | None:
     return found[0] if len(found) == 1 and axis not in (found[0] - axis).free_symbols else None
 
 
-def _alike(lifter: Lifter, dot: Dot, part: tuple[Span, Expr]) -> tuple[Span, Expr, Dot, Expr] | None:
-    """Another product's part of the same weights, and its values."""
+def _alike(lifter: Lifter, dot: Dot, element: Expr, axis: sympy.Symbol) -> tuple[Span, Dot, Expr] | None:
+    """The span of the same weights that another product has, and its values. element: of the weights, at `axis`."""
     for weights, values in ((dot.lhs, dot.rhs), (dot.rhs, dot.lhs)):
-        for span, element in _spans_of(lifter, weights, dot):
-            moved = {dot.axis: next(iter(free_symbols(part[1]) - free_symbols(element)), dot.axis)}
-            if substitute(element, moved) == part[1]:
-                return span, element, dot, values
+        if dot.extent == 1:
+            columns = (_column(step, element, axis) for step in steps(lifter, weights))
+            at = next((c for c in columns if c is not None), None)
+            if at is not None:
+                return Span(at, dot.extent), dot, values
+        for span, mine in _spans_of(lifter, weights, dot):
+            if substitute(mine, {dot.axis: axis}) == element:
+                return span, dot, values
     return None
 
 
-def _sum_of_parts(lifter: Lifter, parts: Sequence[tuple[Span, Expr, Dot, Expr]]) -> Dot | None:
-    ordered = in_order([(span, (element, dot, values)) for span, element, dot, values in parts])
+def _column(one: Expr, element: Expr, axis: sympy.Symbol) -> sympy.Expr | None:
+    """The column in which an element is `element`."""
+    places = same_element(element, one, frozenset((axis,)))
+    return None if places is None else places.get(axis)
+
+
+def _sum_of_parts(lifter: Lifter, first: Dot, element: Expr, parts: Sequence[tuple[Span, Dot, Expr]]) -> Dot | None:
+    """The product of all columns; element: of the weights, at column `first.axis`."""
+    ordered = in_order([(span, (dot, values)) for span, dot, values in parts])
     if ordered is None:
         return None
-    base, (weights, first, _) = ordered[0]
-    total = sympy.expand(ordered[-1][0].end - base.start)
+    start = ordered[0][0].start
+    total = sympy.expand(ordered[-1][0].end - start)
     j = lifter.symbol("j", total)
     spans = []
-    for span, (_, dot, values) in ordered:
-        here = Span(sympy.expand(span.start - base.start), span.length)
+    for span, (dot, values) in ordered:
+        here = Span(sympy.expand(span.start - start), span.length)
         spans.append((here, lifter.divided_again(substitute(values, {dot.axis: sympy.expand(j - here.start)}))))
-    at_j = lifter.divided_again(substitute(weights, {first.axis: sympy.expand(j + base.start)}))
+    at_j = lifter.divided_again(substitute(element, {first.axis: sympy.expand(j + start)}))
     return Dot(first.dtype, at_j, put_together(merged(lifter, spans), j, first.dtype), j, total)

@@ -20,6 +20,7 @@ from flashfuse.patterns.dropout import check_apart
 from flashfuse.patterns.ending import Ending
 from flashfuse.patterns.graph import location, raw_value, tensor, value, wants_gradient
 from flashfuse.patterns.indexing import Indices
+from flashfuse.patterns.joined import elements
 from flashfuse.patterns.layout import Layout, Option
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.naming import named
@@ -57,7 +58,8 @@ def assemble(
         check_apart(end.dropout, needed, lifter.ranges)
     for term in score.terms:
         _check_plain(lifter, term.dot.lhs, term.dot.rhs, roles, node)
-        _check_plain(lifter, term.dot.rhs, term.dot.lhs, roles, node)
+        for keys in elements(term.dot.rhs, roles.j):
+            _check_plain(lifter, keys, term.dot.lhs, roles, node)
     options = [*product_options(lifter, score, roles, node), value_options(lifter, value_side, values, roles, node)]
     layout = Layout(lifter, roles, (score.program, *end.programs.values()), [part for side in options for part in side])
     chosen = iter(layout.chosen)

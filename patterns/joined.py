@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from flashfuse.kernels.expr import Const, Dot, Expr, Index, Load, Pointwise, Product, free_symbols, loads
+from flashfuse.kernels.expr import Const, Dot, Expr, Index, Load, Pointwise, Product, loads
 from flashfuse.kernels.normal import FALSE, index, pointwise, rewrite, substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.indexing import same, within
@@ -36,6 +36,10 @@ class Span:
     @property
     def end(self) -> sympy.Expr:
         return sympy.expand(self.start + self.length)
+
+    def cut(self, at: sympy.Expr) -> tuple[Span, Span]:
+        """The columns before one, and the others."""
+        return Span(self.start, sympy.expand(at - self.start)), Span(at, sympy.expand(self.end - at))
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,27 @@ def stays_inside(lifter: Lifter, dot: Dot) -> bool:
     )
 
 
-def span_of(load: Load, j: sympy.Symbol) -> Span | None:
-    """The columns j for which one of the load's dimensions, whose index j counts through, is not left."""
+def cut_of(condition: Expr, j: sympy.Symbol) -> sympy.Expr | None:
+    """The column from which on a condition of columns no longer holds; None for others."""
+    match condition:
+        case Pointwise(op="lt", args=(Index(value=at), Index(value=end))):
+            cut = sympy.expand(end - at + j)
+            return cut if j in at.free_symbols and j not in cut.free_symbols else None
+    return None
+
+
+def span_in(lifter: Lifter, dot: Dot, load: Load, j: sympy.Symbol) -> Span | None:
+    """The columns j in which a load, of what makes a product, reads what there is; None where that is no span."""
     along = [(at, size) for at, size in zip(load.indices, sizes_of(load), strict=True) if j in at.free_symbols]
     if len(along) != 1:
         return None
     ((at, size),) = along
     start = sympy.expand(j - at)
-    return None if j in start.free_symbols else Span(start, size)
+    if j in start.free_symbols:
+        return None
+    span = Span(start, size)
+    _, part = within_span(lifter, dot, span, j)
+    return span if isinstance(part, Dot) and stays_inside(lifter, part) else None
 
 
 def within_span(lifter: Lifter, expr: Expr, span: Span, j: sympy.Symbol) -> tuple[sympy.Symbol, Expr]:
@@ -107,11 +124,19 @@ def parts_of(lifter: Lifter, expr: Expr, j: sympy.Symbol) -> tuple[Part, ...]:
     return tuple(Part(span, *within_span(lifter, element, span, j)) for span, element in spans)
 
 
+def elements(expr: Expr, j: sympy.Symbol) -> Iterator[Expr]:
+    """What the parts of an expression are, at column j."""
+    while (choice := _first_of(expr, j)) is not None:
+        _, first, expr = choice
+        yield first
+    yield expr
+
+
 def _first_of(expr: Expr, j: sympy.Symbol) -> tuple[sympy.Expr, Expr, Expr] | None:
     """(n, x, y) of an expression that is x in columns before n and y behind; None for others."""
     match expr:
         case Pointwise(op="where", args=(Pointwise(op="lt", args=(Index(value=at), Index(value=end))), first, rest)):
-            return (end, first, rest) if at == j and j in free_symbols(first) else None
+            return (end, first, rest) if at == j else None
     return None
 
 
@@ -186,7 +211,7 @@ def merged(lifter: Lifter, parts: Sequence[tuple[Span, Expr]]) -> list[tuple[Spa
     found = [parts[0]]
     for span, element in parts[1:]:
         before, known = found[-1]
-        common = next((step for step in _loads(lifter, element) if step in [*_loads(lifter, known)]), None)
+        common = next((step for step in steps(lifter, element) if step in [*steps(lifter, known)]), None)
         if common is None:
             found.append((span, element))
         else:
@@ -194,14 +219,15 @@ def merged(lifter: Lifter, parts: Sequence[tuple[Span, Expr]]) -> list[tuple[Spa
     return found
 
 
-def _loads(lifter: Lifter, expr: Expr) -> Iterator[Expr]:
+def steps(lifter: Lifter, expr: Expr) -> Iterator[Expr]:
+    """An element, and it again for each load expanded."""
     step: Expr | None = expr
     while step is not None:
         yield step
-        step = one_step(lifter, step)
+        step = _one_step(lifter, step)
 
 
-def one_step(lifter: Lifter, expr: Expr) -> Expr | None:
+def _one_step(lifter: Lifter, expr: Expr) -> Expr | None:
     """The element with one load expanded, also within a rounding."""
     try:
         if isinstance(expr, Load):

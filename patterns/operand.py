@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, free_symbols
-from flashfuse.kernels.normal import pointwise
+from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.kernels.stored import holds
 from flashfuse.patterns.graph import shape, tensor
@@ -108,10 +108,16 @@ def _without_factor(expr: Pointwise, shared: frozenset[sympy.Symbol]) -> tuple[E
         return None
     x, c = expr.args
     if _is_scalar(c, shared) and not _is_scalar(x, shared):
-        return (x, c) if expr.op == "mul" else (x, pointwise("div", Const(torch.float32, 1.0), c, dtype=expr.dtype))
+        return (x, c) if expr.op == "mul" else (x, reciprocal(c, expr.dtype))
     if expr.op == "mul" and _is_scalar(x, shared) and not _is_scalar(c, shared):
         return c, x
     return None
+
+
+def reciprocal(expr: Expr, dtype: torch.dtype) -> Expr:
+    """1 / expr. Of a number with all of its digits: rounded to a narrow type, it would put all elements off alike."""
+    value = number(expr)
+    return Const(dtype, 1.0 / value) if value else pointwise("div", Const(torch.float32, 1.0), expr, dtype=dtype)
 
 
 def _is_scalar(expr: Expr, shared: frozenset[sympy.Symbol]) -> bool:

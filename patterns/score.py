@@ -29,13 +29,13 @@ from flashfuse.kernels.expr import (
 )
 from flashfuse.kernels.normal import pointwise, rewrite, substitute
 from flashfuse.patterns.graph import is_weighted
-from flashfuse.patterns.joined import Span, reaches_outside, span_of, stays_inside, with_joined, within_span
+from flashfuse.patterns.joined import Span, cut_of, reaches_outside, span_in, stays_inside, with_joined
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.opener import Opener
 from flashfuse.patterns.products import Term, as_one_product, side_products, summands
 from flashfuse.patterns.refusal import Refused, blocked, mixed, no_product
 from flashfuse.patterns.shift import same_value
-from flashfuse.patterns.summed import as_product
+from flashfuse.patterns.summed import as_product, of_one_feature
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def find_products(
     """An expression over the products of queries and keys behind it. Raises Refused where there is none."""
     search = _Search(lifter, j, leads, rows)
     program = search.read(expr, site)
-    others = side_products([dot for dot, _ in search.found], rows, j)
+    others = side_products([dot for dot, _ in search.found if j in free_symbols(dot.rhs)], rows, j)
     if others:
         search = _Search(lifter, j, leads, rows, others)
         program = search.read(expr, site)
@@ -171,6 +171,7 @@ class _Search:
         self.found: list[tuple[Dot, fx.Node]] = []
         self.again: list[fx.Node] = []
         self.spans: dict[Dot, Span] = {}
+        self.columns = Span(sympy.Integer(0), lifter.ranges[j])
         self.trouble: Refused | None = None
 
     def read(self, expr: Expr, node: fx.Node) -> Expr:
@@ -191,11 +192,17 @@ class _Search:
         match expr:
             case Dot():
                 return self._product(expr, node)
-            case Pointwise(op="mul") if self.outer and (dot := self._of_one_feature(expr)) is not None:
-                return self._product(dot, node)
+            case Pointwise(op="mul") if self.outer and (dot := of_one_feature(self.lifter, expr, self.j)) is not None:
+                if self._has_queries(dot) and free_symbols(dot.rhs).isdisjoint(self.rows):
+                    return self._product(dot, node)
+            case Pointwise(op="where") if (cut := cut_of(expr.args[0], self.j)) is not None:
+                sides = zip(expr.args[1:], self.columns.cut(cut), strict=True)
+                return pointwise(
+                    "where", expr.args[0], *(self._within(*x, node, followed) for x in sides), dtype=expr.dtype
+                )
             case Pointwise():
                 return pointwise(expr.op, *(self.opened(a, node, followed) for a in expr.args), dtype=expr.dtype)
-            case Load() if expr.tensor in self.leads and self.j in free_symbols(expr):
+            case Load() if expr.tensor in self.leads and (self.j in free_symbols(expr) or self._in_one_column):
                 return self._through(expr, followed)
             case Gather() if expr.tensor in self.leads:
                 self._note(Refused("look-up", "the scores are looked up at positions that depend on data", node))
@@ -212,13 +219,17 @@ class _Search:
                 raise _NoIndexForm
         return expr
 
-    def _of_one_feature(self, expr: Pointwise) -> Dot | None:
-        left, right = expr.args
-        one = Dot(expr.dtype, left, right, self.lifter.symbol("r", sympy.Integer(1)), sympy.Integer(1))
-        apart = (self.j in free_symbols(left)) != (self.j in free_symbols(right))
-        keys = left if self.j in free_symbols(left) else right
-        alone = isinstance(left, Load) and isinstance(right, Load) and free_symbols(keys).isdisjoint(self.rows)
-        return one if apart and alone and self._has_queries(one) else None
+    def _within(self, expr: Expr, columns: Span, node: fx.Node, followed: bool) -> Expr:
+        """`opened` of what is chosen in some columns."""
+        outer, self.columns = self.columns, columns
+        try:
+            return self.opened(expr, node, followed)
+        finally:
+            self.columns = outer
+
+    @property
+    def _in_one_column(self) -> bool:
+        return bool(self.columns.length == 1 != self.lifter.ranges[self.j])
 
     def _has_queries(self, dot: Dot) -> bool:
         """Whether a product's one side has a row for every row of the scores.
@@ -252,15 +263,16 @@ class _Search:
         """Whether the load reads a product of queries and keys that there are, of all columns or of a span of them."""
         if dot in self.spans or stays_inside(self.lifter, dot):
             return True
-        span = span_of(load, self.j)
-        part = None if span is None else within_span(self.lifter, dot, span, self.j)[1]
-        if span is None or not isinstance(part, Dot) or not stays_inside(self.lifter, part):
-            return False
-        self.spans[dot] = span
-        return True
+        span = span_in(self.lifter, dot, load, self.j)
+        if span is not None:
+            self.spans[dot] = span
+        return span is not None
 
     def _product(self, dot: Dot, node: fx.Node) -> Expr:
         left, right = self.j in free_symbols(dot.lhs), self.j in free_symbols(dot.rhs)
+        alone = not (left or right) and self._in_one_column and bool(self.rows)
+        if alone:
+            left, right = (free_symbols(side).isdisjoint(self.rows) for side in (dot.lhs, dot.rhs))
         if is_weighted(node) and any(x.tensor in self.leads for x in loads(dot)):
             self._note(mixed(node))
         if left == right or is_weighted(node):
@@ -268,6 +280,8 @@ class _Search:
         dot = dot if right else Dot(dot.dtype, dot.rhs, dot.lhs, dot.axis, dot.extent)
         if any(self._is_again(dot, other) for other in self.others):
             raise _NoIndexForm
+        if alone:
+            self.spans[dot] = self.columns
         for slot, (known, made_by) in enumerate(self.found):
             if self._is_again(dot, known):
                 self.again += [node] if node is not made_by else []

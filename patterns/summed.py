@@ -22,7 +22,7 @@ from flashfuse.patterns.graph import shape, tensor, to_sympy, value
 from flashfuse.patterns.indexing import divide
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.opened import open_up, opened_or_none
-from flashfuse.patterns.operand import exactly_promotes
+from flashfuse.patterns.operand import exactly_promotes, reciprocal
 
 _SUMS = frozenset({"sum", "mean"})
 _NORMS = frozenset({"norm", "linalg_norm", "linalg_vector_norm"})
@@ -115,6 +115,15 @@ def as_product(lifter: Lifter, expr: Expr) -> Expr:
     return result
 
 
+def of_one_feature(lifter: Lifter, expr: Pointwise, j: sympy.Symbol) -> Dot | None:
+    """An element of a tensor times one of another, at column j, as their product over one feature; None for others."""
+    at_j = [j in free_symbols(side) for side in expr.args]
+    if sum(at_j) != 1 or not all(isinstance(side, Load) for side in expr.args):
+        return None
+    queries, keys = expr.args if at_j[1] else expr.args[::-1]
+    return Dot(expr.dtype, queries, keys, lifter.symbol("r", sympy.Integer(1)), sympy.Integer(1))
+
+
 def as_sum(lifter: Lifter, expr: Expr) -> Expr:
     """A product with ones as the sum that it is; any other expression as it is."""
     if not isinstance(expr, Dot):
@@ -164,7 +173,7 @@ def _two_factors(lifter: Lifter, total: Reduce) -> tuple[Expr, Expr, tuple[Expr,
         if top.op == "mul":
             factors += [a for a in top.args if a is not varying[0]]
         elif top.op == "div" and varying[0] is top.args[0]:
-            factors.append(pointwise("div", Const(top.dtype, 1.0), top.args[1], dtype=top.dtype))
+            factors.append(reciprocal(top.args[1], top.dtype))
         elif top.op == "neg":
             factors.append(Const(top.dtype, -1.0))
         elif top.op not in ROUNDINGS or not exactly_promotes(top.args[0].dtype, ROUNDINGS[top.op]):

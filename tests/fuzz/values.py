@@ -6,19 +6,17 @@ from collections.abc import Callable
 
 from .draft import Draft, Var
 from .program import Axes
-from .scores import broadcast, einsum, is_folded, laid_out, matmul, outer_of, turned, with_heads
+from .scores import broadcast, einsum, in_parts, is_folded, laid_out, matmul, outer_of, turned, with_heads
 
 
-def weigh(draft: Draft, p: Var, v: Var, alone: bool = False) -> Var:
-    """The output, with the axes of the scores and the values' dim in the place of the keys.
-
-    alone: whether nothing may be added to it.
-    """
+def weigh(draft: Draft, p: Var, v: Var) -> Var:
+    """The output, with the axes of the scores and the values' dim in the place of the keys."""
     p = draft.let(p.name, draft.one((f"{p.name}.to({v.name}.dtype)", f"{p.name}.type_as({v.name})")), p.axes)
     rows = dict(PRODUCTS)
     if len(p.axes) != 3 or p.axes[1:] != ("s", "t"):
         del rows["value-bmm"], rows["value-baddbmm"]
-    elif alone:
+    # What is divided later is the product alone.
+    elif "late" in draft.labels:
         del rows["value-baddbmm"]
     if is_folded(draft, p.axes):
         del rows["value-einsum"]
@@ -38,6 +36,9 @@ def _matmul(draft: Draft, p: Var, v: Var) -> Var:
         p = draft.permuted(p, (*outer, "t", "s"))
         return draft.let("out", matmul(draft, turned(draft, v.name), p.name), (*outer, "e", "s"))
     p = draft.permuted(p, (*outer, "s", "t"))
+    if "late" not in draft.labels and in_parts(draft):
+        first, second = f"{p.name}[..., :1] @ {v.name}[..., :1, :]", f"{p.name}[..., 1:] @ (-{v.name}[..., 1:, :])"
+        return draft.let("out", draft.one((f"{first} + {second}", f"({second}).add_({first})")), (*outer, "s", "e"))
     return draft.let("out", matmul(draft, p.name, v.name), (*outer, "s", "e"))
 
 
@@ -69,7 +70,7 @@ def weigh_late(draft: Draft, s: Var, v: Var) -> Var:
     draft.labels.append("late")
     d = s.dim("t")
     e = draft.let("e", f"({s.name} - {s.name}.amax({d}, keepdim=True)).exp()", s.axes)
-    out = weigh(draft, e, v, alone=True)
+    out = weigh(draft, e, v)
     total = draft.let("total", f"{e.name}.sum({d}).to({v.name}.dtype)", tuple(axis for axis in s.axes if axis != "t"))
     return draft.let("out", f"{out.name} / {broadcast(draft, total, out.axes)}", out.axes)
 

@@ -54,6 +54,11 @@ def values_in_two_parts(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
     return p[..., :M] @ mv + p[..., M:] @ v[:, :, M:]
 
 
+def one_token(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
+    p = (torch.cat([q @ mk[:, :1].mT, q @ k.mT], -1) * 0.5).softmax(-1)
+    return p[..., 1:] @ v + p[..., :1] @ mv[:, :1]
+
+
 def one_tensor_in_two_parts(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
     p = (q @ k.mT * 0.5).softmax(-1).to(v.dtype)
     return torch.matmul(p[..., M:], v[:, :, M:]).add(p[..., :M] @ v[:, :, :M])
@@ -64,13 +69,14 @@ SCORES = {
     memory_behind: "(qk * 0.5)",
     causal_beside_memory: "where(((kv_idx >= 5) & ((-5 + kv_idx) > (4 + q_idx))), -inf, (qk * 0.5))",
     three_parts: "(qk * 0.5)",
+    one_token: "(qk * 0.5)",
     scaled_apart: "where((kv_idx < 5), qk, (qk * 0.5))",
     values_in_two_parts: "(qk * 0.5)",
     one_tensor_in_two_parts: "(qk * 0.5)",
 }
 # How many tensors the keys and the values are read from.
 TENSORS = {memory_in_front: (2, 1), memory_behind: (2, 1), scaled_apart: (2, 1), causal_beside_memory: (2, 2)} | {
-    three_parts: (2, 2), values_in_two_parts: (1, 2), one_tensor_in_two_parts: (1, 1),
+    three_parts: (2, 2), one_token: (2, 2), values_in_two_parts: (1, 2), one_tensor_in_two_parts: (1, 1),
 }  # fmt: skip
 
 

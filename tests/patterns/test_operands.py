@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from graphs import only_refusal, only_site
 
 from flashfuse.kernels.expr import Const, walk
-from flashfuse.kernels.normal import const, pointwise
 
 
 def test_functional_attention_to_one_key() -> None:
@@ -100,9 +99,3 @@ def test_numbers_that_divide_keep_their_digits(dtype: torch.dtype) -> None:
     spec = only_site(fn, *(torch.randn(2, 5, 4, dtype=dtype) for _ in range(3))).spec
     numbers = [e.value for program in (spec.score, spec.factor) for e in walk(program) if isinstance(e, Const)]
     assert numbers == pytest.approx([1 / (3.3 * 7.1), 1 / 2.3], rel=1e-6)
-
-
-def test_sums_of_numbers_are_rounded_to_their_type() -> None:
-    """float16 has no 1 beside 2048."""
-    two = (const(2048.0, torch.float16), const(1.0, torch.float16))
-    assert pointwise("add", *two) == two[0]
