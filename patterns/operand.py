@@ -7,14 +7,14 @@ only read at a place from which a view leads to the attention's axes, and never 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
 from torch import fx
 
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, free_symbols
-from flashfuse.kernels.normal import number, pointwise
+from flashfuse.kernels.normal import pointwise
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.kernels.stored import holds
 from flashfuse.patterns.graph import shape, tensor
@@ -116,8 +116,8 @@ def _without_factor(expr: Pointwise, shared: frozenset[sympy.Symbol]) -> tuple[E
 
 def reciprocal(expr: Expr, dtype: torch.dtype) -> Expr:
     """1 / expr. Of a number with all of its digits: rounded to a narrow type, it would put all elements off alike."""
-    value = number(expr)
-    return Const(dtype, 1.0 / value) if value else pointwise("div", Const(torch.float32, 1.0), expr, dtype=dtype)
+    wide = pointwise("div", Const(torch.float32, 1.0), expr, dtype=torch.promote_types(dtype, torch.float32))
+    return replace(wide, dtype=dtype)
 
 
 def _is_scalar(expr: Expr, shared: frozenset[sympy.Symbol]) -> bool:

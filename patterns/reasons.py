@@ -15,12 +15,16 @@ from flashfuse.patterns.refusal import Refused, mixing_layer
 from flashfuse.patterns.seeds import Seeds, Upstream, is_contraction, unclaimed
 from flashfuse.patterns.site import Refusal
 
+# What is told where only a part of an attention was tried.
+_COMPLETED = frozenset({"probabilities-used", "extra-columns"})
+
 
 class Reasons:
     """The reasons of one graph, each with the start that was tried, by the seed that it was tried for.
 
     Of several the first is told. But a sum may be the normaliser of another start, whose reason is the better one; and
-    what uses probabilities again may be the division that completes the attention, and has a reason of its own.
+    what uses probabilities again may be the division that completes the attention, or the sum with further values, and
+    has a reason of its own.
     """
 
     def __init__(self, graph: Graph, up: Upstream) -> None:
@@ -32,7 +36,7 @@ class Reasons:
         is_sum = self.up.products.get(start) is start and not is_contraction(start)
         for seed in seeds:
             known, _ = (self._of_sums if is_sum else self._refused).setdefault(seed, (error, start))
-            if known.code == "probabilities-used" and self.up.products.get(start) is not start:
+            if known.code in _COMPLETED and self.up.products.get(start) is not start:
                 self._refused[seed] = error, start
 
     def refusals(self, claimed: AbstractSet[fx.Node], inside: AbstractSet[fx.Node]) -> Iterator[Refusal]:

@@ -171,7 +171,7 @@ class _Search:
         self.found: list[tuple[Dot, fx.Node]] = []
         self.again: list[fx.Node] = []
         self.spans: dict[Dot, Span] = {}
-        self.columns = Span(sympy.Integer(0), lifter.ranges[j])
+        self.columns = self.whole = Span(sympy.Integer(0), lifter.ranges.get(j, sympy.Integer(1)))
         self.trouble: Refused | None = None
 
     def read(self, expr: Expr, node: fx.Node) -> Expr:
@@ -229,7 +229,7 @@ class _Search:
 
     @property
     def _in_one_column(self) -> bool:
-        return bool(self.columns.length == 1 != self.lifter.ranges[self.j])
+        return bool(self.columns.length == 1 != self.whole.length)
 
     def _has_queries(self, dot: Dot) -> bool:
         """Whether a product's one side has a row for every row of the scores.

@@ -69,7 +69,8 @@ class Upstream:
     starts: what a search may start from: contractions, whole attentions, and what may rescale one.
     products: a product of activations. normalisers: the normalisers up to the next product. curved: operators that may
     make a product of activations non-linear, up to the next product. values: products with what was normalised, and
-    the normalisers. over_products: the normalisers behind which a product of activations lies.
+    the normalisers. weights: the same, and products with what was bent, and those operators.
+    over_products: the normalisers behind which a product of activations lies.
     A layer with weights ends all, except that it may mix raw scores (talking heads); a product with values is not one.
     mixed: what lies behind a product and such a layer, and behind a product with values.
     """
@@ -79,6 +80,7 @@ class Upstream:
     normalisers: Mapping[fx.Node, Seeds]
     curved: Mapping[fx.Node, Seeds]
     values: Mapping[fx.Node, Seeds]
+    weights: Mapping[fx.Node, Seeds]
     over_products: Seeds
     mixed: AbstractSet[fx.Node]
 
@@ -91,7 +93,7 @@ class Upstream:
             return self._gated(node)
         inputs = node.all_input_nodes
         if name in ADDITIONS:
-            return _added(node, self.products, self.values)
+            return _added(node, self.products, self.weights)
         normalisers = _union(self.normalisers, inputs)
         # Weights of a curved product may hold an exponential too, as of a temperature.
         if normalisers & self.over_products:
@@ -114,6 +116,7 @@ def upstream(graph: Graph) -> Upstream:
     """One pass over the graph in its order."""
     products: dict[fx.Node, fx.Node] = {}
     values: dict[fx.Node, Seeds] = {}
+    weights: dict[fx.Node, Seeds] = {}
     normalisers: dict[fx.Node, Seeds] = {}
     curved: dict[fx.Node, Seeds] = {}
     over_products: Seeds = frozenset()
@@ -132,6 +135,8 @@ def upstream(graph: Graph) -> Upstream:
             if summed is Sum.BROADCAST:
                 starts.append(node)
             products[node] = node
+            if weighs := seeds or _union(curved, inputs):
+                weights[node] = weighs
             if seeds or name in WHOLE:
                 values[node] = seeds or frozenset((node,))
             continue
@@ -141,7 +146,7 @@ def upstream(graph: Graph) -> Upstream:
             outputs = (n for n in _rescaled(node) if products.get(n) in values)
             if any(seeds <= values[products[n]] for n in outputs):
                 seeds = NONE
-        if name in ADDITIONS and _added(node, products, values):
+        if name in ADDITIONS and _added(node, products, weights):
             starts.append(node)
         behind = next((products[n] for n in inputs if n in products), None)
         if behind is not None and not (weighted and behind in values):
@@ -161,15 +166,15 @@ def upstream(graph: Graph) -> Upstream:
             bends = frozenset((node,))
         if bends:
             curved[node] = bends
-    return Upstream(tuple(starts), products, normalisers, curved, values, over_products, mixed)
+    return Upstream(tuple(starts), products, normalisers, curved, values, weights, over_products, mixed)
 
 
-def _added(node: fx.Node, products: Mapping[fx.Node, fx.Node], values: Mapping[fx.Node, Seeds]) -> Seeds:
-    """Of a sum of two products with values, the normalisers that both are of."""
+def _added(node: fx.Node, products: Mapping[fx.Node, fx.Node], weights: Mapping[fx.Node, Seeds]) -> Seeds:
+    """Of a sum of two products of the same weights, what made these."""
     behind = [products.get(n) for n in node.all_input_nodes]
     if len(behind) != 2 or behind[0] is behind[1]:
         return NONE
-    left, right = (values.get(product, NONE) if product is not None else NONE for product in behind)
+    left, right = (weights.get(product, NONE) if product is not None else NONE for product in behind)
     return left if left == right else NONE
 
 
