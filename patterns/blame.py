@@ -25,7 +25,7 @@ from flashfuse.patterns.transforms import gradient_levels, is_wrapped
 def refuse_opaque(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
     """Refuse where a normaliser lies behind the operator that cannot be lifted."""
     node = error.node or passed
-    if not _behind(lifter, node, NORMALISERS):
+    if _behind(lifter, node, NORMALISERS) is None:
         return
     name = name_of(node)
     if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
@@ -69,25 +69,29 @@ def _varies_by(axis: sympy.Symbol, exponent: Expr, base: Expr) -> bool:
 
 def refuse_single_key(lifter: Lifter, node: fx.Node) -> None:
     """Refuse a product over one key where probabilities are multiplied: each is 1, and nothing is left to fuse."""
-    if _behind(lifter, node, NORMALISERS):
-        raise Refused("single-key", "there is one key, whose probability is 1: the output is its value", node)
+    softmax = _behind(lifter, node, NORMALISERS)
+    if softmax is None:
+        return
+    if (t := tensor(softmax)) is not None and 1 not in t.shape:
+        raise Refused("extra-columns", "the softmax has several columns, and one meets a value", node)
+    raise Refused("single-key", "there is one key, whose probability is 1: the output is its value", node)
 
 
-def _behind(lifter: Lifter, node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
-    """Whether an operator of one of these names lies shortly behind a node."""
+def _behind(lifter: Lifter, node: fx.Node, names: frozenset[str], limit: int = 32) -> fx.Node | None:
+    """An operator of one of these names shortly behind a node."""
     seen, queue = {node}, [node]
     while queue and len(seen) < limit:
         current = queue.pop()
         lifter.region.open(current)
         if name_of(current) in names:
-            return True
+            return current
         # What lies behind another product or a layer belongs to that.
         if current is not node and (is_contraction(current) or is_weighted(current)):
             continue
         fresh = [n for n in current.all_input_nodes if n not in seen and n.op not in ("placeholder", "get_attr")]
         seen.update(fresh)
         queue += fresh
-    return False
+    return None
 
 
 def wrong_axis(

@@ -16,7 +16,7 @@ from flashfuse.patterns.seeds import Seeds, Upstream, is_contraction, unclaimed
 from flashfuse.patterns.site import Refusal
 
 # What is told where only a part of an attention was tried.
-_COMPLETED = frozenset({"probabilities-used", "extra-columns"})
+_COMPLETED = frozenset({"probabilities-used", "extra-columns", "single-key"})
 
 
 class Reasons:

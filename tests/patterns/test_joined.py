@@ -149,7 +149,11 @@ def beside_given_scores(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
     return p @ torch.cat([mv.expand(B, -1, -1, -1), v], -2)
 
 
-NONE = [of_other_queries, overlapping, with_a_hole, subtracted, beside_given_scores]
+def one_column_alone(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
+    return (q @ k.mT).softmax(-1)[..., :1] @ mv[:, :1]
+
+
+NONE = [of_other_queries, one_column_alone, overlapping, with_a_hole, subtracted, beside_given_scores]
 
 
 @pytest.mark.parametrize("fn", NONE, ids=lambda f: f.__name__)
@@ -164,3 +168,13 @@ def test_one_query() -> None:
     refusal = only_refusal(memory_in_front, *inputs(queries=1))
     assert refusal.code == "extra-columns"
     assert "for one query it would cost more" in refusal.reason
+
+
+def test_the_reason_of_the_sum_is_told() -> None:
+    """It was that of the first part: that the one key it has takes all of the probability."""
+
+    def fn(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
+        p = (q @ k.mT).softmax(-1) * q.new_zeros(B, H, S, T).normal_()
+        return p[..., :1] @ mv[:, :1] + p[..., 1:] @ v[:, :, 1:]
+
+    assert only_refusal(fn, *inputs()).code == "probability-factor"
