@@ -270,9 +270,10 @@ class _Search:
 
     def _product(self, dot: Dot, node: fx.Node) -> Expr:
         left, right = self.j in free_symbols(dot.lhs), self.j in free_symbols(dot.rhs)
-        alone = not (left or right) and self._in_one_column and bool(self.rows)
+        alone = not (left or right) and self._in_one_column
         if alone:
-            left, right = (free_symbols(side).isdisjoint(self.rows) for side in (dot.lhs, dot.rhs))
+            rows = [free_symbols(side) & {*self.rows} for side in (dot.lhs, dot.rhs)]
+            left, right = bool(rows[1] - rows[0]), bool(rows[0] - rows[1])
         if is_weighted(node) and any(x.tensor in self.leads for x in loads(dot)):
             self._note(mixed(node))
         if left == right or is_weighted(node):

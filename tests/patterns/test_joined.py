@@ -59,6 +59,14 @@ def one_token(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
     return p[..., 1:] @ v + p[..., :1] @ mv[:, :1]
 
 
+def one_token_of_repeated_heads(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
+    """Query heads that share keys are axes that the values lack, and so are queries."""
+    q = q.unflatten(2, (2, S // 2)).flatten(0, 2)
+    k = k[:, :, None].expand(-1, -1, 2, -1, -1).flatten(0, 2)
+    p = (torch.cat([q @ k[:, :1].mT, q @ (k[:, 1:].tanh()).mT], -1) * 0.5).softmax(-1)
+    return torch.einsum("bhgst,bhte->bhgse", p.view(B, H, 2, S // 2, T), v)
+
+
 def one_tensor_in_two_parts(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
     p = (q @ k.mT * 0.5).softmax(-1).to(v.dtype)
     return torch.matmul(p[..., M:], v[:, :, M:]).add(p[..., :M] @ v[:, :, :M])
@@ -70,13 +78,16 @@ SCORES = {
     causal_beside_memory: "where(((kv_idx >= 5) & ((-5 + kv_idx) > (4 + q_idx))), -inf, (qk * 0.5))",
     three_parts: "(qk * 0.5)",
     one_token: "(qk * 0.5)",
+    one_token_of_repeated_heads: "(qk * 0.5)",
     scaled_apart: "where((kv_idx < 5), qk, (qk * 0.5))",
     values_in_two_parts: "(qk * 0.5)",
     one_tensor_in_two_parts: "(qk * 0.5)",
 }
 # How many tensors the keys and the values are read from.
-TENSORS = {memory_in_front: (2, 1), memory_behind: (2, 1), scaled_apart: (2, 1), causal_beside_memory: (2, 2)} | {
-    three_parts: (2, 2), one_token: (2, 2), values_in_two_parts: (1, 2), one_tensor_in_two_parts: (1, 1),
+TENSORS = {
+    memory_in_front: (2, 1), memory_behind: (2, 1), scaled_apart: (2, 1), causal_beside_memory: (2, 2),
+    three_parts: (2, 2), one_token: (2, 2), one_token_of_repeated_heads: (2, 1), values_in_two_parts: (1, 2),
+    one_tensor_in_two_parts: (1, 1),
 }  # fmt: skip
 
 
