@@ -18,6 +18,7 @@ from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.choices import product_options, value_options
 from flashfuse.patterns.dropout import check_apart
 from flashfuse.patterns.ending import Ending
+from flashfuse.patterns.found import Score
 from flashfuse.patterns.graph import location, raw_value, tensor, value, wants_gradient
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.joined import elements
@@ -29,7 +30,6 @@ from flashfuse.patterns.opened import open_up
 from flashfuse.patterns.operand import Reading, exactly_promotes
 from flashfuse.patterns.output_order import output_order
 from flashfuse.patterns.refusal import Refused
-from flashfuse.patterns.score import Score
 from flashfuse.patterns.settled import settled
 from flashfuse.patterns.site import AttentionSite, Operand
 from flashfuse.patterns.table import Table

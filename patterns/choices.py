@@ -10,12 +10,12 @@ from torch import fx
 
 from flashfuse.kernels.expr import Dot, Expr, free_symbols, loads
 from flashfuse.patterns.axes import Roles
+from flashfuse.patterns.found import Score
 from flashfuse.patterns.joined import Part, parts_of
 from flashfuse.patterns.layout import Option
 from flashfuse.patterns.lift import Lifter
 from flashfuse.patterns.operand import Reading, readings
 from flashfuse.patterns.refusal import Refused
-from flashfuse.patterns.score import Score
 from flashfuse.patterns.stored import Side
 
 

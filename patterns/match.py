@@ -32,6 +32,7 @@ from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
 from flashfuse.patterns.dropout import before_dropout, check_draws
 from flashfuse.patterns.ending import Ending, ending, is_linear
+from flashfuse.patterns.found import Score, as_scores
 from flashfuse.patterns.gate import Gated, as_gated, normalised_late, with_gate
 from flashfuse.patterns.graph import Graph, shape, tensor, wants_gradient
 from flashfuse.patterns.indexing import Indices
@@ -39,7 +40,7 @@ from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.reasons import Reasons
 from flashfuse.patterns.refusal import Refused, no_value_product, read_as_whole
 from flashfuse.patterns.replay import Analyses
-from flashfuse.patterns.score import Score, as_scores, find_products, find_score
+from flashfuse.patterns.score import find_products, find_score
 from flashfuse.patterns.seeds import WHOLE, is_contraction, upstream
 from flashfuse.patterns.sharing import Sharing
 from flashfuse.patterns.site import AttentionSite, Refusal, outermost

@@ -5,13 +5,10 @@ Loads are expanded along every path that leads to the product; what else the sco
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
 
 import sympy
-import torch
 from torch import fx
 
 from flashfuse.kernels.expr import (
@@ -27,37 +24,15 @@ from flashfuse.kernels.expr import (
     loads,
     walk,
 )
-from flashfuse.kernels.normal import pointwise, rewrite, substitute
+from flashfuse.kernels.normal import pointwise, substitute
+from flashfuse.patterns.found import Products, Score, as_score
 from flashfuse.patterns.graph import is_weighted
 from flashfuse.patterns.joined import Span, cut_of, reaches_outside, span_in, stays_inside, with_joined
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.opener import Opener
-from flashfuse.patterns.products import Term, as_one_product, side_products, summands
+from flashfuse.patterns.products import side_products
 from flashfuse.patterns.refusal import Refused, blocked, mixed, no_product
 from flashfuse.patterns.shift import same_value
 from flashfuse.patterns.summed import as_product, of_one_feature
-
-
-@dataclass(frozen=True)
-class Score:
-    """`program` over `Product(0)`: the sum of the terms' products. Each has the query side as `lhs`; the first is main.
-
-    `nodes` made them: the site itself where one operator is the whole attention. `opener` reads further programs.
-    """
-
-    program: Expr
-    terms: tuple[Term, ...]
-    nodes: tuple[fx.Node, ...]
-    opener: Opener = field(compare=False)
-
-    @property
-    def dot(self) -> Dot:
-        return self.terms[0].dot
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the sum, which holds what each product holds."""
-        return functools.reduce(torch.promote_types, (term.dot.dtype for term in self.terms))
 
 
 def find_score(
@@ -75,31 +50,6 @@ def find_score(
     form.
     """
     return as_score(find_products(lifter, expr, j, leads, site, rows))
-
-
-@dataclass(frozen=True)
-class Products:
-    """`program` over `Product(n)`, product n being `dots[n]`, which `nodes[n]` makes; what it was found with.
-
-    again: nodes that make one of the products once more.
-    """
-
-    program: Expr
-    dots: tuple[Dot, ...]
-    nodes: tuple[fx.Node, ...]
-    again: tuple[fx.Node, ...]
-    lifter: Lifter = field(compare=False)
-    j: sympy.Symbol
-    leads: AbstractSet[fx.Node] = field(compare=False)
-
-    def part(self, program: Expr) -> Products:
-        """A program over some of the products."""
-        slots = sorted({e.slot for e in walk(program) if isinstance(e, Product)})
-        new = {slot: number for number, slot in enumerate(slots)}
-        program = rewrite(program, lambda e: Product(e.dtype, new[e.slot]) if isinstance(e, Product) else None)
-        return replace(
-            self, program=program, dots=tuple(self.dots[s] for s in slots), nodes=tuple(self.nodes[s] for s in slots)
-        )
 
 
 def find_products(
@@ -125,25 +75,6 @@ def find_products(
     program, found, further = with_joined(lifter, program, search.found, search.spans, j)
     dots, nodes = zip(*found, strict=True)
     return Products(program, dots, nodes, (*search.again, *further), lifter, j, leads)
-
-
-def as_score(found: Products) -> Score:
-    """The program as a score of one product. Raises Refused."""
-    program, terms = as_one_product(found.program, found.dots, found.nodes)
-    i_symbols = free_symbols(terms[0].dot.lhs) - free_symbols(terms[0].dot.rhs)
-    opener = Opener(found.lifter, i_symbols, found.j, found.leads)
-    return Score(opener.read(program), terms, (*found.nodes, *found.again), opener)
-
-
-def as_scores(found: Products) -> tuple[Score, ...]:
-    """Scores of one product each that add up to the program. Raises Refused."""
-    try:
-        return (as_score(found),)
-    except Refused:
-        parts = summands(found.program, found.dots)
-        if len(parts) < 2:
-            raise
-    return tuple(as_score(found.part(part)) for part in parts)
 
 
 class _NoIndexForm(Exception):
@@ -192,9 +123,8 @@ class _Search:
         match expr:
             case Dot():
                 return self._product(expr, node)
-            case Pointwise(op="mul") if self.outer and (dot := of_one_feature(self.lifter, expr, self.j)) is not None:
-                if self._has_queries(dot) and free_symbols(dot.rhs).isdisjoint(self.rows):
-                    return self._product(dot, node)
+            case Pointwise(op="mul") if self.outer and (dot := self._of_one_feature(expr)) is not None:
+                return self._product(dot, node)
             case Pointwise(op="where") if (cut := cut_of(expr.args[0], self.j)) is not None:
                 sides = zip(expr.args[1:], self.columns.cut(cut), strict=True)
                 return pointwise(
@@ -230,6 +160,12 @@ class _Search:
     @property
     def _in_one_column(self) -> bool:
         return bool(self.columns.length == 1 != self.whole.length)
+
+    def _of_one_feature(self, expr: Pointwise) -> Dot | None:
+        dot = of_one_feature(self.lifter, expr, self.j)
+        if dot is None or not self._has_queries(dot) or not free_symbols(dot.rhs).isdisjoint(self.rows):
+            return None
+        return dot
 
     def _has_queries(self, dot: Dot) -> bool:
         """Whether a product's one side has a row for every row of the scores.

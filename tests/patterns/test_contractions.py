@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from agreement import check_fused
-from graphs import only_site, score_of
+from graphs import only_refusal, only_site, score_of
 
 S, T, D, E = 6, 10, 8, 3
 
@@ -123,3 +123,12 @@ def test_a_number_for_each_query_times_one_for_each_key(fn: Callable[..., Any]) 
     assert score_of(site.spec) == "(qk * 0.5)"
     assert (site.q_len, site.kv_len, site.head_dim) == (S, T, 1)
     check_fused(fn, *qkv())
+
+
+def test_a_number_for_each_query_beside_what_is_unknown() -> None:
+    """The search for a product over one feature ended at the temperature, and its reason was told."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        return ((q @ k.mT).cosh() * q[:, :1, :1]).softmax(-1) @ v
+
+    assert only_refusal(fn, *qkv()).code == "unknown-operator"
