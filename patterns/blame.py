@@ -72,7 +72,8 @@ def refuse_single_key(lifter: Lifter, node: fx.Node) -> None:
     softmax = _behind(lifter, node, NORMALISERS)
     if softmax is None:
         return
-    if (t := tensor(softmax)) is not None and 1 not in t.shape:
+    t, dim = tensor(softmax), softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
+    if t is not None and (t.shape[dim] != 1 if isinstance(dim, int) else 1 not in t.shape):
         raise Refused("extra-columns", "the softmax has several columns, and one meets a value", node)
     raise Refused("single-key", "there is one key, whose probability is 1: the output is its value", node)
 

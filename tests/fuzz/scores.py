@@ -110,8 +110,11 @@ def _einsum(draft: Draft, q: Var, k: Var, frame: Axes) -> Var:
 
 
 def in_parts(draft: Draft) -> bool:
-    """Whether keys or values are used in two parts, which for one query are left alone."""
-    if draft.number("t") < 2 or not draft.chance(12):
+    """Whether keys or values are used in two parts, which for one query are left alone.
+
+    Two parts of one key each have no axis that is a sum.
+    """
+    if draft.number("t") < 3 or draft.symbolic or not draft.chance(12):
         return False
     draft.labels.append("in-parts")
     if draft.number("s") == 1:
