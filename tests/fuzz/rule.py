@@ -58,7 +58,9 @@ def assert_right(results: Sequence[Results], program: Program, apart: Sequence[R
             continue
         floor = torch.float32 if program.dtype == torch.float64 else eager.dtype
         error = rounded[known].double() - unrounded[known]
-        assert_close_to_exact(fused[known], wide[known] + error, wide[known], floor)
+        # What overflows is off by as much as the largest number of its type is.
+        at_most = torch.where(wide.isfinite(), fused.nan_to_num(nan=torch.nan), fused)
+        assert_close_to_exact(at_most[known], wide[known] + error, wide[known], floor)
 
 
 def _rounding_alone(eager: torch.Tensor, single: torch.Tensor) -> float | None:

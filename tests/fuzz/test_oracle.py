@@ -108,3 +108,12 @@ def test_gradients_of_rows_that_are_nan() -> None:
         runs = [[row, torch.tensor([ours, math.nan])], [row, nan], [row, nan]]
         assert without_discarded(runs, 1)[1][1].isnan().all()
         assert (without_discarded(runs, 1, curved=True)[1][1][0].item() == 0) == right
+
+
+def test_numbers_that_are_nearly_too_large() -> None:
+    """A gradient a thousandth below the largest number was not finite, as half of eager code's error makes it."""
+    program = replace(EQUAL_VALUES, inputs=GIVEN, dtype=torch.float32, trains=False)
+    ours, theirs = torch.tensor([math.inf]), torch.tensor([3.39e38])
+    assert_right([[ours], [theirs], [torch.tensor([3.398e38], dtype=torch.float64)]], program)
+    with pytest.raises(AssertionError, match="largest error"):
+        assert_right([[ours], [theirs], [torch.tensor([3.391e38], dtype=torch.float64)]], program)
