@@ -47,18 +47,24 @@ def _term(site: AttentionSite) -> str:
     terms = ((site.q, site.k), *site.more)
     k, v = _stored(site.k, site.spec.key), _stored(site.v, site.spec.value)
     product = " + ".join(_product(q, k) for q, k in terms) if site.more else "q @ k.T"
-    names = f"q = {site.q.node.name}; k = {k}; " if not site.more else ""
+    names = f"q = {_name(site.q)}; k = {k}; " if not site.more else ""
     return f"{_weights(site.spec)} @ v, qk = {product}; {names}v = {v}{captured}"
+
+
+def _name(operand: Operand) -> str:
+    """The tensor that is read, or those that are put together."""
+    names = [node.name for node in operand.nodes]
+    return names[0] if len(names) == 1 else f"[{'; '.join(names)}]"
 
 
 def _stored(operand: Operand, program: Expr | None) -> str:
     """Keys or values: the tensor that is read, and the program of its elements x."""
-    return operand.node.name if program is None else f"{to_text(program)} with x = {operand.node.name}"
+    return _name(operand) if program is None else f"{to_text(program)} with x = {_name(operand)}"
 
 
 def _product(q: Operand, k: Operand) -> str:
     """One of several products that add up to qk."""
-    return f"{q.node.name} @ {k.node.name}.T" + (f" * {q.factor:.6g}" if q.factor != 1.0 else "")
+    return f"{_name(q)} @ {_name(k)}.T" + (f" * {q.factor:.6g}" if q.factor != 1.0 else "")
 
 
 def _weights(spec: AttentionSpec) -> str:

@@ -85,7 +85,7 @@ def _output(build: _Builder, site: AttentionSite, ranges: SharedRanges, seeds: S
     q, k = (build.joined(operands, site) for operands in zip(*terms, strict=True))
     history = follows_products(site.spec.programs)
     q, k = (build.read(x, history) for x in (q, k))
-    v = build.operand(site.v)
+    v = build.whole(site.v, site)
     learned = differentiable(site.spec.programs)
     captured = [build.captured(n, site, history=slot in learned) for slot, n in enumerate(site.captured)]
     arguments: list[Any] = [q, k, v, captured, sizes, site.spec.to_text()]
@@ -224,16 +224,28 @@ class _Builder(Inserter):
     def joined(self, operands: Sequence[Operand], site: AttentionSite) -> fx.Node:
         """One operand, or several side by side along the head dim, each expanded over the axes that another has."""
         if len(operands) == 1:
-            return self.operand(operands[0])
+            return self.whole(operands[0], site)
+        parts = [self.whole(operand, site, site.spec.product_dtype) for operand in operands]
+        return self._side_by_side(parts, operands, site, -1)
+
+    def whole(self, operand: Operand, site: AttentionSite, dtype: torch.dtype | None = None) -> fx.Node:
+        """An operand with those that follow it along the length."""
+        if not operand.behind:
+            return self.operand(operand, dtype)
+        operands = (operand, *operand.behind)
+        return self._side_by_side([self.operand(part, dtype) for part in operands], operands, site, -2)
+
+    def _side_by_side(
+        self, nodes: Sequence[fx.Node], operands: Sequence[Operand], site: AttentionSite, dim: int
+    ) -> fx.Node:
         axes = [axis for axis in range(len(site.batch)) if any(o.moves_along(axis) for o in operands)]
         parts = []
-        for operand in operands:
-            node = self.operand(operand, site.spec.product_dtype)
+        for node in nodes:
             t = tensor(node)
             assert t is not None
             sizes = [self.size(site.batch[d]) if d in axes else n for d, n in enumerate(shape(t)[: len(site.batch)])]
             parts.append(self.call(aten.expand.default, node, [*sizes, -1, -1]))
-        return self.call(aten.cat.default, parts, -1)
+        return self.call(aten.cat.default, parts, dim)
 
     def _as(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         t = tensor(node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import sympy
 import torch
@@ -14,22 +15,23 @@ from flashfuse.kernels.normal import pointwise, rewrite
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec, parse, to_text
 from flashfuse.patterns.axes import Roles
 from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.choices import product_options, value_options
 from flashfuse.patterns.dropout import check_apart
 from flashfuse.patterns.ending import Ending
+from flashfuse.patterns.found import Score
 from flashfuse.patterns.graph import location, raw_value, tensor, value, wants_gradient
 from flashfuse.patterns.indexing import Indices
+from flashfuse.patterns.joined import elements
 from flashfuse.patterns.layout import Layout, Option
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.naming import named
 from flashfuse.patterns.narrow import masks_of, with_narrow_sums
 from flashfuse.patterns.opened import open_up
-from flashfuse.patterns.operand import Reading, exactly_promotes, readings
+from flashfuse.patterns.operand import Reading, exactly_promotes
 from flashfuse.patterns.output_order import output_order
 from flashfuse.patterns.refusal import Refused
-from flashfuse.patterns.score import Score
 from flashfuse.patterns.settled import settled
-from flashfuse.patterns.site import AttentionSite
-from flashfuse.patterns.stored import Side
+from flashfuse.patterns.site import AttentionSite, Operand
 from flashfuse.patterns.table import Table
 from flashfuse.patterns.transforms import mapped_axes
 
@@ -56,21 +58,21 @@ def assemble(
         check_apart(end.dropout, needed, lifter.ranges)
     for term in score.terms:
         _check_plain(lifter, term.dot.lhs, term.dot.rhs, roles, node)
-        _check_plain(lifter, term.dot.rhs, term.dot.lhs, roles, node)
-    stored = _stored(lifter, roles, (roles.j, roles.d), values.dtype, node)
-    value_options = _options(lifter, value_side, frozenset(), values.dtype, node, "values", False, stored)
-    options = [*_product_options(lifter, score, roles, node), (value_options, (roles.j, roles.d))]
-    layout = Layout(lifter, roles, (score.program, *end.programs.values()), options)
-    *factors, v = layout.chosen
+        for keys in elements(term.dot.rhs, roles.j):
+            _check_plain(lifter, keys, term.dot.lhs, roles, node)
+    options = [*product_options(lifter, score, roles, node), value_options(lifter, value_side, values, roles, node)]
+    layout = Layout(lifter, roles, (score.program, *end.programs.values()), [part for side in options for part in side])
+    chosen = iter(layout.chosen)
+    *factors, v = ([next(chosen) for _ in side] for side in options)
     program = score.program
-    for factor in (f for reading in factors for f in reading.factors):
+    for factor in (f for side in factors for reading in side for f in reading.factors):
         program = _scaled(program, factor)
     program = settled(layout.substitute(program), score.dtype)
     program = with_narrow_sums(program, masks_of(score.program, score.opener))
     axes = layout.batch
     if len(axes) + mapped_axes(raw_value(node)) > MAX_BATCH_AXES:
         raise Refused("transform", f"with the axes of vmap there are more than {MAX_BATCH_AXES} batch axes", node)
-    of_elements = {"key": factors[1].program, "value": v.program}
+    of_elements = {"key": factors[1][0].program, "value": v[0].program}
     further = {**end.programs, **{name: e for name, e in of_elements.items() if e is not None}}
     programs = {"score": program, **{name: layout.substitute(e) for name, e in further.items()}}
     captured = _captured(programs.values())
@@ -78,15 +80,15 @@ def assemble(
     q_len = lifter.ranges[roles.i] if roles.i is not None else sympy.Integer(1)
     kv_len = lifter.ranges[roles.j]
     finished, sizes = named([*programs.values()], axes, roles, captured, q_len, kv_len)
-    read = [*zip(score.terms, factors[::2], factors[1::2], strict=True)]
-    narrow = [_product_dtype((q, k), term.dot.dtype) for term, q, k in read]
+    narrow = [
+        _product_dtype((*q, *k), term.dot.dtype)
+        for term, q, k in zip(score.terms, factors[::2], factors[1::2], strict=True)
+    ]
     product_dtype = functools.reduce(torch.promote_types, narrow)
+    *read, values_read = [*zip(options, (*factors, v), strict=True)]
     terms = [
-        (
-            layout.operand(q, (*axes, roles.i, term.dot.axis), dtype, term.factor),
-            layout.operand(k, (*axes, roles.j, term.dot.axis), dtype),
-        )
-        for (term, q, k), dtype in zip(read, narrow, strict=True)
+        (_operand(layout, q, dtype, term.factor), _operand(layout, k, dtype))
+        for term, q, k, dtype in zip(score.terms, read[::2], read[1::2], narrow, strict=True)
     ]
     types = tuple(_captured_dtype(n) for n in captured)
     score_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
@@ -115,7 +117,7 @@ def assemble(
         spec=spec,
         q=terms[0][0],
         k=terms[0][1],
-        v=layout.operand(v, (*axes, roles.j, roles.d), values.dtype),
+        v=_operand(layout, values_read, values.dtype),
         captured=captured,
         batch=tuple(lifter.ranges[a] for a in axes),
         sizes=sizes,
@@ -185,45 +187,14 @@ def _roles(node: fx.Node, position: Indices, values: Dot, value_side: Expr, scor
     return Roles(batch, i, j, r, ds[0] if ds else None)
 
 
-def _product_options(lifter: Lifter, score: Score, roles: Roles, node: fx.Node) -> list[Option]:
-    """Readings of the queries and keys of every term. Of several terms each keeps its own factors in its operands."""
-    scaled, found = len(score.terms) == 1, []
-    for term in score.terms:
-        dot = term.dot
-        shared = free_symbols(dot.lhs) & free_symbols(dot.rhs) - {dot.axis}
-        q = _options(lifter, dot.lhs, shared, dot.dtype, node, "queries", scaled)
-        # The program of keys is one of the spec, so of several products' none has one.
-        stored = _stored(lifter, roles, (roles.j, dot.axis), dot.dtype, node) if scaled else None
-        k = _options(lifter, dot.rhs, shared, dot.dtype, node, "keys", scaled, stored)
-        found += [(q, (roles.i, dot.axis)), (k, (roles.j, dot.axis))]
-    return found
-
-
-def _options(
-    lifter: Lifter,
-    side: Expr,
-    shared: frozenset[sympy.Symbol],
-    dtype: torch.dtype,
-    node: fx.Node,
-    what: str,
-    scaled: bool,
-    stored: Side | None = None,
-) -> list[Reading]:
-    found = readings(lifter, side, shared, dtype, node, scaled, stored)
-    if found:
-        return found
-    if any(isinstance(x.tensor, fx.Node) and lifter.writer_before(x.tensor, node) is not None for x in loads(side)):
-        raise Refused("mutation", f"the {what} are written in place before the attention's output is computed", node)
-    raise Refused("operand-layout", f"the {what} are made within an operator, and no tensor holds them", node)
-
-
-def _stored(
-    lifter: Lifter, roles: Roles, axes: Sequence[sympy.Symbol | None], dtype: torch.dtype, node: fx.Node
-) -> Side:
-    """Where the elements of keys or values are looked for, whose row and column are `axes`."""
-    present = frozenset(a for a in axes if a is not None)
-    own = frozenset(a for a in present if lifter.ranges.get(a, 1) != 1)
-    return Side(own, present | frozenset(roles.batch), dtype, node)
+def _operand(
+    layout: Layout, side: tuple[Sequence[Option], Sequence[Reading]], dtype: torch.dtype, factor: float = 1.0
+) -> Operand:
+    """The operand that a side's readings are, one behind the other."""
+    first, *behind = (
+        layout.operand(reading, (*layout.batch, *own), dtype, factor) for (_, own), reading in zip(*side, strict=True)
+    )
+    return replace(first, behind=tuple(behind))
 
 
 def _scaled(program: Expr, factor: Expr) -> Expr:

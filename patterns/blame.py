@@ -11,20 +11,21 @@ from flashfuse.kernels.expr import Expr, Pointwise, Softmax, free_symbols
 from flashfuse.kernels.normal import number
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.exponential import is_normalised, masked_exponential
-from flashfuse.patterns.graph import Graph, is_weighted, raw_value
+from flashfuse.patterns.graph import Graph, is_weighted, raw_value, tensor
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import NORMALISERS, place, quotients, sum_and_rest
 from flashfuse.patterns.opened import opened_or_none
 from flashfuse.patterns.refusal import Refused, mixed
 from flashfuse.patterns.score import find_score
-from flashfuse.patterns.seeds import is_contraction
+from flashfuse.patterns.seeds import is_contraction, is_curved
+from flashfuse.patterns.summed import adds_pairs
 from flashfuse.patterns.transforms import gradient_levels, is_wrapped
 
 
 def refuse_opaque(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
     """Refuse where a normaliser lies behind the operator that cannot be lifted."""
     node = error.node or passed
-    if not _behind(lifter, node, NORMALISERS):
+    if _behind(lifter, node, NORMALISERS) is None:
         return
     name = name_of(node)
     if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
@@ -68,25 +69,30 @@ def _varies_by(axis: sympy.Symbol, exponent: Expr, base: Expr) -> bool:
 
 def refuse_single_key(lifter: Lifter, node: fx.Node) -> None:
     """Refuse a product over one key where probabilities are multiplied: each is 1, and nothing is left to fuse."""
-    if _behind(lifter, node, NORMALISERS):
-        raise Refused("single-key", "there is one key, whose probability is 1: the output is its value", node)
+    softmax = _behind(lifter, node, NORMALISERS)
+    if softmax is None:
+        return
+    t, dim = tensor(softmax), softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
+    if t is not None and (t.shape[dim] != 1 if isinstance(dim, int) else 1 not in t.shape):
+        raise Refused("extra-columns", "the softmax has several columns, and one meets a value", node)
+    raise Refused("single-key", "there is one key, whose probability is 1: the output is its value", node)
 
 
-def _behind(lifter: Lifter, node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
-    """Whether an operator of one of these names lies shortly behind a node."""
+def _behind(lifter: Lifter, node: fx.Node, names: frozenset[str], limit: int = 32) -> fx.Node | None:
+    """An operator of one of these names shortly behind a node."""
     seen, queue = {node}, [node]
     while queue and len(seen) < limit:
         current = queue.pop()
         lifter.region.open(current)
         if name_of(current) in names:
-            return True
+            return current
         # What lies behind another product or a layer belongs to that.
         if current is not node and (is_contraction(current) or is_weighted(current)):
             continue
         fresh = [n for n in current.all_input_nodes if n not in seen and n.op not in ("placeholder", "get_attr")]
         seen.update(fresh)
         queue += fresh
-    return False
+    return None
 
 
 def wrong_axis(
@@ -112,3 +118,52 @@ def check_transforms(graph: Graph, node: fx.Node) -> None:
         return
     if gradient_levels(raw_value(node)) > 1:
         raise Refused("transform", "a gradient of a gradient is wanted, and the operator has none", node)
+
+
+def additive(softmax: fx.Node, limit: int = 8) -> Refused | None:
+    """The refusal where scores are what a layer makes of sums of queries and keys (https://arxiv.org/abs/1409.0473).
+
+    Between the layer and the softmax masks and scales may stand, between it and the sum a function and dropout.
+    """
+    layer = next((n for n in _shortly_behind(softmax, limit) if is_weighted(n)), None)
+    if layer is None or not layer.all_input_nodes:
+        return None
+    features, scores = tensor(layer.all_input_nodes[0]), tensor(layer)
+    if features is None or scores is None or not features.dim() or features.shape[-1] == scores.shape[-1]:
+        return None
+    behind = _shortly_behind(layer, limit)
+    if not any(map(adds_pairs, behind)) or not any(is_curved(name_of(n)) for n in behind):
+        return None
+    told = (
+        f"`{name_of(layer)}` makes the scores of sums of queries and keys (additive attention), not of their products"
+    )
+    return Refused("no-product", told, layer)
+
+
+def _shortly_behind(node: fx.Node, limit: int) -> list[fx.Node]:
+    """So many nodes at most behind a node, the nearest first, up to layers with weights."""
+    found: dict[fx.Node, None] = {}
+    pending = [node]
+    for at in pending:
+        if at is not node and (at in found or len(found) == limit or at.op in ("placeholder", "get_attr")):
+            continue
+        if at is not node:
+            found[at] = None
+        if at is node or not is_weighted(at):
+            pending += [n for n in at.all_input_nodes if tensor(n) is not None]
+    return list(found)
+
+
+_SCATTERED = frozenset({"scatter_add", "index_add", "scatter_reduce", "index_reduce", "segment_reduce", "bincount"})
+
+
+def scattered(exponential: fx.Node, limit: int = 8) -> Refused | None:
+    """The refusal where exponentials are added up in rows that data choose, as in a softmax over a graph's edges."""
+    reached = [exponential]
+    for node in reached:
+        if name_of(node).removesuffix("_") in _SCATTERED:
+            told = f"exponentials are added up by `{name_of(node)}` in rows that data choose, as over a graph's edges"
+            return Refused("scattered", told, node)
+        fresh = [user for user in node.users if user not in reached and not is_contraction(user)]
+        reached += fresh[: limit - len(reached)]
+    return None

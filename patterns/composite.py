@@ -1,5 +1,7 @@
 """Functions that Dynamo keeps whole though an attention is inside, and the torch calls that they make.
 
+Most are written in Python; an operator that adds something to a product with values is a product and a sum.
+
 `F.multi_head_attention_forward` is one node of the graph: projections, attention and output projection. What it does
 is read by running its body once on the node's fake tensors, under the modes in which Dynamo ran it: the branches it
 takes are those that Dynamo has guarded already.
@@ -21,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashfuse.patterns.calls import mutated_inputs
+from flashfuse.patterns.calls import mutated_inputs, name_of
 from flashfuse.patterns.graph import Graph, tensor, value
+from flashfuse.patterns.seeds import upstream
 from flashfuse.patterns.trace import CannotTrace, as_traced, check_same
 
 _WHOLE = frozenset({"scaled_dot_product_attention"})
@@ -78,8 +81,14 @@ class Record:
 
 
 def composites(graph: Graph) -> tuple[fx.Node, ...]:
-    """The live nodes that call a Python function of torch with an attention inside."""
-    return tuple(n for n in graph.nodes if n in graph.live and n.op == "call_function" and _is_composite(n.target))
+    """The live nodes that call a Python function of torch with an attention inside, or add to a product with values."""
+    live = [n for n in graph.nodes if n in graph.live]
+    found = {n for n in live if n.op == "call_function" and _is_composite(n.target)}
+    sums = [n for n in live if name_of(n) in _SUMS and not n.kwargs.get("out")]
+    if sums:
+        up = upstream(graph)
+        found.update(n for n in sums if up.seeds(n))
+    return tuple(n for n in live if n in found)
 
 
 def _is_composite(target: Any) -> bool:
@@ -107,7 +116,7 @@ def record(graph: Graph, node: fx.Node) -> Record:
     try:
         with as_traced(graph, node), torch.set_grad_enabled(needs_grad), warnings.catch_warnings(), draws, recorder:
             warnings.simplefilter("ignore")
-            result = _body(node.target)(*args, **kwargs)
+            result = (_SUMS.get(name_of(node)) or _body(node.target))(*args, **kwargs)
     except Exception as error:
         raise CannotTrace(f"{type(error).__name__}: {error}") from error
     check_same(result, value(node), node)
@@ -127,6 +136,21 @@ def _body(function: Any) -> Callable[..., Any]:
     )
     body.__kwdefaults__ = function.__kwdefaults__
     return body
+
+
+def _added(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> torch.Tensor:
+    """`addmm` and `baddbmm`: beta x + alpha a @ b, where x is not read for a beta of 0."""
+    out = torch.matmul(a, b)
+    if alpha != 1:
+        out = out * alpha
+    if beta == 0:
+        return out
+    # Under autocast all three are cast.
+    x = x if x.dtype == out.dtype else x.to(out.dtype)
+    return out + (x if beta == 1 else x * beta)
+
+
+_SUMS: dict[str, Callable[..., torch.Tensor]] = {"addmm": _added, "baddbmm": _added}
 
 
 def _check_results_used_alone(node: fx.Node, result: Any) -> None:

@@ -31,12 +31,12 @@ from flashfuse.kernels.expr import (
 from flashfuse.kernels.normal import FALSE, TRUE, cast, conjunction, conjuncts, number, pointwise, rewrite, substitute
 from flashfuse.patterns.calls import label_of
 from flashfuse.patterns.draw import DrawLoad
+from flashfuse.patterns.found import Score
 from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import place
 from flashfuse.patterns.opened import opened_or_none
 from flashfuse.patterns.refusal import Refused
-from flashfuse.patterns.score import Score
 from flashfuse.patterns.vanishing import finite_numbers, is_biased, may_vanish, spoils_rows
 from flashfuse.patterns.weights import Weights, combined
 

@@ -25,12 +25,14 @@ import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa
 import flashfuse.patterns.writes  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Reduce, free_symbols, loads, walk
+from flashfuse.patterns.added import joined_products
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.blame import check_transforms, refuse_single_key, wrong_axis
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
 from flashfuse.patterns.dropout import before_dropout, check_draws
 from flashfuse.patterns.ending import Ending, ending, is_linear
+from flashfuse.patterns.found import Score, as_scores
 from flashfuse.patterns.gate import Gated, as_gated, normalised_late, with_gate
 from flashfuse.patterns.graph import Graph, shape, tensor, wants_gradient
 from flashfuse.patterns.indexing import Indices
@@ -38,7 +40,7 @@ from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.reasons import Reasons
 from flashfuse.patterns.refusal import Refused, no_value_product, read_as_whole
 from flashfuse.patterns.replay import Analyses
-from flashfuse.patterns.score import Score, as_scores, find_products, find_score
+from flashfuse.patterns.score import find_products, find_score
 from flashfuse.patterns.seeds import WHOLE, is_contraction, upstream
 from flashfuse.patterns.sharing import Sharing
 from flashfuse.patterns.site import AttentionSite, Refusal, outermost
@@ -106,9 +108,9 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
     gated = as_gated(lifter, expr)
     if gated is not None:
         return _terms(lifter, node, position, gated.product, leads, gated)
-    late = normalised_late(lifter, expr)
-    if late is not None:
-        return _terms(lifter, node, position, late, leads)
+    whole_product = normalised_late(lifter, expr) or joined_products(lifter, expr)
+    if whole_product is not None:
+        return _terms(lifter, node, position, whole_product, leads)
     if isinstance(expr, Reduce) and node in leads:
         expr = as_product(lifter, expr)
         if isinstance(expr, Reduce):

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import sympy
 
-from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Reduce, Softmax, free_symbols
+from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Reduce, Softmax, free_symbols
 from flashfuse.kernels.normal import number, substitute
 from flashfuse.patterns.exponential import as_exponential, is_normalised, masked_exponential, scaled
+from flashfuse.patterns.indexing import never_negative, within
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.opened import open_up, opened_or_none
 from flashfuse.patterns.shift import is_own_maximum, limited_by_number, same_element, same_value
+from flashfuse.patterns.summed import as_sum
 
 POWERS = frozenset({"pow", "__pow__", "__rpow__", "float_power"})
 # Operators that a normaliser starts from, by their bare names; so do powers of a number.
@@ -82,29 +84,36 @@ def _exponential(lifter: Lifter, exponent: Expr) -> Normalised | None:
         if top.op == "log":
             inner = open_up(lifter, top.args[0])
             return Normalised(inner) if isinstance(inner, Softmax) else None
-        total = as_logsumexp(lifter, top.args[1])
+        total, further = _logarithm_of_sum(lifter, top.args[1])
     except CannotLift:
         return None
-    if total is None:
+    at = None if total is None else place(lifter, top.args[0], total.arg, total.axis)
+    if total is None or at is None:
         return None
-    at = place(lifter, top.args[0], total.arg, total.axis)
-    if at is None:
+    sink = None if further is None else _relative_to(lifter, further, None, 1.0)
+    if (sink is None) != (further is None):
         return None
-    return Normalised(Softmax(total.dtype, total.arg, total.axis, at, total.extent), subtracted="logarithm")
+    empty_row, sinks = ("nan", ()) if sink is None else ("zero", (sink,))
+    softmax = Softmax(total.dtype, total.arg, total.axis, at, total.extent, empty_row)
+    return Normalised(softmax, sinks, subtracted="logarithm")
 
 
 def as_logsumexp(lifter: Lifter, expr: Expr) -> Reduce | None:
     """The sum over x whose log(sum exp(x)) an expression is, with x as its `arg`; None where it is none."""
+    total, further = _logarithm_of_sum(lifter, expr)
+    return total if further is None else None
+
+
+def _logarithm_of_sum(lifter: Lifter, expr: Expr) -> tuple[Reduce | None, Expr | None]:
+    """The same of log(sum exp(x) + rest), with what is added."""
     top = open_up(lifter, expr)
     if not isinstance(top, Pointwise) or top.op != "log":
-        return None
-    total = open_up(lifter, top.args[0])
-    if not isinstance(total, Reduce) or total.kind != "sum":
-        return None
-    inner = open_up(lifter, total.arg)
-    if not isinstance(inner, Pointwise) or inner.op != "exp":
-        return None
-    return Reduce(total.dtype, "sum", inner.args[0], total.axis, total.extent)
+        return None, None
+    total, further = sum_and_rest(lifter, top.args[0])
+    inner = None if total is None else open_up(lifter, total.arg)
+    if total is None or not isinstance(inner, Pointwise) or inner.op != "exp":
+        return None, None
+    return Reduce(total.dtype, "sum", inner.args[0], total.axis, total.extent), further
 
 
 def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised | None:
@@ -156,12 +165,13 @@ def _has_lower_limit(lifter: Lifter, shift: Expr) -> bool:
 
 def sum_and_rest(lifter: Lifter, denominator: Expr) -> tuple[Reduce | None, Expr | None]:
     """The sum over a row in a denominator, and what is added to it."""
-    top = open_up(lifter, denominator)
+    top = as_sum(lifter, open_up(lifter, denominator))
     if isinstance(top, Reduce) and top.kind == "sum":
         return top, None
     if isinstance(top, Pointwise) and top.op == "add":
         for part, rest in (top.args, top.args[::-1]):
             inner = opened_or_none(lifter, part)
+            inner = None if inner is None else as_sum(lifter, inner)
             if isinstance(inner, Reduce) and inner.kind == "sum" and inner.axis not in free_symbols(rest):
                 return inner, rest
     return None, None
@@ -194,15 +204,43 @@ def _relative_to(lifter: Lifter, term: Expr, shift: Expr | None, rate: float) ->
 
 
 def place(lifter: Lifter, above: Expr, below: Expr, axis: sympy.Symbol) -> sympy.Expr | None:
-    """Where on the summed axis `above` stands, if it is `below` there, seen through the loads of either."""
-    for upper, lower in itertools.product(_steps(lifter, above), [*_steps(lifter, below)]):
-        for at in free_symbols(upper) - free_symbols(lower):
-            if substitute(lower, {axis: at}) == upper:
-                return at
-        places = same_element(lower, upper, {axis})
-        if places is not None:
-            return places.get(axis)
+    """Where on the summed axis `above` stands, if it is `below` there, seen through the loads of either.
+
+    It may be all of one part of what was put together along that axis, as scores beside a sink are.
+    """
+    for upper, (lower, chosen) in itertools.product(_steps(lifter, above), [*_parts(lifter, below, axis)]):
+        at = _place(upper, lower, axis)
+        if at is not None and all(_holds(choice, axis, at, lifter) for choice in chosen):
+            return at
     return None
+
+
+def _place(upper: Expr, lower: Expr, axis: sympy.Symbol) -> sympy.Expr | None:
+    for at in free_symbols(upper) - free_symbols(lower):
+        if substitute(lower, {axis: at}) == upper:
+            return at
+    places = same_element(lower, upper, {axis})
+    return None if places is None else places.get(axis)
+
+
+# (i, n, b) of a choice by a position: whether i < n is b.
+Choice = tuple[sympy.Expr, sympy.Expr, bool]
+
+
+def _parts(lifter: Lifter, expr: Expr, axis: sympy.Symbol) -> Iterator[tuple[Expr, tuple[Choice, ...]]]:
+    """The steps of an expression and of its branches, with the choices that lead there."""
+    for step in _steps(lifter, expr):
+        yield step, ()
+        match step:
+            case Pointwise(op="where", args=(Pointwise(op="lt", args=(Index(value=i), Index(value=n))), yes, no)):
+                for branch, kept in ((yes, True), (no, False)) if axis in i.free_symbols else ():
+                    yield from ((part, ((i, n, kept), *more)) for part, more in _parts(lifter, branch, axis))
+
+
+def _holds(choice: Choice, axis: sympy.Symbol, at: sympy.Expr, lifter: Lifter) -> bool:
+    i, n, kept = choice
+    i = i.xreplace({axis: at})
+    return within(i, n, lifter.ranges) if kept else never_negative(i - n, lifter.ranges)
 
 
 def _steps(lifter: Lifter, expr: Expr) -> Iterator[Expr]:

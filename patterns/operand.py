@@ -7,7 +7,7 @@ only read at a place from which a view leads to the attention's axes, and never 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -108,10 +108,16 @@ def _without_factor(expr: Pointwise, shared: frozenset[sympy.Symbol]) -> tuple[E
         return None
     x, c = expr.args
     if _is_scalar(c, shared) and not _is_scalar(x, shared):
-        return (x, c) if expr.op == "mul" else (x, pointwise("div", Const(torch.float32, 1.0), c, dtype=expr.dtype))
+        return (x, c) if expr.op == "mul" else (x, reciprocal(c, expr.dtype))
     if expr.op == "mul" and _is_scalar(x, shared) and not _is_scalar(c, shared):
         return c, x
     return None
+
+
+def reciprocal(expr: Expr, dtype: torch.dtype) -> Expr:
+    """1 / expr. Of a number with all of its digits: rounded to a narrow type, it would put all elements off alike."""
+    wide = pointwise("div", Const(torch.float32, 1.0), expr, dtype=torch.promote_types(dtype, torch.float32))
+    return replace(wide, dtype=dtype)
 
 
 def _is_scalar(expr: Expr, shared: frozenset[sympy.Symbol]) -> bool:

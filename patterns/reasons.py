@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 
 from torch import fx
 
+from flashfuse.patterns.blame import additive, scattered
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.graph import Graph, location
 from flashfuse.patterns.normaliser import PARTIAL
@@ -14,12 +15,16 @@ from flashfuse.patterns.refusal import Refused, mixing_layer
 from flashfuse.patterns.seeds import Seeds, Upstream, is_contraction, unclaimed
 from flashfuse.patterns.site import Refusal
 
+# What is told where only a part of an attention was tried.
+_COMPLETED = frozenset({"probabilities-used", "extra-columns", "single-key"})
+
 
 class Reasons:
     """The reasons of one graph, each with the start that was tried, by the seed that it was tried for.
 
     Of several the first is told. But a sum may be the normaliser of another start, whose reason is the better one; and
-    what uses probabilities again may be the division that completes the attention, and has a reason of its own.
+    what uses probabilities again may be the division that completes the attention, or the sum with further values, and
+    has a reason of its own.
     """
 
     def __init__(self, graph: Graph, up: Upstream) -> None:
@@ -31,7 +36,7 @@ class Reasons:
         is_sum = self.up.products.get(start) is start and not is_contraction(start)
         for seed in seeds:
             known, _ = (self._of_sums if is_sum else self._refused).setdefault(seed, (error, start))
-            if known.code == "probabilities-used" and self.up.products.get(start) is not start:
+            if known.code in _COMPLETED and self.up.products.get(start) is not start:
                 self._refused[seed] = error, start
 
     def refusals(self, claimed: AbstractSet[fx.Node], inside: AbstractSet[fx.Node]) -> Iterator[Refusal]:
@@ -43,8 +48,12 @@ class Reasons:
         for seed in dict.fromkeys(left):
             error = refused[seed][0] if seed in refused else self._unmet(seed)
             if error is not None:
-                node = error.node or seed
-                yield Refusal(node, error.code, error.reason, location(node))
+                yield _told(error, seed)
+        # A softmax that meets values, over no products of activations, is an attention in this case alone.
+        for seed in (n for n in refused if n not in claimed and n not in left):
+            error = None if seed in self.up.over_products or name_of(seed) in PARTIAL else additive(seed)
+            if error is not None:
+                yield _told(error, seed)
 
     def _is_curve(self, node: fx.Node) -> bool:
         """Whether a search started from a product without a normaliser."""
@@ -57,6 +66,11 @@ class Reasons:
         So it is with an exponential alone, and with a softmax of what a layer makes of a product, as a classifier's.
         """
         if name_of(seed) in PARTIAL:
-            return None
+            return scattered(seed)
         alone = Refused("no-value-product", "the probabilities are not multiplied with values in this graph")
         return mixing_layer(seed) or (None if seed in self.up.mixed else alone)
+
+
+def _told(error: Refused, seed: fx.Node) -> Refusal:
+    node = error.node or seed
+    return Refusal(node, error.code, error.reason, location(node))

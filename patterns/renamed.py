@@ -48,7 +48,7 @@ def renamed_refusal(error: Refused, nodes: Renaming) -> Refused:
 
 
 def _operand(operand: Operand, nodes: Renaming) -> Operand:
-    return replace(operand, node=nodes[operand.node])
+    return replace(operand, node=nodes[operand.node], behind=tuple(_operand(part, nodes) for part in operand.behind))
 
 
 def _drawn(draw: DrawLoad, nodes: Renaming) -> DrawLoad:

@@ -5,13 +5,10 @@ Loads are expanded along every path that leads to the product; what else the sco
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
 
 import sympy
-import torch
 from torch import fx
 
 from flashfuse.kernels.expr import (
@@ -27,38 +24,15 @@ from flashfuse.kernels.expr import (
     loads,
     walk,
 )
-from flashfuse.kernels.normal import pointwise, rewrite, substitute
+from flashfuse.kernels.normal import pointwise, substitute
+from flashfuse.patterns.found import Products, Score, as_score
 from flashfuse.patterns.graph import is_weighted
-from flashfuse.patterns.indexing import within
+from flashfuse.patterns.joined import Span, cut_of, reaches_outside, span_in, stays_inside, with_joined
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.opener import Opener
-from flashfuse.patterns.operand import sizes_of
-from flashfuse.patterns.products import Term, as_one_product, side_products, summands
+from flashfuse.patterns.products import side_products
 from flashfuse.patterns.refusal import Refused, blocked, mixed, no_product
 from flashfuse.patterns.shift import same_value
-from flashfuse.patterns.summed import as_product
-
-
-@dataclass(frozen=True)
-class Score:
-    """`program` over `Product(0)`: the sum of the terms' products. Each has the query side as `lhs`; the first is main.
-
-    `nodes` made them: the site itself where one operator is the whole attention. `opener` reads further programs.
-    """
-
-    program: Expr
-    terms: tuple[Term, ...]
-    nodes: tuple[fx.Node, ...]
-    opener: Opener = field(compare=False)
-
-    @property
-    def dot(self) -> Dot:
-        return self.terms[0].dot
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the sum, which holds what each product holds."""
-        return functools.reduce(torch.promote_types, (term.dot.dtype for term in self.terms))
+from flashfuse.patterns.summed import as_product, of_one_feature
 
 
 def find_score(
@@ -78,31 +52,6 @@ def find_score(
     return as_score(find_products(lifter, expr, j, leads, site, rows))
 
 
-@dataclass(frozen=True)
-class Products:
-    """`program` over `Product(n)`, product n being `dots[n]`, which `nodes[n]` makes; what it was found with.
-
-    again: nodes that make one of the products once more.
-    """
-
-    program: Expr
-    dots: tuple[Dot, ...]
-    nodes: tuple[fx.Node, ...]
-    again: tuple[fx.Node, ...]
-    lifter: Lifter = field(compare=False)
-    j: sympy.Symbol
-    leads: AbstractSet[fx.Node] = field(compare=False)
-
-    def part(self, program: Expr) -> Products:
-        """A program over some of the products."""
-        slots = sorted({e.slot for e in walk(program) if isinstance(e, Product)})
-        new = {slot: number for number, slot in enumerate(slots)}
-        program = rewrite(program, lambda e: Product(e.dtype, new[e.slot]) if isinstance(e, Product) else None)
-        return replace(
-            self, program=program, dots=tuple(self.dots[s] for s in slots), nodes=tuple(self.nodes[s] for s in slots)
-        )
-
-
 def find_products(
     lifter: Lifter,
     expr: Expr,
@@ -114,33 +63,18 @@ def find_products(
     """An expression over the products of queries and keys behind it. Raises Refused where there is none."""
     search = _Search(lifter, j, leads, rows)
     program = search.read(expr, site)
-    others = side_products([dot for dot, _ in search.found], rows, j)
+    others = side_products([dot for dot, _ in search.found if j in free_symbols(dot.rhs)], rows, j)
     if others:
         search = _Search(lifter, j, leads, rows, others)
         program = search.read(expr, site)
     if not search.found:
+        search = _Search(lifter, j, leads, rows, outer=True)
+        program = search.read(expr, site)
+    if not search.found:
         raise search.trouble or Refused("no-product", "the softmax is not over products of queries and keys")
-    dots, nodes = zip(*search.found, strict=True)
-    return Products(program, dots, nodes, tuple(search.again), lifter, j, leads)
-
-
-def as_score(found: Products) -> Score:
-    """The program as a score of one product. Raises Refused."""
-    program, terms = as_one_product(found.program, found.dots, found.nodes)
-    i_symbols = free_symbols(terms[0].dot.lhs) - free_symbols(terms[0].dot.rhs)
-    opener = Opener(found.lifter, i_symbols, found.j, found.leads)
-    return Score(opener.read(program), terms, (*found.nodes, *found.again), opener)
-
-
-def as_scores(found: Products) -> tuple[Score, ...]:
-    """Scores of one product each that add up to the program. Raises Refused."""
-    try:
-        return (as_score(found),)
-    except Refused:
-        parts = summands(found.program, found.dots)
-        if len(parts) < 2:
-            raise
-    return tuple(as_score(found.part(part)) for part in parts)
+    program, found, further = with_joined(lifter, program, search.found, search.spans, j)
+    dots, nodes = zip(*found, strict=True)
+    return Products(program, dots, nodes, (*search.again, *further), lifter, j, leads)
 
 
 class _NoIndexForm(Exception):
@@ -151,6 +85,7 @@ class _Search:
     """Expands a score along every path that leads to a product, and puts `Product(n)` in the product's place.
 
     A product among `others` stays the tensor that the graph makes of it. rows: of the output, which the values lack.
+    outer: whether a number for each query times one for each key is their product over one feature.
     """
 
     def __init__(
@@ -160,10 +95,14 @@ class _Search:
         leads: AbstractSet[fx.Node],
         rows: Sequence[sympy.Symbol],
         others: AbstractSet[Dot] = frozenset(),
+        outer: bool = False,
     ) -> None:
         self.lifter, self.j, self.leads, self.rows, self.others = lifter, j, leads, rows, others
+        self.outer = outer
         self.found: list[tuple[Dot, fx.Node]] = []
         self.again: list[fx.Node] = []
+        self.spans: dict[Dot, Span] = {}
+        self.columns = self.whole = Span(sympy.Integer(0), lifter.ranges.get(j, sympy.Integer(1)))
         self.trouble: Refused | None = None
 
     def read(self, expr: Expr, node: fx.Node) -> Expr:
@@ -184,9 +123,16 @@ class _Search:
         match expr:
             case Dot():
                 return self._product(expr, node)
+            case Pointwise(op="mul") if self.outer and (dot := self._of_one_feature(expr)) is not None:
+                return self._product(dot, node)
+            case Pointwise(op="where") if (cut := cut_of(expr.args[0], self.j)) is not None:
+                sides = zip(expr.args[1:], self.columns.cut(cut), strict=True)
+                return pointwise(
+                    "where", expr.args[0], *(self._within(*x, node, followed) for x in sides), dtype=expr.dtype
+                )
             case Pointwise():
                 return pointwise(expr.op, *(self.opened(a, node, followed) for a in expr.args), dtype=expr.dtype)
-            case Load() if expr.tensor in self.leads and self.j in free_symbols(expr):
+            case Load() if expr.tensor in self.leads and (self.j in free_symbols(expr) or self._in_one_column):
                 return self._through(expr, followed)
             case Gather() if expr.tensor in self.leads:
                 self._note(Refused("look-up", "the scores are looked up at positions that depend on data", node))
@@ -203,6 +149,24 @@ class _Search:
                 raise _NoIndexForm
         return expr
 
+    def _within(self, expr: Expr, columns: Span, node: fx.Node, followed: bool) -> Expr:
+        """`opened` of what is chosen in some columns."""
+        outer, self.columns = self.columns, columns
+        try:
+            return self.opened(expr, node, followed)
+        finally:
+            self.columns = outer
+
+    @property
+    def _in_one_column(self) -> bool:
+        return bool(self.columns.length == 1 != self.whole.length)
+
+    def _of_one_feature(self, expr: Pointwise) -> Dot | None:
+        dot = of_one_feature(self.lifter, expr, self.j)
+        if dot is None or not self._has_queries(dot) or not free_symbols(dot.rhs).isdisjoint(self.rows):
+            return None
+        return dot
+
     def _has_queries(self, dot: Dot) -> bool:
         """Whether a product's one side has a row for every row of the scores.
 
@@ -218,7 +182,9 @@ class _Search:
         before, again = len(self.found), len(self.again)
         try:
             program = self.opened(self.lifter.expand(load, followed=followed), node, followed)
-            if not self._reaches_outside(load) or all(self._stays_inside(dot) for dot, _ in self.found[before:]):
+            if not reaches_outside(self.lifter, load) or all(
+                self._is_there(dot, load) for dot, _ in self.found[before:]
+            ):
                 return program
             told = "the softmax is over rows or columns beside the product's own, as of a second product"
             self._note(Refused("extra-columns", told, node))
@@ -229,27 +195,21 @@ class _Search:
         del self.found[before:], self.again[again:]
         return load
 
-    def _reaches_outside(self, load: Load) -> bool:
-        """Whether an index takes more values than its dimension has: only a choice around it keeps it inside."""
-        ranges = self.lifter.ranges
-        return any(
-            (ranges[symbol] - size).is_positive
-            for index, size in zip(load.indices, sizes_of(load), strict=True)
-            for symbol in index.free_symbols & ranges.keys()
-            if index.coeff(symbol, 1) == 1
-        )
-
-    def _stays_inside(self, dot: Dot) -> bool:
-        """Whether a product is one of queries and keys that there are, whatever a choice around it keeps."""
-        read = (load for load in loads(dot) if isinstance(load, Load))
-        return all(
-            within(index, size, self.lifter.ranges)
-            for load in read
-            for index, size in zip(load.indices, sizes_of(load), strict=True)
-        )
+    def _is_there(self, dot: Dot, load: Load) -> bool:
+        """Whether the load reads a product of queries and keys that there are, of all columns or of a span of them."""
+        if dot in self.spans or stays_inside(self.lifter, dot):
+            return True
+        span = span_in(self.lifter, dot, load, self.j)
+        if span is not None:
+            self.spans[dot] = span
+        return span is not None
 
     def _product(self, dot: Dot, node: fx.Node) -> Expr:
         left, right = self.j in free_symbols(dot.lhs), self.j in free_symbols(dot.rhs)
+        alone = not (left or right) and self._in_one_column
+        if alone:
+            rows = [free_symbols(side) & {*self.rows} for side in (dot.lhs, dot.rhs)]
+            left, right = bool(rows[1] - rows[0]), bool(rows[0] - rows[1])
         if is_weighted(node) and any(x.tensor in self.leads for x in loads(dot)):
             self._note(mixed(node))
         if left == right or is_weighted(node):
@@ -257,6 +217,8 @@ class _Search:
         dot = dot if right else Dot(dot.dtype, dot.rhs, dot.lhs, dot.axis, dot.extent)
         if any(self._is_again(dot, other) for other in self.others):
             raise _NoIndexForm
+        if alone:
+            self.spans[dot] = self.columns
         for slot, (known, made_by) in enumerate(self.found):
             if self._is_again(dot, known):
                 self.again += [node] if node is not made_by else []
@@ -265,9 +227,14 @@ class _Search:
         return Product(dot.dtype, len(self.found) - 1)
 
     def _is_again(self, dot: Dot, known: Dot) -> bool:
-        """Whether a product is one that is known already, perhaps written a second time."""
+        """Whether a product is one that is known already, perhaps written a second time.
+
+        Of two spans of the columns each is its own.
+        """
         if dot == known or (dot.dtype, dot.extent) != (known.dtype, known.extent):
             return dot == known
+        if not all(stays_inside(self.lifter, x) for x in (dot, known)):
+            return False
         moved = {dot.axis: known.axis}
         pairs = ((dot.lhs, known.lhs), (dot.rhs, known.rhs))
         return all(same_value(self.lifter, substitute(mine, moved), theirs) for mine, theirs in pairs)

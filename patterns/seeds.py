@@ -12,7 +12,7 @@ from torch import fx
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.graph import WEIGHTED, Graph, is_weighted, tensor
 from flashfuse.patterns.normaliser import NORMALISERS, POWERS
-from flashfuse.patterns.summed import Sum, sum_of
+from flashfuse.patterns.summed import ADDITIONS, Sum, sum_of
 
 Seeds = frozenset[fx.Node]
 NONE: Seeds = frozenset()
@@ -20,7 +20,7 @@ NONE: Seeds = frozenset()
 # What starts a search. A contraction may be spelled with any of these; what it means is read from its ATen calls.
 _CONTRACTIONS = frozenset({
     "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "baddbmm", "addmm", "addbmm", "mv", "dot", "inner",
-    "tensordot", "chain_matmul", "multi_dot", "linalg_multi_dot", "linear",
+    "tensordot", "chain_matmul", "multi_dot", "linalg_multi_dot", "linear", "outer", "ger",
 })  # fmt: skip
 WHOLE = frozenset({"scaled_dot_product_attention"})
 # What may rescale an attention's output: either factor, and what is divided.
@@ -52,7 +52,7 @@ def _may_normalise(node: fx.Node) -> bool:
     return name in NORMALISERS or (name in POWERS and single)
 
 
-def _is_curved(name: str) -> bool:
+def is_curved(name: str) -> bool:
     """By the name of the operator or of its form in place."""
     return name in _CURVED or name.removesuffix("_") in _CURVED
 
@@ -69,7 +69,8 @@ class Upstream:
     starts: what a search may start from: contractions, whole attentions, and what may rescale one.
     products: a product of activations. normalisers: the normalisers up to the next product. curved: operators that may
     make a product of activations non-linear, up to the next product. values: products with what was normalised, and
-    the normalisers. over_products: the normalisers behind which a product of activations lies.
+    the normalisers. weights: the same, and products with what was bent, and those operators.
+    over_products: the normalisers behind which a product of activations lies.
     A layer with weights ends all, except that it may mix raw scores (talking heads); a product with values is not one.
     mixed: what lies behind a product and such a layer, and behind a product with values.
     """
@@ -79,6 +80,7 @@ class Upstream:
     normalisers: Mapping[fx.Node, Seeds]
     curved: Mapping[fx.Node, Seeds]
     values: Mapping[fx.Node, Seeds]
+    weights: Mapping[fx.Node, Seeds]
     over_products: Seeds
     mixed: AbstractSet[fx.Node]
 
@@ -90,6 +92,8 @@ class Upstream:
         if name in _GATES:
             return self._gated(node)
         inputs = node.all_input_nodes
+        if name in ADDITIONS:
+            return _added(node, self.products, self.weights)
         normalisers = _union(self.normalisers, inputs)
         # Weights of a curved product may hold an exponential too, as of a temperature.
         if normalisers & self.over_products:
@@ -97,17 +101,22 @@ class Upstream:
         return _union(self.curved, inputs) or normalisers
 
     def _gated(self, node: fx.Node) -> Seeds:
-        """Of an attention's output multiplied with something that was made from scores: the normalisers of both."""
-        behind = (self.products.get(n, n) for n in _rescaled(node))
-        outputs = [self.values[product] for product in behind if product in self.values]
+        """Of an attention's output rescaled by something that was made from scores: the normalisers of both.
+
+        That may be a second product of the same weights, as with ones.
+        """
+        behind = {n: self.products.get(n, n) for n in node.all_input_nodes}
+        outputs = {behind[n] for n in _rescaled(node)} & self.values.keys()
+        others = {*behind.values()} & self.values.keys()
         gates = _union(self.normalisers, node.all_input_nodes) if outputs else NONE
-        return gates.union(*outputs) if gates else NONE
+        return gates.union(*(self.values[n] for n in others)) if gates or (outputs and len(others) > 1) else NONE
 
 
 def upstream(graph: Graph) -> Upstream:
     """One pass over the graph in its order."""
     products: dict[fx.Node, fx.Node] = {}
     values: dict[fx.Node, Seeds] = {}
+    weights: dict[fx.Node, Seeds] = {}
     normalisers: dict[fx.Node, Seeds] = {}
     curved: dict[fx.Node, Seeds] = {}
     over_products: Seeds = frozenset()
@@ -126,6 +135,8 @@ def upstream(graph: Graph) -> Upstream:
             if summed is Sum.BROADCAST:
                 starts.append(node)
             products[node] = node
+            if weighs := seeds or _union(curved, inputs):
+                weights[node] = weighs
             if seeds or name in WHOLE:
                 values[node] = seeds or frozenset((node,))
             continue
@@ -135,6 +146,8 @@ def upstream(graph: Graph) -> Upstream:
             outputs = (n for n in _rescaled(node) if products.get(n) in values)
             if any(seeds <= values[products[n]] for n in outputs):
                 seeds = NONE
+        if name in ADDITIONS and _added(node, products, weights):
+            starts.append(node)
         behind = next((products[n] for n in inputs if n in products), None)
         if behind is not None and not (weighted and behind in values):
             products[node] = behind
@@ -149,11 +162,20 @@ def upstream(graph: Graph) -> Upstream:
         if seeds:
             normalisers[node] = seeds
         bends = _union(curved, inputs)
-        if not bends and _is_curved(name) and behind is not None and behind not in values:
+        if not bends and is_curved(name) and behind is not None and behind not in values:
             bends = frozenset((node,))
         if bends:
             curved[node] = bends
-    return Upstream(tuple(starts), products, normalisers, curved, values, over_products, mixed)
+    return Upstream(tuple(starts), products, normalisers, curved, values, weights, over_products, mixed)
+
+
+def _added(node: fx.Node, products: Mapping[fx.Node, fx.Node], weights: Mapping[fx.Node, Seeds]) -> Seeds:
+    """Of a sum of two products of the same weights, what made these."""
+    behind = [products.get(n) for n in node.all_input_nodes]
+    if len(behind) != 2 or behind[0] is behind[1]:
+        return NONE
+    left, right = (weights.get(product, NONE) if product is not None else NONE for product in behind)
+    return left if left == right else NONE
 
 
 def _union(known: Mapping[fx.Node, Seeds], nodes: Sequence[fx.Node]) -> Seeds:

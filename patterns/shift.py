@@ -163,8 +163,10 @@ def same_element(
     places: dict[sympy.Symbol, sympy.Expr] = {}
 
     def at(i: sympy.Expr, o: sympy.Expr) -> bool:
-        if i in bound:
-            return places.setdefault(i, o) == o
+        for symbol in i.free_symbols & bound:
+            if not (rest := i - symbol).free_symbols & bound:
+                there = sympy.expand(o - rest)
+                return places.setdefault(symbol, there) == there
         return bool(i.xreplace(places) == o)
 
     def equal(i: Expr, o: Expr) -> bool:

@@ -33,18 +33,24 @@ class Operand:
     """A tensor of the graph as an operand: `steps` are the views that give it the shape [batch axes.., length, dim].
 
     `dtype` is the type the operand has to arrive in; a node of another type is cast first. Then it is multiplied by
-    `factor`.
+    `factor`. `behind` are operands that follow it along the length.
     """
 
     node: fx.Node
     steps: tuple[Step, ...]
     dtype: torch.dtype
     factor: float = 1.0
+    behind: tuple[Operand, ...] = ()
 
     def moves_along(self, axis: int) -> bool:
         """Whether the operand differs along batch axis number `axis`; if not, all of that axis shares it."""
         last = self.steps[-1]
-        return isinstance(last, Arrange) and last.dims[axis] is not None
+        here = isinstance(last, Arrange) and last.dims[axis] is not None
+        return here or any(part.moves_along(axis) for part in self.behind)
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return (self.node, *(n for part in self.behind for n in part.nodes))
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class AttentionSite:
         """Every node of the graph that the operator takes a tensor from."""
         terms = ((self.q, self.k), *self.more)
         captured = (n for c in self.captured for n in (c.reads if isinstance(c, Table) else (c,)))
-        return (*captured, *(operand.node for term in terms for operand in term), self.v.node)
+        return (*captured, *(n for term in terms for operand in term for n in operand.nodes), *self.v.nodes)
 
 
 @dataclass(frozen=True)

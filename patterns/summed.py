@@ -15,18 +15,19 @@ import torch
 from torch import fx
 
 from flashfuse.kernels.expr import Const, Dot, Expr, Load, Pointwise, Reduce, free_symbols
-from flashfuse.kernels.normal import pointwise, substitute
+from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.calls import name_of
-from flashfuse.patterns.graph import shape, tensor, to_sympy
+from flashfuse.patterns.graph import shape, tensor, to_sympy, value
 from flashfuse.patterns.indexing import divide
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.opened import open_up
-from flashfuse.patterns.operand import exactly_promotes
+from flashfuse.patterns.opened import open_up, opened_or_none
+from flashfuse.patterns.operand import exactly_promotes, reciprocal
 
 _SUMS = frozenset({"sum", "mean"})
 _NORMS = frozenset({"norm", "linalg_norm", "linalg_vector_norm"})
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
+ADDITIONS = frozenset({"add", "add_", "iadd", "__add__", "__radd__", "__iadd__"})
 _DIFFERENCES = frozenset({"sub", "__sub__", "__rsub__", "subtract"})
 # Sum along an axis of the tensors that they are given.
 _BOTH = frozenset({"vecdot", "linalg_vecdot", "cosine_similarity"})
@@ -74,6 +75,16 @@ def _kind(node: fx.Node, left: Sequence[sympy.Expr], right: Sequence[sympy.Expr]
     return Sum.ALIGNED if product and dims in (-1, [-1], (-1,)) and not any(broadcast) else Sum.NONE
 
 
+def adds_pairs(node: fx.Node) -> bool:
+    """Whether a node adds a row of one tensor of activations to several rows of another, as a query to all keys."""
+    found = _pair(node.args[:2]) if name_of(node) in ADDITIONS else None
+    if found is None or any(isinstance(value(n), torch.nn.Parameter) for n in node.all_input_nodes):
+        return False
+    # What all rows share is a bias, and what all of a batch shares may be positions.
+    rows = all(any(n != 1 for n in side[:-1]) for side in found)
+    return rows and any(a != b for a, b in zip(*(side[1:-1] for side in found), strict=True))
+
+
 def _pair(args: Sequence[Any]) -> tuple[tuple[sympy.Expr, ...], tuple[sympy.Expr, ...]] | None:
     """The sizes of two tensors, as many of each; an expanded dimension has size 1. None for other arguments."""
     tensors = [t for a in args if isinstance(a, fx.Node) and (t := tensor(a)) is not None]
@@ -102,6 +113,26 @@ def as_product(lifter: Lifter, expr: Expr) -> Expr:
     for factor in factors:
         result = pointwise("mul", result, factor, dtype=expr.dtype)
     return result
+
+
+def of_one_feature(lifter: Lifter, expr: Pointwise, j: sympy.Symbol) -> Dot | None:
+    """An element of a tensor times one of another, at column j, as their product over one feature; None for others."""
+    at_j = [j in free_symbols(side) for side in expr.args]
+    if sum(at_j) != 1 or not all(isinstance(side, Load) for side in expr.args):
+        return None
+    queries, keys = expr.args if at_j[1] else expr.args[::-1]
+    return Dot(expr.dtype, queries, keys, lifter.symbol("r", sympy.Integer(1)), sympy.Integer(1))
+
+
+def as_sum(lifter: Lifter, expr: Expr) -> Expr:
+    """A product with ones as the sum that it is; any other expression as it is."""
+    if not isinstance(expr, Dot):
+        return expr
+    for terms, other in ((expr.lhs, expr.rhs), (expr.rhs, expr.lhs)):
+        top = opened_or_none(lifter, other)
+        if top is not None and number(top) == 1:
+            return Reduce(expr.dtype, "sum", terms, expr.axis, expr.extent)
+    return expr
 
 
 def _over_one_axis(lifter: Lifter, total: Reduce) -> Reduce:
@@ -142,7 +173,7 @@ def _two_factors(lifter: Lifter, total: Reduce) -> tuple[Expr, Expr, tuple[Expr,
         if top.op == "mul":
             factors += [a for a in top.args if a is not varying[0]]
         elif top.op == "div" and varying[0] is top.args[0]:
-            factors.append(pointwise("div", Const(top.dtype, 1.0), top.args[1], dtype=top.dtype))
+            factors.append(reciprocal(top.args[1], top.dtype))
         elif top.op == "neg":
             factors.append(Const(top.dtype, -1.0))
         elif top.op not in ROUNDINGS or not exactly_promotes(top.args[0].dtype, ROUNDINGS[top.op]):

@@ -24,7 +24,7 @@ from flashfuse.patterns.draw import DrawLoad, drawn
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import Normalised, as_softmax
 from flashfuse.patterns.opened import opened_or_none
-from flashfuse.patterns.operand import exactly_promotes
+from flashfuse.patterns.operand import exactly_promotes, reciprocal
 from flashfuse.patterns.refusal import Refused, mixed
 from flashfuse.patterns.shift import limited_by_number, same_value, without_shift
 
@@ -152,7 +152,7 @@ def _quotient(columns: Columns, expr: Pointwise, passed: fx.Node | None) -> tupl
     terms = find_weights(columns, expr.args[0], passed)
     if not terms:
         return _other(columns, expr, passed)
-    inverse = pointwise("div", Const(expr.dtype, 1.0), expr.args[1], dtype=expr.dtype)
+    inverse = reciprocal(expr.args[1], expr.dtype)
     return tuple(w.times(inverse) for w in terms)
 
 

@@ -158,6 +158,7 @@ UNKNOWN = ("{s}.clamp(-4, 2).cosh()", "torch.erfc({s} * 0.1)", "torch.hypot({s},
 
 def curve(draft: Draft, s: Var) -> Var:
     """The score under a function."""
+    draft.curved = True
     if draft.chance(20):
         draft.refused.add("unknown-operator")
         return draft.let("s", draft.one(UNKNOWN).format(s=s.name), s.axes)

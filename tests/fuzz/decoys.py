@@ -7,7 +7,8 @@ from .draft import Draft, Var
 from .masks import mask
 from .operands import frames, operands
 from .scores import product, scale_scores
-from .weights import finish, normalise, weigh
+from .values import finish, weigh
+from .weights import normalise
 
 # Lines over scores {s}, the axis {d} of keys, of queries {x} and another {o}, and the keys' number {t}; {k} and {v} are
 # keys and values as the products see them, {q} queries.

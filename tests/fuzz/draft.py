@@ -80,6 +80,7 @@ class Draft:
     refused: codes of the refusals that are right for what has been written.
     certain: whether an attention has to be found.
     left_open: whether the contract leaves rows open that are not finite in float64.
+    curved: whether scores are under a function.
     """
 
     draw: Callable[[st.SearchStrategy[Any]], Any]
@@ -92,6 +93,7 @@ class Draft:
     refused: set[str] = field(default_factory=set)
     certain: bool = True
     left_open: bool = False
+    curved: bool = False
     lines: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     asked: dict[str, str] = field(default_factory=dict)

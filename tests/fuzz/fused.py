@@ -6,7 +6,7 @@ from .draft import Draft, Var
 from .masks import KEPT
 from .operands import operands, repeated
 from .scores import broadcast
-from .weights import finish
+from .values import finish
 
 
 def functional(draft: Draft) -> tuple[int, str]:

@@ -15,7 +15,8 @@ from .masks import mask
 from .operands import choose_shape, frames, operands
 from .program import Program, Sizes
 from .scores import product, scale_operand, scale_scores, second_product
-from .weights import end, finish, normalise, weigh, weigh_late
+from .values import finish, weigh, weigh_late
+from .weights import end, normalise
 
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LENGTHS = (5, 7, 1, 2, 3, 4, 6, 8, 9, 11, 13, 16, 17, 24, 31, 32, 33, 40)
@@ -49,6 +50,7 @@ def programs(draw: Any, most_length: int = 40, dtypes: tuple[torch.dtype, ...] =
         refused=frozenset(draft.refused),
         trains=trains,
         left_open=draft.left_open,
+        curved=draft.curved,
         labels=tuple(draft.labels),
     )
 

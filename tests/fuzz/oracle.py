@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from forms.form import widened
-from numerics import assert_close_to_exact
 from torch.overrides import TorchFunctionMode
 
 import flashfuse
 
-from .program import WITHOUT_GRADIENT, Program
+from .program import WITHOUT_GRADIENT, Input, Program
+from .rule import Results, assert_right, without_discarded
 
 # Of how many inputs together a result is judged that fewer did not pass: few numbers may be near by luck.
 DRAWS = (1, 12, 96)
@@ -25,11 +25,9 @@ DRAWS = (1, 12, 96)
 NOT_TRAINED = (
     "modified by an inplace operation", "does not require grad", "is a view and is being modified inplace",
 )  # fmt: skip
-# A gradient that is this part of what float32 gives is 0 in exact arithmetic: of any other float32 has some digits.
-ROUNDING_ALONE = 2.0**-20
 
 Run = Callable[..., Any]
-Results = list[torch.Tensor | None]
+Way = Callable[[Run, list[torch.Tensor]], Results]
 
 
 class Invalid(Exception):
@@ -79,43 +77,54 @@ class Call:
         for draws in DRAWS:
             several += [self.results(seed) for seed in range(len(several), draws)]
             try:
-                return assert_right([_together(kind) for kind in zip(*several, strict=True)], self.program)
+                return assert_right(_together(several), self.program)
             except AssertionError:
-                if draws == DRAWS[-1]:
+                if draws == DRAWS[-1] and not any(map(_repeats_keys, self.program.inputs)):
                     raise
+        apart = [self.results(seed, apart=True) for seed in range(DRAWS[-1])]
+        return assert_right(_together(several), self.program, _together(apart))
 
-    def results(self, seed: int) -> list[Results]:
-        """What flashfuse, eager code and float64 give; for gradients in float64, what they are in float32, too."""
-        inputs = self.program.make(self.number, seed)
+    def results(self, seed: int, apart: bool = False) -> list[Results]:
+        """What flashfuse, eager code and float64 give; for float64 programs what it is in float32, too.
+
+        apart: whether one key or value that stands for all of them is told apart.
+        """
+        given = self.program.make(self.number, seed)
+        inputs, single = (self._apart(xs, seed) if apart else xs for xs in (given, [*map(_single, given)]))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if self.program.trains and (found := self._trained(inputs)):
+            if self.program.trains and (found := self._trained(inputs, single)):
                 return found
             with torch.no_grad():
-                return self._run(inputs, outputs)
+                return self._run(inputs, single, outputs)
 
-    def _run(self, inputs: list[torch.Tensor], way: Callable[[Run, list[torch.Tensor]], Results]) -> list[Results]:
+    def _apart(self, inputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+        pairs = zip(inputs, self.program.inputs, strict=True)
+        return [told_apart(x, seed) if _repeats_keys(own) else x for x, own in pairs]
+
+    def _run(self, inputs: list[torch.Tensor], single: list[torch.Tensor], way: Way) -> list[Results]:
         try:
             eager = way(self.function, [x.clone() for x in inputs])
             with widened(self.program.dtype), _positions_widened(self.program.dtype):
                 wide = way(self.function, [_double(x) for x in inputs])
         except Exception as error:
             raise Invalid(f"{type(error).__name__}: {error}") from error
-        return [way(self._marked, [x.clone() for x in inputs]), eager, wide]
+        results = [way(self._marked, [x.clone() for x in inputs]), eager, wide]
+        if self.program.dtype == torch.float64:
+            results.append(way(self.function, [x.clone() for x in single]))
+        return results
 
-    def _trained(self, inputs: list[torch.Tensor]) -> list[Results]:
+    def _trained(self, inputs: list[torch.Tensor], single: list[torch.Tensor]) -> list[Results]:
         """With gradients; nothing where eager code writes over what its own gradients need."""
         with torch.enable_grad():
             way = functools.partial(gradients, program=self.program)
             try:
-                found = self._run(inputs, way)
+                found = self._run(inputs, single, way)
             except Invalid as error:
                 if not any(text in str(error) for text in NOT_TRAINED):
                     raise
                 return []
-            if self.program.dtype == torch.float64:
-                found.append(way(self.function, [_single(x) for x in inputs]))
-            return without_discarded(found, sum(learned(self.program, inputs)))
+            return without_discarded(found, sum(learned(self.program, inputs)), self.program.curved)
 
     def _marked(self, *inputs: torch.Tensor) -> Any:
         """The compiled program, told that batch size and lengths are dynamic where they change."""
@@ -163,7 +172,23 @@ def _single(x: torch.Tensor) -> torch.Tensor:
     return x.clone().float() if x.is_floating_point() else x.clone()
 
 
-def _together(results: Sequence[Results]) -> Results:
+def _repeats_keys(own: Input) -> bool:
+    """Whether it is one key or value for all of them."""
+    return own.kind == "shared" and "t" in own.axes[0]
+
+
+def told_apart(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """The same with every element its own: as it was, or an ulp or two more or less."""
+    steps = torch.randint(-1, 2, x.shape, generator=torch.Generator().manual_seed(seed))
+    return (x.double() * (1 + steps.double() * torch.finfo(x.dtype).eps)).to(x.dtype)
+
+
+def _together(several: Sequence[list[Results]]) -> list[Results]:
+    """Each way's results for several sets of inputs as one."""
+    return [_stacked(results) for results in zip(*several, strict=True)]
+
+
+def _stacked(results: Sequence[Results]) -> Results:
     columns = zip(*results, strict=True)
     return [None if any(x is None for x in xs) else torch.stack(xs) for xs in columns]  # type: ignore[arg-type]
 
@@ -196,66 +221,3 @@ def gradients(run: Run, inputs: list[torch.Tensor], program: Program) -> Results
     wanted = [x for x in leaves if x.requires_grad]
     found = torch.autograd.grad(results, wanted, grads, allow_unused=True)
     return [*(x.detach() for x in (*results, *given) if x.is_floating_point()), *found]
-
-
-def without_discarded(results: list[Results], gradients: int) -> list[Results]:
-    """The same with 0 for gradients that are NaN to autograd alone: it multiplies a branch that is discarded by 0.
-
-    results: of flashfuse, eager code, float64 and perhaps others, whose last so many are gradients. The kernels leave
-    such branches out (numerics.md, 5). Where a result is NaN gradients are NaN of themselves.
-    """
-    fused, eager, wide, *_ = results
-    first = len(wide) - gradients
-    if any(x is None or x.isnan().any() for x in wide[:first]):
-        return results
-    for at in range(first, len(wide)):
-        ours, theirs, exact = fused[at], eager[at], wide[at]
-        if ours is not None and theirs is not None and exact is not None:
-            alone = ours.isfinite() & theirs.isnan() & exact.isnan()
-            for run in results:
-                run[at] = run[at].masked_fill(alone, 0.0)  # type: ignore[union-attr]
-    return results
-
-
-def assert_right(results: Sequence[Results], program: Program) -> None:
-    """Every result by the rule, where it says something."""
-    for fused, eager, wide, *narrow in zip(*results, strict=True):
-        assert (fused is None) == (eager is None), "a gradient where eager has none, or none where it has one"
-        if fused is None or eager is None or wide is None:
-            continue
-        assert fused.shape == eager.shape, f"shape {tuple(fused.shape)}, expected {tuple(eager.shape)}"
-        assert fused.dtype == eager.dtype, f"{fused.dtype}, expected {eager.dtype}"
-        known = ~_left_open(program, fused, eager, wide)
-        if not known.any():
-            continue
-        if narrow and (size := _rounding_alone(eager[known], narrow[0][known])) is not None:
-            found = fused[known].abs().max().item()
-            assert found <= size, f"what is 0 in exact arithmetic is {found:.3g}, and rounding leaves {size:.3g}"
-            continue
-        floor = torch.float32 if program.dtype == torch.float64 else eager.dtype
-        assert_close_to_exact(fused[known], eager[known], wide[known], floor)
-
-
-def _rounding_alone(eager: torch.Tensor, single: torch.Tensor) -> float | None:
-    """What float64's rounding may leave of numbers that are 0 in exact arithmetic; None where they are others.
-
-    Of such numbers nothing but rounding is left in any type, and each type's is of its own size (numerics.md, 5).
-    """
-    size, of_single = (x.nan_to_num(0.0, 0.0, 0.0).abs().max().double().item() for x in (eager, single))
-    if of_single == 0 or size > ROUNDING_ALONE * of_single:
-        return None
-    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    return 4 * max(size, ratio * of_single)
-
-
-def _left_open(program: Program, fused: torch.Tensor, eager: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
-    """Where nothing is asked: eager code gives the very same or overflows as well, or the contract leaves it open.
-
-    Where exponentials without the row's own maximum overflow, eager code has no error that another could be held to.
-    Nor where their sum alone does, and the quotient is 0: no wider type than float64 tells.
-    """
-    same = ~eager.isfinite() & ((fused == eager) | (fused.isnan() & eager.isnan()))
-    if program.left_open:
-        overflown = (eager == 0) & (wide == 0) & (program.dtype == torch.float64)
-        return ~eager.isfinite() | ~wide.isfinite() | overflown
-    return same | (wide.isfinite() & ~eager.isfinite() & ~fused.isfinite())

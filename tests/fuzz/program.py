@@ -80,7 +80,8 @@ class Program:
     sites: how many attentions have to be found; None where a program only looks like attention.
     refused: the codes of refusals that are right instead.
     trains: whether gradients are asked for. left_open: whether rows that are not finite in float64 are left open, as
-    where exponentials of scores overflow or vanish, and those of differences from a row's maximum do not.
+    where exponentials of scores overflow or vanish, and those of differences from a row's maximum do not. curved:
+    whether scores are under a function, which may be flat where no mask is.
     """
 
     inputs: tuple[Input, ...]
@@ -91,6 +92,7 @@ class Program:
     refused: frozenset[str] = frozenset()
     trains: bool = False
     left_open: bool = False
+    curved: bool = False
     labels: tuple[str, ...] = field(default=(), compare=False)
 
     def __hash__(self) -> int:

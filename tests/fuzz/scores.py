@@ -109,10 +109,26 @@ def _einsum(draft: Draft, q: Var, k: Var, frame: Axes) -> Var:
     return einsum(draft, "s", q, with_heads(draft, k, frame, ("t", "d")), frame)
 
 
+def in_parts(draft: Draft) -> bool:
+    """Whether keys or values are used in two parts, which for one query are left alone.
+
+    Two parts of one key each have no axis that is a sum.
+    """
+    if draft.number("t") < 3 or draft.symbolic or not draft.chance(12):
+        return False
+    draft.labels.append("in-parts")
+    if draft.number("s") == 1:
+        draft.refused.add("extra-columns")
+    return True
+
+
 def _matmul(draft: Draft, q: Var, k: Var, frame: Axes) -> Var:
     outer = outer_of(frame)
     q = draft.arranged(q, (*outer, "s", "d"))
     k = laid_out(draft, k, frame, ("t", "d"))
+    if in_parts(draft):
+        parts = (f"{q.name} @ {k.name}[..., :1, :].mT", f"{q.name} @ ({k.name}[..., 1:, :] * 0.5).mT")
+        return draft.permuted(draft.let("s", f"torch.cat([{', '.join(parts)}], -1)", (*outer, "s", "t")), frame)
     if frame.index("t") < frame.index("s"):
         return draft.permuted(draft.let("s", matmul(draft, k.name, turned(draft, q.name)), (*outer, "t", "s")), frame)
     return draft.permuted(draft.let("s", matmul(draft, q.name, turned(draft, k.name)), (*outer, "s", "t")), frame)

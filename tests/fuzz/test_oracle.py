@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fuzz.oracle import Call, assert_right, check, without_discarded
+from fuzz.oracle import Call, check, told_apart
 from fuzz.program import Input, Program
+from fuzz.rule import assert_right, without_discarded
 
 GIVEN = (Input("q", ("s", "d"), "normal"), Input("k", ("t", "d"), "normal"), Input("v", ("t", "e"), "normal"))
 # All keys of a row have the same value, so no score changes anything.
@@ -70,3 +71,49 @@ def test_gradients_that_autograd_alone_makes_nan() -> None:
     without = [torch.tensor([math.nan])]
     left = without_discarded([[*without, torch.tensor([3.0, 2.0])], [*without, nan], [*without, nan]], 1)
     assert left[1][1].isnan().any()
+
+
+def test_gradients_that_eager_code_makes_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All keys and values are one: eager code's roundings leave 0 in any type, and another order of additions 1e-31."""
+    monkeypatch.setattr("fuzz.oracle.DRAWS", (2,))
+    keys = (GIVEN[0], Input("k", ("t", "d"), "shared"), Input("v", ("t", "e"), "shared"))
+    lines = ("s = q @ k.mT", "e = (s - s.amax(-1, True)).exp()", "return e * e.sum(-1, True).pow(-1) @ v")
+    check(replace(EQUAL_VALUES, inputs=keys, lines=lines, sizes=({"s": 2, "t": 24, "d": 4, "e": 8},)))
+
+
+def test_equal_keys_are_told_apart() -> None:
+    """One rounding for all keys leaves nothing behind a softmax; a kernel was held to that."""
+    program = replace(EQUAL_VALUES, inputs=GIVEN, dtype=torch.float32, trains=False)
+    ours, theirs, exact = (torch.tensor([1 + error], dtype=torch.float64) for error in (2e-6, 1e-8, 0.0))
+    apart = [[exact], [(exact + 1.5e-6).float()], [exact]]
+    results = [[ours.float()], [theirs.float()], [exact]]
+    with pytest.raises(AssertionError, match="largest error"):
+        assert_right(results, program)
+    assert_right(results, program, apart)
+    with pytest.raises(AssertionError, match="largest error"):
+        assert_right([[ours.float() + 1e-5], *results[1:]], program, apart)
+
+
+def test_telling_apart_is_an_ulp() -> None:
+    one = torch.randn(1, 4).to(torch.bfloat16).expand(9, 4)
+    apart = told_apart(one, 0)
+    assert (apart != one).any()
+    assert ((apart - one).abs() <= 2 * torch.finfo(torch.bfloat16).eps * one.abs()).all()
+
+
+def test_gradients_of_rows_that_are_nan() -> None:
+    """A score of +inf makes its row NaN, and log1p is flat there: 0 times NaN to autograd, 0 to the kernels."""
+    row, nan = torch.tensor([math.nan]), torch.tensor([math.nan, math.nan])
+    for ours, right in ((0.0, True), (3.0, False)):
+        runs = [[row, torch.tensor([ours, math.nan])], [row, nan], [row, nan]]
+        assert without_discarded(runs, 1)[1][1].isnan().all()
+        assert (without_discarded(runs, 1, curved=True)[1][1][0].item() == 0) == right
+
+
+def test_numbers_that_are_nearly_too_large() -> None:
+    """A gradient a thousandth below the largest number was not finite, as half of eager code's error makes it."""
+    program = replace(EQUAL_VALUES, inputs=GIVEN, dtype=torch.float32, trains=False)
+    ours, theirs = torch.tensor([math.inf]), torch.tensor([3.39e38])
+    assert_right([[ours], [theirs], [torch.tensor([3.398e38], dtype=torch.float64)]], program)
+    with pytest.raises(AssertionError, match="largest error"):
+        assert_right([[ours], [theirs], [torch.tensor([3.391e38], dtype=torch.float64)]], program)

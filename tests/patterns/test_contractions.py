@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from agreement import check_fused
-from graphs import only_site, score_of
+from graphs import only_refusal, only_site, score_of
 
 S, T, D, E = 6, 10, 8, 3
 
@@ -102,3 +102,33 @@ def test_a_sum_of_products_of_broadcast_tensors_is_their_product(fn: Callable[..
     assert score_of(site.spec) == SUMMED[fn]
     assert (site.q_len, site.kv_len, site.value_dim) == (1 if "pooled" in fn.__name__ else S, T, E)
     check_fused(fn, *qkv())
+
+
+def outer(q: Any, k: Any, v: Any) -> Any:
+    return (torch.outer(q[0, :, 0], k[0, :, 0]) * 0.5).softmax(-1) @ v[0]
+
+
+def outer_method(q: Any, k: Any, v: Any) -> Any:
+    return ((k[0, :, 0].ger(q[0, :, 0]) / 2).softmax(0).mT) @ v[0]
+
+
+def einsum_of_one_feature(q: Any, k: Any, v: Any) -> Any:
+    return (torch.einsum("bs,bt->bst", q[..., 0], k[..., 0]) * 0.5).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("fn", [outer, outer_method, einsum_of_one_feature], ids=lambda f: f.__name__)
+def test_a_number_for_each_query_times_one_for_each_key(fn: Callable[..., Any]) -> None:
+    """Products over one feature: one was left alone without a word, the other said to be none."""
+    site = only_site(fn, *qkv())
+    assert score_of(site.spec) == "(qk * 0.5)"
+    assert (site.q_len, site.kv_len, site.head_dim) == (S, T, 1)
+    check_fused(fn, *qkv())
+
+
+def test_a_number_for_each_query_beside_what_is_unknown() -> None:
+    """The search for a product over one feature ended at the temperature, and its reason was told."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        return ((q @ k.mT).cosh() * q[:, :1, :1]).softmax(-1) @ v
+
+    assert only_refusal(fn, *qkv()).code == "unknown-operator"

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from graphs import only_refusal, only_site
 
+from flashfuse.kernels.expr import Const, walk
+
 
 def test_functional_attention_to_one_key() -> None:
     """With one key the score has no key position, and the search ended in an exception of its own."""
@@ -85,3 +87,15 @@ def test_queries_made_within_a_product() -> None:
     refusal = only_refusal(fn, torch.randn(2, 3, 6, 4), torch.randn(2, 10, 4), torch.randn(2, 10, 4))
     assert refusal.code == "operand-layout"
     assert "queries are made within an operator" in refusal.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_that_divide_keep_their_digits(dtype: torch.dtype) -> None:
+    """One over a number that divides queries, keys, or probabilities was rounded to their type: all scores were off."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        return ((q / 3.3) @ (k / 7.1).mT).softmax(-1).div(2.3) @ v
+
+    spec = only_site(fn, *(torch.randn(2, 5, 4, dtype=dtype) for _ in range(3))).spec
+    numbers = [e.value for program in (spec.score, spec.factor) for e in walk(program) if isinstance(e, Const)]
+    assert numbers == pytest.approx([1 / (3.3 * 7.1), 1 / 2.3], rel=1e-6)

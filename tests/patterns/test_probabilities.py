@@ -435,6 +435,9 @@ LATE: dict[str, Callable[[Any, Any], Any]] = {
     "in-place": lambda e, v: (e @ v).div_(e.sum(-1, keepdim=True)),
     "transposed": lambda e, v: ((v.mT @ e.mT) / e.sum(-1)[..., None, :]).mT,
     "multiplied-and-summed": lambda e, v: (e.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2) / e.sum(-1, keepdim=True),
+    "by-ones": lambda e, v: (e @ v) / (e @ v.new_ones(v.shape[-2], 1)),
+    "by-ones-like": lambda e, v: (e @ v) * (e @ torch.ones_like(v)).reciprocal(),
+    "by-ones-before": lambda e, v: (e / torch.einsum("bhst,t->bhs", e, v.new_ones(v.shape[-2])).unsqueeze(-1)) @ v,
     "as-wide": lambda e, v: (e.to(v.dtype) @ v) / e.sum(-1, keepdim=True, dtype=torch.float32).to(v.dtype),
 }
 
@@ -466,6 +469,7 @@ def test_two_in_a_row_divided_behind_the_product() -> None:
 
 
 NOT_ITS_SUM: dict[str, Callable[[Any, Any], Any]] = {
+    "by-twos": lambda e, v: (e @ v) / (e @ torch.full_like(v, 2.0)),
     "another-sum": lambda e, v: (e @ v) / (e * 2.0).sum(-1, keepdim=True),
     "of-columns": lambda e, v: (e[..., :S, :] @ v) / e.sum(-2, keepdim=True).mT[..., :S, :],
     "kept": lambda e, v: ((e @ v) / e.sum(-1, keepdim=True), e.sum(-1)),

@@ -293,6 +293,68 @@ def test_no_softmax_over_products_is_no_attention_at_all() -> None:
     assert not result.refusals
 
 
+def added_by_scatter(e: Any, rows: Any) -> Any:
+    return e.new_zeros(S).scatter_add_(0, rows, e)
+
+
+def added_by_index(e: Any, rows: Any) -> Any:
+    return torch.zeros(S).index_add(0, rows, e)
+
+
+@pytest.mark.parametrize("add", [added_by_scatter, added_by_index], ids=["scatter", "index"])
+def test_softmax_over_the_edges_of_a_graph(add: Callable[..., Any]) -> None:
+    """It was left alone without a word: its exponentials are not summed over an axis."""
+
+    def fn(q: Any, k: Any, v: Any, source: Any, target: Any) -> Any:
+        s = (q[target] * k[source]).sum(-1) / 2
+        e = (s - s.max()).exp()
+        weights = e / add(e, target)[target]
+        return torch.zeros(S, D).index_add(0, target, weights[:, None] * v[source])
+
+    rows = (torch.randn(S, D) for _ in range(3))
+    refusal = only_refusal(fn, *rows, torch.randint(0, S, (12,)), torch.randint(0, S, (12,)))
+    assert refusal.code == "scattered"
+
+
+class Additive(torch.nn.Module):
+    """Bahdanau's attention: each query and key is added before a function and a layer make a score of them."""
+
+    def __init__(self, function: Any = torch.tanh, queries: int = S) -> None:
+        super().__init__()
+        self.score, self.function, self.queries = torch.nn.Linear(D, 1, bias=False), function, queries
+
+    def forward(self, q: Any, k: Any, v: Any) -> Any:
+        pairs = q[:, 0, : self.queries, None] + k[:, 0, None]
+        s = self.score(self.function(pairs)).squeeze(-1)
+        return s.masked_fill(k[:, 0, None, :, 0] > 2, -1e9).softmax(-1) @ v[:, 0]
+
+
+@pytest.mark.parametrize("module", [Additive(), Additive(F.leaky_relu), Additive(queries=1)], ids=["all", "gat", "one"])
+def test_additive_attention(module: Additive) -> None:
+    """It was left alone without a word, as a layer is no product of activations."""
+    refusal = only_refusal(module, *qkv())
+    assert refusal.code == "no-product"
+    assert "`linear` makes the scores of sums of queries and keys" in refusal.reason
+    assert "self.score(" in refusal.location.code
+
+
+def test_pooling_by_a_layer_is_not_additive_attention() -> None:
+    """Positions that are added for a whole batch are no queries, and neither is a bias that a layer adds."""
+
+    class Pooling(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = torch.nn.Linear(D, 1)
+
+        def forward(self, x: Any, positions: Any, bias: Any) -> Any:
+            s = self.score(torch.tanh(x + positions[None] + bias))
+            return (s.softmax(1).mT @ x).squeeze(1)
+
+    result = matched(Pooling(), torch.randn(B, S, D), torch.randn(S, D), torch.randn(D))
+    assert not result.sites
+    assert not result.refusals
+
+
 def test_a_classifier_is_not_refused() -> None:
     """What a layer makes of a product of activations, as a graph convolution's, was said to be a softmax of scores."""
 

@@ -38,7 +38,24 @@ def in_front_in_another_type(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> An
     return combined.softmax(-1).to(v.dtype).split([1, T], -1)[1] @ v
 
 
-SINKS = [appended_without_maximum, appended_to_empty_rows, in_front, in_front_in_another_type]
+def by_logarithm(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    s = masked(q, k, keep)
+    return (s - torch.cat([s, column(s, sink)], -1).logsumexp(-1, keepdim=True)).exp() @ v
+
+
+def by_logarithm_in_front(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    s = masked(q, k, keep)
+    return (s - torch.logsumexp(torch.cat([column(s, sink), s], -1), -1)[..., None]).exp() @ v
+
+
+def by_logarithm_of_a_sum(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+    s = masked(q, k, keep)
+    return (s - (s.exp().sum(-1, keepdim=True) + column(s, sink).exp()).log()).exp() @ v
+
+
+# Beside a logarithm of all columns the scores are a part of what is summed; they were "needed as a whole".
+BY_LOGARITHM = [by_logarithm, by_logarithm_in_front, by_logarithm_of_a_sum]
+SINKS = [appended_without_maximum, appended_to_empty_rows, in_front, in_front_in_another_type, *BY_LOGARITHM]
 
 
 @pytest.mark.parametrize("fn", SINKS, ids=lambda f: f.__name__)
