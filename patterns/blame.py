@@ -21,10 +21,10 @@ from flashfuse.patterns.seeds import is_contraction
 from flashfuse.patterns.transforms import gradient_levels, is_wrapped
 
 
-def refuse_opaque(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
-    """Refuse where a normaliser lies behind the operator that cannot be lifted."""
+def refuse_opaque(lifter: Lifter, error: CannotLift, passed: fx.Node, leads: AbstractSet[fx.Node]) -> None:
+    """Refuse where a normaliser of what a product lies behind is behind the operator that cannot be lifted."""
     node = error.node or passed
-    if not _behind(lifter, node, NORMALISERS):
+    if not _normalises_behind(lifter, node, leads):
         return
     name = name_of(node)
     if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
@@ -66,19 +66,19 @@ def _varies_by(axis: sympy.Symbol, exponent: Expr, base: Expr) -> bool:
     return axis in free_symbols(exponent) and axis not in free_symbols(base)
 
 
-def refuse_single_key(lifter: Lifter, node: fx.Node) -> None:
+def refuse_single_key(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> None:
     """Refuse a product over one key where probabilities are multiplied: each is 1, and nothing is left to fuse."""
-    if _behind(lifter, node, NORMALISERS):
+    if _normalises_behind(lifter, node, leads):
         raise Refused("single-key", "there is one key, whose probability is 1: the output is its value", node)
 
 
-def _behind(lifter: Lifter, node: fx.Node, names: frozenset[str], limit: int = 32) -> bool:
-    """Whether an operator of one of these names lies shortly behind a node."""
+def _normalises_behind(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node], limit: int = 32) -> bool:
+    """Whether a normaliser lies shortly behind a node that is not of other things than a product, as of decays."""
     seen, queue = {node}, [node]
     while queue and len(seen) < limit:
         current = queue.pop()
         lifter.region.open(current)
-        if name_of(current) in names:
+        if name_of(current) in NORMALISERS and not leads.isdisjoint(current.all_input_nodes):
             return True
         # What lies behind another product or a layer belongs to that.
         if current is not node and (is_contraction(current) or is_weighted(current)):

@@ -25,6 +25,7 @@ import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa
 import flashfuse.patterns.writes  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Reduce, free_symbols, loads, walk
+from flashfuse.kernels.normal import substitute
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.blame import check_transforms, refuse_single_key, wrong_axis
 from flashfuse.patterns.calls import name_of
@@ -38,7 +39,7 @@ from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.reasons import Reasons
 from flashfuse.patterns.refusal import Refused, no_value_product, read_as_whole
 from flashfuse.patterns.replay import Analyses
-from flashfuse.patterns.score import Score, as_scores, find_products, find_score
+from flashfuse.patterns.score import Products, Score, as_scores, find_products, find_score
 from flashfuse.patterns.seeds import WHOLE, is_contraction, upstream
 from flashfuse.patterns.sharing import Sharing
 from flashfuse.patterns.site import AttentionSite, Refusal, outermost
@@ -133,7 +134,7 @@ def _terms(
 ) -> AttentionSite | None:
     """The attention with these values, which may be a sum of several. Raises Refused."""
     if product.extent == 1:
-        refuse_single_key(lifter, node)
+        refuse_single_key(lifter, node, leads)
     problems: list[Refused] = []
     for probs_side, value_side in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
         columns = Columns(lifter, product.axis, product.extent, product.dtype, leads)
@@ -256,7 +257,7 @@ def _unnormalised(
     try:
         scores = as_scores(found)
     except Refused as error:
-        if error.code == "square-intermediate":
+        if error.code == "square-intermediate" and not _is_gated_layer(found):
             raise
         return None
     if any(node in score.nodes for score in scores):
@@ -265,6 +266,14 @@ def _unnormalised(
     sites = [_assembled(lifter, node, position, product, value_side, score, end) for score in scores]
     value_dim = sites[0].value_dim
     return None if value_dim.is_Integer and value_dim > _WIDEST else _added(lifter, sites)
+
+
+def _is_gated_layer(found: Products) -> bool:
+    """Whether all products have the same queries and keys that no batch axis tells apart: weights given as tensors."""
+    first = found.dots[0]
+    rows = (substitute(dot.lhs, {dot.axis: first.axis}) for dot in found.dots)
+    keys = (free_symbols(dot.rhs) - {dot.axis, found.j} for dot in found.dots)
+    return all(row == first.lhs for row in rows) and not any(keys)
 
 
 # Beyond this no tile holds a row, and two matrix products are the faster program.

@@ -54,9 +54,15 @@ class Reasons:
     def _unmet(self, seed: fx.Node) -> Refused | None:
         """Why a normaliser behind a product meets no values; None where it is no attention's.
 
-        So it is with an exponential alone, and with a softmax of what a layer makes of a product, as a classifier's.
+        So it is with an exponential alone, with a softmax of what a layer makes of a product, as a classifier's, and of
+        a product with weights, as a router's.
         """
-        if name_of(seed) in PARTIAL:
+        if name_of(seed) in PARTIAL or any(self._is_layer(n) for n in seed.all_input_nodes):
             return None
         alone = Refused("no-value-product", "the probabilities are not multiplied with values in this graph")
         return mixing_layer(seed) or (None if seed in self.up.mixed else alone)
+
+    def _is_layer(self, node: fx.Node) -> bool:
+        """Whether a node is made of a product with what is made of parameters alone."""
+        product = self.up.products.get(node)
+        return product is not None and not self.graph.weights.isdisjoint(product.all_input_nodes)

@@ -218,6 +218,8 @@ class _Search:
         before, again = len(self.found), len(self.again)
         try:
             program = self.opened(self.lifter.expand(load, followed=followed), node, followed)
+            if len(self.found) == before and self._is_gone(program, node):
+                return load
             if not self._reaches_outside(load) or all(self._stays_inside(dot) for dot, _ in self.found[before:]):
                 return program
             told = "the softmax is over rows or columns beside the product's own, as of a second product"
@@ -228,6 +230,11 @@ class _Search:
             pass
         del self.found[before:], self.again[again:]
         return load
+
+    def _is_gone(self, program: Expr, node: fx.Node) -> bool:
+        """Whether a program without products reads what the node, which it computes, was written over."""
+        read = (x.tensor for x in loads(program) if isinstance(x.tensor, fx.Node))
+        return any(self.lifter.is_overwritten(tensor, node) for tensor in read)
 
     def _reaches_outside(self, load: Load) -> bool:
         """Whether an index takes more values than its dimension has: only a choice around it keeps it inside."""

@@ -307,6 +307,23 @@ def test_a_classifier_is_not_refused() -> None:
     assert not matched(Classifier(), torch.randn(S, D), torch.rand(S, S)).refusals
 
 
+def test_a_router_in_a_wider_type_is_not_refused() -> None:
+    """Behind a product, its logits were taken for one of activations, since its weights are converted."""
+
+    class Routed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = torch.nn.Parameter(torch.randn(4, D, dtype=torch.bfloat16))
+
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            out = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+            return out, F.linear(out.float(), self.router.float()).softmax(-1).topk(2)
+
+    result = matched(Routed(), *(x.bfloat16() for x in qkv()))
+    assert len(result.sites) == 1
+    assert not result.refusals
+
+
 def test_layers_that_mix_heads_on_both_sides() -> None:
     """CaiT mixes scores by one layer and probabilities by another."""
 

@@ -408,6 +408,19 @@ def check(fn: Attention, *args: torch.Tensor, sites: int = 1) -> str:
     return code
 
 
+def test_products_that_are_read_are_read_after_they_are_written() -> None:
+    """A product that stays a tensor, as of relative positions, was refused where it is edited through a view."""
+
+    def fn(q: Any, k: Any, v: Any, r: Any) -> Any:
+        shifted = torch.einsum("bhid,td->bhit", q, r).reshape(B, H, 2 * S, S)[:, :, 1:]
+        shifted = shifted.reshape(B, H, S, 2 * S - 1)[..., :S]
+        shifted *= 0.5
+        return (product(q, k) + shifted).softmax(-1) @ v
+
+    assert "where" not in score_of(only_site(fn, *qkv(), torch.randn(2 * S, D)).spec)
+    check(fn, *qkv(), torch.randn(2 * S, D))
+
+
 def like(node: fx.Node, seed: int) -> torch.Tensor:
     """Numbers for an input of a graph."""
     t = tensor(node)
