@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 import sympy
 from torch import fx
 
-from flashfuse.kernels.expr import Expr, Pointwise, Softmax, free_symbols
+from flashfuse.kernels.expr import Expr, Pointwise, Softmax, free_symbols, loads
 from flashfuse.kernels.normal import number
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.exponential import is_normalised, masked_exponential
@@ -90,9 +90,16 @@ def _normalises_behind(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node
 
 
 def wrong_axis(
-    lifter: Lifter, softmax: Softmax, contracted: sympy.Symbol, leads: AbstractSet[fx.Node], node: fx.Node
+    lifter: Lifter,
+    softmax: Softmax,
+    contracted: sympy.Symbol,
+    values: Expr,
+    leads: AbstractSet[fx.Node],
+    node: fx.Node,
 ) -> Refused:
     """Why a product over another axis than the softmax's is no attention: rows, or heads, are mixed."""
+    if lifter.graph.weights.issuperset(read.tensor for read in loads(values) if isinstance(read.tensor, fx.Node)):
+        return mixed(node, "probabilities", "before they meet the values")
     try:
         dot = find_score(lifter, softmax.arg, softmax.axis, leads, node).dot
     except Refused as error:

@@ -146,7 +146,7 @@ def _terms(
             problems.append(error)
             continue
         except OtherAxis as error:
-            problems.append(wrong_axis(lifter, error.softmax, product.axis, leads, node))
+            problems.append(wrong_axis(lifter, error.softmax, product.axis, value_side, leads, node))
             continue
         if terms:
             return _added(lifter, [_site(lifter, node, position, product, value_side, w, leads) for w in terms])

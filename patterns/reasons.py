@@ -42,7 +42,7 @@ class Reasons:
         left += [n for n in apart if self._is_curve(n)]
         for seed in dict.fromkeys(left):
             error = refused[seed][0] if seed in refused else self._unmet(seed)
-            if error is not None:
+            if error is not None and not self._is_of_features(seed, error):
                 node = error.node or seed
                 yield Refusal(node, error.code, error.reason, location(node))
 
@@ -61,6 +61,10 @@ class Reasons:
             return None
         alone = Refused("no-value-product", "the probabilities are not multiplied with values in this graph")
         return mixing_layer(seed) or (None if seed in self.up.mixed else alone)
+
+    def _is_of_features(self, seed: fx.Node, error: Refused) -> bool:
+        """Whether a softmax over no product is of what a layer makes of one, as in linear attention."""
+        return error.code == "no-product" and error.node is None and seed in self.up.mixed
 
     def _is_layer(self, node: fx.Node) -> bool:
         """Whether a node is made of a product with what is made of parameters alone."""

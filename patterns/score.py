@@ -257,7 +257,7 @@ class _Search:
 
     def _product(self, dot: Dot, node: fx.Node) -> Expr:
         left, right = self.j in free_symbols(dot.lhs), self.j in free_symbols(dot.rhs)
-        if is_weighted(node) and any(x.tensor in self.leads for x in loads(dot)):
+        if is_weighted(node) and any(self._are_scores(side) for side in (dot.lhs, dot.rhs)):
             self._note(mixed(node))
         if left == right or is_weighted(node):
             raise _NoIndexForm
@@ -270,6 +270,11 @@ class _Search:
                 return Product(dot.dtype, slot)
         self.found.append((dot, node))
         return Product(dot.dtype, len(self.found) - 1)
+
+    def _are_scores(self, side: Expr) -> bool:
+        """Whether what a layer takes has the rows and columns of the scores, and a product behind it."""
+        there = free_symbols(side)
+        return self.j in there and there.issuperset(self.rows) and any(x.tensor in self.leads for x in loads(side))
 
     def _is_again(self, dot: Dot, known: Dot) -> bool:
         """Whether a product is one that is known already, perhaps written a second time."""

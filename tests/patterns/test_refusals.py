@@ -339,6 +339,41 @@ def test_layers_that_mix_heads_on_both_sides() -> None:
     assert only_refusal(Talking(), *qkv()).code == "head-mixing"
 
 
+def test_parameters_that_mix_heads_on_both_sides() -> None:
+    """The same by einsum with matrices, which were taken for values: said to be a softmax over another axis."""
+
+    class Talking(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = (torch.nn.Parameter(torch.randn(H, H)) for _ in range(2))
+
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            probs = torch.einsum("bhij,hg->bgij", scores(q, k), self.before).softmax(-1)
+            return torch.einsum("bhij,hg->bgij", probs, self.after) @ v
+
+    refusal = only_refusal(Talking(), *qkv())
+    assert refusal.code == "head-mixing"
+    assert "self.after" in refusal.location.code
+
+
+def test_linear_attention_behind_a_product_is_not_refused() -> None:
+    """The layer that makes features was said to mix scores across heads, behind another linear attention."""
+
+    class Linear(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.key = torch.nn.Linear(D, D)
+
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            x = q @ (k.softmax(-2).transpose(-1, -2) @ v)
+            return q @ (self.key(x).softmax(-2).transpose(-1, -2) @ v)
+
+    with torch.no_grad():
+        result = matched(Linear(), *qkv())
+    assert not result.sites
+    assert not result.refusals
+
+
 def test_classes_of_an_average_are_not_refused() -> None:
     def fn(x: Any, gate: Any) -> Any:
         return (gate.softmax(1) * x).sum(1).softmax(-1)
