@@ -184,6 +184,13 @@ def single_key_written_out(q: Any, k: Any, v: Any) -> Any:
     return (e / e.sum(-1, keepdim=True)) @ v[:, :, :1]
 
 
+def contextual_positions(q: Any, k: Any, v: Any) -> Any:
+    """https://arxiv.org/abs/2405.18719: their rounding was blamed, not the sum."""
+    s = scores(q, k)
+    at = s.sigmoid().cumsum(-1).clamp(max=S - 1)
+    return (s + scores(q, k[:1, :1]).gather(-1, at.ceil().long())).softmax(-1) @ v
+
+
 def base_three(q: Any, k: Any, v: Any) -> Any:
     e = 3.0 ** scores(q, k)
     return (e / e.sum(-1, keepdim=True)) @ v
@@ -214,6 +221,7 @@ REFUSED = [
     (sorted_scores, "sort", "sort"),
     (cumulative, "cumulative", "cumsum"),
     (cumulative_product, "cumulative", "cumprod"),
+    (contextual_positions, "cumulative", "cumsum"),
     (permuted_keys, "look-up", "gather"),
     (multiplied_products, "square-intermediate", "k.transpose"),
     (product_under_a_function, "square-intermediate", "k.transpose"),
