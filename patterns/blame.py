@@ -98,17 +98,24 @@ def wrong_axis(
     node: fx.Node,
 ) -> Refused:
     """Why a product over another axis than the softmax's is no attention: rows, or heads, are mixed."""
-    if lifter.graph.weights.issuperset(read.tensor for read in loads(values) if isinstance(read.tensor, fx.Node)):
-        return mixed(node, "probabilities", "before they meet the values")
+    mixes = _is_made_of_parameters(lifter, values)
     try:
         dot = find_score(lifter, softmax.arg, softmax.axis, leads, node).dot
     except Refused as error:
         if error.code != "no-product":
             return error
     else:
+        # Scores that another matrix has mixed look like its product with them.
+        mixes = mixes and _is_made_of_parameters(lifter, dot.lhs)
         if contracted in free_symbols(dot.lhs) and contracted in free_symbols(dot.rhs):
             return Refused("head-mixing", f"`{name_of(node)}` mixes the probabilities across heads", node)
+    if mixes:
+        return mixed(node, "probabilities", "before they meet the values")
     return Refused("softmax-axis", "the softmax is not over the axis that is multiplied with the values")
+
+
+def _is_made_of_parameters(lifter: Lifter, expr: Expr) -> bool:
+    return all(read.tensor in lifter.graph.weights for read in loads(expr))
 
 
 def check_transforms(graph: Graph, node: fx.Node) -> None:

@@ -364,6 +364,18 @@ def test_parameters_that_mix_heads_on_both_sides() -> None:
     assert "self.after" in refusal.location.code
 
 
+def test_learned_values_mix_no_heads() -> None:
+    class Memory(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = torch.nn.Parameter(torch.randn(S, D))
+
+        def forward(self, q: Any, k: Any) -> Any:
+            return scores(q, k).softmax(-2) @ self.values
+
+    assert only_refusal(Memory(), *qkv()[:2]).code == "softmax-axis"
+
+
 def test_linear_attention_behind_a_product_is_not_refused() -> None:
     """The layer that makes features was said to mix scores across heads, behind another linear attention."""
 
