@@ -245,6 +245,17 @@ def test_refused_with_reason_and_line(fn: Callable[..., Any], code: str, line: s
     assert refusal.reason[0].islower() or refusal.reason[0] == "`"
 
 
+def test_the_line_is_the_users() -> None:
+    """Where torch's own code uses probabilities again, its line was told, not the one that calls it."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        probs = scores(q, k).softmax(-1)
+        return probs @ v, F.pad(probs, (0, 1))
+
+    found = only_refusal(fn, *qkv()).location
+    assert (found.file, found.code) == (__file__, "return probs @ v, F.pad(probs, (0, 1))")
+
+
 def test_maximum_over_another_axis_is_not_a_softmax() -> None:
     """exp(s - max over rows) / sum over columns: the shift differs along the summed axis and does not cancel."""
     result = matched(maximum_over_rows, *qkv())
