@@ -43,7 +43,7 @@ def in_units(strides, UNIT: tl.constexpr):
         LAST: tl.constexpr = len(strides) - 1
         found = ()
         for axis in tl.static_range(LAST):
-            found = found + (strides[axis] // UNIT * UNIT,)  # noqa: RUF005
+            found = found + (strides[axis] // UNIT * UNIT,)  # type: ignore[assignment]  # noqa: RUF005
         return found + (strides[LAST],)  # noqa: RUF005
 
 
@@ -52,7 +52,7 @@ def all_in_units(strides, UNITS: tl.constexpr):
     """`in_units` of those of several tensors."""
     found = ()
     for i in tl.static_range(len(strides)):
-        found = found + (in_units(strides[i], UNITS[i]),)  # noqa: RUF005
+        found = found + (in_units(strides[i], UNITS[i]),)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 

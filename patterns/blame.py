@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 import sympy
 from torch import fx
 
-from flashfuse.kernels.expr import Expr, Pointwise, Softmax, free_symbols
+from flashfuse.kernels.expr import Expr, Pointwise, Softmax, free_symbols, loads
 from flashfuse.kernels.normal import number
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.exponential import is_normalised, masked_exponential
@@ -22,10 +22,10 @@ from flashfuse.patterns.summed import adds_pairs
 from flashfuse.patterns.transforms import gradient_levels, is_wrapped
 
 
-def refuse_opaque(lifter: Lifter, error: CannotLift, passed: fx.Node) -> None:
-    """Refuse where a normaliser lies behind the operator that cannot be lifted."""
+def refuse_opaque(lifter: Lifter, error: CannotLift, passed: fx.Node, leads: AbstractSet[fx.Node]) -> None:
+    """Refuse where a normaliser of what a product lies behind is behind the operator that cannot be lifted."""
     node = error.node or passed
-    if _behind(lifter, node, NORMALISERS) is None:
+    if _normaliser_behind(lifter, node, leads) is None:
         return
     name = name_of(node)
     if "dropout" in name or "dropout" in error.reason or "bernoulli" in error.reason:
@@ -67,9 +67,9 @@ def _varies_by(axis: sympy.Symbol, exponent: Expr, base: Expr) -> bool:
     return axis in free_symbols(exponent) and axis not in free_symbols(base)
 
 
-def refuse_single_key(lifter: Lifter, node: fx.Node) -> None:
+def refuse_single_key(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> None:
     """Refuse a product over one key where probabilities are multiplied: each is 1, and nothing is left to fuse."""
-    softmax = _behind(lifter, node, NORMALISERS)
+    softmax = _normaliser_behind(lifter, node, leads)
     if softmax is None:
         return
     t, dim = tensor(softmax), softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
@@ -78,13 +78,13 @@ def refuse_single_key(lifter: Lifter, node: fx.Node) -> None:
     raise Refused("single-key", "there is one key, whose probability is 1: the output is its value", node)
 
 
-def _behind(lifter: Lifter, node: fx.Node, names: frozenset[str], limit: int = 32) -> fx.Node | None:
-    """An operator of one of these names shortly behind a node."""
+def _normaliser_behind(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node], limit: int = 32) -> fx.Node | None:
+    """A normaliser shortly behind a node that is not of other things than a product, as of decays."""
     seen, queue = {node}, [node]
     while queue and len(seen) < limit:
         current = queue.pop()
         lifter.region.open(current)
-        if name_of(current) in names:
+        if name_of(current) in NORMALISERS and not leads.isdisjoint(current.all_input_nodes):
             return current
         # What lies behind another product or a layer belongs to that.
         if current is not node and (is_contraction(current) or is_weighted(current)):
@@ -96,18 +96,32 @@ def _behind(lifter: Lifter, node: fx.Node, names: frozenset[str], limit: int = 3
 
 
 def wrong_axis(
-    lifter: Lifter, softmax: Softmax, contracted: sympy.Symbol, leads: AbstractSet[fx.Node], node: fx.Node
+    lifter: Lifter,
+    softmax: Softmax,
+    contracted: sympy.Symbol,
+    values: Expr,
+    leads: AbstractSet[fx.Node],
+    node: fx.Node,
 ) -> Refused:
     """Why a product over another axis than the softmax's is no attention: rows, or heads, are mixed."""
+    mixes = _is_made_of_parameters(lifter, values)
     try:
         dot = find_score(lifter, softmax.arg, softmax.axis, leads, node).dot
     except Refused as error:
         if error.code != "no-product":
             return error
     else:
+        # Scores that another matrix has mixed look like its product with them.
+        mixes = mixes and _is_made_of_parameters(lifter, dot.lhs)
         if contracted in free_symbols(dot.lhs) and contracted in free_symbols(dot.rhs):
             return Refused("head-mixing", f"`{name_of(node)}` mixes the probabilities across heads", node)
+    if mixes:
+        return mixed(node, "probabilities", "before they meet the values")
     return Refused("softmax-axis", "the softmax is not over the axis that is multiplied with the values")
+
+
+def _is_made_of_parameters(lifter: Lifter, expr: Expr) -> bool:
+    return all(read.tensor in lifter.graph.weights for read in loads(expr))
 
 
 def check_transforms(graph: Graph, node: fx.Node) -> None:

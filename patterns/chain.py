@@ -41,11 +41,12 @@ def private_chain(graph: Graph, region: Region, products: Sequence[fx.Node], sit
         for user in node.users if node is not site else ():
             if user in between or user is site or user not in graph.live or not _uses_values(graph, user):
                 continue
-            where = "are returned" if user.op == "output" else f"are used again by `{_name_of_reader(user)}`"
+            reader = _reader(user)
+            where = "are returned" if reader.op == "output" else f"are used again by `{name_of(reader)}`"
             raise Refused(
                 f"{what}-used",
                 f"the {what} {where}, so they have to exist in memory",
-                node if user.op == "output" else user,
+                node if reader.op == "output" else user,
             )
     return chain
 
@@ -82,11 +83,11 @@ def _is_read_outside(
     return any(graph.position[n] > graph.position[writer] and _uses_values(graph, n) for n in readers)
 
 
-def _name_of_reader(user: fx.Node) -> str:
+def _reader(user: fx.Node) -> fx.Node:
     """What reads the tensor, where `user` only says which version of it that is."""
     while user.target is after_write and user.users:
         user = next(iter(user.users))
-    return name_of(user)
+    return user
 
 
 def _uses_values(graph: Graph, user: fx.Node) -> bool:

@@ -237,11 +237,13 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
 
 # What torch.func does around the user's function is no place in it.
 _TRANSFORMS = os.path.join("torch", "_functorch", "")
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 
 
 def location(node: fx.Node) -> Location:
-    """Where in the user's model a node comes from: the innermost frame of its source, and the module path."""
+    """Where in the user's model a node comes from: its innermost frame, outside of torch if any, and module path."""
     frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if _TRANSFORMS not in f[0]]
+    frames = [f for f in frames if not f[0].startswith(_TORCH)] or frames
     stack = node.meta.get("nn_module_stack") or {}
     path = [entry[0] for entry in stack.values()]
     module = re.sub(r"^L\['(self|fn|mod)'\]\.?", "", path[-1]) if path else ""

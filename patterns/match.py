@@ -25,6 +25,7 @@ import flashfuse.patterns.lookup
 import flashfuse.patterns.sdpa
 import flashfuse.patterns.writes  # noqa: F401
 from flashfuse.kernels.expr import Dot, Expr, Reduce, free_symbols, loads, walk
+from flashfuse.kernels.normal import substitute
 from flashfuse.patterns.added import joined_products
 from flashfuse.patterns.assemble import assemble
 from flashfuse.patterns.blame import check_transforms, refuse_single_key, wrong_axis
@@ -32,7 +33,7 @@ from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.chain import private_chain
 from flashfuse.patterns.dropout import before_dropout, check_draws
 from flashfuse.patterns.ending import Ending, ending, is_linear
-from flashfuse.patterns.found import Score, as_scores
+from flashfuse.patterns.found import Products, Score, as_scores
 from flashfuse.patterns.gate import Gated, as_gated, normalised_late, with_gate
 from flashfuse.patterns.graph import Graph, shape, tensor, wants_gradient
 from flashfuse.patterns.indexing import Indices
@@ -135,7 +136,7 @@ def _terms(
 ) -> AttentionSite | None:
     """The attention with these values, which may be a sum of several. Raises Refused."""
     if product.extent == 1:
-        refuse_single_key(lifter, node)
+        refuse_single_key(lifter, node, leads)
     problems: list[Refused] = []
     for probs_side, value_side in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
         columns = Columns(lifter, product.axis, product.extent, product.dtype, leads)
@@ -147,7 +148,7 @@ def _terms(
             problems.append(error)
             continue
         except OtherAxis as error:
-            problems.append(wrong_axis(lifter, error.softmax, product.axis, leads, node))
+            problems.append(wrong_axis(lifter, error.softmax, product.axis, value_side, leads, node))
             continue
         if terms:
             return _added(lifter, [_site(lifter, node, position, product, value_side, w, leads) for w in terms])
@@ -258,7 +259,7 @@ def _unnormalised(
     try:
         scores = as_scores(found)
     except Refused as error:
-        if error.code == "square-intermediate":
+        if error.code == "square-intermediate" and not _is_gated_layer(found):
             raise
         return None
     if any(node in score.nodes for score in scores):
@@ -267,6 +268,14 @@ def _unnormalised(
     sites = [_assembled(lifter, node, position, product, value_side, score, end) for score in scores]
     value_dim = sites[0].value_dim
     return None if value_dim.is_Integer and value_dim > _WIDEST else _added(lifter, sites)
+
+
+def _is_gated_layer(found: Products) -> bool:
+    """Whether all products have the same queries and keys that no batch axis tells apart: weights given as tensors."""
+    first = found.dots[0]
+    rows = (substitute(dot.lhs, {dot.axis: first.axis}) for dot in found.dots)
+    keys = (free_symbols(dot.rhs) - {dot.axis, found.j} for dot in found.dots)
+    return all(row == first.lhs for row in rows) and not any(keys)
 
 
 # Beyond this no tile holds a row, and two matrix products are the faster program.

@@ -146,8 +146,8 @@ def _exact(opened: Expr, written: Expr) -> Expr:
     raise _Inexact
 
 
-# Give one of their arguments, or its opposite.
-_SELECTING = ("where", "neg", "abs", "min", "max", "minimum", "maximum")
+# Give one of their arguments, its opposite, or what any type holds that holds it.
+_SELECTING = ("where", "neg", "abs", "min", "max", "minimum", "maximum", "floor", "sign")
 
 
 def _is_exact(expr: Expr) -> bool:

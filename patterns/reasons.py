@@ -47,7 +47,7 @@ class Reasons:
         left += [n for n in apart if self._is_curve(n)]
         for seed in dict.fromkeys(left):
             error = refused[seed][0] if seed in refused else self._unmet(seed)
-            if error is not None:
+            if error is not None and not self._is_of_features(seed, error):
                 yield _told(error, seed)
         # A softmax that meets values, over no products of activations, is an attention in this case alone.
         for seed in (n for n in refused if n not in claimed and n not in left):
@@ -63,12 +63,24 @@ class Reasons:
     def _unmet(self, seed: fx.Node) -> Refused | None:
         """Why a normaliser behind a product meets no values; None where it is no attention's.
 
-        So it is with an exponential alone, and with a softmax of what a layer makes of a product, as a classifier's.
+        So it is with an exponential alone, with a softmax of what a layer makes of a product, as a classifier's, and of
+        a product with weights, as a router's.
         """
         if name_of(seed) in PARTIAL:
             return scattered(seed)
+        if any(self._is_layer(n) for n in seed.all_input_nodes):
+            return None
         alone = Refused("no-value-product", "the probabilities are not multiplied with values in this graph")
         return mixing_layer(seed) or (None if seed in self.up.mixed else alone)
+
+    def _is_of_features(self, seed: fx.Node, error: Refused) -> bool:
+        """Whether a softmax over no product is of what a layer makes of one, as in linear attention."""
+        return error.code == "no-product" and error.node is None and seed in self.up.mixed
+
+    def _is_layer(self, node: fx.Node) -> bool:
+        """Whether a node is made of a product with what is made of parameters alone."""
+        product = self.up.products.get(node)
+        return product is not None and not self.graph.weights.isdisjoint(product.all_input_nodes)
 
 
 def _told(error: Refused, seed: fx.Node) -> Refusal:

@@ -182,6 +182,8 @@ class _Search:
         before, again = len(self.found), len(self.again)
         try:
             program = self.opened(self.lifter.expand(load, followed=followed), node, followed)
+            if len(self.found) == before and self._is_gone(program, node):
+                return load
             if not reaches_outside(self.lifter, load) or all(
                 self._is_there(dot, load) for dot, _ in self.found[before:]
             ):
@@ -194,6 +196,11 @@ class _Search:
             pass
         del self.found[before:], self.again[again:]
         return load
+
+    def _is_gone(self, program: Expr, node: fx.Node) -> bool:
+        """Whether a program without products reads what the node, which it computes, was written over."""
+        read = (x.tensor for x in loads(program) if isinstance(x.tensor, fx.Node))
+        return any(self.lifter.is_overwritten(tensor, node) for tensor in read)
 
     def _is_there(self, dot: Dot, load: Load) -> bool:
         """Whether the load reads a product of queries and keys that there are, of all columns or of a span of them."""
@@ -210,7 +217,7 @@ class _Search:
         if alone:
             rows = [free_symbols(side) & {*self.rows} for side in (dot.lhs, dot.rhs)]
             left, right = bool(rows[1] - rows[0]), bool(rows[0] - rows[1])
-        if is_weighted(node) and any(x.tensor in self.leads for x in loads(dot)):
+        if is_weighted(node) and any(self._are_scores(side) for side in (dot.lhs, dot.rhs)):
             self._note(mixed(node))
         if left == right or is_weighted(node):
             raise _NoIndexForm
@@ -225,6 +232,11 @@ class _Search:
                 return Product(dot.dtype, slot)
         self.found.append((dot, node))
         return Product(dot.dtype, len(self.found) - 1)
+
+    def _are_scores(self, side: Expr) -> bool:
+        """Whether what a layer takes has the rows and columns of the scores, and a product behind it."""
+        there = free_symbols(side)
+        return self.j in there and there.issuperset(self.rows) and any(x.tensor in self.leads for x in loads(side))
 
     def _is_again(self, dot: Dot, known: Dot) -> bool:
         """Whether a product is one that is known already, perhaps written a second time.

@@ -107,7 +107,7 @@ def _search(columns: Columns, expr: Expr, passed: fx.Node | None) -> tuple[Weigh
         try:
             return find_weights(columns, columns.lifter.expand(expr, draws=True), expr.tensor)
         except CannotLift as error:
-            refuse_opaque(columns.lifter, error, expr.tensor)
+            refuse_opaque(columns.lifter, error, expr.tensor, columns.leads)
             return ()
     if isinstance(expr, Softmax):
         return (_at_columns(columns, Normalised(expr)),)

@@ -184,6 +184,13 @@ def single_key_written_out(q: Any, k: Any, v: Any) -> Any:
     return (e / e.sum(-1, keepdim=True)) @ v[:, :, :1]
 
 
+def contextual_positions(q: Any, k: Any, v: Any) -> Any:
+    """https://arxiv.org/abs/2405.18719: their rounding was blamed, not the sum."""
+    s = scores(q, k)
+    at = s.sigmoid().cumsum(-1).clamp(max=S - 1)
+    return (s + scores(q, k[:1, :1]).gather(-1, at.ceil().long())).softmax(-1) @ v
+
+
 def base_three(q: Any, k: Any, v: Any) -> Any:
     e = 3.0 ** scores(q, k)
     return (e / e.sum(-1, keepdim=True)) @ v
@@ -214,6 +221,7 @@ REFUSED = [
     (sorted_scores, "sort", "sort"),
     (cumulative, "cumulative", "cumsum"),
     (cumulative_product, "cumulative", "cumprod"),
+    (contextual_positions, "cumulative", "cumsum"),
     (permuted_keys, "look-up", "gather"),
     (multiplied_products, "square-intermediate", "k.transpose"),
     (product_under_a_function, "square-intermediate", "k.transpose"),
@@ -235,6 +243,17 @@ def test_refused_with_reason_and_line(fn: Callable[..., Any], code: str, line: s
     assert refusal.location.file == __file__
     assert refusal.reason
     assert refusal.reason[0].islower() or refusal.reason[0] == "`"
+
+
+def test_the_line_is_the_users() -> None:
+    """Where torch's own code uses probabilities again, its line was told, not the one that calls it."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        probs = scores(q, k).softmax(-1)
+        return probs @ v, F.pad(probs, (0, 1))
+
+    found = only_refusal(fn, *qkv()).location
+    assert (found.file, found.code) == (__file__, "return probs @ v, F.pad(probs, (0, 1))")
 
 
 def test_maximum_over_another_axis_is_not_a_softmax() -> None:
@@ -369,6 +388,23 @@ def test_a_classifier_is_not_refused() -> None:
     assert not matched(Classifier(), torch.randn(S, D), torch.rand(S, S)).refusals
 
 
+def test_a_router_in_a_wider_type_is_not_refused() -> None:
+    """Behind a product, its logits were taken for one of activations, since its weights are converted."""
+
+    class Routed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = torch.nn.Parameter(torch.randn(4, D, dtype=torch.bfloat16))
+
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            out = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+            return out, F.linear(out.float(), self.router.float()).softmax(-1).topk(2)
+
+    result = matched(Routed(), *(x.bfloat16() for x in qkv()))
+    assert len(result.sites) == 1
+    assert not result.refusals
+
+
 def test_layers_that_mix_heads_on_both_sides() -> None:
     """CaiT mixes scores by one layer and probabilities by another."""
 
@@ -382,6 +418,53 @@ def test_layers_that_mix_heads_on_both_sides() -> None:
             return self.after(mixed.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
 
     assert only_refusal(Talking(), *qkv()).code == "head-mixing"
+
+
+def test_parameters_that_mix_heads_on_both_sides() -> None:
+    """The same by einsum with matrices, which were taken for values: said to be a softmax over another axis."""
+
+    class Talking(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = (torch.nn.Parameter(torch.randn(H, H)) for _ in range(2))
+
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            probs = torch.einsum("bhij,hg->bgij", scores(q, k), self.before).softmax(-1)
+            return torch.einsum("bhij,hg->bgij", probs, self.after) @ v
+
+    refusal = only_refusal(Talking(), *qkv())
+    assert refusal.code == "head-mixing"
+    assert "self.after" in refusal.location.code
+
+
+def test_learned_values_mix_no_heads() -> None:
+    class Memory(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = torch.nn.Parameter(torch.randn(S, D))
+
+        def forward(self, q: Any, k: Any) -> Any:
+            return scores(q, k).softmax(-2) @ self.values
+
+    assert only_refusal(Memory(), *qkv()[:2]).code == "softmax-axis"
+
+
+def test_linear_attention_behind_a_product_is_not_refused() -> None:
+    """The layer that makes features was said to mix scores across heads, behind another linear attention."""
+
+    class Linear(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.key = torch.nn.Linear(D, D)
+
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            x = q @ (k.softmax(-2).transpose(-1, -2) @ v)
+            return q @ (self.key(x).softmax(-2).transpose(-1, -2) @ v)
+
+    with torch.no_grad():
+        result = matched(Linear(), *qkv())
+    assert not result.sites
+    assert not result.refusals
 
 
 def test_classes_of_an_average_are_not_refused() -> None:

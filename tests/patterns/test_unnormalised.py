@@ -154,6 +154,17 @@ def test_routed_experts_are_no_attention() -> None:
     assert not result.refusals
 
 
+def test_a_gated_layer_of_given_weights_is_no_attention() -> None:
+    """Where a graph break makes inputs of an expert's weights, its gate was refused as a second matrix of scores."""
+
+    def fn(x: Any, gate: Any, up: Any, down: Any) -> Any:
+        return (F.silu(x @ gate.T) * (x @ up.T)) @ down
+
+    result = matched(fn, torch.randn(S, D), *(torch.randn(4 * D, D) for _ in range(3)))
+    assert not result.sites
+    assert not result.refusals
+
+
 def test_layers_that_add_their_bias_are_no_attention() -> None:
     """A layer written as addmm behind another and a curve was refused as an attention whose output has a bias."""
 
@@ -169,6 +180,21 @@ def test_layers_that_add_their_bias_are_no_attention() -> None:
 
     with torch.no_grad():
         result = matched(Mlp(), torch.randn(B, S, D))
+    assert not result.sites
+    assert not result.refusals
+
+
+def test_linear_attention_with_decays_is_no_attention() -> None:
+    """The exponentials of decays were taken for a softmax before the operators that no kernel has."""
+
+    def fn(q: Any, k: Any, v: Any, decay: Any) -> Any:
+        total = F.logsigmoid(decay).exp().cumsum(-1)
+        weights = scores(q, k) * (total[..., None] - total[..., None, :]).tril().exp()
+        new = torch.linalg.solve_triangular(weights, v, upper=False, unitriangular=True)
+        return weights.cumsum(-1) @ new
+
+    q = inputs()[0]
+    result = matched(fn, q, q, q, q[..., 0])
     assert not result.sites
     assert not result.refusals
 

@@ -366,6 +366,12 @@ def earlier_view_of_larger_tensor_read(q: Any, k: Any, v: Any) -> Any:
     return s.softmax(-1)[..., :-1] @ v, head + 1
 
 
+def written_and_returned(q: Any, k: Any, v: Any) -> Any:
+    s = product(q, k)
+    s[..., :2] *= 2
+    return s.softmax(-1) @ v, s
+
+
 def output_written_elsewhere(q: Any, k: Any, v: Any) -> Any:
     out = torch.empty(B, H, S, D)
     torch.matmul(product(q, k).softmax(-1), v, out=out)
@@ -380,6 +386,7 @@ REFUSED = [
     (read_in_between, "scores-used", "`amax`", "s.amax"),
     (larger_tensor_returned, "mutation", "which is read elsewhere", "s[..., :-1]"),
     (earlier_view_of_larger_tensor_read, "mutation", "which is read elsewhere", "s[..., :-1]"),
+    (written_and_returned, "scores-used", "are returned", "s[..., :2]"),
     (output_written_elsewhere, "mutation", "which is read elsewhere", "torch.matmul"),
 ]
 
@@ -406,6 +413,20 @@ def check(fn: Attention, *args: torch.Tensor, sites: int = 1) -> str:
     assert code.count("flashfuse.attention") == sites
     assert not sites or "after_write" not in code
     return code
+
+
+def test_products_that_are_read_are_read_after_they_are_written() -> None:
+    """A product that stays a tensor, as of relative positions, was refused where it is edited through a view."""
+
+    def fn(q: Any, k: Any, v: Any, r: Any) -> Any:
+        shifted = torch.einsum("bhid,td->bhit", q, r).reshape(B, H, 2 * S, S)[:, :, 1:]
+        shifted = shifted.reshape(B, H, S, 2 * S - 1)[..., :S]
+        shifted *= 0.5
+        shifted[..., 0] = 0
+        return (product(q, k) + shifted).softmax(-1) @ v
+
+    assert score_of(only_site(fn, *qkv(), torch.randn(2 * S, D)).spec) == "(qk + t0[n0, n1, q_idx, kv_idx])"
+    check(fn, *qkv(), torch.randn(2 * S, D))
 
 
 def like(node: fx.Node, seed: int) -> torch.Tensor:
