@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 import torch
 
-from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Softmax, sympify
+from flashfuse.kernels.expr import Const, Expr, Index, Load, Pointwise, Softmax, sympify, walk
 from flashfuse.kernels.operators import OPS, ROUNDINGS, Op
 
 TRUE = Const(torch.bool, True)
@@ -271,14 +271,18 @@ def conjuncts(expr: Expr) -> tuple[Expr, ...]:
 
 
 def rewrite(expr: Expr, rule: Callable[[Expr], Expr | None]) -> Expr:
-    """Rebuild `expr` bottom-up: `rule` may replace a node (None keeps it), and pointwise nodes are simplified again."""
+    """Rebuild `expr` bottom-up: `rule` may replace a node (None keeps it), and pointwise nodes are simplified again.
+
+    What an operator comes down to when it is simplified has been rewritten, and is not a second time.
+    """
     children = tuple(rewrite(child, rule) for child in expr.children)
     if children != expr.children:
-        expr = (
-            pointwise(expr.op, *children, dtype=expr.dtype)
-            if isinstance(expr, Pointwise)
-            else expr.with_children(children)
-        )
+        if isinstance(expr, Pointwise):
+            expr = pointwise(expr.op, *children, dtype=expr.dtype)
+            if expr.children != children and any(expr == e for child in children for e in walk(child)):
+                return expr
+        else:
+            expr = expr.with_children(children)
     replaced = rule(expr)
     return expr if replaced is None else replaced
 

@@ -119,3 +119,11 @@ def test_casting_numbers() -> None:
     assert cast(Const(torch.float32, -1e30), torch.float16) == Const(torch.float16, -math.inf)
     assert cast(index(Q_IDX), torch.float32) == Pointwise(torch.float32, "to_float", (index(Q_IDX),))
     assert cast(index(Q_IDX), torch.int32) == Index(torch.int32, sympy.sympify(Q_IDX))
+
+
+def test_what_an_operator_comes_down_to_is_not_rewritten_twice() -> None:
+    """As 2 became 1 on both sides of a choice, it came down to 1, which then became 0: another product."""
+    parts = pointwise("where", FLAG, Product(torch.float32, 2), Product(torch.float32, 3))
+    new = {0: 0, 1: 0, 2: 1, 3: 1}
+    found = rewrite(parts, lambda e: Product(e.dtype, new[e.slot]) if isinstance(e, Product) else None)
+    assert found == Product(torch.float32, 1)

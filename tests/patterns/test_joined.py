@@ -121,6 +121,19 @@ def test_parts_of_symbolic_length() -> None:
     check_fused(fn, *inputs(), dynamic=True)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_two_products_in_parts(scale: float) -> None:
+    """Of content and of positions, the second of which is used once more: it was taken for the first, or crashed."""
+
+    def fn(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
+        a, b = q.flip(-1) @ mk.mT, q.flip(-1) @ k.mT
+        scores = torch.cat([q @ mk.mT, q @ k.mT], -1) + torch.cat([a, b], -1)
+        scores = scores + torch.cat([a * scale, b * scale], -1) if scale != 1 else scores
+        return scores.softmax(-1) @ torch.cat([mv.expand(B, -1, -1, -1), v], -2)
+
+    check_fused(fn, *inputs())
+
+
 def test_weights_without_a_normaliser_in_parts() -> None:
     def fn(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
         p = (torch.cat([q @ mk.mT, q @ k.mT], -1) * 0.5).sigmoid()
