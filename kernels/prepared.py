@@ -15,6 +15,8 @@ from flashfuse.kernels.spec import MAX_BATCH_AXES
 
 # Triton compiles a kernel apart for numbers that are multiples of this.
 COMPILER_ASKS = 16
+# Axes of a tensor for which kernels are told of its strides.
+MOST_AXES = 6
 Strides = tuple[int, ...]
 # What makes an uninitialised tensor of a size, strides and an element type.
 Empty = Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]
@@ -158,7 +160,7 @@ def strides_of(x: torch.Tensor, batch: tuple[int, ...]) -> tuple[int, ...]:
 def _unit(strides: Strides) -> int:
     """What all but the last are multiples of, 8 or 4; else 1, as where the compiler sees it. See `tiles.in_units`."""
     unit = math.gcd(COMPILER_ASKS, *strides[:-1])
-    return unit if unit in (4, 8) else 1
+    return unit if unit in (4, 8) and len(strides) <= MOST_AXES else 1
 
 
 def padded_axes(sizes: tuple[int, ...]) -> tuple[int, ...]:

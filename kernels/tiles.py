@@ -37,14 +37,30 @@ def in_units(strides, UNIT: tl.constexpr):
 
     It knows of multiples of 16 by itself. Rows of 72 numbers of two bytes would else be loaded number by number.
     """
+    RANK: tl.constexpr = len(strides)
+    # Sums of tuples lose what the compiler knows of the last in later releases of Triton.
     if UNIT == 1:
         return strides
+    elif RANK == 2:
+        return (strides[0] // UNIT * UNIT, strides[1])
+    elif RANK == 3:
+        return (strides[0] // UNIT * UNIT, strides[1] // UNIT * UNIT, strides[2])
+    elif RANK == 4:
+        return (strides[0] // UNIT * UNIT, strides[1] // UNIT * UNIT, strides[2] // UNIT * UNIT, strides[3])
+    elif RANK == 5:
+        return (
+            strides[0] // UNIT * UNIT,
+            strides[1] // UNIT * UNIT,
+            strides[2] // UNIT * UNIT,
+            strides[3] // UNIT * UNIT,
+            strides[4],
+        )
     else:
-        LAST: tl.constexpr = len(strides) - 1
-        found = ()
-        for axis in tl.static_range(LAST):
-            found = found + (strides[axis] // UNIT * UNIT,)  # type: ignore[assignment]  # noqa: RUF005
-        return found + (strides[LAST],)  # noqa: RUF005
+        tl.static_assert(RANK == 6)
+        return (
+            strides[0] // UNIT * UNIT, strides[1] // UNIT * UNIT, strides[2] // UNIT * UNIT,
+            strides[3] // UNIT * UNIT, strides[4] // UNIT * UNIT, strides[5],
+        )  # fmt: skip
 
 
 @triton.jit
@@ -52,7 +68,7 @@ def all_in_units(strides, UNITS: tl.constexpr):
     """`in_units` of those of several tensors."""
     found = ()
     for i in tl.static_range(len(strides)):
-        found = found + (in_units(strides[i], UNITS[i]),)  # type: ignore[assignment]  # noqa: RUF005
+        found = found + (in_units(strides[i], tl.constexpr(UNITS[i])),)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 

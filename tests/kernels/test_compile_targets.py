@@ -152,7 +152,8 @@ def test_rows_of_a_bias_are_loaded_like_those_of_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strides", "unit"), [((0, 72, 5184, 72, 1), 8), ((0, 64, 128, 1), 1), ((36, 4, 12, 1), 4), ((7, 1), 1)]
+    ("strides", "unit"),
+    [((0, 72, 5184, 72, 1), 8), ((0, 64, 128, 1), 1), ((36, 4, 12, 1), 4), ((7, 1), 1), ((8,) * 6 + (1,), 1)],
 )
 def test_units_of_strides(strides: tuple[int, ...], unit: int) -> None:
     """None where the compiler sees for itself, or there is none: no kernel is compiled twice for it."""
