@@ -20,7 +20,8 @@ from flashfuse.kernels.expr import Const, Dot, Expr, Index, Load, Pointwise, Pro
 from flashfuse.kernels.normal import FALSE, index, pointwise, rewrite, substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.indexing import same, within
-from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.lift import Lifter
+from flashfuse.patterns.opened import seen_through
 from flashfuse.patterns.operand import sizes_of
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.shift import same_value
@@ -220,23 +221,8 @@ def merged(lifter: Lifter, parts: Sequence[tuple[Span, Expr]]) -> list[tuple[Spa
 
 
 def steps(lifter: Lifter, expr: Expr) -> Iterator[Expr]:
-    """An element, and it again for each load expanded."""
-    step: Expr | None = expr
-    while step is not None:
-        yield step
-        step = _one_step(lifter, step)
-
-
-def _one_step(lifter: Lifter, expr: Expr) -> Expr | None:
-    """The element with one load expanded, also within a rounding."""
-    try:
-        if isinstance(expr, Load):
-            return lifter.expand(expr, draws=True)
-        if isinstance(expr, Pointwise) and expr.op in ROUNDINGS and isinstance(expr.args[0], Load):
-            return replace(expr, args=(lifter.expand(expr.args[0], draws=True),))
-    except CannotLift:
-        pass
-    return None
+    """An element, and it again for each load expanded, also within a rounding."""
+    return seen_through(lifter, expr, lambda e: e.op in ROUNDINGS, draws=True)
 
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from flashfuse.kernels.normal import number, substitute
 from flashfuse.patterns.exponential import as_exponential, is_normalised, masked_exponential, scaled
 from flashfuse.patterns.indexing import never_negative, within
 from flashfuse.patterns.lift import CannotLift, Lifter
-from flashfuse.patterns.opened import open_up, opened_or_none
+from flashfuse.patterns.opened import open_up, opened_or_none, seen_through
 from flashfuse.patterns.shift import is_own_maximum, limited_by_number, same_element, same_value
 from flashfuse.patterns.summed import as_sum
 
@@ -244,23 +244,8 @@ def _holds(choice: Choice, axis: sympy.Symbol, at: sympy.Expr, lifter: Lifter) -
 
 
 def _steps(lifter: Lifter, expr: Expr) -> Iterator[Expr]:
-    """An expression, and it again for each load expanded."""
-    step: Expr | None = expr
-    while step is not None:
-        yield step
-        step = _one_step(lifter, step)
-
-
-def _one_step(lifter: Lifter, expr: Expr) -> Expr | None:
-    """One load expanded: the expression itself, or what an exponential is of."""
-    try:
-        if isinstance(expr, Load):
-            return lifter.expand(expr)
-        if isinstance(expr, Pointwise) and as_exponential(expr) and isinstance(expr.args[-1], Load):
-            return Pointwise(expr.dtype, expr.op, (*expr.args[:-1], lifter.expand(expr.args[-1])))
-    except CannotLift:
-        pass
-    return None
+    """An expression, and it again for each load expanded, also as what an exponential is of."""
+    return seen_through(lifter, expr, as_exponential)
 
 
 def _without_shift(lifter: Lifter, score: Expr, axis: sympy.Symbol) -> tuple[Expr, Expr | None]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from flashfuse.kernels.expr import Expr, Load
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from flashfuse.kernels.expr import Expr, Load, Pointwise
 from flashfuse.patterns.lift import CannotLift, Lifter
 
 
@@ -18,3 +21,23 @@ def opened_or_none(lifter: Lifter, expr: Expr) -> Expr | None:
         return open_up(lifter, expr)
     except CannotLift:
         return None
+
+
+def seen_through(
+    lifter: Lifter, expr: Expr, within: Callable[[Pointwise], object], *, draws: bool = False
+) -> Iterator[Expr]:
+    """An expression, and it again for each load expanded: itself, or the last argument of an operator `within` takes.
+
+    draws: whether one may be drawn at random.
+    """
+    while True:
+        yield expr
+        try:
+            if isinstance(expr, Load):
+                expr = lifter.expand(expr, draws=draws)
+            elif isinstance(expr, Pointwise) and within(expr) and isinstance(expr.args[-1], Load):
+                expr = replace(expr, args=(*expr.args[:-1], lifter.expand(expr.args[-1], draws=draws)))
+            else:
+                return
+        except CannotLift:
+            return
