@@ -261,10 +261,10 @@ def finished_rows(
             lse_sum = tl.where(empty, float("nan"), lse_sum)
     out = acc
     if NORMALISED:
-        # A row without any key has row_sum 0: 0 / 0 is the NaN that softmax gives.
+        # A row without any key has row_sum 0: 0 * inf is the NaN that softmax gives.
         if ZERO_EMPTY_ROWS:
             row_sum = tl.where(row_sum == 0, 1.0, row_sum)
-        out = acc / row_sum[:, None]
+        out = acc * (1.0 / row_sum)[:, None]
     if ROW_FACTOR is not None:
         row_factor = ROW_FACTOR(n0, n1, n2, n3, q_idx, q_len, kv_len, sizes, captured, captured_strides)
         out = out * row_factor[:, None]

@@ -29,10 +29,11 @@ from flashfuse.kernels.backward_rows import (
 from flashfuse.kernels.backward_tile import probabilities
 from flashfuse.kernels.forward import whole_tiles
 from flashfuse.kernels.hopper_tiles import load_own, load_rows, next_stage, opaque, store_rows
-from flashfuse.kernels.hopper_visits import BLOCK_Q, visible
+from flashfuse.kernels.hopper_visits import visible
 
-# Queries of a group of warps, and keys of a tile. Shapes of matrix instructions: no table chooses them.
+# Queries of a group of warps and of both, and keys of a tile. Shapes of matrix instructions: no table chooses them.
 GROUP_Q: gl.constexpr = gl.constexpr(64)
+BLOCK_Q: gl.constexpr = gl.constexpr(128)
 BLOCK_KV: gl.constexpr = gl.constexpr(64)
 # Registers of a thread that multiplies, and of one that loads; `MAX_REGISTERS` of each are there to be shared out.
 REGISTERS: gl.constexpr = gl.constexpr(240)
@@ -140,7 +141,7 @@ def _visited(
         s0, s1, s2, s3 = batch_position(shared, loop_0, loop_1, loop_2, loop_3)
         m0, m1, m2, m3 = n0 + s0, n1 + s1, n2 + s2, n3 + s3
         first, full_first, full_stop, stop = visible(
-            q_start, m0, m1, m2, m3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS
+            q_start, m0, m1, m2, m3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS, BLOCK_Q
         )  # fmt: skip
         if FILL_THRESHOLD is not None:
             # Rows that saw nothing above the fill have gradients through all keys.

@@ -19,14 +19,16 @@ from flashfuse.kernels.hopper_forward_loader import GROUP_Q, load_tiles
 from flashfuse.kernels.hopper_tiles import (
     arrived,
     column_buffers,
+    halves,
     issued,
     load_columns,
+    in_words,
     next_stage,
     opaque,
+    out_of_words,
     store_rows,
 )
 from flashfuse.kernels.hopper_visits import (
-    BLOCK_KV,
     TILE_LEN,
     said_keys,
     said_rows,
@@ -34,10 +36,8 @@ from flashfuse.kernels.hopper_visits import (
     skipped_tile,
 )
 
-# Registers of a thread that multiplies, and of one that loads; `MAX_REGISTERS` of each are there to be shared out.
-REGISTERS: gl.constexpr = gl.constexpr(240)
+# Registers of a thread that loads.
 LOADER_REGISTERS: gl.constexpr = gl.constexpr(24)
-MAX_REGISTERS = 168
 
 
 @gluon.jit(do_not_specialize=["batch_0", "batch_1", "batch_2", "batch_3", "q_len", "kv_len", "sizes"])
@@ -50,8 +50,8 @@ def attention_hopper_forward_kernel(
     ROW_KEPT: gl.constexpr, Q_AXES: gl.constexpr, K_AXES: gl.constexpr, V_AXES: gl.constexpr,
     PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr, COLUMNS: gl.constexpr,
     CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr, COLUMN_TYPES: gl.constexpr, SHARED_BATCH: gl.constexpr,
-    DEPTH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
-    SPREAD: gl.constexpr,
+    DEPTH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_KV: gl.constexpr, GROUPS: gl.constexpr,
+    Q_STAGES: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log(sum_j exp(s_ij)): see `forward`, whose results these are.
 
@@ -61,7 +61,8 @@ def attention_hopper_forward_kernel(
     counter_ptr: a 0 that counts the tiles taken beside each program's first; without it a program takes every
     num_programs-th.
     DEPTH: columns of queries and keys, as a multiple of 16.
-    BLOCK_D, BLOCK_DV: 64 or 128 columns, behind the last of which TMA gives zeros and writes nothing.
+    BLOCK_D, BLOCK_DV: 64 to 256 columns, behind the last of which TMA gives zeros and writes nothing.
+    GROUPS: of warps that multiply, two or three; REGISTERS: of each of their threads.
     Q_STAGES: tiles of queries that are loaded ahead; STAGES: tiles of keys, each with one of values.
     SPREAD: how many positions take a tile of queries before the next is begun; a divisor of their number.
     SHARED_BATCH: whether positions next to each other are those of the first axis.
@@ -69,8 +70,10 @@ def attention_hopper_forward_kernel(
     dtype: gl.constexpr = q_desc.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    # The group's, of which there is a power of two.
+    SLOTS: gl.constexpr = 2 if GROUPS == 2 else 4
     q_s = gl.allocate_shared_memory(
-        dtype, [2 * Q_STAGES, GROUP_Q, BLOCK_D], gl.NVMMASharedLayout.get_default_for([GROUP_Q, BLOCK_D], dtype)
+        dtype, [SLOTS * Q_STAGES, GROUP_Q, BLOCK_D], gl.NVMMASharedLayout.get_default_for([GROUP_Q, BLOCK_D], dtype)
     )  # fmt: skip
     k_s = gl.allocate_shared_memory(
         dtype, [STAGES, BLOCK_KV, BLOCK_D], gl.NVMMASharedLayout.get_default_for([BLOCK_KV, BLOCK_D], dtype)
@@ -79,7 +82,7 @@ def attention_hopper_forward_kernel(
         dtype, [STAGES, BLOCK_KV, BLOCK_DV], gl.NVMMASharedLayout.get_default_for([BLOCK_KV, BLOCK_DV], dtype)
     )  # fmt: skip
     out_s = gl.allocate_shared_memory(
-        dtype, [2, GROUP_Q, BLOCK_DV], gl.NVMMASharedLayout.get_default_for([GROUP_Q, BLOCK_DV], dtype)
+        dtype, [SLOTS, GROUP_Q, out_desc.block_type.shape[4]], gl.NVMMASharedLayout.get_default_for([GROUP_Q, 64], dtype)
     )  # fmt: skip
     # What is read for each pair of a tile, by the queries of each group.
     if pairs_desc is not None:
@@ -91,7 +94,7 @@ def attention_hopper_forward_kernel(
     columns_s = column_buffers(COLUMN_TYPES, CODE_OF, STAGES, BLOCK_KV)
     # Of two tiles of queries: what `say` says, and whether those of a group see the keys that a mask has ruled out.
     said_s = gl.allocate_shared_memory(gl.int32, [2 * TILE_LEN, 1], NUMBERS)
-    filled_s = gl.allocate_shared_memory(gl.int32, [4, 1], NUMBERS)
+    filled_s = gl.allocate_shared_memory(gl.int32, [2 * SLOTS, 1], NUMBERS)
     said = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     known = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
@@ -101,46 +104,64 @@ def attention_hopper_forward_kernel(
     pairs_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     pairs_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    mbarrier.init(known, count=2)
+    mbarrier.init(known, count=GROUPS)
     for slot in gl.static_range(2):
         mbarrier.init(said.index(slot), count=1)
-        mbarrier.init(heard.index(slot), count=2)
+        mbarrier.init(heard.index(slot), count=GROUPS)
     for stage in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(stage), count=1)
-        mbarrier.init(q_empty.index(stage), count=2)
+        mbarrier.init(q_empty.index(stage), count=GROUPS)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1 if COLUMNS is None else 2)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=GROUPS)
     for group in gl.static_range(2):
         mbarrier.init(pairs_full.index(group), count=1)
         mbarrier.init(pairs_empty.index(group), count=1)
     fence_async_shared()
     shared = (q_s, k_s, v_s, columns_s, said_s, filled_s)
     barriers = (said, heard, known, q_full, q_empty, full, empty, pairs_full, pairs_empty)
-    gl.warp_specialize(
-        [
+    work = (
+        out_desc, lse_ptr, out_s, shared, pairs_s if pairs_desc is not None else None, barriers,
+        batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides,
+    )  # fmt: skip
+    if GROUPS == 2:
+        gl.warp_specialize([
             (_attend, (
-                0, out_desc, lse_ptr, out_s, shared, pairs_s if pairs_desc is not None else None, barriers,
-                batch_1, batch_2, batch_3, q_len, kv_len, sizes,
-                captured, captured_strides, SCORE_MASKED, SCORE_FULL, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS,
-                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT, CODE_OF, DEPTH, BLOCK_DV, Q_STAGES, STAGES,
+                0, work, SCORE_MASKED, SCORE_FULL, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS,
+                SINK, ROW_FACTOR, ROW_KEPT, CODE_OF, DEPTH, BLOCK_DV, GROUPS, Q_STAGES, STAGES,
             )),
             (_attend, (
-                1, out_desc, lse_ptr, out_s, shared, pairs_s if pairs_desc is not None else None, barriers,
-                batch_1, batch_2, batch_3, q_len, kv_len, sizes,
-                captured, captured_strides, SCORE_MASKED, SCORE_FULL, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS,
-                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT, CODE_OF, DEPTH, BLOCK_DV, Q_STAGES, STAGES,
+                1, work, SCORE_MASKED, SCORE_FULL, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS,
+                SINK, ROW_FACTOR, ROW_KEPT, CODE_OF, DEPTH, BLOCK_DV, GROUPS, Q_STAGES, STAGES,
             )),
             (load_tiles, (
                 q_desc, k_desc, v_desc, pairs_desc, shared, pairs_s if pairs_desc is not None else None, barriers,
                 ranges_ptr, counter_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes,
                 captured, captured_strides, KV_BOUNDS, FILL_THRESHOLD, LONGEST_FIRST, Q_AXES, K_AXES, V_AXES,
-                PAIRS_AT, PAIRS_AXES, COLUMNS, CODED_ROWS, CODE_OF, SHARED_BATCH, Q_STAGES, STAGES, SPREAD,
+                PAIRS_AT, PAIRS_AXES, COLUMNS, CODED_ROWS, CODE_OF, SHARED_BATCH, GROUPS, Q_STAGES, STAGES, SPREAD,
             )),
-        ],
-        [4, 1],
-        [REGISTERS, LOADER_REGISTERS],
-    )  # fmt: skip
+        ], [4, 1], [REGISTERS, LOADER_REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_attend, (
+                0, work, SCORE_MASKED, SCORE_FULL, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS,
+                SINK, ROW_FACTOR, ROW_KEPT, CODE_OF, DEPTH, BLOCK_DV, GROUPS, Q_STAGES, STAGES,
+            )),
+            (_attend, (
+                1, work, SCORE_MASKED, SCORE_FULL, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS,
+                SINK, ROW_FACTOR, ROW_KEPT, CODE_OF, DEPTH, BLOCK_DV, GROUPS, Q_STAGES, STAGES,
+            )),
+            (_attend, (
+                2, work, SCORE_MASKED, SCORE_FULL, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS,
+                SINK, ROW_FACTOR, ROW_KEPT, CODE_OF, DEPTH, BLOCK_DV, GROUPS, Q_STAGES, STAGES,
+            )),
+            (load_tiles, (
+                q_desc, k_desc, v_desc, pairs_desc, shared, pairs_s if pairs_desc is not None else None, barriers,
+                ranges_ptr, counter_ptr, ranges_strides, batch_0, batch_1, batch_2, batch_3, q_len, kv_len, sizes,
+                captured, captured_strides, KV_BOUNDS, FILL_THRESHOLD, LONGEST_FIRST, Q_AXES, K_AXES, V_AXES,
+                PAIRS_AT, PAIRS_AXES, COLUMNS, CODED_ROWS, CODE_OF, SHARED_BATCH, GROUPS, Q_STAGES, STAGES, SPREAD,
+            )),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, LOADER_REGISTERS])  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -149,19 +170,22 @@ def attention_hopper_forward_kernel(
 
 @gluon.jit
 def _attend(
-    GROUP: gl.constexpr, out_desc, lse_ptr, out_s, shared, pairs_s, barriers, batch_1, batch_2, batch_3, q_len, kv_len,
-    sizes, captured, captured_strides, SCORE_MASKED: gl.constexpr, SCORE_FULL: gl.constexpr, LOG2_SCALE: gl.constexpr,
+    GROUP: gl.constexpr, work, SCORE_MASKED: gl.constexpr, SCORE_FULL: gl.constexpr, LOG2_SCALE: gl.constexpr,
     FILL_THRESHOLD: gl.constexpr, LARGE_SCORES: gl.constexpr, FILLS: gl.constexpr, ZERO_EMPTY_ROWS: gl.constexpr,
-    SINK: gl.constexpr, ROW_FACTOR: gl.constexpr, ROW_KEPT: gl.constexpr, CODE_OF: gl.constexpr,
-    DEPTH: gl.constexpr, BLOCK_DV: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    SINK: gl.constexpr, ROW_FACTOR: gl.constexpr, ROW_KEPT: gl.constexpr, CODE_OF: gl.constexpr, DEPTH: gl.constexpr,
+    BLOCK_DV: gl.constexpr, GROUPS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The output and the log-sum-exp of 64 queries of each tile.
 
     Where rows may see keys that a mask has ruled out, a tile of queries ends before the next begins.
     """
+    out_desc, lse_ptr, out_s, shared, pairs_s, barriers = work[:6]
+    batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides = work[6:]
     q_s, k_s, v_s, columns_s, said_s, filled_s = shared
     said, heard, known, q_full, q_empty, full, empty, pairs_full, pairs_empty = barriers
     dtype: gl.constexpr = q_s.dtype
+    BLOCK_KV: gl.constexpr = k_s.shape[1]
+    Q_SLOTS: gl.constexpr = q_s.shape[0] // Q_STAGES
     RUNS_ON: gl.constexpr = FILL_THRESHOLD is None
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KV, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
@@ -174,7 +198,7 @@ def _attend(
     row_max = nowhere
     row_shift = nowhere
     row_sum = gl.zeros([GROUP_Q], gl.float32, gl.SliceLayout(1, SCORES))
-    w = gl.convert_layout(nothing.to(dtype), WEIGHTS)
+    w = in_words(nothing, dtype)
     stage = 0
     phase = 0
     turn = 0
@@ -187,32 +211,28 @@ def _attend(
         at = (n0, n1, n2, n3, q_len, kv_len, sizes)
         q_start += GROUP * GROUP_Q
         q_stage = turn % Q_STAGES
-        q = q_s.index(2 * q_stage + GROUP)
+        q = q_s.index(Q_SLOTS * q_stage + GROUP)
 
         # The last tile of keys, which mostly has a mask, under the last values of the queries before.
         mbarrier.wait(q_full.index(q_stage), turn // Q_STAGES % 2)
         mbarrier.wait(full.index(stage), phase)
         qk = issued(q, k_s.index(stage), nothing, DEPTH)
         if RUNS_ON:
-            acc_next = warpgroup_mma(w, v_s.index(stage), acc, is_async=True)
+            acc_next = warpgroup_mma(out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc, is_async=True)
         pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
         columns = (columns_s, stage, GROUP, CODE_OF)
         met += 1
-        if RUNS_ON:
-            score = _scores(
-                qk, pairs, columns, q_start, end - BLOCK_KV, at, captured, captured_strides, SCORE_MASKED, 1,
-            )  # fmt: skip
-        else:
-            score = _scores(
-                qk, pairs, columns, q_start, end - BLOCK_KV, at, captured, captured_strides, SCORE_MASKED, 0,
-            )  # fmt: skip
+        score = _scores(
+            qk, pairs, columns, q_start, end - BLOCK_KV, at, captured, captured_strides, SCORE_MASKED,
+            1 if RUNS_ON else 0, BLOCK_KV,
+        )  # fmt: skip
         new_max, new_shift, subtracted = shifts_with(score, nowhere, LOG2_SCALE, LARGE_SCORES)
         if RUNS_ON:
             acc = arrived(acc_next, 0)
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
         p, _ = exponentials(score, nowhere, nowhere, subtracted, LOG2_SCALE, LARGE_SCORES, False)
-        w = gl.convert_layout(p.to(dtype), WEIGHTS)
+        w = in_words(p, dtype)
         if RUNS_ON and turn > 0:
             _finish(
                 GROUP, acc, row_sum, row_max, row_shift, out_desc, lse_ptr, out_s, said_s, heard, turn - 1, batch_1,
@@ -228,17 +248,18 @@ def _attend(
             masked = (kv_start < full_start) | (kv_start >= full_end)
             mbarrier.wait(full.index(stage), phase)
             qk = issued(q, k_s.index(stage), nothing, DEPTH)
-            acc_next = warpgroup_mma(w, v_s.index(stage), acc, is_async=True)
+            acc_next = warpgroup_mma(out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc, is_async=True)
             pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
             columns = (columns_s, stage, GROUP, CODE_OF)
             met += 1
             if masked:
                 score = _scores(
                     qk, pairs, columns, q_start, opaque(kv_start), at, captured, captured_strides, SCORE_MASKED, 1,
+                    BLOCK_KV,
                 )  # fmt: skip
             else:
                 score = _scores(
-                    qk, pairs, columns, q_start, kv_start, at, captured, captured_strides, SCORE_FULL, 1
+                    qk, pairs, columns, q_start, kv_start, at, captured, captured_strides, SCORE_FULL, 1, BLOCK_KV
                 )  # fmt: skip
             new_max, new_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
             acc = arrived(acc_next, 0)
@@ -248,26 +269,26 @@ def _attend(
             row_sum = row_sum * correction + gl.sum(p, 1)
             row_max, row_shift = new_max, new_shift
             # Not before the wait: the product under way reads the registers of the weights before.
-            w = gl.convert_layout(p.to(dtype), WEIGHTS)
+            w = in_words(p, dtype)
             acc = acc * gl.convert_layout(correction, OUT_ROWS)[:, None]
 
         if not RUNS_ON:
             # Rows that have seen nothing above the fill see all other keys too. Rare.
             mbarrier.wait(full.index(stage), phase)
-            acc = warpgroup_mma(w, v_s.index(stage), acc)
+            acc = warpgroup_mma(out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc)
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
             filled = gl.full(
                 [1], gl.max((row_max <= FILL_THRESHOLD).to(gl.int32), 0), gl.int32,
                 gl.BlockedLayout([1], [32], [4], [0]),
             )  # fmt: skip
-            filled_s.index(turn % 2 * 2 + GROUP).store(filled)
+            filled_s.index(turn % 2 * GROUPS + GROUP).store(filled)
             gl.thread_barrier()
             mbarrier.arrive(known, count=1)
             mbarrier.wait(known, turn % 2)
-            before, behind = skipped(filled_s, turn, start, end, kv_len)
+            before, behind = skipped(filled_s, turn, start, end, kv_len, BLOCK_KV, GROUPS)
             for i in range(before + behind):
-                kv_start = skipped_tile(i, before, end)
+                kv_start = skipped_tile(i, before, end, BLOCK_KV)
                 mbarrier.wait(full.index(stage), phase)
                 qk = issued(q, k_s.index(stage), nothing, DEPTH)
                 pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
@@ -275,14 +296,15 @@ def _attend(
                 met += 1
                 score = _scores(
                     qk, pairs, columns, q_start, kv_start, at, captured, captured_strides, SCORE_MASKED, 0,
+                    BLOCK_KV,
                 )  # fmt: skip
                 new_max, new_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
                 p, correction = exponentials(score, row_max, row_shift, subtracted, LOG2_SCALE, LARGE_SCORES, False)
                 row_sum = row_sum * correction + gl.sum(p, 1)
                 row_max, row_shift = new_max, new_shift
-                w = gl.convert_layout(p.to(dtype), WEIGHTS)
+                w = in_words(p, dtype)
                 acc = acc * gl.convert_layout(correction, OUT_ROWS)[:, None]
-                acc = warpgroup_mma(w, v_s.index(stage), acc)
+                acc = warpgroup_mma(out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc)
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = next_stage(stage, phase, STAGES)
         mbarrier.arrive(q_empty.index(q_stage), count=1)
@@ -298,7 +320,7 @@ def _attend(
 
     if RUNS_ON:
         mbarrier.wait(full.index(stage), phase)
-        acc = warpgroup_mma(w, v_s.index(stage), acc)
+        acc = warpgroup_mma(out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc)
         _finish(
             GROUP, acc, row_sum, row_max, row_shift, out_desc, lse_ptr, out_s, said_s, heard, turn - 1, batch_1,
             batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS,
@@ -333,10 +355,21 @@ def _finish(
     lse_ptrs = lse_ptr + 2 * (position.to(gl.int64) * q_len + rows)
     gl.store(lse_ptrs, largest, mask=rows < q_len)
     gl.store(lse_ptrs + 1, lse_sum, mask=rows < q_len)
-    # One thread waits until the output before has left the buffer, and the others for it.
-    tma.store_wait(0)
-    gl.thread_barrier()
-    store_rows(out_desc, n0, n1, n2, q_start, out_s.index(GROUP), out.to(out_desc.dtype))
+    _store(out_desc, n0, n1, n2, q_start, out_s.index(GROUP), out.to(out_desc.dtype), 0)
+
+
+@gluon.jit
+def _store(out_desc, n0, n1, n2, row, slot, out, COLUMN: gl.constexpr):
+    """Rows of an output from a column on, by as many columns as the buffer has."""
+    if out.shape[1] > slot.shape[1]:
+        left, right = halves(out)
+        _store(out_desc, n0, n1, n2, row, slot, left, COLUMN)
+        _store(out_desc, n0, n1, n2, row, slot, right, COLUMN + left.shape[1])
+    else:
+        # One thread waits until the output before has left the buffer, and the others for it.
+        tma.store_wait(0)
+        gl.thread_barrier()
+        store_rows(out_desc, n0, n1, n2, row, slot, out, COLUMN)
 
 
 @gluon.jit
@@ -346,7 +379,7 @@ def _pairs(pairs_s, pairs_full, pairs_empty, GROUP: gl.constexpr, number):
         return 0
     else:
         mbarrier.wait(pairs_full.index(GROUP), number & 1)
-        pairs = pairs_s.index(GROUP).load(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KV, 16]))
+        pairs = pairs_s.index(GROUP).load(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, pairs_s.shape[2], 16]))
         # All threads have read before TMA writes there again.
         fence_async_shared()
         gl.thread_barrier()
@@ -357,7 +390,7 @@ def _pairs(pairs_s, pairs_full, pairs_empty, GROUP: gl.constexpr, number):
 @gluon.jit
 def _scores(
     qk, pairs, columns, q_start, kv_start, at, captured, captured_strides,
-    SCORE: gl.constexpr, OUTSTANDING: gl.constexpr,
+    SCORE: gl.constexpr, OUTSTANDING: gl.constexpr, BLOCK_KV: gl.constexpr,
 ):  # fmt: skip
     """The inner scores of a tile whose products are under way, and OUTSTANDING products issued after those.
 

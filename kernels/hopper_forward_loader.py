@@ -4,8 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from flashfuse.kernels.hopper_tiles import load_own, next_stage, read_columns, store_columns
-from flashfuse.kernels.hopper_visits import BLOCK_KV, BLOCK_Q, owned, say, skipped, skipped_tile, visited
+from flashfuse.kernels.hopper_tiles import ROWS, load_own, next_stage, read_columns, store_columns
+from flashfuse.kernels.hopper_visits import owned, say, skipped, skipped_tile, visited
 
 # Queries of a group of warps that multiply.
 GROUP_Q: gl.constexpr = gl.constexpr(64)
@@ -18,7 +18,7 @@ def load_tiles(
     FILL_THRESHOLD: gl.constexpr, LONGEST_FIRST: gl.constexpr, Q_AXES: gl.constexpr, K_AXES: gl.constexpr,
     V_AXES: gl.constexpr, PAIRS_AT: gl.constexpr, PAIRS_AXES: gl.constexpr, COLUMNS: gl.constexpr,
     CODED_ROWS: gl.constexpr, CODE_OF: gl.constexpr, SHARED_BATCH: gl.constexpr,
-    Q_STAGES: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr,
+    GROUPS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """Queries, and tiles of keys as stages become free, the last tile first: each with the values of the one before.
 
@@ -26,6 +26,9 @@ def load_tiles(
     """
     q_s, k_s, v_s, columns_s, said_s, filled_s = shared
     said, heard, known, q_full, q_empty, full, empty, pairs_full, pairs_empty = barriers
+    BLOCK_Q: gl.constexpr = GROUPS * GROUP_Q
+    BLOCK_KV: gl.constexpr = k_s.shape[1]
+    Q_SLOTS: gl.constexpr = q_s.shape[0] // Q_STAGES
     stage = 0
     phase = 1
     turn = 0
@@ -41,20 +44,21 @@ def load_tiles(
     number = gl.program_id(0)
     while number < tiles:
         q_start, n0, n1, n2, n3 = owned(
-            number, batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST, SHARED_BATCH, SPREAD
+            number, batch_0, batch_1, batch_2, batch_3, q_len, BLOCK_Q, LONGEST_FIRST, SHARED_BATCH, SPREAD
         )  # fmt: skip
         start, full_start, full_end, end = visited(
-            q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS
+            q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS, BLOCK_Q,
+            BLOCK_KV,
         )  # fmt: skip
         say(said_s, said, heard, turn, (q_start, n0, n1, n2, n3, start, full_start, full_end, end))
         q_stage = turn % Q_STAGES
         mbarrier.wait(q_empty.index(q_stage), turn // Q_STAGES % 2 ^ 1)
-        mbarrier.expect(q_full.index(q_stage), 2 * q_desc.block_type.nbytes)
-        for group in gl.static_range(2):
-            slot = q_s.index(2 * q_stage + group)
+        mbarrier.expect(q_full.index(q_stage), GROUPS * q_desc.block_type.nbytes)
+        for group in gl.static_range(GROUPS):
+            slot = q_s.index(Q_SLOTS * q_stage + group)
             load_own(q_desc, n0, n1, n2, q_start + group * GROUP_Q, q_full.index(q_stage), slot, Q_AXES)
         at = (n0, n1, n2, n3, q_len, kv_len, sizes)
-        q_idx = gl.minimum(q_start + gl.arange(0, BLOCK_Q, gl.BlockedLayout([4], [32], [1], [0])), q_len - 1)
+        q_idx = gl.minimum(q_start + gl.arange(0, ROWS, gl.BlockedLayout([4], [32], [1], [0])), q_len - 1)
         for i in range((end - start) // BLOCK_KV):
             kv_start = end - (i + 1) * BLOCK_KV
             mbarrier.wait(empty.index(stage), phase)
@@ -77,9 +81,9 @@ def load_tiles(
             stage, phase = next_stage(stage, phase, STAGES)
             v_start = -BLOCK_KV
             mbarrier.wait(known, turn % 2)
-            before, behind = skipped(filled_s, turn, start, end, kv_len)
+            before, behind = skipped(filled_s, turn, start, end, kv_len, BLOCK_KV, GROUPS)
             for i in range(before + behind):
-                kv_start = skipped_tile(i, before, end)
+                kv_start = skipped_tile(i, before, end, BLOCK_KV)
                 columns = read_columns(
                     at, kv_start + keys, q_idx, captured, captured_strides, COLUMNS, CODED_ROWS, CODE_OF
                 )  # fmt: skip

@@ -65,6 +65,12 @@ def store_rows(desc, n0, n1, n2, row, slot, x, column=0):
 
 
 @gluon.jit
+def halves(x):
+    """The left and the right columns of a tile."""
+    return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
 def column_buffers(TYPES: gl.constexpr, CODE_OF: gl.constexpr, SLOTS: gl.constexpr, COLUMNS: gl.constexpr):
     """Shared memory for what is read for the columns of tiles [ROWS, COLUMNS], of some types, and of coded rows."""
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -155,8 +161,8 @@ def issued(rows, columns, zeros, DEPTH: gl.constexpr):
         return warpgroup_mma(rows, columns.permute((1, 0)), zeros, use_acc=False, is_async=True)
     else:
         product = zeros
-        for i in gl.static_range(3):
-            product = _with_part(rows, columns, product, DEPTH, 64 >> i)
+        for i in gl.static_range(4):
+            product = _with_part(rows, columns, product, DEPTH, 128 >> i)
         return product
 
 
@@ -189,3 +195,21 @@ def arrived(product, OUTSTANDING: gl.constexpr):
 def opaque(x):
     """x, behind what looks like an effect: a branch around it stays one, where selects would be taken in every tile."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def in_words(x, dtype: gl.constexpr):
+    """Numbers [ROWS, COLUMNS] in a type of 16 bits, neighbours of a row in one integer: [ROWS, COLUMNS / 2].
+
+    What a loop carries as 16-bit numbers the assembler puts together anew in every pass.
+    """
+    low, high = x.reshape([x.shape[0], x.shape[1] // 2, 2]).split()
+    PACK: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(PACK, "=r,f,f", [low, high], dtype=gl.uint32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def out_of_words(words, dtype: gl.constexpr, LAYOUT: gl.constexpr):
+    """What `in_words` was given, in a layout."""
+    both = gl.join((words & 0xFFFF).to(gl.uint16), (words >> 16).to(gl.uint16))
+    return gl.convert_layout(both.reshape([words.shape[0], words.shape[1] * 2]).to(dtype, bitcast=True), LAYOUT)

@@ -9,9 +9,6 @@ from flashfuse.kernels.forward import whole_tiles
 from flashfuse.kernels.hopper_tiles import tile_and_position
 from flashfuse.kernels.tiles import batch_pointer
 
-# Queries of a program's tile, and keys. Shapes of matrix instructions: no table chooses them.
-BLOCK_Q: gl.constexpr = gl.constexpr(128)
-BLOCK_KV: gl.constexpr = gl.constexpr(128)
 # Numbers that say which tile of queries comes next, and those that are in use.
 TILE_LEN: gl.constexpr = gl.constexpr(16)
 TILE_USED: gl.constexpr = gl.constexpr(9)
@@ -21,10 +18,10 @@ MASK_BLOCK: gl.constexpr = gl.constexpr(mask.MASK_BLOCK)
 
 @gluon.jit
 def owned(
-    number, batch_0, batch_1, batch_2, batch_3, q_len, LONGEST_FIRST: gl.constexpr, SHARED_BATCH: gl.constexpr,
-    SPREAD: gl.constexpr,
+    number, batch_0, batch_1, batch_2, batch_3, q_len, BLOCK_Q: gl.constexpr, LONGEST_FIRST: gl.constexpr,
+    SHARED_BATCH: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
-    """The first query of a tile, and its position on the four axes."""
+    """The first of a tile's BLOCK_Q queries, and their position on the four axes."""
     tiles = gl.cdiv(q_len, BLOCK_Q)
     tile, n0, n1, n2, n3 = tile_and_position(
         number, tiles, batch_0, batch_1, batch_2, batch_3, SHARED_BATCH, SPREAD
@@ -36,11 +33,12 @@ def owned(
 
 @gluon.jit
 def visited(
-    q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS: gl.constexpr
+    q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr,
 ):  # fmt: skip
     """(start, full_start, full_end, end) at whole tiles of keys, as in `forward`, but one tile at least."""
     start, full_start, full_end, end = visible(
-        q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS
+        q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS, BLOCK_Q
     )  # fmt: skip
     start, full_start, full_end, end = whole_tiles(start, full_start, full_end, end, BLOCK_KV)
     start = gl.minimum(start, (kv_len - 1) // BLOCK_KV * BLOCK_KV)
@@ -49,7 +47,8 @@ def visited(
 
 @gluon.jit
 def visible(
-    q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS: gl.constexpr
+    q_start, n0, n1, n2, n3, ranges_ptr, ranges_strides, q_len, kv_len, sizes, KV_BOUNDS: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """(start, full_start, full_end, end): the keys that a tile of queries sees, by positions and by data."""
     q_stop = gl.minimum(q_start + BLOCK_Q, q_len)
@@ -80,7 +79,7 @@ def _stored(row, stride):
 
 @gluon.jit
 def say(said_s, said, heard, turn, numbers):
-    """Tell both groups the TILE_USED numbers of the tile of queries whose turn it is."""
+    """Tell the groups the TILE_USED numbers of the tile of queries whose turn it is."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     mbarrier.wait(heard.index(turn % 2), turn // 2 % 2 ^ 1)
     for place in gl.static_range(TILE_USED):
@@ -110,14 +109,16 @@ def said_keys(said_s, turn):
 
 
 @gluon.jit
-def skipped(filled_s, turn, start, end, kv_len):
-    """(tiles before, tiles behind) those visited, if a row of either group has seen nothing above the fill."""
+def skipped(filled_s, turn, start, end, kv_len, BLOCK_KV: gl.constexpr, GROUPS: gl.constexpr):
+    """(tiles before, tiles behind) those visited, if a row of any group has seen nothing above the fill."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    of_both = filled_s.index(turn % 2 * 2).load(ONE) | filled_s.index(turn % 2 * 2 + 1).load(ONE)
-    filled = gl.max(of_both, 0)
+    of_all = filled_s.index(turn % 2 * GROUPS).load(ONE)
+    for group in gl.static_range(1, GROUPS):
+        of_all |= filled_s.index(turn % 2 * GROUPS + group).load(ONE)
+    filled = gl.max(of_all, 0)
     return filled * (start // BLOCK_KV), filled * gl.cdiv(gl.maximum(kv_len - end, 0), BLOCK_KV)
 
 
 @gluon.jit
-def skipped_tile(i, before, end):
+def skipped_tile(i, before, end, BLOCK_KV: gl.constexpr):
     return gl.where(i < before, 0, end - before * BLOCK_KV) + i * BLOCK_KV

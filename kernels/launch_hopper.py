@@ -16,7 +16,7 @@ from flashfuse.kernels.prepared import Buffer
 # Gluon is experimental: another release may read the kernels otherwise.
 TRITON_RELEASE = "3.6."
 # Columns of a tile, which matrix instructions and the registers behind them take.
-BLOCKS = (64, 128)
+BLOCKS = (64, 128, 256)
 # Columns that a matrix instruction multiplies at a time.
 DEPTH = 16
 # Batch axes of a tensor map, which has five axes.
@@ -26,6 +26,8 @@ SPECIAL = frozenset({
     "pow", "exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos",
     "atan", "asinh", "fmod",
 })  # fmt: skip
+# Of these what is one instruction for products of operands of a type, see `modules`.
+COARSE = {torch.bfloat16: frozenset({"tanh"})}
 # Positions whose keys and values stay in the cache while tiles of as much work run.
 MAX_SPREAD = 8
 # Bytes that a tensor map's strides are multiples of.

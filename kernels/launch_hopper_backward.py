@@ -122,7 +122,7 @@ def _is_long_enough(call: AttentionCall) -> bool:
 def block_of(head_dim: int, value_dim: int) -> int | None:
     """The columns of a tile, None where there is no such tile, or less than half of it would be in use."""
     blocks = blocks_of(head_dim, value_dim)
-    return None if blocks is None else max(blocks)
+    return None if blocks is None or max(blocks) not in BLOCK_Q else max(blocks)
 
 
 def backward_constants(

@@ -117,8 +117,7 @@ def prepare_hopper_pairs(
     if not takes(device, call, grad_out, program, target):
         return None
     # It takes Gluon, which the other kernels do without.
-    from flashfuse.kernels.hopper_dense import BLOCK_KV, GROUP_Q, attention_hopper_dense_backward_kernel
-    from flashfuse.kernels.hopper_visits import BLOCK_Q
+    from flashfuse.kernels.hopper_dense import BLOCK_KV, BLOCK_Q, GROUP_Q, attention_hopper_dense_backward_kernel
 
     owned = tuple(target.view.shape[:-2])
     k, v = own_positions(call.k), own_positions(call.v)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flashfuse.kernels.call import AttentionCall
-from flashfuse.kernels.codegen_hopper import load_hopper_forward, pair_read
+from flashfuse.kernels.codegen_hopper import HopperForwardProgram, load_hopper_forward, pair_read
 from flashfuse.kernels.expr import Product, walk
 from flashfuse.kernels.hopper_pairs import of_pairs, own_axes, own_positions, pair_axes, slot_of
 from flashfuse.kernels.launch import (
@@ -25,6 +25,7 @@ from flashfuse.kernels.launch import (
 )
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
+    COARSE,
     MAX_SPREAD,
     SPECIAL,
     blocks_of,
@@ -43,14 +44,21 @@ from flashfuse.kernels.spec import AttentionSpec
 
 # Shared memory of the program with the most.
 SHARED_BYTES = 227 * 1024
-# Queries of a program's tile, and keys.
-BLOCK = 128
-# Tiles of queries that are loaded ahead, one beside tiles of pairs; tiles of keys and values, by their wider columns.
-Q_STAGES = 2
-STAGES = {64: 4, 128: 2}
-# How many queries, keys, and tiles of both it takes to be faster than the plain kernel, whose programs
+# Keys of a tile, and how many tiles of keys and values are loaded ahead, by their wider columns.
+TILES = {64: (128, 4), 128: (128, 2), 256: (64, 2)}
+# Columns for which there is room once, of queries and no tiles of pairs beside them.
+WIDEST = 256
+# Queries of a group of warps; columns that three groups take, and the share of rows that their tiles may waste; columns of an output stored at a time.
+GROUP_Q = 64
+MANY_GROUPS = 64
+MOST_WASTED = 0.05
+OUT_COLUMNS = 128
+# By groups of warps that multiply, the registers of each of their threads, and of all at first, to be shared out.
+REGISTERS = {2: (240, 168), 3: (160, 128)}
+# How many queries, keys, and tiles of BLOCK of both it takes to be faster than the plain kernel, whose programs
 # are smaller, and whose launch takes the host 20 us less: by the columns of tiles where positions alone say what is
 # seen, and in general.
+BLOCK = 128
 LEAST_LENGTH = {64: 512, 128: 192}
 LEAST_TILES = {64: 8192, 128: 2048}
 LEAST_LENGTH_OF_OTHERS, LEAST_TILES_OF_OTHERS = 1024, 8192
@@ -69,7 +77,7 @@ def takes(device: Device, call: AttentionCall) -> bool:
         and all(x.dtype == call.spec.product_dtype for x in (call.q, call.k, call.v))
         and all(is_read(own_positions(x)) for x in (call.q, call.k, call.v))
         and has_map(out)
-        and (pairs is None or is_read(own_positions(pairs)))
+        and (pairs is None or (max(blocks) < WIDEST and is_read(own_positions(pairs))))
     )
 
 
@@ -78,7 +86,7 @@ def is_faster(device: Device, call: AttentionCall) -> bool:
 
     That is so where there is much to multiply between loads and stores, and little to do for each score.
     """
-    taken, block = _tiles(call), max(padded(call.head_dim), padded(call.value_dim))
+    taken, block = _tiles(call, BLOCK), max(padded(call.head_dim), padded(call.value_dim))
     length, tiles = LEAST_LENGTH_OF_OTHERS, LEAST_TILES_OF_OTHERS
     if call.kv_ranges is None and pair_read(call.spec) is None:
         length, tiles = LEAST_LENGTH.get(block, length), LEAST_TILES.get(block, tiles)
@@ -86,13 +94,13 @@ def is_faster(device: Device, call: AttentionCall) -> bool:
         min(call.q_len, call.kv_len) >= length
         and taken >= device.multiprocessors
         and taken * -(-call.kv_len // BLOCK) >= tiles
-        and not is_computed_by(call.spec.score, SPECIAL)
+        and not is_computed_by(call.spec.score, SPECIAL - COARSE.get(call.spec.product_dtype, frozenset()))
     )
 
 
-def _tiles(call: AttentionCall) -> int:
+def _tiles(call: AttentionCall, block_q: int) -> int:
     """How many tiles of queries there are."""
-    return math.prod(call.batch) * -(-call.q_len // BLOCK)
+    return math.prod(call.batch) * -(-call.q_len // block_q)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,16 +129,18 @@ def forward_constants(
     ranged: bool,
     fewer_queries: bool,
     positions: int,
+    groups: int = 2,
 ) -> Mapping[str, Any]:
     """Compile-time arguments and options.
 
     axes: of q, k, v and what is read for each pair, on which of three they have positions of their own.
-    positions: how many of the batch there are.
+    positions: how many of the batch there are. groups: see `_groups`.
     """
-    from flashfuse.kernels.hopper_forward import MAX_REGISTERS
-
     program = load_hopper_forward(spec, ranged, fewer_queries)
     block_d, block_dv = padded(head_dim), padded(value_dim)
+    block = max(block_d, block_dv)
+    registers, max_registers = REGISTERS[groups]
+    block_kv, stages = TILES[block]
     return {
         "SCORE_MASKED": program.score_masked,
         "SCORE_FULL": program.score_full,
@@ -153,12 +163,27 @@ def forward_constants(
         "DEPTH": depth_of(head_dim),
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "Q_STAGES": Q_STAGES if program.pairs_at is None else 1,
-        "STAGES": STAGES[max(block_d, block_dv)],
+        "BLOCK_KV": block_kv,
+        "GROUPS": groups,
+        "Q_STAGES": 2 if program.pairs_at is None and block < WIDEST else 1,
+        "STAGES": stages,
         "SPREAD": math.gcd(MAX_SPREAD, positions) if program.longest_first or program.pairs_at is not None else 1,
+        "REGISTERS": registers,
         "num_warps": 4,
-        "maxnreg": MAX_REGISTERS,
+        "maxnreg": max_registers,
     }
+
+
+def _groups(program: HopperForwardProgram, block: int, q_len: int) -> int:
+    """Of warps that multiply: three where the fewer registers of each suffice and their tiles waste few rows, or two.
+
+    Where tiles start at the mask's diagonal, those of three reach farther across it.
+    """
+    wasted = -q_len % (3 * GROUP_Q) - -q_len % (2 * GROUP_Q)
+    of_pairs = program.columns is not None or program.pairs_at is not None
+    return (
+        3 if block == MANY_GROUPS and not (of_pairs or program.longest_first) and wasted <= MOST_WASTED * q_len else 2
+    )
 
 
 def prepare_hopper(call: AttentionCall) -> Prepared | None:
@@ -170,23 +195,26 @@ def prepare_hopper(call: AttentionCall) -> Prepared | None:
     if not is_faster(device, call) or not takes(device, call):
         return None
     # It takes Gluon, which the other kernels do without.
-    from flashfuse.kernels.hopper_forward import GROUP_Q, attention_hopper_forward_kernel
+    from flashfuse.kernels.hopper_forward import attention_hopper_forward_kernel
 
     out, lse = empty_output(call)
     own = [own_positions(x) for x in (call.q, call.k, call.v)]
     read, pairs = pair_read(call.spec), of_pairs(call)
     axes = (*(own_axes(x, call.batch) for x in own), pair_axes(pairs))
     positions, fewer_queries = math.prod(call.batch), call.q_len <= call.kv_len
+    ranged = call.kv_ranges is not None
+    groups = _groups(load_hopper_forward(call.spec, ranged, fewer_queries), max(blocks), call.q_len)
     variant = forward_constants(
-        call.spec, call.head_dim, call.value_dim, axes, call.kv_ranges is not None, fewer_queries, positions
+        call.spec, call.head_dim, call.value_dim, axes, ranged, fewer_queries, positions, groups
     )
     of_ranges = (0,) * 6 if call.kv_ranges is None else strides_of(call.kv_ranges, call.batch)
-    tiles = ((GROUP_Q.value, blocks[0]), (BLOCK, blocks[0]), (BLOCK, blocks[1]), (GROUP_Q.value, blocks[1]))
+    rows, keys = GROUP_Q, variant["BLOCK_KV"]
+    tiles = ((rows, blocks[0]), (keys, blocks[0]), (keys, blocks[1]), (rows, min(blocks[1], OUT_COLUMNS)))
     operands = zip((*own, out), tiles, strict=True)
     descriptors = [tensor_map(Buffer.like(x), rows, columns) for x, (rows, columns) in operands]
     # Behind the last query and key it gives 0, whatever is there.
-    pairs_map = None if pairs is None else tensor_map(Buffer.like(own_positions(pairs)), GROUP_Q.value, BLOCK)
-    taken = _tiles(call)
+    pairs_map = None if pairs is None else tensor_map(Buffer.like(own_positions(pairs)), rows, keys)
+    taken = _tiles(call, rows * groups)
     programs = min(taken, device.multiprocessors)
     return Prepared(
         launches=(KernelLaunch(attention_hopper_forward_kernel, programs, variant),),

@@ -248,6 +248,10 @@ def _reduced(function: Any) -> Any:
     return lambda x, axis: tile(function(torch.as_tensor(x), axis))
 
 
+def _holds(condition: Any) -> None:
+    assert condition
+
+
 def _language(program: int, programs: int) -> Any:
     """The names of both languages, for one program."""
     anything = lambda *_, **__: None  # noqa: E731
@@ -269,6 +273,7 @@ def _language(program: int, programs: int) -> Any:
         cdiv=lambda a, b: -(-a // b),
         range=lambda *ends, num_stages=None: range(*ends),
         static_range=range,
+        static_assert=_holds,
         where=_where,
         load=lambda at, mask=None, other=0: at.load(mask, other),
         store=lambda at, x, mask=None: at.store(x, mask),
@@ -301,6 +306,10 @@ def _instructions() -> dict[str, Any]:
     return {
         "_meet": lambda: meeting.wait(),
         "opaque": torch.as_tensor,
+        "coarse_tanh": torch.tanh,
+        "in_words": lambda x, dtype: x.to(dtype),
+        "out_of_words": lambda words, *_: words,
+        "halves": lambda x: x.chunk(2, 1),
         "next_stage": lambda stage, phase, stages: ((stage + 1) % stages, phase ^ (stage == stages - 1)),
         "warp_sums": lambda x: tile(torch.as_tensor(x).view(4, -1, x.shape[-1]).sum(1)),
         "_add_to_global": lambda to, at, part: to.store(at, part, add=True),

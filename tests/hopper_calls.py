@@ -64,11 +64,11 @@ def with_ranges(call: Call) -> Call:
     return call.on(call.operands, ranges)
 
 
-def documents(head_dim: int, apart: int = 1) -> Call:
+def documents(head_dim: int, apart: int = 1, value_dim: int | None = None) -> Call:
     ids = apart * torch.bucketize(torch.arange(600), torch.tensor([70, 230, 130, 170]).cumsum(0), right=True)
     score = "where((t0[n0, q_idx] == t0[n0, kv_idx]) & (kv_idx <= q_idx), qk * 0.125, -inf)"
     captured = [ids.expand(2, 600).contiguous()]
-    return with_ranges(make_call(score, (2, 2, 600, head_dim), captured=captured, dtype=FP16))
+    return with_ranges(make_call(score, (2, 2, 600, head_dim), value_dim=value_dim, captured=captured, dtype=FP16))
 
 
 def far_apart(head_dim: int) -> Call:
@@ -168,6 +168,13 @@ def _forward_calls() -> dict[str, Callable[[], Call]]:
             found[f"{name}-{d}"] = lambda score=score, d=d, changes=changes: make_call(
                 score, (1, 2, 301, d), 417, **{"dtype": FP16, **changes}
             )
+    # Tiles of 256 columns, of fewer keys, and outputs that are stored in parts.
+    for d, dv in ((256, 256), (192, 128), (136, 200), (64, 256)):
+        for name, score in (*SCORES.items(), ("fill", PROGRAMS["fill"][0])):
+            found[f"dims-{d}-{dv}-{name}"] = lambda score=score, d=d, dv=dv: make_call(
+                score, (2, 2, 330, d), value_dim=dv, dtype=FP16
+            )
+        found[f"dims-{d}-{dv}-documents"] = lambda d=d, dv=dv: documents(d, value_dim=dv)
     return found
 
 

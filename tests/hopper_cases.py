@@ -20,7 +20,7 @@ from flashfuse.kernels.hopper_query_visits import GROUP_KV
 from flashfuse.kernels.launch import padded
 from flashfuse.kernels.launch_hopper_backward import BLOCK_Q, backward_constants
 from flashfuse.kernels.launch_hopper_dense import dense_hopper_constants
-from flashfuse.kernels.launch_hopper_forward import forward_constants
+from flashfuse.kernels.launch_hopper_forward import GROUP_Q, OUT_COLUMNS, forward_constants
 from flashfuse.kernels.spec import AttentionSpec, parse
 
 # Score text, captured element types, and the rank of each captured tensor.
@@ -98,13 +98,15 @@ def compiled_dense(program: str, head_dim: int, dtype: torch.dtype, shared_by: i
     return _compiled(hopper_dense.attention_hopper_dense_backward_kernel, program, variant, given)
 
 
-def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[Any, str]:
+def compiled_forward(
+    program: str, head_dim: int, value_dim: int, dtype: torch.dtype, groups: int = 2
+) -> tuple[Any, str]:
     """The kernel for sm_90, of keys that one axis shares; of documents with their ranges."""
     spec = _spec(program, dtype)
     ranged = program.startswith("documents")
     axes = ((True, True, True), AXES, AXES, (True, True, True))
-    variant = forward_constants(spec, head_dim, value_dim, axes, ranged, True, SPREAD)
-    rows, keys = hopper_forward.GROUP_Q.value, hopper_forward.BLOCK_KV.value
+    variant = forward_constants(spec, head_dim, value_dim, axes, ranged, True, SPREAD, groups)
+    rows, keys = GROUP_Q, variant["BLOCK_KV"]
     pairs = pair_read(spec)
     given = {
         "ranges_ptr": "*i32" if ranged else None,
@@ -113,7 +115,7 @@ def compiled_forward(program: str, head_dim: int, value_dim: int, dtype: torch.d
         "q_desc": described(dtype, rows, padded(head_dim)),
         "k_desc": described(dtype, keys, padded(head_dim)),
         "v_desc": described(dtype, keys, padded(value_dim)),
-        "out_desc": described(dtype, rows, padded(value_dim)),
+        "out_desc": described(dtype, rows, min(padded(value_dim), OUT_COLUMNS)),
         "pairs_desc": None if pairs is None else described(pairs.dtype, rows, keys),
     }
     return _compiled(attention_hopper_forward_kernel, program, variant, given)
