@@ -20,9 +20,9 @@ from flashfuse.kernels.hopper_tiles import (
     arrived,
     column_buffers,
     halves,
+    in_words,
     issued,
     load_columns,
-    in_words,
     next_stage,
     opaque,
     out_of_words,
@@ -70,7 +70,7 @@ def attention_hopper_forward_kernel(
     dtype: gl.constexpr = q_desc.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    # The group's, of which there is a power of two.
+    # Shapes of shared memory are powers of two.
     SLOTS: gl.constexpr = 2 if GROUPS == 2 else 4
     q_s = gl.allocate_shared_memory(
         dtype, [SLOTS * Q_STAGES, GROUP_Q, BLOCK_D], gl.NVMMASharedLayout.get_default_for([GROUP_Q, BLOCK_D], dtype)
@@ -81,8 +81,9 @@ def attention_hopper_forward_kernel(
     v_s = gl.allocate_shared_memory(
         dtype, [STAGES, BLOCK_KV, BLOCK_DV], gl.NVMMASharedLayout.get_default_for([BLOCK_KV, BLOCK_DV], dtype)
     )  # fmt: skip
+    STORED: gl.constexpr = out_desc.block_type.shape[4]
     out_s = gl.allocate_shared_memory(
-        dtype, [SLOTS, GROUP_Q, out_desc.block_type.shape[4]], gl.NVMMASharedLayout.get_default_for([GROUP_Q, 64], dtype)
+        dtype, [SLOTS, GROUP_Q, STORED], gl.NVMMASharedLayout.get_default_for([GROUP_Q, STORED], dtype)
     )  # fmt: skip
     # What is read for each pair of a tile, by the queries of each group.
     if pairs_desc is not None:

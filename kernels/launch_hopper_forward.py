@@ -48,7 +48,8 @@ SHARED_BYTES = 227 * 1024
 TILES = {64: (128, 4), 128: (128, 2), 256: (64, 2)}
 # Columns for which there is room once, of queries and no tiles of pairs beside them.
 WIDEST = 256
-# Queries of a group of warps; columns that three groups take, and the share of rows that their tiles may waste; columns of an output stored at a time.
+# Queries of a group of warps; columns that three groups take, and the share of rows that their tiles may waste; columns
+# of an output that are stored at a time.
 GROUP_Q = 64
 MANY_GROUPS = 64
 MOST_WASTED = 0.05

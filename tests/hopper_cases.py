@@ -10,7 +10,7 @@ from compile_targets import DEVICES, POINTERS, compiled
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from flashfuse.kernels import hopper_dense, hopper_forward
+from flashfuse.kernels import hopper_dense
 from flashfuse.kernels.codegen_backward import load_backward
 from flashfuse.kernels.codegen_derivative import load_derivatives
 from flashfuse.kernels.codegen_hopper import pair_read
