@@ -30,6 +30,7 @@ from flashfuse.kernels.hopper_tiles import (
 )
 from flashfuse.kernels.hopper_visits import (
     TILE_LEN,
+    TILES_SAID,
     said_keys,
     said_rows,
     skipped,
@@ -93,11 +94,11 @@ def attention_hopper_forward_kernel(
         )  # fmt: skip
     # What is read for each key of a tile.
     columns_s = column_buffers(COLUMN_TYPES, CODE_OF, STAGES, BLOCK_KV)
-    # Of two tiles of queries: what `say` says, and whether those of a group see the keys that a mask has ruled out.
-    said_s = gl.allocate_shared_memory(gl.int32, [2 * TILE_LEN, 1], NUMBERS)
+    # What `say` says, and of two tiles of queries whether those of a group see the keys that a mask has ruled out.
+    said_s = gl.allocate_shared_memory(gl.int32, [TILES_SAID * TILE_LEN, 1], NUMBERS)
     filled_s = gl.allocate_shared_memory(gl.int32, [2 * SLOTS, 1], NUMBERS)
-    said = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    heard = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    said = gl.allocate_shared_memory(gl.int64, [TILES_SAID, 1], BARRIER)
+    heard = gl.allocate_shared_memory(gl.int64, [TILES_SAID, 1], BARRIER)
     known = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
@@ -106,7 +107,7 @@ def attention_hopper_forward_kernel(
     pairs_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     mbarrier.init(known, count=GROUPS)
-    for slot in gl.static_range(2):
+    for slot in gl.static_range(TILES_SAID):
         mbarrier.init(said.index(slot), count=1)
         mbarrier.init(heard.index(slot), count=GROUPS)
     for stage in gl.static_range(Q_STAGES):
@@ -316,7 +317,7 @@ def _attend(
                 ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT,
             )  # fmt: skip
         turn += 1
-        mbarrier.wait(said.index(turn % 2), turn // 2 % 2)
+        mbarrier.wait(said.index(turn % TILES_SAID), turn // TILES_SAID % 2)
         q_start, n0, n1, n2, n3 = said_rows(said_s, turn)
 
     if RUNS_ON:
@@ -341,7 +342,7 @@ def _finish(
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     q_start, n0, n1, n2, n3 = said_rows(said_s, turn)
     gl.thread_barrier()
-    mbarrier.arrive(heard.index(turn % 2), count=1)
+    mbarrier.arrive(heard.index(turn % TILES_SAID), count=1)
     q_start += GROUP * GROUP_Q
     row_sum = gl.convert_layout(row_sum, OUT_ROWS)
     # The one tile of rows without any may hold a value that is no number.

@@ -9,7 +9,8 @@ from flashfuse.kernels.forward import whole_tiles
 from flashfuse.kernels.hopper_tiles import tile_and_position
 from flashfuse.kernels.tiles import batch_pointer
 
-# Numbers that say which tile of queries comes next, and those that are in use.
+# How many tiles of queries are known at a time; numbers that say which they are, and those that are in use.
+TILES_SAID: gl.constexpr = gl.constexpr(4)
 TILE_LEN: gl.constexpr = gl.constexpr(16)
 TILE_USED: gl.constexpr = gl.constexpr(9)
 # Queries that share a row of `ranges_ptr`.
@@ -81,17 +82,18 @@ def _stored(row, stride):
 def say(said_s, said, heard, turn, numbers):
     """Tell the groups the TILE_USED numbers of the tile of queries whose turn it is."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    mbarrier.wait(heard.index(turn % 2), turn // 2 % 2 ^ 1)
+    slot = turn % TILES_SAID
+    mbarrier.wait(heard.index(slot), turn // TILES_SAID % 2 ^ 1)
     for place in gl.static_range(TILE_USED):
-        said_s.index(TILE_LEN * (turn % 2) + place).store(gl.full([1], numbers[place], gl.int32, ONE))
+        said_s.index(TILE_LEN * slot + place).store(gl.full([1], numbers[place], gl.int32, ONE))
     gl.thread_barrier()
-    mbarrier.arrive(said.index(turn % 2), count=1)
+    mbarrier.arrive(said.index(slot), count=1)
 
 
 @gluon.jit
 def _number(said_s, turn, PLACE: gl.constexpr):
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(said_s.index(TILE_LEN * (turn % 2) + PLACE).load(ONE), 0)
+    return gl.max(said_s.index(TILE_LEN * (turn % TILES_SAID) + PLACE).load(ONE), 0)
 
 
 @gluon.jit

@@ -46,6 +46,7 @@ TABLE = (
     # Few rows have their products done by two warps as soon as by four.
     Row(64, 2, "cuda", 90, Launch(16, 64, 2, 3), max_rows=16),
     Row(128, 2, "cuda", 90, Launch(16, 32, 2, 3), max_rows=16),
+    Row(256, 2, "cuda", 90, Launch(16, 32, 4, 4), max_rows=16),
     Row(64, 2, "cuda", 90, Launch(64, 64, 4, 4)),
     Row(128, 2, "cuda", 90, Launch(64, 64, 4, 3)),
     Row(64, 2, "cuda", 80, Launch(32, 64, 4, 3)),

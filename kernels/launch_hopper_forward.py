@@ -60,8 +60,8 @@ REGISTERS = {2: (240, 168), 3: (160, 128)}
 # are smaller, and whose launch takes the host 20 us less: by the columns of tiles where positions alone say what is
 # seen, and in general.
 BLOCK = 128
-LEAST_LENGTH = {64: 512, 128: 192}
-LEAST_TILES = {64: 8192, 128: 2048}
+LEAST_LENGTH = {64: 512, 128: 192, 256: 192}
+LEAST_TILES = {64: 8192, 128: 2048, 256: 1024}
 LEAST_LENGTH_OF_OTHERS, LEAST_TILES_OF_OTHERS = 1024, 8192
 
 
