@@ -1,6 +1,7 @@
 """Products of spans of the weights, each with values of its own, that are added: one product with all of the values.
 
-p[:, :n] @ v1 + p[:, n:] @ v2 is p @ cat([v1, v2]), as where scores beside scores were one softmax.
+p[:, :n] @ v1 + p[:, n:] @ v2 is p @ cat([v1, v2]), as where scores beside scores were one softmax. Products that are
+scaled or subtracted are scaled weights.
 """
 
 from __future__ import annotations
@@ -8,44 +9,85 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import sympy
+import torch
 
-from flashfuse.kernels.expr import Dot, Expr, Load, Pointwise
-from flashfuse.kernels.normal import substitute
+from flashfuse.kernels.expr import Const, Dot, Expr, Load, Pointwise, free_symbols
+from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.joined import Span, in_order, merged, put_together, steps
 from flashfuse.patterns.lift import Lifter
 from flashfuse.patterns.opened import opened_or_none
+from flashfuse.patterns.operand import reciprocal
 from flashfuse.patterns.shift import same_element
+
+Factors = tuple[Expr, ...]
 
 
 def joined_products(lifter: Lifter, expr: Expr) -> Dot | None:
-    """The product of all columns of weights that a sum of products of spans of them is; None for other sums."""
-    dots = _addends(lifter, expr) if isinstance(expr, Pointwise) else None
-    if dots is None or len({dot.dtype for dot in dots}) != 1:
+    """The product of all columns of weights that a sum of products of spans of them is; None for other sums.
+
+    What one of the products is multiplied by is a factor of its weights.
+    """
+    addends = _addends(lifter, expr) if isinstance(expr, Pointwise) else None
+    if addends is None or len(addends) < 2 or len({dot.dtype for dot, _ in addends}) != 1:
         return None
-    first = next((dot for dot in dots if dot.extent != 1), None)
-    if first is None:
+    at = next((n for n, (dot, _) in enumerate(addends) if dot.extent != 1), None)
+    if at is None:
         return None
-    others = [dot for dot in dots if dot is not first]
+    first, factors = addends.pop(at)
     for weights, values in ((first.lhs, first.rhs), (first.rhs, first.lhs)):
         for span, element in _spans_of(lifter, weights, first):
-            found = [x for dot in others if (x := _alike(lifter, dot, element, first.axis)) is not None]
-            if len(found) == len(others):
-                whole = _sum_of_parts(lifter, first, element, [(span, first, values), *found])
-                if whole is not None:
-                    return whole
+            parts = [(x, f) for dot, f in addends if (x := _alike(lifter, dot, element, first.axis)) is not None]
+            if len(parts) != len(addends):
+                continue
+            used = [*factors, *(factor for _, known in parts for factor in known)]
+            if not all(_scales(factor, weights, first) for factor in used):
+                return None
+            whole = _sum_of_parts(lifter, first, element, [((span, first, values), factors), *parts])
+            if whole is not None:
+                return whole
     return None
 
 
-def _addends(lifter: Lifter, expr: Expr) -> list[Dot] | None:
-    """The products that are added; None where something else is."""
+def _addends(lifter: Lifter, expr: Expr) -> list[tuple[Dot, Factors]] | None:
+    """The products that are added, each with what it is multiplied by; None where something else is."""
     top = opened_or_none(lifter, expr)
-    if isinstance(top, Dot):
-        return [top]
-    if not isinstance(top, Pointwise) or top.op != "add":
-        return None
-    left, right = (_addends(lifter, a) for a in top.args)
-    return None if left is None or right is None else [*left, *right]
+    match top:
+        case Dot():
+            return [(top, ())]
+        case Pointwise(op="add" | "sub", args=(left, right)):
+            one, other = _addends(lifter, left), _addends(lifter, right)
+            if top.op == "sub":
+                other = _times(other, Const(top.dtype, -1.0))
+            return None if one is None or other is None else [*one, *other]
+        case Pointwise(op="neg", args=(arg,)):
+            return _times(_addends(lifter, arg), Const(top.dtype, -1.0))
+        case Pointwise(op="mul", args=(left, right)):
+            found = _times(_addends(lifter, left), right)
+            return _times(_addends(lifter, right), left) if found is None else found
+        case Pointwise(op="div", args=(left, right)):
+            return _times(_addends(lifter, left), reciprocal(right, top.dtype))
+    return None
+
+
+def _times(addends: list[tuple[Dot, Factors]] | None, factor: Expr) -> list[tuple[Dot, Factors]] | None:
+    return None if addends is None else [(dot, (*known, factor)) for dot, known in addends]
+
+
+def _scales(factor: Expr, weights: Expr, dot: Dot) -> bool:
+    """Whether a factor of a product may be one of its weights, which all features of the values share.
+
+    Weights of float16 that were made smaller would lose digits, and larger ones overflow, where the product does not.
+    """
+    value = number(factor)
+    if value is None and not factor.dtype.is_floating_point:
+        return False
+    if not free_symbols(factor) <= free_symbols(weights) - {dot.axis}:
+        return False
+    return dot.dtype != torch.float16 or (value is not None and 1 <= abs(value) <= _LARGEST)
+
+
+_LARGEST = 2.0**15
 
 
 def _spans_of(lifter: Lifter, weights: Expr, dot: Dot) -> Iterator[tuple[Span, Expr]]:
@@ -83,17 +125,25 @@ def _column(one: Expr, element: Expr, axis: sympy.Symbol) -> sympy.Expr | None:
     return None if places is None else places.get(axis)
 
 
-def _sum_of_parts(lifter: Lifter, first: Dot, element: Expr, parts: Sequence[tuple[Span, Dot, Expr]]) -> Dot | None:
+def _sum_of_parts(
+    lifter: Lifter, first: Dot, element: Expr, parts: Sequence[tuple[tuple[Span, Dot, Expr], Factors]]
+) -> Dot | None:
     """The product of all columns; element: of the weights, at column `first.axis`."""
-    ordered = in_order([(span, (dot, values)) for span, dot, values in parts])
+    ordered = in_order([(span, (dot, values, factors)) for (span, dot, values), factors in parts])
     if ordered is None:
         return None
     start = ordered[0][0].start
     total = sympy.expand(ordered[-1][0].end - start)
     j = lifter.symbol("j", total)
-    spans = []
-    for span, (dot, values) in ordered:
+    spans, scales = [], []
+    for span, (dot, values, factors) in ordered:
         here = Span(sympy.expand(span.start - start), span.length)
         spans.append((here, lifter.divided_again(substitute(values, {dot.axis: sympy.expand(j - here.start)}))))
+        scale: Expr = Const(first.dtype, 1.0)
+        for factor in factors:
+            scale = pointwise("mul", scale, factor, dtype=first.dtype)
+        scales.append((here, scale))
     at_j = lifter.divided_again(substitute(element, {first.axis: sympy.expand(j + start)}))
+    if any(factors for _, factors in parts):
+        at_j = pointwise("mul", at_j, put_together(scales, j, first.dtype), dtype=at_j.dtype)
     return Dot(first.dtype, at_j, put_together(merged(lifter, spans), j, first.dtype), j, total)

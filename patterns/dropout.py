@@ -13,13 +13,14 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.utils._sympy.functions import Mod
 
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise
 from flashfuse.kernels.normal import pointwise
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.draw import Draw, DrawLoad
 from flashfuse.patterns.graph import value
-from flashfuse.patterns.indexing import Indices, Ranges
+from flashfuse.patterns.indexing import Indices, Ranges, recombined
 from flashfuse.patterns.lift import NODE_ROWS, CannotLift, Lifter, NodeView
 from flashfuse.patterns.refusal import Refused
 from flashfuse.patterns.rows import argument, row
@@ -89,12 +90,27 @@ def check_apart(draw: DrawLoad, needed: Iterable[sympy.Symbol], ranges: Ranges) 
 
     draw: where a weight's random number is read. needed: the symbols of the attention's batch axes, rows and columns.
     """
-    parts = [index.free_symbols & ranges.keys() for index in draw.indices]
+    indices = _whole_numbers(draw.indices)
+    parts = [index.free_symbols & ranges.keys() for index in indices]
     everything = {s for s in needed if ranges[s] != 1} <= set().union(*parts)
     once = sum(map(len, parts)) == len(set().union(*parts))
-    if not (everything and once and all(_tells_apart(index, ranges) for index in draw.indices)):
+    if not (everything and once and all(_tells_apart(index, ranges) for index in indices)):
         reason = "several probabilities share a random number that decides what is dropped"
         raise Refused("dropout", reason, draw.tensor.node)
+
+
+def _whole_numbers(indices: Indices) -> Indices:
+    """The indices, where x // n and x % n, which a reshape leaves, are x: they tell apart what it does."""
+    whole: list[sympy.Expr] = []
+    for index in indices:
+        shared = [
+            n for n, known in enumerate(whole) if isinstance(index, Mod) and known.free_symbols & index.free_symbols
+        ]
+        if shared:
+            whole[shared[0]] = recombined(whole[shared[0]] * index.args[1] + index)
+        else:
+            whole.append(index)
+    return tuple(whole)
 
 
 def _tells_apart(index: sympy.Expr, ranges: Ranges) -> bool:

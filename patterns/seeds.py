@@ -12,7 +12,7 @@ from torch import fx
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.graph import WEIGHTED, Graph, is_weighted, tensor
 from flashfuse.patterns.normaliser import NORMALISERS, POWERS
-from flashfuse.patterns.summed import ADDITIONS, Sum, sum_of
+from flashfuse.patterns.summed import ADDITIONS, DIFFERENCES, Sum, sum_of
 
 Seeds = frozenset[fx.Node]
 NONE: Seeds = frozenset()
@@ -27,6 +27,8 @@ WHOLE = frozenset({"scaled_dot_product_attention"})
 _FACTORS = frozenset({"mul", "mul_", "imul", "__mul__", "__rmul__", "__imul__", "multiply"})
 _QUOTIENTS = frozenset({"div", "div_", "truediv", "itruediv", "__truediv__", "__itruediv__", "divide", "true_divide"})
 _GATES = _FACTORS | _QUOTIENTS
+# What may add up products of parts of the weights.
+_SUMS = ADDITIONS | DIFFERENCES
 # What makes a product of activations more than a product: a chain of linear operators is left to the matrix products.
 _CURVED = frozenset({
     "sigmoid", "expit", "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "silu", "gelu", "mish",
@@ -92,7 +94,7 @@ class Upstream:
         if name in _GATES:
             return self._gated(node)
         inputs = node.all_input_nodes
-        if name in ADDITIONS:
+        if name in _SUMS:
             return _added(node, self.products, self.weights)
         normalisers = _union(self.normalisers, inputs)
         # Weights of a curved product may hold an exponential too, as of a temperature.
@@ -146,7 +148,7 @@ def upstream(graph: Graph) -> Upstream:
             outputs = (n for n in _rescaled(node) if products.get(n) in values)
             if any(seeds <= values[products[n]] for n in outputs):
                 seeds = NONE
-        if name in ADDITIONS and _added(node, products, weights):
+        if name in _SUMS and _added(node, products, weights):
             starts.append(node)
         behind = next((products[n] for n in inputs if n in products), None)
         if behind is not None and not (weighted and behind in values):
@@ -170,7 +172,7 @@ def upstream(graph: Graph) -> Upstream:
 
 
 def _added(node: fx.Node, products: Mapping[fx.Node, fx.Node], weights: Mapping[fx.Node, Seeds]) -> Seeds:
-    """Of a sum of two products of the same weights, what made these."""
+    """Of a sum or a difference of two products of the same weights, what made these."""
     behind = [products.get(n) for n in node.all_input_nodes]
     if len(behind) != 2 or behind[0] is behind[1]:
         return NONE

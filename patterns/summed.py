@@ -28,7 +28,7 @@ _SUMS = frozenset({"sum", "mean"})
 _NORMS = frozenset({"norm", "linalg_norm", "linalg_vector_norm"})
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
 ADDITIONS = frozenset({"add", "add_", "iadd", "__add__", "__radd__", "__iadd__"})
-_DIFFERENCES = frozenset({"sub", "__sub__", "__rsub__", "subtract"})
+DIFFERENCES = frozenset({"sub", "__sub__", "__rsub__", "subtract", "sub_", "isub", "__isub__"})
 # Sum along an axis of the tensors that they are given.
 _BOTH = frozenset({"vecdot", "linalg_vecdot", "cosine_similarity"})
 # Functions of every pair of rows.
@@ -58,7 +58,7 @@ def sum_of(node: fx.Node) -> Sum:
     source = node if name in _BOTH else node.args[0] if name in _SUMS | _NORMS and node.args else None
     linear = name not in _NORMS
     while isinstance(source, fx.Node):
-        product, difference = name_of(source) in _PRODUCTS or source is node, name_of(source) in _DIFFERENCES
+        product, difference = name_of(source) in _PRODUCTS or source is node, name_of(source) in DIFFERENCES
         found = _pair(source.args[:2]) if difference or (product and linear) else None
         if found is not None:
             return _kind(node, *found, product)

@@ -12,6 +12,7 @@ from agreement import check_fused
 from graphs import matched, only_refusal, only_site, score_of
 
 import flashfuse
+from flashfuse.kernels.spec import to_text
 
 B, H, S, T, M, D, E = 2, 3, 6, 10, 5, 8, 4
 
@@ -163,9 +164,9 @@ def with_a_hole(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
     return p[..., :4] @ v[:, :, :4] + p[..., 5:] @ v[:, :, 5:]
 
 
-def subtracted(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
+def scaled_by_feature(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
     p = (q @ k.mT).softmax(-1)
-    return p[..., :5] @ v[:, :, :5] - p[..., 5:] @ v[:, :, 5:]
+    return (p[..., :5] @ v[:, :, :5]) * mv[0, 0] + p[..., 5:] @ v[:, :, 5:]
 
 
 def beside_given_scores(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
@@ -177,7 +178,7 @@ def one_column_alone(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
     return (q @ k.mT).softmax(-1)[..., :1] @ mv[:, :1]
 
 
-NONE = [of_other_queries, one_column_alone, overlapping, with_a_hole, subtracted, beside_given_scores]
+NONE = [of_other_queries, one_column_alone, overlapping, with_a_hole, scaled_by_feature, beside_given_scores]
 
 
 @pytest.mark.parametrize("fn", NONE, ids=lambda f: f.__name__)
@@ -202,3 +203,29 @@ def test_the_reason_of_the_sum_is_told() -> None:
         return p[..., :1] @ mv[:, :1] + p[..., 1:] @ v[:, :, 1:]
 
     assert only_refusal(fn, *inputs()).code == "probability-factor"
+
+
+SCALED: dict[str, tuple[Callable[..., Any], str]] = {
+    "subtracted": (lambda a, b, g: a - b, "where((kv_idx < 5), 1.0, -1.0)"),
+    "number": (lambda a, b, g: 2 * a + b / 0.5, "2.0"),
+    "gate": (lambda a, b, g: g * a + b * (1 - g), "where((kv_idx < 5), t0[n1, 0, 0], t1[n1, 0, 0])"),
+    "rows": (lambda a, b, g: b + a * g.sigmoid()[:, :S], "where((kv_idx < 5), t0[n1, 0, 0], 1.0)"),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_parts_that_are_scaled(name: str) -> None:
+    """It was refused, `extra-columns`: the first part's values did not meet all of the probabilities."""
+    combine, factor = SCALED[name]
+
+    def fn(q: Any, k: Any, v: Any, gate: Any) -> Any:
+        p = (q @ k.mT * 0.5).softmax(-1)
+        return combine(p[..., :M] @ v[:, :, :M], p[..., M:] @ v[:, :, M:], gate)
+
+    args = [*inputs()[:3], torch.rand(H, 1, 1)]
+    assert to_text(only_site(fn, *args).spec.factor) == factor
+    check_fused(fn, *args)
+    check_fused(fn, *args, dynamic=True)
+    narrow = [x.half() for x in args]
+    fits = name in ("subtracted", "number")
+    assert only_site(fn, *narrow).spec.factor if fits else only_refusal(fn, *narrow).code == "extra-columns"

@@ -482,3 +482,16 @@ def test_divided_by_something_else(name: str) -> None:
         return NOT_ITS_SUM[name](exponentials(q, k, keep), v)
 
     assert not matched(fn, *inputs()).sites
+
+
+@pytest.mark.parametrize("merge", [lambda t: t.flatten(0, 1), lambda t: t.reshape(1, 6, *t.shape[2:])])
+def test_dropped_before_their_axes_are_merged(merge: Callable[..., Any]) -> None:
+    """Quotient and remainder of one position were taken for two that share a random number."""
+
+    def fn(q: Any, k: Any, v: Any, shared: bool = False) -> Any:
+        p = F.dropout((q @ k.mT).softmax(-1), 0.3)
+        return merge(p[:, :1].expand_as(p) if shared else p) @ merge(v)
+
+    args = [torch.randn(2, 3, 5, 4) for _ in range(3)]
+    assert only_site(fn, *args).spec.dropout == 0.3
+    assert only_refusal(lambda *a: fn(*a, shared=True), *args).code == "dropout"
