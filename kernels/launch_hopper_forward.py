@@ -60,8 +60,8 @@ REGISTERS = {2: (240, 168), 3: (160, 128)}
 # are smaller, and whose launch takes the host 20 us less: by the columns of tiles where positions alone say what is
 # seen, and in general.
 BLOCK = 128
-LEAST_LENGTH = {64: 512, 128: 192, 256: 192}
-LEAST_TILES = {64: 8192, 128: 2048, 256: 1024}
+LEAST_LENGTH = 192
+LEAST_TILES = {64: 2048, 128: 2048, 256: 1024}
 LEAST_LENGTH_OF_OTHERS, LEAST_TILES_OF_OTHERS = 1024, 8192
 
 
@@ -90,7 +90,7 @@ def is_faster(device: Device, call: AttentionCall) -> bool:
     taken, block = _tiles(call, BLOCK), max(padded(call.head_dim), padded(call.value_dim))
     length, tiles = LEAST_LENGTH_OF_OTHERS, LEAST_TILES_OF_OTHERS
     if call.kv_ranges is None and pair_read(call.spec) is None:
-        length, tiles = LEAST_LENGTH.get(block, length), LEAST_TILES.get(block, tiles)
+        length, tiles = LEAST_LENGTH, LEAST_TILES.get(block, tiles)
     return (
         min(call.q_len, call.kv_len) >= length
         and taken >= device.multiprocessors

@@ -110,7 +110,7 @@ def test_layouts_that_a_tensor_map_has() -> None:
 
 def test_what_the_plain_kernel_is_faster_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    least, small = launch_hopper_forward.LEAST_LENGTH[64], replace(HOPPER, multiprocessors=8)
+    least, small = launch_hopper_forward.LEAST_LENGTH, replace(HOPPER, multiprocessors=8)
 
     def faster(
         score: str, heads: int, q_len: int, kv_len: int, device: Device = HOPPER, dim: int = 64, **changes: Any
@@ -123,14 +123,14 @@ def test_what_the_plain_kernel_is_faster_at(monkeypatch: pytest.MonkeyPatch) -> 
     assert not faster(CAUSAL, 512, least - 1, least)
     assert not faster(CAUSAL, 512, least, least - 1)
     assert not faster(CAUSAL, 511, least, least)
+    assert faster(CAUSAL, 256, least, least, dim=256)
     # Fewer programs than processors.
     assert faster(CAUSAL, 1, 1024, 128 * 1024, small)
     assert not faster(CAUSAL, 1, 1024, 128 * 1024)
+    # One instruction in bfloat16, and many in float16.
     assert not faster("tanh(qk * 0.0025) * 50.0", 512, least, least)
-    # Of wider tiles the plain kernel has fewer at a time.
-    assert faster(CAUSAL, 512, 256, 256, dim=72)
-    assert not faster(CAUSAL, 511, 256, 256, dim=72)
-    assert not faster(CAUSAL, 512, 256, 256)
+    spec = replace(call_of("tanh(qk * 0.0025) * 50.0", dtype=torch.bfloat16).spec)
+    assert faster(CAUSAL, 512, least, least, spec=spec)
     # Beside what is read for each pair that was measured for long rows alone.
     biased = "qk * 0.125 + t0[q_idx, kv_idx]"
     assert faster(biased, 128, 1024, 1024, dim=128, captured=[bias(FP16, 1024, 1024)])
