@@ -23,6 +23,7 @@ from flashfuse.kernels.output import needed_operands
 from flashfuse.kernels.prepared import empty_on
 from flashfuse.kernels.relaunch import ALIGNMENT, Plan, Result, facts, planned
 from flashfuse.kernels.tiled import attention_tiled
+from flashfuse.kernels.tuning import prepare_tuned
 
 Tensors = Sequence[torch.Tensor | None]
 
@@ -124,7 +125,7 @@ def _first(*arguments: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], Plan | N
     call.check()
     call.check_sizes()
     moved = call.on_one_device()
-    prepared = prepare_any(moved)
+    prepared = prepare_tuned(moved) if moved.spec.tuned else prepare_any(moved)
     if prepared is None:
         return attention_tiled(moved), None
     found, plan = planned(prepared, moved.tensors)
