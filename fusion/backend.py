@@ -37,7 +37,7 @@ def flashfuse(
     """
     ours = parse(options)
     compiler = _inner_compiler(mode, ours, ours.inductor)
-    rewritten, report = transform(gm, example_inputs, ours.strict)
+    rewritten, report = transform(gm, example_inputs, ours.strict, asks_to_tune(mode, ours.inductor))
     if rewritten is gm:
         record(report)
         return compiler(gm, example_inputs)
@@ -68,6 +68,15 @@ def _reset() -> None:
 
 
 flashfuse.reset = _reset  # type: ignore[attr-defined]
+
+
+def asks_to_tune(mode: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether kernels are to be searched: where Inductor has `max_autotune`, by mode, option or settings."""
+    import torch._inductor
+
+    given = {**torch._inductor.list_mode_options().get(mode or "default", {}), **options}
+    named = {key.replace("-", "_"): value for key, value in given.items()}
+    return bool(named.get("max_autotune", torch._inductor.config.max_autotune))
 
 
 def _compiler_of_rewritten(mode: str | None, ours: Options) -> Compiler:

@@ -11,7 +11,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +37,11 @@ class Findings:
 
     matches: per graph module (its own, and those of higher-order operators) the sites, and the module they are in:
     the graph module itself, or a copy with the functions that hold the sites opened and what is written told apart.
+    tuned: whether the kernels of the sites are to be searched.
     """
 
     strict: bool
+    tuned: bool = False
     matches: dict[fx.GraphModule, Match] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refused] = field(default_factory=list)
@@ -56,16 +58,19 @@ class Findings:
             self.failures.append(failure(stage, error))
 
 
-def transform(gm: fx.GraphModule, example_inputs: Sequence[Any], strict: bool) -> tuple[fx.GraphModule, Report]:
+def transform(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], strict: bool, tuned: bool = False
+) -> tuple[fx.GraphModule, Report]:
     """Rewrite every attention of `gm` and of the graph modules inside it.
 
     A graph over tensor subclasses is left alone: they may give every operator another meaning.
 
     Returns the graph to compile, which is `gm` itself when nothing was rewritten and a new module otherwise (`gm` is
-    never changed), and the report. With `strict`, exceptions of flashfuse's own are raised.
+    never changed), and the report. With `strict`, exceptions of flashfuse's own are raised; with `tuned`, the operators
+    ask for a search of their kernels.
     """
     with _disable_saved_tensors_hooks_during_tracing():
-        return _transform(gm, example_inputs, Findings(strict))
+        return _transform(gm, example_inputs, Findings(strict, tuned))
 
 
 def _transform(gm: fx.GraphModule, example_inputs: Sequence[Any], findings: Findings) -> tuple[fx.GraphModule, Report]:
@@ -103,7 +108,11 @@ def _search(gm: fx.GraphModule, findings: Findings) -> None:
         sites = [describe_site(site) for site in match.sites]
         findings.refusals += [describe_refusal(refusal) for refusal in match.refusals]
         findings.sites += sites
-        findings.matches[gm] = (module, match.sites)
+        findings.matches[gm] = (module, tuple(map(_tuned, match.sites)) if findings.tuned else match.sites)
+
+
+def _tuned(site: AttentionSite) -> AttentionSite:
+    return replace(site, spec=replace(site.spec, tuned=True), plus=tuple(map(_tuned, site.plus)))
 
 
 def _find(gm: fx.GraphModule) -> tuple[fx.GraphModule, MatchResult]:

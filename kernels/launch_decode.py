@@ -98,8 +98,13 @@ def prepare_any(call: AttentionCall) -> Prepared | None:
     return (prepare_decode(call) if takes(call) else None) or prepare_hopper(call) or prepare(call)
 
 
-def prepare_decode(call: AttentionCall, launch: Launch | None = None, splits: int | None = None) -> Prepared | None:
-    """What launches a validated call here; None where it cannot be. `launch` and `splits` override the tables."""
+def prepare_decode(
+    call: AttentionCall, launch: Launch | None = None, splits: int | None = None, share: float = 1.0
+) -> Prepared | None:
+    """What launches a validated call here; None where it cannot be. `launch` and `splits` override the tables.
+
+    share: of the number of splits that is worked out, how many there are.
+    """
     spec, kv_len = call.spec, call.kv_len
     if in_torch(call):
         return None
@@ -112,11 +117,13 @@ def prepare_decode(call: AttentionCall, launch: Launch | None = None, splits: in
         return None
     row_tiles = -(-rows // launch.block_q)
     programs = math.prod(outer) * row_tiles
+    tiles = -(-kv_len // launch.block_kv)
     if splits is None:
         shape = shape_of(spec, rows, call.head_dim, call.value_dim)
         slots = _slots(device, launch.shared_bytes(shape))
         part = _part(launch, shape, rows)
-        splits = num_splits(programs, -(-kv_len // launch.block_kv), slots, math.prod(outer) * rows, part)
+        splits = num_splits(programs, tiles, slots, math.prod(outer) * rows, part)
+        splits = max(1, min(round(share * splits), tiles, MAX_SPLITS))
     split, combine = variants(
         spec, call.head_dim, call.value_dim, precision_of(spec), launch, call.kv_ranges is not None,
         call.q_len <= kv_len, is_packed, device_of(device).overlaps,
@@ -136,6 +143,11 @@ def attention_decode(
     """`out` [N.., Tq, Dv] and `lse` [N.., Tq, 2] of a validated call, by the flash-decoding kernels."""
     prepared = prepare_decode(call, launch, splits)
     return attention_tiled(call) if prepared is None else prepared.run(call)
+
+
+def rows_of(call: AttentionCall) -> int:
+    """How many rows meet the same keys."""
+    return math.prod(_split_axes(call.batch, packed_axes(call))[1]) * call.q_len
 
 
 def packed_axes(call: AttentionCall) -> tuple[bool, ...]:

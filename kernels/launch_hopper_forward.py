@@ -187,13 +187,16 @@ def _groups(program: HopperForwardProgram, block: int, q_len: int) -> int:
     )
 
 
-def prepare_hopper(call: AttentionCall) -> Prepared | None:
-    """What launches a validated call by the kernel for Hopper; None where another one computes it."""
+def prepare_hopper(call: AttentionCall, searched: bool = False) -> Prepared | None:
+    """What launches a validated call by the kernel for Hopper; None where another one computes it.
+
+    searched: whether the one that is faster is being measured, and not taken as it is known to be.
+    """
     blocks = blocks_of(call.head_dim, call.value_dim)
     if blocks is None or not has_gluon() or in_torch(call):
         return None
     device = device_of(device_index(call))
-    if not is_faster(device, call) or not takes(device, call):
+    if not (searched or is_faster(device, call)) or not takes(device, call):
         return None
     # It takes Gluon, which the other kernels do without.
     from flashfuse.kernels.hopper_forward import attention_hopper_forward_kernel

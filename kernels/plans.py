@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # type: ignore[attr-defined]
@@ -20,47 +20,15 @@ from flashfuse.kernels.launch import allows_tf32
 from flashfuse.kernels.launch_backward import prepare_backward
 from flashfuse.kernels.launch_decode import prepare_any
 from flashfuse.kernels.output import needed_operands
-from flashfuse.kernels.prepared import Empty, KernelLaunch, Start, empty_on
-from flashfuse.kernels.relaunch import ALIGNMENT, Again, facts, launched
+from flashfuse.kernels.prepared import empty_on
+from flashfuse.kernels.relaunch import ALIGNMENT, Plan, Result, facts, planned
 from flashfuse.kernels.tiled import attention_tiled
+from flashfuse.kernels.tuning import prepare_tuned
 
 Tensors = Sequence[torch.Tensor | None]
-Result = TypeVar("Result")
-Made = TypeVar("Made", covariant=True)
 
 # A growing cache leaves one for every length.
 MAX_PLANS = 512
-
-
-class Prepares(Protocol[Made]):
-    """A call but for its tensors: makes the results, and starts kernels in an order that is always the same."""
-
-    def compute(self, empty: Empty, start: Start, *tensors: Any) -> Made:
-        """On the current device."""
-
-
-@dataclass(frozen=True, eq=False)
-class Plan(Generic[Result]):
-    """A prepared call and what launches each of its kernels again."""
-
-    prepared: Prepares[Result]
-    launches: tuple[Again, ...]
-
-    def __call__(self, empty: Empty, tensors: Tensors) -> Result:
-        again = iter(self.launches)
-        return self.prepared.compute(empty, lambda _, arguments: next(again)(arguments), *tensors)
-
-
-def _planned(prepared: Prepares[Result], tensors: Sequence[Any]) -> tuple[Result, Plan[Result]]:
-    """What the first call gives, and the plan for others."""
-    launches: list[Again] = []
-
-    def start(launch: KernelLaunch, arguments: tuple[Any, ...]) -> None:
-        launches.append(launched(launch, arguments))
-
-    with torch.cuda.device_of(tensors[0]):
-        found = prepared.compute(empty_on(tensors[0].device), start, *tensors)
-    return found, Plan(prepared, tuple(launches))
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,10 +125,10 @@ def _first(*arguments: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], Plan | N
     call.check()
     call.check_sizes()
     moved = call.on_one_device()
-    prepared = prepare_any(moved)
+    prepared = prepare_tuned(moved) if moved.spec.tuned else prepare_any(moved)
     if prepared is None:
         return attention_tiled(moved), None
-    found, plan = _planned(prepared, moved.tensors)
+    found, plan = planned(prepared, moved.tensors)
     return found, plan if call.is_on_one_device else None
 
 
@@ -190,7 +158,7 @@ def _first_backward(*arguments: Any) -> tuple[list[torch.Tensor], Plan | None]:
     if prepared is None:
         found, plan = attention_backward_tiled(moved, grad_out, out, lse, needs), None
     else:
-        found, plan = _planned(prepared, (grad_out, out, lse, *moved.tensors))
+        found, plan = planned(prepared, (grad_out, out, lse, *moved.tensors))
     found = [x.to(like.device) for x, like in zip(found, wanted, strict=True)]
     return found, plan if call.is_on_one_device else None
 

@@ -7,17 +7,20 @@ reads: over 100 us where strides are many. Those are functions of a few facts, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import triton
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from flashfuse.kernels.prepared import KernelLaunch
+from flashfuse.kernels.prepared import Empty, KernelLaunch, Start, empty_on
 
 Again = Callable[[tuple[Any, ...]], Any]
+Result = TypeVar("Result")
+Made = TypeVar("Made", covariant=True)
 
 # Bytes to which a pointer may be aligned for the compiler to know, and what a number may be a multiple of.
 ALIGNMENT = 16
@@ -92,3 +95,34 @@ def facts(x: Any) -> Hashable:
 def _facts_of_number(x: int) -> int:
     """Whether it is 1, a multiple of `ALIGNMENT`, and within 32 bits, in one number."""
     return -1 if x == 1 else (x % ALIGNMENT == 0) + 2 * (not -(2**31) <= x < 2**31)
+
+
+class Prepares(Protocol[Made]):
+    """A call but for its tensors: makes the results, and starts kernels in an order that is always the same."""
+
+    def compute(self, empty: Empty, start: Start, *tensors: Any) -> Made:
+        """On the current device."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(Generic[Result]):
+    """A prepared call and what launches each of its kernels again."""
+
+    prepared: Prepares[Result]
+    launches: tuple[Again, ...]
+
+    def __call__(self, empty: Empty, tensors: Sequence[torch.Tensor | None]) -> Result:
+        again = iter(self.launches)
+        return self.prepared.compute(empty, lambda _, arguments: next(again)(arguments), *tensors)
+
+
+def planned(prepared: Prepares[Result], tensors: Sequence[Any]) -> tuple[Result, Plan[Result]]:
+    """What the first call gives, and the plan for others."""
+    launches: list[Again] = []
+
+    def start(launch: KernelLaunch, arguments: tuple[Any, ...]) -> None:
+        launches.append(launched(launch, arguments))
+
+    with torch.cuda.device_of(tensors[0]):
+        found = prepared.compute(empty_on(tensors[0].device), start, *tensors)
+    return found, Plan(prepared, tuple(launches))

@@ -23,7 +23,7 @@ import ast
 import functools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -81,6 +81,8 @@ class AttentionSpec:
     key, value: the element of k, of v at (n.., kv_idx, d_idx) as a function of the one that is stored, `Element`, and
         of captured tensors: how a quantised cache is read. It is computed in `compute_dtype` and rounded to
         `product_dtype`, or `probs_dtype`. None where those hold what is stored, and it is used as it is.
+    tuned: whether kernels and tiles are to be searched on the device (`tuning`). It is no part of what is computed, so
+        specs that differ in it are equal and share kernels; their texts differ, and so do compiled graphs.
     """
 
     batch_axes: int
@@ -98,6 +100,7 @@ class AttentionSpec:
     dropout: float = 0.0
     key: Expr | None = None
     value: Expr | None = None
+    tuned: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.batch_axes <= MAX_BATCH_AXES:
@@ -161,6 +164,7 @@ class AttentionSpec:
             "dropout": self.dropout,
             "key": None if self.key is None else to_text(self.key),
             "value": None if self.value is None else to_text(self.value),
+            "tuned": self.tuned,
         }
 
     def to_text(self) -> str:
@@ -202,6 +206,7 @@ def _parse_spec(text: str) -> AttentionSpec:
         dropout=fields["dropout"],
         key=optional("key"),
         value=optional("value"),
+        tuned=fields["tuned"],
     )
 
 
