@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from flashfuse.history import Histories, tied
 from flashfuse.insert import Inserter, as_module, copy_graph
 from flashfuse.patterns.calls import mutated_inputs, name_of
 from flashfuse.patterns.composite import Record, record
-from flashfuse.patterns.graph import Graph, location, to_sympy
+from flashfuse.patterns.graph import Graph, location, tensor, to_sympy
 from flashfuse.patterns.site import Refusal
 from flashfuse.patterns.trace import CannotTrace
 
@@ -72,7 +73,9 @@ def _open(insert: Inserter, node: fx.Node, what: Record, copied: dict[fx.Node, f
             needed.add(made)
         _learn(made, call.output, known, insert)
     if isinstance(what.result, torch.Tensor):
-        copied[node] = known[id(what.result)]
+        seen = tensor(node)
+        assert seen is not None
+        copied[node] = tied(known[id(what.result)], seen, insert, Histories())
         composite.replace_all_uses_with(copied[node])
     for user in () if isinstance(what.result, torch.Tensor) else node.users:
         part, copied[user] = copied[user], known[id(what.result[user.args[1]])]
