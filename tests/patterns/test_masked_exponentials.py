@@ -107,3 +107,17 @@ def test_cleared_where_data_decide_which_rows_vanish() -> None:
         return torch.exp(s - s.amax(-1, keepdim=True)) * keep
 
     assert only_refusal(fn, *inputs()).code == "probability-mask"
+
+
+def test_reason_of_values_that_are_multiplied_and_summed() -> None:
+    """The reason of the exponentials' own sum was told, as if the probabilities were used again by their division."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        p = multiplied_probabilities(q, k, keep).masked_fill(v[:, None, :, 0] > 1, 0.0)
+        return (v[:, None] * p[..., None]).sum(-2)
+
+    assert only_refusal(fn, *inputs()).code == "probability-mask"
+
+
+def multiplied_probabilities(q: Any, k: Any, keep: Any) -> Any:
+    return quotient(torch.exp(q @ k.mT) * keep.float())
