@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from flashfuse.history import Histories, tied
 from flashfuse.insert import Inserter, as_module, copy_graph
 from flashfuse.patterns.calls import mutated_inputs, name_of
 from flashfuse.patterns.composite import Record, record
-from flashfuse.patterns.graph import Graph, location, to_sympy
+from flashfuse.patterns.graph import Graph, location, storage, tensor, to_sympy
 from flashfuse.patterns.site import Refusal
 from flashfuse.patterns.trace import CannotTrace
 
@@ -72,7 +73,7 @@ def _open(insert: Inserter, node: fx.Node, what: Record, copied: dict[fx.Node, f
             needed.add(made)
         _learn(made, call.output, known, insert)
     if isinstance(what.result, torch.Tensor):
-        copied[node] = known[id(what.result)]
+        copied[node] = _stand_in(known[id(what.result)], node, insert)
         composite.replace_all_uses_with(copied[node])
     for user in () if isinstance(what.result, torch.Tensor) else node.users:
         part, copied[user] = copied[user], known[id(what.result[user.args[1]])]
@@ -80,6 +81,16 @@ def _open(insert: Inserter, node: fx.Node, what: Record, copied: dict[fx.Node, f
         composite.graph.erase_node(part)
     composite.graph.erase_node(composite)
     return [fresh for fresh in reversed(insert.made) if not _erased(fresh, needed)]
+
+
+def _stand_in(made: fx.Node, node: fx.Node, insert: Inserter) -> fx.Node:
+    """What was made, with the inputs that autograd reaches from `node`, and in the memory that its views are in."""
+    seen = tensor(node)
+    assert seen is not None
+    out = tied(made, seen, insert, Histories())
+    if sum(storage(n) == storage(out) for n in (*insert.made, *node.all_input_nodes)) == 1:
+        out.meta["example_value"] = seen
+    return out
 
 
 def _erased(node: fx.Node, needed: set[fx.Node]) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
-from flashfuse.patterns.graph import tensor, to_sympy, value
+from flashfuse.patterns.graph import tensor, to_sympy, value, wants_gradient
 
 aten = torch.ops.aten
 
@@ -58,10 +58,15 @@ def _copy_sources(module: fx.GraphModule, copied: Mapping[fx.Node, fx.Node]) -> 
 
 
 class Inserter:
-    """Inserts nodes before `before`, which they share source lines with. `made` lists them."""
+    """Inserts nodes before `before`, which they share source lines with. `made` lists them.
+
+    history: whether a gradient of `before` is wanted.
+    """
 
     def __init__(self, before: fx.Node) -> None:
         self.graph, self.before = before.graph, before
+        self.history = wants_gradient(before)
+        self.fake_mode: Any = getattr(tensor(before), "fake_mode", None)
         self.made: list[fx.Node] = []
         self._sizes: dict[sympy.Expr, fx.Node] = {}
 
@@ -75,6 +80,12 @@ class Inserter:
         node.meta["example_value"] = example
         self.made.append(node)
         return node
+
+    def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """A call of a function of tensors, run on their fakes as Dynamo would have."""
+        with torch.set_grad_enabled(self.history), self.fake_mode:
+            example = function(*fx.map_arg(args, value))
+        return self.add("call_function", function, args, {}, example)
 
     def part(self, node: fx.Node, index: int, example: Any) -> fx.Node:
         """One value of a node that gives several."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -13,9 +13,11 @@ from torch import fx
 
 import flashfuse.kernels.ops  # noqa: F401
 from flashfuse.erase import Unused
+from flashfuse.history import Histories, tied
 from flashfuse.insert import Inserter, as_module, copy_graph
-from flashfuse.kernels.derivative import differentiable, follows_products
+from flashfuse.kernels.derivative import differentiable
 from flashfuse.kernels.dropout import SEEDS
+from flashfuse.kernels.expr import Product
 from flashfuse.kernels.ranges import RangesProgram, ranges_program
 from flashfuse.patterns.draw import DrawLoad
 from flashfuse.patterns.graph import raw_value, shape, tensor, to_sympy, value, wants_gradient
@@ -40,9 +42,9 @@ def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
     unused = Unused(graph, [copied[site.node] for site in sites])
     ranges, seeds = SharedRanges(module.graph), Seeds()
     position = {node: i for i, node in enumerate(module.graph.nodes)}
-    tables = Tables(copied)
+    tables, histories = Tables(copied), Histories()
     for site in sorted(sites, key=lambda site: position[site.node]):
-        _replace(graph, site, copied, ranges, seeds, tables)
+        _replace(graph, site, copied, ranges, seeds, tables, histories)
     without_versions(graph)
     unused.erase_others()
     return as_module(module, graph)
@@ -55,6 +57,7 @@ def _replace(
     ranges: SharedRanges,
     seeds: Seeds,
     tables: Tables,
+    histories: Histories,
 ) -> None:
     node = copied[site.node]
     seen = tensor(node)
@@ -70,6 +73,7 @@ def _replace(
         out = build.call(torch.clone, out)
     if not site.free_layout:
         out = build.laid_out_as(out, seen)
+    out = tied(out, seen, build, histories)
     node.replace_all_uses_with(out)
     # A later site may read this one's output.
     copied[site.node] = out
@@ -83,11 +87,11 @@ def _output(build: _Builder, site: AttentionSite, ranges: SharedRanges, seeds: S
     sizes = [build.size(s) for s in (*site.batch, *site.sizes)]
     terms = ((site.q, site.k), *site.more)
     q, k = (build.joined(operands, site) for operands in zip(*terms, strict=True))
-    history = follows_products(site.spec.programs)
-    q, k = (build.read(x, history) for x in (q, k))
-    v = build.whole(site.v, site)
     learned = differentiable(site.spec.programs)
-    captured = [build.captured(n, site, history=slot in learned) for slot, n in enumerate(site.captured)]
+    q, k = (build.read(x, history=any(isinstance(leaf, Product) for leaf in learned)) for x in (q, k))
+    v = build.whole(site.v, site)
+    slots = {leaf.tensor for leaf in learned if not isinstance(leaf, Product)}
+    captured = [build.captured(n, site, history=slot in slots) for slot, n in enumerate(site.captured)]
     arguments: list[Any] = [q, k, v, captured, sizes, site.spec.to_text()]
     arguments += [ranges.node(site, build), seeds.node(site, build)]
     while arguments[-1] is None:
@@ -172,20 +176,13 @@ class SharedRanges:
 class _Builder(Inserter):
     """Inserts the operands of a site before it.
 
-    history: whether a gradient of the site is wanted. The site's operands and captured tensors are then read with
-    theirs, since lifting never looks behind a place where a gradient ends.
+    Where a gradient of the site is wanted its operands and captured tensors are read with their histories, since
+    lifting never looks behind a place where a gradient ends.
     """
 
     def __init__(self, site: fx.Node, copied: dict[fx.Node, fx.Node], tables: Tables) -> None:
         super().__init__(site)
         self.copied, self.tables = copied, tables
-        self.history = wants_gradient(site)
-        self.fake_mode: Any = getattr(tensor(site), "fake_mode", None)
-
-    def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
-        with torch.set_grad_enabled(self.history), self.fake_mode:
-            example = function(*fx.map_arg(args, value))
-        return self.add("call_function", function, args, {}, example)
 
     def seed(self) -> fx.Node:
         t = tensor(self.before)

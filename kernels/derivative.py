@@ -10,7 +10,7 @@ At kinks the derivative is what torch's autograd gives, see docs/numerics.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,29 +45,10 @@ def leaves(expr: Expr) -> tuple[Leaf, ...]:
     return (*products, *(read for read in loads(expr) if read.dtype.is_floating_point))
 
 
-def differentiable(programs: Iterable[Expr]) -> frozenset[Hashable]:
-    """The tensors that a gradient of the programs may reach."""
-    reads = ((e, read) for e in programs if e.dtype.is_floating_point for read in leaves(e))
-    return frozenset(
-        read.tensor for e, read in reads if not isinstance(read, Product) and number(derivative(e, read)) != 0
-    )
-
-
-def follows_products(programs: Iterable[Expr]) -> bool:
-    """Whether autograd would come from the programs to a product at all; it does not pass integers and booleans.
-
-    It does come to one that a mask of constants rules out everywhere, which no program has any more.
-    """
-    programs = tuple(programs)
-    followed = any(isinstance(e, Product) for program in programs for e in _followed(program))
-    return followed or not any(isinstance(leaf, Product) for program in programs for leaf in leaves(program))
-
-
-def _followed(expr: Expr) -> Iterator[Expr]:
-    if expr.dtype.is_floating_point:
-        yield expr
-        for child in expr.children:
-            yield from _followed(child)
+def differentiable(programs: Iterable[Expr]) -> frozenset[Leaf]:
+    """The leaves that a gradient of the programs may reach."""
+    leaves_of = ((e, leaf) for e in programs if e.dtype.is_floating_point for leaf in leaves(e))
+    return frozenset(leaf for e, leaf in leaves_of if number(derivative(e, leaf)) != 0)
 
 
 def derivative(expr: Expr, wrt: Leaf) -> Expr:

@@ -68,7 +68,8 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
             "log-sum-exp",
             "a row of large fills absorbs the logarithm of its sum, so its probabilities do not add up to 1",
         )
-    if (weights.cleared or (weights.empty_row == "zero" and not weights.sinks)) and spoils_rows(score.program):
+    clears = weights.cleared or (weights.empty_row == "zero" and not weights.sinks)
+    if clears and spoils_rows(score.program, score.opener):
         raise Refused("probability-mask", "masked scores are +inf or NaN, and the NaN of their rows is set to zero")
     own_maximum = weights.subtracted in ("maximum", "logarithm") or weights.sinks
     if weights.empty_row == "zero" and not own_maximum and (weights.masked or may_vanish(score.program, j)):

@@ -16,7 +16,7 @@ from flashfuse.patterns.seeds import Seeds, Upstream, is_contraction, unclaimed
 from flashfuse.patterns.site import Refusal
 
 # What is told where only a part of an attention was tried.
-_COMPLETED = frozenset({"probabilities-used", "extra-columns", "single-key"})
+_COMPLETED = frozenset({"probabilities-used", "scores-used", "extra-columns", "single-key"})
 
 
 class Reasons:
@@ -34,10 +34,11 @@ class Reasons:
 
     def add(self, start: fx.Node, seeds: Seeds, error: Refused) -> None:
         is_sum = self.up.products.get(start) is start and not is_contraction(start)
+        told = self._of_sums if is_sum else self._refused
         for seed in seeds:
-            known, _ = (self._of_sums if is_sum else self._refused).setdefault(seed, (error, start))
-            if known.code in _COMPLETED and self.up.products.get(start) is not start:
-                self._refused[seed] = error, start
+            known, _ = told.setdefault(seed, (error, start))
+            if known.code in _COMPLETED and (is_sum or self.up.products.get(start) is not start):
+                told[seed] = error, start
 
     def refusals(self, claimed: AbstractSet[fx.Node], inside: AbstractSet[fx.Node]) -> Iterator[Refusal]:
         """What is told, where `claimed` seeds are part of a site, and kernels take over the nodes `inside`."""

@@ -27,7 +27,7 @@ _VANISHES = -16.0
 
 def with_infinite_fills(program: Expr, opener: Opener) -> Expr:
     """The program of scores that exponentials are taken of as they are, with -inf for fills whose exponential is 0."""
-    program = rewrite(program, lambda e: _mask(e, opener) if isinstance(e, Load) else None)
+    program = _with_masks(program, opener)
     opened = _opened(program)
     if not opened.vanishes:
         return program
@@ -36,6 +36,11 @@ def with_infinite_fills(program: Expr, opener: Opener) -> Expr:
         value = Const(program.dtype, -math.inf if fill <= _NONE_BELOW else fill)
         result = pointwise("where", condition, value, result, dtype=program.dtype)
     return result
+
+
+def _with_masks(program: Expr, opener: Opener) -> Expr:
+    """The program with what the graph makes of masks that are added in their place."""
+    return rewrite(program, lambda e: _mask(e, opener) if isinstance(e, Load) else None)
 
 
 def _mask(load: Load, opener: Opener) -> Expr | None:
@@ -54,8 +59,12 @@ def may_vanish(program: Expr, j: sympy.Symbol) -> bool:
     return is_biased(program, j) or any(fill < _VANISHES for fill in finite_numbers(program))
 
 
-def spoils_rows(program: Expr) -> bool:
-    """Whether a mask of -inf makes scores +inf or NaN, as `1 - score` or their sine does: their rows are NaN."""
+def spoils_rows(program: Expr, opener: Opener) -> bool:
+    """Whether a mask of -inf makes scores +inf or NaN, as `1 - score` or their sine does: their rows are NaN.
+
+    A mask that is added is one too, where the graph makes it.
+    """
+    program = _with_masks(program, opener)
     if any(fill == math.inf for _, fill in _opened(program).fills):
         return True
     chosen = (e.args for e in walk(program) if isinstance(e, Pointwise) and e.op == "where")
@@ -65,7 +74,17 @@ def spoils_rows(program: Expr) -> bool:
 
 def _makes_nan(program: Expr, condition: Expr, truth: Expr) -> bool:
     """Whether an operator of numbers alone is left where a condition is known: all but NaN would be one number."""
-    known = rewrite(program, lambda e: truth if e == condition else None)
+
+    def rule(e: Expr) -> Expr | None:
+        if e == condition:
+            return truth
+        # Beside any number -inf stays what it is.
+        masked = isinstance(e, Pointwise) and e.op == "add" and [number(a) for a in e.args].count(-math.inf) == 1
+        return Const(e.dtype, -math.inf) if masked and None in map(number, e.children) else None
+
+    known = rewrite(program, rule)
+    if number(known) == math.inf:
+        return True
     return any(isinstance(e, Pointwise) and all(number(a) is not None for a in e.args) for e in walk(known))
 
 

@@ -315,3 +315,16 @@ def test_function_that_looks_at_data_stays_whole(monkeypatch: pytest.MonkeyPatch
     assert refusal.code == "opaque-function"
     assert refusal.location.file == __file__
     assert [n.name for n in opened.module.graph.nodes] == [n.name for n in gm.graph.nodes]
+
+
+def test_views_of_an_opened_operator_are_in_its_memory() -> None:
+    """A write through a view of scores was refused beside the site: the opened operator had other memory."""
+
+    def fn(q: Any, k: Any, v: Any, bias: Any, keep: Any) -> Any:
+        s = torch.baddbmm(bias, F.linear(q, v[0]) * 0.2, k.mT)
+        s[..., :1].masked_fill_(keep[..., :1], -30000.0)
+        return s.cos().softmax(-1) @ v
+
+    q, k, v = (torch.randn(2, 5, 5) for _ in range(3))
+    report = flashfuse.explain(fn)(q, k, v, torch.randn(5, 5), torch.rand(2, 5, 5) > 0.5)
+    assert (len(report.sites), report.refusals) == (1, ())

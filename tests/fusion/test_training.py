@@ -270,3 +270,36 @@ def test_what_is_written_after_the_attention_stays_as_it_is() -> None:
     assert [(refusal.code, refusal.location.code) for refusal in report.refusals] == [("mutation", "turned.mul_(2.0)")]
     with torch.no_grad():
         assert len(flashfuse.explain(fn)(*qkvb()[:3]).sites) == 1
+
+
+def rounded_bias(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    return ((q @ k.mT) * 0.3 + bias.round()).softmax(-1) @ v
+
+
+def rounded_scores(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    return ((q @ k.mT) * 0.3 + bias).round().softmax(-1) @ v
+
+
+def bias_nowhere_chosen(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    return torch.where(torch.arange(S) < S, q @ k.mT, bias).softmax(-1) @ v
+
+
+def bias_left_out(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    scores = torch.baddbmm(bias.sum(0).expand(6, S, S), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0)
+    return scores.softmax(-1) @ v.flatten(0, 1)
+
+
+def left_out_of_output(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    probs = (q.flatten(0, 1) @ k.flatten(0, 1).mT).softmax(-1)
+    return torch.baddbmm(bias.sum(), probs, v.flatten(0, 1), beta=0)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "fn",
+    [rounded_bias, rounded_scores, bias_nowhere_chosen, bias_left_out, left_out_of_output],
+    ids=lambda fn: fn.__name__,
+)
+def test_gradients_are_zeros_where_a_derivative_is(fn: Callable[..., Any], inner: str) -> None:
+    """What autograd follows without anything coming of it had no gradient (`None`)."""
+    assert_trains(fn, qkvb(), inner).assert_fused(sites=1)

@@ -162,4 +162,6 @@ def curve(draft: Draft, s: Var) -> Var:
     if draft.chance(20):
         draft.refused.add("unknown-operator")
         return draft.let("s", draft.one(UNKNOWN).format(s=s.name), s.axes)
-    return draft.let("s", draft.one(draft.row(CURVES)).format(s=s.name), s.axes)
+    # Of the lowest number a sine is any number, as rounding has it.
+    known = {name: spellings for name, spellings in CURVES.items() if name != "periodic" or not draft.has_minimal}
+    return draft.let("s", draft.one(draft.row(known)).format(s=s.name), s.axes)

@@ -126,6 +126,11 @@ class Draft:
 
     # ---- writing
 
+    @property
+    def has_minimal(self) -> bool:
+        """Whether the lowest number of a type has been written, or is in an input."""
+        return any("finfo" in line for line in self.lines) or any(x.kind == "minimal" for x in self.inputs)
+
     def say(self, line: str) -> None:
         self.lines.append(line)
 

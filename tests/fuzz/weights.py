@@ -81,6 +81,8 @@ VANISHING = frozenset({"added", "finite", "temperature", *BIASES})
 TURNING = frozenset({
     "shifted", "absolute", "rectified", "squared", "periodic", "activation", "logarithmic", "interpolated",
 })  # fmt: skip
+# Of the lowest number they give any number, as rounding has it.
+PERIODIC = frozenset({"bent-sine"})
 
 
 def normalise(draft: Draft, s: Var) -> Var:
@@ -98,13 +100,13 @@ def normalise(draft: Draft, s: Var) -> Var:
         return _masked(draft, s, d)
     tables = {"written-out": WRITTEN_OUT, "by-logarithm": BY_LOGARITHM, "plus-one": PLUS_ONE, "none": WITHOUT}
     table = tables[kind]
-    name = draft.one(tuple(table))
+    name = draft.one(tuple(name for name in table if name not in PERIODIC or not draft.has_minimal))
     draft.labels.append(name)
     draft.left_open |= name in UNSHIFTED
     draft.refused |= {"log-sum-exp"} if table is BY_LOGARITHM else set()
     draft.refused |= _lengths_unknown(draft) if name == "plus-one-column" else set()
     # Products without a normaliser that are no score program are no attention, and nothing is said of them.
-    draft.certain &= table is not WITHOUT or "unknown-operator" not in draft.refused
+    draft.certain &= table is not WITHOUT or not draft.refused & {"unknown-operator", "extra-columns"}
     for line in table[name]:
         draft.say(line.format(s=s.name, d=d, p="p", t=draft.size("t")))
     return Var("p", s.axes)

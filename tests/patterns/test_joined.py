@@ -229,3 +229,14 @@ def test_parts_that_are_scaled(name: str) -> None:
     narrow = [x.half() for x in args]
     fits = name in ("subtracted", "number")
     assert only_site(fn, *narrow).spec.factor if fits else only_refusal(fn, *narrow).code == "extra-columns"
+
+
+def test_reason_of_weights_without_a_normaliser_in_parts() -> None:
+    """The reason of one part was told, as if the scores were used again by the other."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        p = (q.half() @ k.half().mT).sigmoid().to(v.dtype)
+        return p[..., 1:] @ v[..., 1:, :] + p[..., :1] @ v[..., :1, :]
+
+    q, k, v = (torch.randn(2, 7, 4, dtype=torch.float64) for _ in range(3))
+    assert only_refusal(fn, q, k, v).code == "dtype"

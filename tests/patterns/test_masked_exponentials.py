@@ -107,3 +107,29 @@ def test_cleared_where_data_decide_which_rows_vanish() -> None:
         return torch.exp(s - s.amax(-1, keepdim=True)) * keep
 
     assert only_refusal(fn, *inputs()).code == "probability-mask"
+
+
+def test_reason_of_values_that_are_multiplied_and_summed() -> None:
+    """The reason of the exponentials' own sum was told, as if the probabilities were used again by their division."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        p = multiplied_probabilities(q, k, keep).masked_fill(v[:, None, :, 0] > 1, 0.0)
+        return (v[:, None] * p[..., None]).sum(-2)
+
+    assert only_refusal(fn, *inputs()).code == "probability-mask"
+
+
+def multiplied_probabilities(q: Any, k: Any, keep: Any) -> Any:
+    return quotient(torch.exp(q @ k.mT) * keep.float())
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_cleared_rows_of_an_added_mask_that_becomes_nan(sink: bool) -> None:
+    """Rows with a masked key were NaN, where eager code clears them: only a mask that fills was seen to spoil them."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        s = torch.nn.functional.silu(q @ k.mT + torch.where(keep, torch.zeros(()), float("-inf")))
+        beside = torch.cat([s, torch.zeros_like(s[..., :1])], -1) if sink else s
+        return beside.softmax(-1)[..., :T].nan_to_num() @ v
+
+    assert only_refusal(fn, *inputs()).code == "probability-mask"
