@@ -3,9 +3,6 @@
 import triton
 import triton.language as tl
 from triton.language.core import builtin, constexpr
-from triton.language.target_info import is_cuda
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -25,15 +22,6 @@ def bounded_tanh(x):
     square = x * x
     near = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315)))
     return tl.where(square < 0.04, near, 1.0 - tl.fdiv(2.0, tl.exp2(x * 2.8853900817779268) + 1.0))
-
-
-@triton.jit
-def coarse_tanh(x):
-    """tanh(x) with a relative error of 2^-11 where the device has an instruction for that."""
-    if is_cuda() and not INTERPRETED:
-        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return bounded_tanh(x)
 
 
 @triton.jit

@@ -26,8 +26,6 @@ SPECIAL = frozenset({
     "pow", "exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos",
     "atan", "asinh", "fmod",
 })  # fmt: skip
-# Of these what is one instruction for products of operands of a type, see `modules`.
-COARSE = {torch.bfloat16: frozenset({"tanh"})}
 # Positions whose keys and values stay in the cache while tiles of as much work run.
 MAX_SPREAD = 8
 # Bytes that a tensor map's strides are multiples of.

@@ -25,7 +25,6 @@ from flashfuse.kernels.launch import (
 )
 from flashfuse.kernels.launch_hopper import (
     BATCH_AXES,
-    COARSE,
     MAX_SPREAD,
     SPECIAL,
     blocks_of,
@@ -95,7 +94,7 @@ def is_faster(device: Device, call: AttentionCall) -> bool:
         min(call.q_len, call.kv_len) >= length
         and taken >= device.multiprocessors
         and taken * -(-call.kv_len // BLOCK) >= tiles
-        and not is_computed_by(call.spec.score, SPECIAL - COARSE.get(call.spec.product_dtype, frozenset()))
+        and not is_computed_by(call.spec.score, SPECIAL)
     )
 
 

@@ -25,17 +25,13 @@ _IMPORTS = {
         for name in ("asinh", "atan", "expm1", "log1p", "power", "sign", "tanh", "through", "to_bfloat16")
     },
 }
-# tanh of products, by the type of their operands. What is lost near 0 is far below what operands of 16 bits have lost
-# already, and 2^-11 of a result below the 2^-9 by which a product is rounded that eager code takes the tanh of.
-_CAPS = {torch.float16: "bounded_tanh", torch.bfloat16: "coarse_tanh"}
+# What of a capped score is lost near 0 is far below what operands of 16 bits have lost already.
+_NARROW_IMPORTS = {**_IMPORTS, "tanh(": "from flashfuse.kernels.elementary import bounded_tanh as tanh"}
 
 
 def finished(source: str, product_dtype: torch.dtype) -> tuple[str, str]:
     """(hash, text) of a module: IMPORTS spelled out, and the hash of the text in every name that ends in _HASH."""
-    imports = {
-        **_IMPORTS,
-        "capped(": f"from flashfuse.kernels.elementary import {_CAPS.get(product_dtype, 'tanh')} as capped",
-    }
+    imports = _NARROW_IMPORTS if product_dtype.itemsize == 2 else _IMPORTS
     lines = ["import triton", "import triton.language as tl", *(line for use, line in imports.items() if use in source)]
     source = source.replace("IMPORTS", "\n".join([*lines, ""]), 1)
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ import torch
 
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
-from flashfuse.kernels.expr import Expr, Pointwise, walk
+from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.spec import D_IDX
 
 
@@ -41,10 +41,6 @@ def attention_reference(
 
     k, v = from_stored(call.k, spec.key), from_stored(call.v, spec.value)
     product = rounded(call.q, spec.product_dtype) @ rounded(k, spec.product_dtype).mT
-    capped = any(isinstance(e, Pointwise) and e.op == "tanh" for e in walk(spec.score))
-    if capped and spec.product_dtype == torch.bfloat16:
-        # As it is in eager code, which is why `modules` caps by an instruction of a few digits.
-        product = rounded(product, spec.product_dtype)
     tile = Tile(
         axes=tuple(zip((*outer, q_axis, kv_axis), map(range, (*batch, q_len, kv_len)), strict=True)),
         sizes=sizes,

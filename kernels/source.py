@@ -209,8 +209,6 @@ class Writer:
                 # A side counts only where the other one does not decide.
                 left_counts, right_counts = _with_guard(guards, _open(op, right)), _with_guard(guards, _open(op, left))
                 return OPS[op].triton.format(self.emit(left, left_counts), self.emit(right, right_counts))
-            case Pointwise(op="tanh", args=(arg,)) if _products(arg):
-                return f"capped({self._emit_float(arg, guards)})"
             case Pointwise(op="pow", args=(arg, exponent)) if number(exponent) in _WHOLE_POWERS:
                 return f"power({self._emit_float(arg, guards)}, {number(exponent):.0f})"
             case Pointwise(dtype=torch.int64, op=op, args=args) if op != "to_int" and not fits_32_bits(expr):

@@ -8,7 +8,6 @@ import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from triton.runtime.driver import driver
 
 from flashfuse.kernels.launch import Device
 from flashfuse.kernels.spec import AttentionSpec
@@ -117,11 +115,7 @@ def compiled(source: Any, target: GPUTarget, options: dict[str, Any]) -> tuple[A
         triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
         # Instructions are the same, and made faster.
         triton.knobs.compilation.disable_line_info = True
-        active, driver._active = driver._active, SimpleNamespace(get_current_target=lambda: target)
-        try:
-            kernel = triton.compile(source, target=target, options=options)
-        finally:
-            driver._active = active
+        kernel = triton.compile(source, target=target, options=options)
     assert target.backend != "cuda" or "bytes spill stores" in log.getvalue()
     return kernel, log.getvalue()
 

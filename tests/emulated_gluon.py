@@ -306,7 +306,6 @@ def _instructions() -> dict[str, Any]:
     return {
         "_meet": lambda: meeting.wait(),
         "opaque": torch.as_tensor,
-        "coarse_tanh": torch.tanh,
         "in_words": lambda x, dtype: x.to(dtype),
         "out_of_words": lambda words, *_: words,
         "halves": lambda x: x.chunk(2, 1),
