@@ -2,7 +2,8 @@
 
 One warp loads, two or three groups of four warps have 64 queries each. The products of a tile of keys run beside each
 other and under exponentials: scores of one tile are issued before the values of the tile before it, which are waited
-for when the row maxima are known. What the loader brings for a tile is therefore its keys, and the values of the tile before.
+for when the row maxima are known. What the loader brings for a tile is therefore its keys, and the values of the tile
+before.
 A program takes tiles of queries until none is left. What comes before their first tile of keys is then the last one of
 the queries before, whose output is stored when the first scores of the next are known.
 A captured tensor that is read for each pair comes in tiles too, each into a group's registers before its scores are

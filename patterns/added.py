@@ -1,17 +1,20 @@
 """Products of spans of the weights, each with values of its own, that are added: one product with all of the values.
 
 p[:, :n] @ v1 + p[:, n:] @ v2 is p @ cat([v1, v2]), as where scores beside scores were one softmax. Products that are
-scaled or subtracted are scaled weights.
+multiplied by numbers or subtracted are scaled weights.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import sympy
 import torch
 
-from flashfuse.kernels.expr import Const, Dot, Expr, Load, Pointwise, free_symbols
+from flashfuse.kernels.expr import Const, Dot, Expr, Load, Pointwise
 from flashfuse.kernels.normal import number, pointwise, substitute
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.joined import Span, in_order, merged, put_together, steps
@@ -40,8 +43,7 @@ def joined_products(lifter: Lifter, expr: Expr) -> Dot | None:
             parts = [(x, f) for dot, f in addends if (x := _alike(lifter, dot, element, first.axis)) is not None]
             if len(parts) != len(addends):
                 continue
-            used = [*factors, *(factor for _, known in parts for factor in known)]
-            if not all(_scales(factor, weights, first) for factor in used):
+            if not all(_scales(known, first.dtype) for known in (factors, *(known for _, known in parts))):
                 return None
             whole = _sum_of_parts(lifter, first, element, [((span, first, values), factors), *parts])
             if whole is not None:
@@ -74,20 +76,19 @@ def _times(addends: list[tuple[Dot, Factors]] | None, factor: Expr) -> list[tupl
     return None if addends is None else [(dot, (*known, factor)) for dot, known in addends]
 
 
-def _scales(factor: Expr, weights: Expr, dot: Dot) -> bool:
-    """Whether a factor of a product may be one of its weights, which all features of the values share.
+def _scales(factors: Factors, dtype: torch.dtype) -> bool:
+    """Whether factors of a product may be one of its weights: numbers, by which no weight and no sum overflows.
 
-    Weights of float16 that were made smaller would lose digits, and larger ones overflow, where the product does not.
+    A tensor may hold an infinity, which the product is multiplied by and no weight that is 0; and weights of float16
+    that were made smaller would lose digits that the product keeps.
     """
-    value = number(factor)
-    if value is None and not factor.dtype.is_floating_point:
-        return False
-    if not free_symbols(factor) <= free_symbols(weights) - {dot.axis}:
-        return False
-    return dot.dtype != torch.float16 or (value is not None and 1 <= abs(value) <= _LARGEST)
+    sizes = (abs(value) if (value := number(factor)) is not None else math.inf for factor in factors)
+    least, most = _SIZES[dtype == torch.float16]
+    return all(least <= size <= most for size in accumulate(sizes, operator.mul))
 
 
-_LARGEST = 2.0**15
+# Of factors, and beside float16 values.
+_SIZES = ((2.0**-60, 2.0**60), (1.0, 2.0**15))
 
 
 def _spans_of(lifter: Lifter, weights: Expr, dot: Dot) -> Iterator[tuple[Span, Expr]]:

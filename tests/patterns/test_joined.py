@@ -208,8 +208,6 @@ def test_the_reason_of_the_sum_is_told() -> None:
 SCALED: dict[str, tuple[Callable[..., Any], str]] = {
     "subtracted": (lambda a, b, g: a - b, "where((kv_idx < 5), 1.0, -1.0)"),
     "number": (lambda a, b, g: 2 * a + b / 0.5, "2.0"),
-    "gate": (lambda a, b, g: g * a + b * (1 - g), "where((kv_idx < 5), t0[n1, 0, 0], t1[n1, 0, 0])"),
-    "rows": (lambda a, b, g: b + a * g.sigmoid()[:, :S], "where((kv_idx < 5), t0[n1, 0, 0], 1.0)"),
 }
 
 
@@ -226,9 +224,27 @@ def test_parts_that_are_scaled(name: str) -> None:
     assert to_text(only_site(fn, *args).spec.factor) == factor
     check_fused(fn, *args)
     check_fused(fn, *args, dynamic=True)
-    narrow = [x.half() for x in args]
-    fits = name in ("subtracted", "number")
-    assert only_site(fn, *narrow).spec.factor if fits else only_refusal(fn, *narrow).code == "extra-columns"
+    check_fused(fn, *[x.half() for x in args])
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda a, b, g: g * a + b * (1 - g),
+        lambda a, b, g: b - a / g,
+        lambda a, b, g: b + a * math.inf,
+        lambda a, b, g: b + a / 1e-40,
+        lambda a, b, g: b + a * 1e20 * 1e20,
+    ],
+)
+def test_parts_that_a_tensor_or_a_number_out_of_bounds_scales(combine: Callable[..., Any]) -> None:
+    """An infinity times a weight of 0 is no number, and times the product of the weights it is infinite."""
+
+    def fn(q: Any, k: Any, v: Any, gate: Any) -> Any:
+        p = (q @ k.mT * 0.5).softmax(-1)
+        return combine(p[..., :M] @ v[:, :, :M], p[..., M:] @ v[:, :, M:], gate)
+
+    assert only_refusal(fn, *inputs()[:3], torch.rand(H, 1, 1)).code == "extra-columns"
 
 
 def test_reason_of_weights_without_a_normaliser_in_parts() -> None:
