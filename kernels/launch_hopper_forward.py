@@ -47,9 +47,8 @@ SHARED_BYTES = 227 * 1024
 TILES = {64: (128, 4), 128: (128, 2), 256: (64, 2)}
 # Columns for which there is room once, of queries and no tiles of pairs beside them.
 WIDEST = 256
-# Queries of a group of warps; columns that three groups take, and the share of rows that their tiles may waste; columns
-# of an output that are stored at a time.
-GROUP_Q = 64
+# Columns that three groups take, and the share of rows that their tiles may waste; columns of an output that are stored
+# at a time.
 MANY_GROUPS = 64
 MOST_WASTED = 0.05
 OUT_COLUMNS = 128
@@ -174,12 +173,12 @@ def forward_constants(
     }
 
 
-def _groups(program: HopperForwardProgram, block: int, q_len: int) -> int:
+def _groups(program: HopperForwardProgram, block: int, q_len: int, rows: int) -> int:
     """Of warps that multiply: three where the fewer registers of each suffice and their tiles waste few rows, or two.
 
-    Where tiles start at the mask's diagonal, those of three reach farther across it.
+    Where tiles start at the mask's diagonal, those of three reach farther across it. rows: queries of a group.
     """
-    wasted = -q_len % (3 * GROUP_Q) - -q_len % (2 * GROUP_Q)
+    wasted = -q_len % (3 * rows) - -q_len % (2 * rows)
     of_pairs = program.columns is not None or program.pairs_at is not None
     return (
         3 if block == MANY_GROUPS and not (of_pairs or program.longest_first) and wasted <= MOST_WASTED * q_len else 2
@@ -198,20 +197,21 @@ def prepare_hopper(call: AttentionCall, searched: bool = False) -> Prepared | No
     if not (searched or is_faster(device, call)) or not takes(device, call):
         return None
     # It takes Gluon, which the other kernels do without.
-    from flashfuse.kernels.hopper_forward import attention_hopper_forward_kernel
+    from flashfuse.kernels.hopper_forward import GROUP_Q, attention_hopper_forward_kernel
 
+    rows = GROUP_Q.value
     out, lse = empty_output(call)
     own = [own_positions(x) for x in (call.q, call.k, call.v)]
     read, pairs = pair_read(call.spec), of_pairs(call)
     axes = (*(own_axes(x, call.batch) for x in own), pair_axes(pairs))
     positions, fewer_queries = math.prod(call.batch), call.q_len <= call.kv_len
     ranged = call.kv_ranges is not None
-    groups = _groups(load_hopper_forward(call.spec, ranged, fewer_queries), max(blocks), call.q_len)
+    groups = _groups(load_hopper_forward(call.spec, ranged, fewer_queries), max(blocks), call.q_len, rows)
     variant = forward_constants(
         call.spec, call.head_dim, call.value_dim, axes, ranged, fewer_queries, positions, groups
     )
     of_ranges = (0,) * 6 if call.kv_ranges is None else strides_of(call.kv_ranges, call.batch)
-    rows, keys = GROUP_Q, variant["BLOCK_KV"]
+    keys = variant["BLOCK_KV"]
     tiles = ((rows, blocks[0]), (keys, blocks[0]), (keys, blocks[1]), (rows, min(blocks[1], OUT_COLUMNS)))
     operands = zip((*own, out), tiles, strict=True)
     descriptors = [tensor_map(Buffer.like(x), rows, columns) for x, (rows, columns) in operands]

@@ -25,6 +25,9 @@ from flashfuse.patterns.shift import same_element
 
 Factors = tuple[Expr, ...]
 
+# Of factors that weights take, and of those beside float16 values.
+_SIZES = ((2.0**-60, 2.0**60), (1.0, 2.0**15))
+
 
 def joined_products(lifter: Lifter, expr: Expr) -> Dot | None:
     """The product of all columns of weights that a sum of products of spans of them is; None for other sums.
@@ -85,10 +88,6 @@ def _scales(factors: Factors, dtype: torch.dtype) -> bool:
     sizes = (abs(value) if (value := number(factor)) is not None else math.inf for factor in factors)
     least, most = _SIZES[dtype == torch.float16]
     return all(least <= size <= most for size in accumulate(sizes, operator.mul))
-
-
-# Of factors, and beside float16 values.
-_SIZES = ((2.0**-60, 2.0**60), (1.0, 2.0**15))
 
 
 def _spans_of(lifter: Lifter, weights: Expr, dot: Dot) -> Iterator[tuple[Span, Expr]]:

@@ -15,12 +15,12 @@ from flashfuse.kernels.codegen_backward import load_backward
 from flashfuse.kernels.codegen_derivative import load_derivatives
 from flashfuse.kernels.codegen_hopper import pair_read
 from flashfuse.kernels.hopper_backward import HALF, attention_hopper_backward_kernel
-from flashfuse.kernels.hopper_forward import attention_hopper_forward_kernel
+from flashfuse.kernels.hopper_forward import GROUP_Q, attention_hopper_forward_kernel
 from flashfuse.kernels.hopper_query_visits import GROUP_KV
 from flashfuse.kernels.launch import padded
 from flashfuse.kernels.launch_hopper_backward import BLOCK_Q, backward_constants
 from flashfuse.kernels.launch_hopper_dense import dense_hopper_constants
-from flashfuse.kernels.launch_hopper_forward import GROUP_Q, OUT_COLUMNS, forward_constants
+from flashfuse.kernels.launch_hopper_forward import OUT_COLUMNS, forward_constants
 from flashfuse.kernels.spec import AttentionSpec, parse
 
 # Score text, captured element types, and the rank of each captured tensor.
@@ -106,7 +106,7 @@ def compiled_forward(
     ranged = program.startswith("documents")
     axes = ((True, True, True), AXES, AXES, (True, True, True))
     variant = forward_constants(spec, head_dim, value_dim, axes, ranged, True, SPREAD, groups)
-    rows, keys = GROUP_Q, variant["BLOCK_KV"]
+    rows, keys = GROUP_Q.value, variant["BLOCK_KV"]
     pairs = pair_read(spec)
     given = {
         "ranges_ptr": "*i32" if ranged else None,
