@@ -37,7 +37,7 @@ def flashfuse(
     """
     ours = parse(options)
     compiler = _inner_compiler(mode, ours, ours.inductor)
-    rewritten, report = transform(gm, example_inputs, ours.strict)
+    rewritten, report = transform(gm, example_inputs, ours.strict, ours.route)
     if rewritten is gm:
         record(report)
         return compiler(gm, example_inputs)
