@@ -37,7 +37,8 @@ def flashfuse(
     """
     ours = parse(options)
     compiler = _inner_compiler(mode, ours, ours.inductor)
-    rewritten, report = transform(gm, example_inputs, ours.strict, asks_to_tune(mode, ours.inductor))
+    tuned = asks_to_tune(mode, ours.inductor)
+    rewritten, report = transform(gm, example_inputs, ours.strict, tuned, ours.route)
     if rewritten is gm:
         record(report)
         return compiler(gm, example_inputs)

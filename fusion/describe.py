@@ -13,13 +13,14 @@ from flashfuse.kernels.spec import AttentionSpec, to_text
 from flashfuse.patterns.graph import tensor
 from flashfuse.patterns.site import AttentionSite, Operand, Refusal
 from flashfuse.report import Refused, Site
+from flashfuse.routes import Route
 
 
-def describe_site(site: AttentionSite) -> Site:
+def describe_site(site: AttentionSite, route: Route | None = None) -> Site:
     """What a report says about a rewritten site."""
     spec = site.spec
     return Site(
-        status="fused",
+        status="fused" if route is None else "routed",
         spec=spec,
         location=site.location,
         node=site.node.name,
@@ -28,7 +29,7 @@ def describe_site(site: AttentionSite) -> Site:
         heads=_heads(site),
         shape=_shape(site),
         dtypes=", ".join(f"{part} {_short(dtype)}" for part, dtype in _dtypes(spec)),
-        kernel=_kernel(site),
+        kernel=_kernel(site) if route is None else f"{route.operator.name()}, {route.why}",
         bytes_saved=_bytes_saved(site),
     )
 

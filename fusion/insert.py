@@ -81,11 +81,11 @@ class Inserter:
         self.made.append(node)
         return node
 
-    def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+    def call(self, function: Callable[..., Any], *args: Any, **settings: Any) -> fx.Node:
         """A call of a function of tensors, run on their fakes as Dynamo would have."""
         with torch.set_grad_enabled(self.history), self.fake_mode:
-            example = function(*fx.map_arg(args, value))
-        return self.add("call_function", function, args, {}, example)
+            example = function(*fx.map_arg(args, value), **settings)
+        return self.add("call_function", function, args, settings, example)
 
     def part(self, node: fx.Node, index: int, example: Any) -> fx.Node:
         """One value of a node that gives several."""

@@ -16,6 +16,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "inner": ("inductor", "aot_eager", "eager"),
     "verify": (False, True),
     "strict": (False, True),
+    "route": ("auto", "never", "always"),
 }
 
 
@@ -26,12 +27,15 @@ class Options:
     inner: who compiles the graph once attention is rewritten: "inductor", "aot_eager" or "eager".
     verify: run the original graph beside the compiled one at the first call and raise on a mismatch.
     strict: raise flashfuse's own failures instead of compiling the graph without the rewrite.
+    route: which plain attentions go to a kernel of torch's own: those that the recorded search found faster there,
+        none, or all that one takes.
     inductor: everything else, for Inductor.
     """
 
     inner: str = "inductor"
     verify: bool = False
     strict: bool = False
+    route: str = "auto"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
 

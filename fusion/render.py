@@ -38,7 +38,8 @@ def _parts(report: Report) -> Iterator[RenderableType]:
 
 def _headline(report: Report) -> str:
     graphs = f"{report.graphs} graphs" if report.graphs != 1 else "1 graph"
-    counts = f"{len(report.sites)} attention sites fused, {len(report.refusals)} left alone"
+    routed = f"{n} routed to torch's kernels, " if (n := report.count("routed")) else ""
+    counts = f"{report.count('fused')} attention sites fused, {routed}{len(report.refusals)} left alone"
     failures = f", {len(report.failures)} failures" if report.failures else ""
     return f"flashfuse {report.graph}: {graphs}, {counts}{failures}"
 

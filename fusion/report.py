@@ -88,12 +88,22 @@ class Report:
     graph_breaks: tuple[GraphBreak, ...] = ()
     graphs: int = 1
 
+    def count(self, status: str) -> int:
+        """How many sites have a status."""
+        return sum(site.status == status for site in self.sites)
+
+    def assert_found(self, sites: int) -> None:
+        """As `assert_fused`, where sites that are routed to a kernel of torch's own are as good."""
+        self._assert(sites, len(self.sites), "fused or routed")
+
     def assert_fused(self, sites: int) -> None:
         """Raise AssertionError, naming every refusal and failure, unless exactly `sites` sites are fused."""
-        fused = sum(site.status == "fused" for site in self.sites)
-        if fused == sites:
+        self._assert(sites, self.count("fused"), "fused")
+
+    def _assert(self, expected: int, found: int, what: str) -> None:
+        if found == expected:
             return
-        lines = [f"expected {sites} fused attention sites in graph {self.graph}, found {fused}"]
+        lines = [f"expected {expected} {what} attention sites in graph {self.graph}, found {found}"]
         lines += [f"  {site.status}: {site.location}" for site in self.sites]
         lines += [f"  refused {refusal}" for refusal in self.refusals]
         lines += [f"  failed {failure}" for failure in self.failures]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -27,6 +27,8 @@ from flashfuse.patterns.site import AttentionSite, Operand
 from flashfuse.patterns.table import Table
 from flashfuse.patterns.transforms import is_wrapped
 from flashfuse.patterns.views import Arrange, Narrow, Select, Split, Step
+from flashfuse.routed import routed
+from flashfuse.routes import Route
 from flashfuse.tables import Tables
 from flashfuse.versions import without_versions
 
@@ -36,36 +38,32 @@ aten = torch.ops.aten
 UNKNOWN_SIZE = 1024
 
 
-def rewrite(module: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphModule:
-    """A copy of `module` in which each site is one `flashfuse::attention` call; `module` itself is not changed."""
+def rewrite(
+    module: fx.GraphModule, sites: Sequence[AttentionSite], routes: Mapping[AttentionSite, Route] | None = None
+) -> fx.GraphModule:
+    """A copy of `module` in which each site is one call of `flashfuse::attention`, or of its route's operator.
+
+    `module` itself is not changed.
+    """
     graph, copied = copy_graph(module)
     unused = Unused(graph, [copied[site.node] for site in sites])
-    ranges, seeds = SharedRanges(module.graph), Seeds()
+    shared = Shared(SharedRanges(module.graph), Seeds(), Tables(copied), Histories(), routes or {})
     position = {node: i for i, node in enumerate(module.graph.nodes)}
-    tables, histories = Tables(copied), Histories()
     for site in sorted(sites, key=lambda site: position[site.node]):
-        _replace(graph, site, copied, ranges, seeds, tables, histories)
+        _replace(graph, site, copied, shared)
     without_versions(graph)
     unused.erase_others()
     return as_module(module, graph)
 
 
-def _replace(
-    graph: fx.Graph,
-    site: AttentionSite,
-    copied: dict[fx.Node, fx.Node],
-    ranges: SharedRanges,
-    seeds: Seeds,
-    tables: Tables,
-    histories: Histories,
-) -> None:
+def _replace(graph: fx.Graph, site: AttentionSite, copied: dict[fx.Node, fx.Node], shared: Shared) -> None:
     node = copied[site.node]
     seen = tensor(node)
     assert seen is not None
-    build = _Builder(node, copied, tables)
-    out = _output(build, site, ranges, seeds, seen)
+    build = _Builder(node, copied, shared.tables)
+    out = _output(build, site, shared, seen)
     for term in site.plus:
-        out = build.call(aten.add.Tensor, out, _output(build, term, ranges, seeds, seen))
+        out = build.call(aten.add.Tensor, out, _output(build, term, shared, seen))
     if site.plus and site.spec.out_dtype != seen.dtype:
         out = build.call(torch.Tensor.to, out, seen.dtype)
     if site.overwritten and not site.plus:
@@ -73,7 +71,7 @@ def _replace(
         out = build.call(torch.clone, out)
     if not site.free_layout:
         out = build.laid_out_as(out, seen)
-    out = tied(out, seen, build, histories)
+    out = tied(out, seen, build, shared.histories)
     node.replace_all_uses_with(out)
     # A later site may read this one's output.
     copied[site.node] = out
@@ -82,22 +80,15 @@ def _replace(
             graph.erase_node(dead)
 
 
-def _output(build: _Builder, site: AttentionSite, ranges: SharedRanges, seeds: Seeds, seen: torch.Tensor) -> fx.Node:
+def _output(build: _Builder, site: AttentionSite, shared: Shared, seen: torch.Tensor) -> fx.Node:
     """The operator's output in the shape of the tensor it stands for."""
-    sizes = [build.size(s) for s in (*site.batch, *site.sizes)]
     terms = ((site.q, site.k), *site.more)
     q, k = (build.joined(operands, site) for operands in zip(*terms, strict=True))
     learned = differentiable(site.spec.programs)
     q, k = (build.read(x, history=any(isinstance(leaf, Product) for leaf in learned)) for x in (q, k))
     v = build.whole(site.v, site)
-    slots = {leaf.tensor for leaf in learned if not isinstance(leaf, Product)}
-    captured = [build.captured(n, site, history=slot in slots) for slot, n in enumerate(site.captured)]
-    arguments: list[Any] = [q, k, v, captured, sizes, site.spec.to_text()]
-    arguments += [ranges.node(site, build), seeds.node(site, build)]
-    while arguments[-1] is None:
-        arguments.pop()
-    pair = build.call(torch.ops.flashfuse.attention.default, *arguments)
-    out = build.call(operator.getitem, pair, 0)
+    route = shared.routes.get(site)
+    out = routed(build, route, q, k, v) if route is not None else _fused(build, site, shared, q, k, v)
     if site.out_axes != tuple(range(len(site.out_axes))):
         out = build.call(aten.permute.default, out, list(site.out_axes))
     made = tensor(out)
@@ -105,6 +96,29 @@ def _output(build: _Builder, site: AttentionSite, ranges: SharedRanges, seeds: S
     if shape(made) != shape(seen):
         out = build.call(torch.reshape, out, [build.size(s) for s in shape(seen)])
     return out
+
+
+def _fused(build: _Builder, site: AttentionSite, shared: Shared, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+    """The operator's output [batch axes.., q_len, value_dim]."""
+    sizes = [build.size(s) for s in (*site.batch, *site.sizes)]
+    slots = {leaf.tensor for leaf in differentiable(site.spec.programs) if not isinstance(leaf, Product)}
+    captured = [build.captured(n, site, history=slot in slots) for slot, n in enumerate(site.captured)]
+    arguments: list[Any] = [q, k, v, captured, sizes, site.spec.to_text()]
+    arguments += [shared.ranges.node(site, build), shared.seeds.node(site, build)]
+    while arguments[-1] is None:
+        arguments.pop()
+    pair = build.call(torch.ops.flashfuse.attention.default, *arguments)
+    return build.call(operator.getitem, pair, 0)
+
+
+class Shared(NamedTuple):
+    """What the sites of one graph have in common, and which of them go to kernels of torch's own."""
+
+    ranges: SharedRanges
+    seeds: Seeds
+    tables: Tables
+    histories: Histories
+    routes: Mapping[AttentionSite, Route]
 
 
 class Seeds:

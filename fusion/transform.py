@@ -25,6 +25,7 @@ from flashfuse.report import Failure, GraphBreak, Refused, Report, Site
 
 if TYPE_CHECKING:
     from flashfuse.patterns.match import MatchResult
+    from flashfuse.routes import Route
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +39,14 @@ class Findings:
     matches: per graph module (its own, and those of higher-order operators) the sites, and the module they are in:
     the graph module itself, or a copy with the functions that hold the sites opened and what is written told apart.
     tuned: whether the kernels of the sites are to be searched.
+    routes: the sites that go to kernels of torch's own; `route` is the option that says which do.
     """
 
     strict: bool
     tuned: bool = False
+    route: str = "auto"
     matches: dict[fx.GraphModule, Match] = field(default_factory=dict)
+    routes: dict[AttentionSite, Route] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refused] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -59,7 +63,7 @@ class Findings:
 
 
 def transform(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], strict: bool, tuned: bool = False
+    gm: fx.GraphModule, example_inputs: Sequence[Any], strict: bool, tuned: bool = False, route: str = "auto"
 ) -> tuple[fx.GraphModule, Report]:
     """Rewrite every attention of `gm` and of the graph modules inside it.
 
@@ -70,7 +74,7 @@ def transform(
     ask for a search of their kernels.
     """
     with _disable_saved_tensors_hooks_during_tracing():
-        return _transform(gm, example_inputs, Findings(strict, tuned))
+        return _transform(gm, example_inputs, Findings(strict, tuned, route))
 
 
 def _transform(gm: fx.GraphModule, example_inputs: Sequence[Any], findings: Findings) -> tuple[fx.GraphModule, Report]:
@@ -80,7 +84,7 @@ def _transform(gm: fx.GraphModule, example_inputs: Sequence[Any], findings: Find
         _search(gm, findings)
     rewritten = gm
     with findings.guard("rewrite"):
-        rewritten = _rebuild(gm, findings.matches)
+        rewritten = _rebuild(gm, findings.matches, findings.routes)
     before = readable(gm)
     report = Report(
         graph=graph_id(),
@@ -91,7 +95,8 @@ def _transform(gm: fx.GraphModule, example_inputs: Sequence[Any], findings: Find
         after=before if rewritten is gm else readable(rewritten),
         graph_breaks=graph_breaks(gm),
     )
-    log.info("graph %s: %d sites fused, %d refused", report.graph, len(report.sites), len(report.refusals))
+    counts = report.count("fused"), report.count("routed"), len(report.refusals)
+    log.info("graph %s: %d sites fused, %d routed, %d refused", report.graph, *counts)
     for refusal in report.refusals:
         log.info("refused %s", refusal)
     log.debug("graph %s, rewritten:\n%s", report.graph, report.after)
@@ -103,12 +108,16 @@ def _search(gm: fx.GraphModule, findings: Findings) -> None:
         _search(child, findings)
     with findings.guard("find"):
         from flashfuse.describe import describe_refusal, describe_site
+        from flashfuse.routes import route_of
 
         module, match = _find(gm)
-        sites = [describe_site(site) for site in match.sites]
+        wanted = map(_tuned, match.sites) if findings.tuned else match.sites
+        found = {site: route_of(site, findings.route) for site in wanted}
+        sites = [describe_site(site, route) for site, route in found.items()]
         findings.refusals += [describe_refusal(refusal) for refusal in match.refusals]
         findings.sites += sites
-        findings.matches[gm] = (module, tuple(map(_tuned, match.sites)) if findings.tuned else match.sites)
+        findings.routes.update({site: route for site, route in found.items() if route is not None})
+        findings.matches[gm] = (module, tuple(found))
 
 
 def _tuned(site: AttentionSite) -> AttentionSite:
@@ -138,16 +147,18 @@ def _find(gm: fx.GraphModule) -> tuple[fx.GraphModule, MatchResult]:
     return opened.module, MatchResult(find_attention(opened.module).sites, refusals)
 
 
-def _rebuild(gm: fx.GraphModule, matches: Mapping[fx.GraphModule, Match]) -> fx.GraphModule:
+def _rebuild(
+    gm: fx.GraphModule, matches: Mapping[fx.GraphModule, Match], routes: Mapping[AttentionSite, Route]
+) -> fx.GraphModule:
     """`gm` with the sites of it and of its sub-graphs rewritten; `gm` itself where there are none."""
     from flashfuse.rewrite import rewrite
 
-    rebuilt = {name: _rebuild(child, matches) for name, child in _subgraphs(gm).items()}
+    rebuilt = {name: _rebuild(child, matches, routes) for name, child in _subgraphs(gm).items()}
     changed = {name: child for name, child in rebuilt.items() if child is not getattr(gm, name)}
     module, sites = matches.get(gm, (gm, ()))
     if not sites and not changed:
         return gm
-    result = rewrite(module, sites)
+    result = rewrite(module, sites, routes)
     for name, child in changed.items():
         setattr(result, name, child)
     return result

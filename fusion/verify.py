@@ -71,7 +71,9 @@ def _compare(
         x = exact[number] if exact is not None and exact[number].shape == e.shape else None
         if problem := _mismatch(a, e, x):
             sites = "\n".join(f"  {site.location}: {site.math}" for site in report.sites)
-            raise VerificationError(f"output {number} of graph {report.graph} {problem}; the fused sites are\n{sites}")
+            raise VerificationError(
+                f"output {number} of graph {report.graph} {problem}; the rewritten sites are\n{sites}"
+            )
 
 
 def _mismatch(actual: torch.Tensor, expected: torch.Tensor, exact: torch.Tensor | None) -> str | None:

@@ -24,8 +24,8 @@ def wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rewrite whose result is off by one per cent."""
     from flashfuse.rewrite import rewrite
 
-    def off(gm: torch.fx.GraphModule, sites: Any) -> torch.fx.GraphModule:
-        result = rewrite(gm, sites)
+    def off(gm: torch.fx.GraphModule, *others: Any) -> torch.fx.GraphModule:
+        result = rewrite(gm, *others)
         for node in list(result.graph.nodes):
             if node.target is torch.ops.flashfuse.attention.default:
                 with result.graph.inserting_before(node):

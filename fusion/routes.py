@@ -1,0 +1,177 @@
+"""Which plain attentions torch's own kernels compute faster, as measured, and which sites they could compute at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from flashfuse.kernels.bounds import slack_of
+from flashfuse.kernels.expr import Const, Expr, Pointwise, Product
+from flashfuse.kernels.mask import HUGE_FILL, mask_of
+from flashfuse.kernels.normal import TRUE, substitute
+from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec
+from flashfuse.patterns.graph import raw_value, tensor
+from flashfuse.patterns.site import AttentionSite
+from flashfuse.patterns.transforms import is_wrapped
+
+aten = torch.ops.aten
+
+# In the order in which "always" asks them.
+OPERATORS: Mapping[str, torch._ops.OpOverload] = {
+    "cudnn": aten._scaled_dot_product_cudnn_attention.default,
+    "flash": aten._scaled_dot_product_flash_attention.default,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where `kernel` was faster: up to a head dim, for lengths of queries and keys from..to."""
+
+    capability: tuple[int, int]
+    kernel: str
+    head_dim: int
+    lengths: tuple[int, int]
+    causal: tuple[bool, ...] = (False, True)
+
+
+# The recorded search. A row is entered with its measurement; docs/performance.md has the peers' figures.
+FASTER: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True)
+class Route:
+    """A kernel of torch's own for a site, and why it is taken."""
+
+    kernel: str
+    scale: float
+    causal: bool
+    why: str
+
+    @property
+    def operator(self) -> torch._ops.OpOverload:
+        return OPERATORS[self.kernel]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A site that is softmax(scale * qk) @ v, all of it or its causal part, with its sizes."""
+
+    scale: float
+    causal: bool
+    shape: tuple[int, ...]
+    q_len: int
+    kv_len: int
+    head_dim: int
+
+    @property
+    def num_heads(self) -> int:
+        heads = 1
+        for size in self.shape[1:]:
+            heads *= size
+        return heads
+
+    @property
+    def batch(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+
+def route_of(site: AttentionSite, choice: str) -> Route | None:
+    """The kernel of torch's that a site goes to under the option's value `choice`; None for flashfuse's own."""
+    if choice == "never":
+        return None
+    output = tensor(site.node)
+    if output is None or output.device.type != "cuda" or is_wrapped(raw_value(site.node)):
+        return None
+    # torch's backward sums in any order.
+    if torch.are_deterministic_algorithms_enabled():
+        return None
+    plain = plain_attention(site)
+    if plain is None:
+        return None
+    always = choice == "always"
+    kernels = tuple(OPERATORS) if always else fastest(plain, torch.cuda.get_device_capability(output.device), site)
+    why = "asked for by flashfuse.route" if always else "faster by the recorded search at these lengths"
+    for kernel in kernels:
+        if accepts(kernel, plain, output):
+            return Route(kernel, plain.scale, plain.causal, why)
+    return None
+
+
+def fastest(plain: Plain, capability: tuple[int, int], site: AttentionSite) -> tuple[str, ...]:
+    """Kernels that the recorded search found faster; none where heads are shared, which torch's would have copied."""
+    shared = any(
+        n != 1 and not o.moves_along(axis) for axis, n in enumerate(site.batch) for o in (site.q, site.k, site.v)
+    )
+    return () if shared else tuple(row.kernel for row in FASTER if _covers(row, plain, capability))
+
+
+def _covers(row: Row, plain: Plain, capability: tuple[int, int]) -> bool:
+    shortest, longest = row.lengths
+    lengths_fit = all(shortest <= n <= longest for n in (plain.q_len, plain.kv_len))
+    return (
+        capability == row.capability and plain.head_dim <= row.head_dim and lengths_fit and plain.causal in row.causal
+    )
+
+
+def plain_attention(site: AttentionSite) -> Plain | None:
+    """The site as a plain attention of static sizes in one 16-bit type; None where it is anything else."""
+    spec = site.spec
+    sizes = (*site.batch, site.q_len, site.kv_len, site.head_dim, site.value_dim)
+    if site.more or site.plus or not all(size.is_Integer and size > 0 for size in sizes):
+        return None
+    if site.head_dim != site.value_dim or {spec.probs_dtype, spec.out_dtype} != {spec.product_dtype}:
+        return None
+    if spec.product_dtype not in (torch.float16, torch.bfloat16):
+        return None
+    score = plain_score(spec, int(site.q_len), int(site.kv_len))
+    if score is None:
+        return None
+    return Plain(*score, tuple(map(int, site.batch)), int(site.q_len), int(site.kv_len), int(site.head_dim))
+
+
+def plain_score(spec: AttentionSpec, q_len: int, kv_len: int) -> tuple[float, bool] | None:
+    """(scale, causal) of a softmax over scale * qk, or over its causal part at equal lengths; None for others."""
+    if spec.normaliser != "softmax" or spec.captured or spec.num_sizes or spec.dropout:
+        return None
+    if any(part is not None for part in (spec.sink, spec.factor, spec.key, spec.value)):
+        return None
+    scale = _scale(spec.score)
+    if scale is not None:
+        return scale, False
+    mask = mask_of(spec)
+    scale = _scale(mask.unmasked)
+    # A mask, and nothing but it: what is not ruled out has the plain score, and a fill leaves nothing of the others.
+    if scale is None or mask.needed != mask.idle or mask.needed == TRUE or mask.fill is None or mask.fill > HUGE_FILL:
+        return None
+    slack = slack_of(substitute(mask.needed, {Q_LEN: q_len, KV_LEN: kv_len}))
+    return (scale, True) if q_len == kv_len and slack is not None and slack - (Q_IDX - KV_IDX) == 0 else None
+
+
+def _scale(score: Expr) -> float | None:
+    match score:
+        case Product(slot=0):
+            return 1.0
+        case Pointwise(op="mul", args=(Product(slot=0), Const(value=c)) | (Const(value=c), Product(slot=0))):
+            return float(c) if 0 < c < float("inf") else None
+    return None
+
+
+def accepts(kernel: str, plain: Plain, like: torch.Tensor) -> bool:
+    """Whether torch would run its kernel at these sizes on this device, by its own conditions and switches."""
+    if plain.head_dim % 8 or plain.head_dim > 256:
+        return False
+    fake_mode = like.fake_mode  # type: ignore[attr-defined]
+    with fake_mode:
+        q, k = (
+            torch.empty(plain.batch, plain.num_heads, n, plain.head_dim, dtype=like.dtype, device=like.device)
+            for n in (plain.q_len, plain.kv_len)
+        )
+        params = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, plain.causal, False)
+    may_use = {
+        "cudnn": (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.can_use_cudnn_attention),
+        "flash": (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.can_use_flash_attention),
+    }
+    enabled, can_use = may_use[kernel]
+    return enabled() and can_use(params)
