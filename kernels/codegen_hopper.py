@@ -127,7 +127,7 @@ def pair_read(spec: AttentionSpec) -> Load | None:
     reads = dict.fromkeys(read for program in spec.programs for read in loads(program))
     of_pairs = [read for read in reads if {Q_IDX, KV_IDX} <= free_symbols(read)]
     read = of_pairs[0] if len(of_pairs) == 1 else None
-    if not isinstance(read, Load) or read.dtype not in _PAIR_TYPES:
+    if not isinstance(read, Load) or read.dtype not in _PAIR_TYPES or len(read.indices) < 2:
         return None
     *outer, row, column = map(sympify, read.indices)
     along = frozenset().union(*(i.free_symbols for i in outer)) & {Q_IDX, KV_IDX}

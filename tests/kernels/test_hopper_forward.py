@@ -79,6 +79,7 @@ def test_what_is_taken(score: str, changes: dict[str, Any]) -> None:
         ("where(t0[q_idx, kv_idx], qk * 0.125, -inf)", {"captured": [torch.ones(70, 80, dtype=torch.bool)]}),
         ("qk * 0.125", {"factor": "t0[q_idx, kv_idx]", "captured": [bias(FP16, 70, 70)]}),
         ("qk * 0.125 + t0[min(abs(kv_idx - q_idx), 31)]", {"captured": [torch.zeros(32)]}),
+        ("qk * 0.125 + t0[69 + kv_idx - q_idx]", {"captured": [bias(FP16, 139)]}),
         ("qk * 0.125", {"dropout": 0.1}),
         ("qk * 0.125", {"factor": "0.5 + to_float(kv_idx)"}),
         ("qk / (1.0 + abs(qk))", {"normaliser": "none"}),
