@@ -37,14 +37,16 @@ def versions() -> str:
     return f"{device}, torch {torch.__version__}, triton {triton.__version__}"
 
 
-def measure(runs: Mapping[Name, Callable[[], object]], rounds: int = ROUNDS) -> dict[Name, list[float]]:
+def measure(
+    runs: Mapping[Name, Callable[[], object]], rounds: int = ROUNDS, pause: float = PAUSE_SECONDS
+) -> dict[Name, list[float]]:
     """Milliseconds of each run, one median a round; a pause before each, so that clocks and power treat all alike."""
     times: dict[Name, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(pause)
             times[name].append(do_bench(runs[name], warmup=4, rep=25, return_mode="median"))
     return times
 

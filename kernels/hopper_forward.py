@@ -5,7 +5,8 @@ other and under exponentials: scores of one tile are issued before the values of
 for when the row maxima are known. What the loader brings for a tile is therefore its keys, and the values of the tile
 before.
 A program takes tiles of queries until none is left. What comes before their first tile of keys is then the last one of
-the queries before, whose output is stored when the first scores of the next are known.
+the queries before, whose output is stored when the first scores of the next are known. All tiles of keys, the first
+too, take the same instructions: two groups' are all that a processor's cache of instructions holds.
 A captured tensor that is read for each pair comes in tiles too, each into a group's registers before its scores are
 there, so that one buffer a group is enough.
 Shah et al., FlashAttention-3, https://arxiv.org/abs/2407.08608, section 3.
@@ -184,8 +185,8 @@ def _attend(
     """
     out_desc, lse_ptr, out_s, shared, pairs_s, barriers = work[:6]
     batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides = work[6:]
-    q_s, k_s, v_s, columns_s, said_s, filled_s = shared
-    said, heard, known, q_full, q_empty, full, empty, pairs_full, pairs_empty = barriers
+    q_s, k_s, v_s, columns_s, said_s, _ = shared
+    said, heard, _, q_full, q_empty, full, empty, pairs_full, pairs_empty = barriers
     dtype: gl.constexpr = q_s.dtype
     BLOCK_KV: gl.constexpr = k_s.shape[1]
     Q_SLOTS: gl.constexpr = q_s.shape[0] // Q_STAGES
@@ -196,17 +197,18 @@ def _attend(
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, SUMS)
     nothing = gl.zeros([GROUP_Q, BLOCK_KV], gl.float32, SCORES)
     nowhere = gl.full([GROUP_Q], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    # Of the tile of keys before the first, which has none.
+    no_sum = gl.zeros([GROUP_Q], gl.float32, gl.SliceLayout(1, SCORES))
     acc = gl.zeros([GROUP_Q, BLOCK_DV], gl.float32, SUMS)
-    row_max = nowhere
-    row_shift = nowhere
-    row_sum = gl.zeros([GROUP_Q], gl.float32, gl.SliceLayout(1, SCORES))
+    row_max, row_shift, row_sum = nowhere, nowhere, no_sum
+    done_max, done_shift, done_sum = nowhere, nowhere, no_sum
     w = in_words(nothing, dtype)
     stage = 0
     phase = 0
     turn = 0
     # Tiles of keys before.
     met = 0
+    # Whether the tile before was the first of its queries.
+    begun = False
     mbarrier.wait(said.index(0), 0)
     q_start, n0, n1, n2, n3 = said_rows(said_s, turn)
     while q_start >= 0:
@@ -215,47 +217,20 @@ def _attend(
         q_start += GROUP * GROUP_Q
         q_stage = turn % Q_STAGES
         q = q_s.index(Q_SLOTS * q_stage + GROUP)
-
-        # The last tile of keys, which mostly has a mask, under the last values of the queries before.
         mbarrier.wait(q_full.index(q_stage), turn // Q_STAGES % 2)
-        mbarrier.wait(full.index(stage), phase)
-        qk = issued(q, k_s.index(stage), nothing, DEPTH)
-        if RUNS_ON:
-            acc_next = warpgroup_mma(out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc, is_async=True)
-        pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
-        columns = (columns_s, stage, GROUP, CODE_OF)
-        met += 1
-        score = _scores(
-            qk, pairs, columns, q_start, end - BLOCK_KV, at, captured, captured_strides, SCORE_MASKED,
-            1 if RUNS_ON else 0, BLOCK_KV,
-        )  # fmt: skip
-        new_max, new_shift, subtracted = shifts_with(score, nowhere, LOG2_SCALE, LARGE_SCORES)
-        if RUNS_ON:
-            acc = arrived(acc_next, 0)
-        mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
-        p, _ = exponentials(score, nowhere, nowhere, subtracted, LOG2_SCALE, LARGE_SCORES, False)
-        w = in_words(p, dtype)
-        if RUNS_ON and turn > 0:
-            _finish(
-                GROUP, acc, row_sum, row_max, row_shift, out_desc, lse_ptr, out_s, said_s, heard, turn - 1, batch_1,
-                batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS,
-                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT,
-            )  # fmt: skip
-        row_max, row_shift = new_max, new_shift
-        row_sum = gl.sum(p, 1)
-        acc = gl.zeros([GROUP_Q, BLOCK_DV], gl.float32, SUMS)
-
-        for i in range(1, (end - start) // BLOCK_KV):
+        for i in range((end - start) // BLOCK_KV):
             kv_start = end - (i + 1) * BLOCK_KV
-            masked = (kv_start < full_start) | (kv_start >= full_end)
+            first = i == 0
             mbarrier.wait(full.index(stage), phase)
             qk = issued(q, k_s.index(stage), nothing, DEPTH)
-            acc_next = warpgroup_mma(out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc, is_async=True)
+            # Beside the first tile of keys, the last values of the queries before, or nothing; behind it sums begin.
+            acc_next = warpgroup_mma(
+                out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc, use_acc=not begun, is_async=True
+            )  # fmt: skip
             pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
             columns = (columns_s, stage, GROUP, CODE_OF)
             met += 1
-            if masked:
+            if (kv_start < full_start) | (kv_start >= full_end):
                 score = _scores(
                     qk, pairs, columns, q_start, opaque(kv_start), at, captured, captured_strides, SCORE_MASKED, 1,
                     BLOCK_KV,
@@ -269,67 +244,103 @@ def _attend(
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
             p, correction = exponentials(score, row_max, row_shift, subtracted, LOG2_SCALE, LARGE_SCORES, False)
-            row_sum = row_sum * correction + gl.sum(p, 1)
-            row_max, row_shift = new_max, new_shift
+            new_sum = row_sum * correction + gl.sum(p, 1)
             # Not before the wait: the product under way reads the registers of the weights before.
             w = in_words(p, dtype)
-            acc = acc * gl.convert_layout(correction, OUT_ROWS)[:, None]
-
-        if not RUNS_ON:
-            # Rows that have seen nothing above the fill see all other keys too. Rare.
-            mbarrier.wait(full.index(stage), phase)
-            acc = warpgroup_mma(out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc)
-            mbarrier.arrive(empty.index(stage), count=1)
-            stage, phase = next_stage(stage, phase, STAGES)
-            filled = gl.full(
-                [1], gl.max((row_max <= FILL_THRESHOLD).to(gl.int32), 0), gl.int32,
-                gl.BlockedLayout([1], [32], [4], [0]),
-            )  # fmt: skip
-            filled_s.index(turn % 2 * GROUPS + GROUP).store(filled)
-            gl.thread_barrier()
-            mbarrier.arrive(known, count=1)
-            mbarrier.wait(known, turn % 2)
-            before, behind = skipped(filled_s, turn, start, end, kv_len, BLOCK_KV, GROUPS)
-            for i in range(before + behind):
-                kv_start = skipped_tile(i, before, end, BLOCK_KV)
-                mbarrier.wait(full.index(stage), phase)
-                qk = issued(q, k_s.index(stage), nothing, DEPTH)
-                pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
-                columns = (columns_s, stage, GROUP, CODE_OF)
-                met += 1
-                score = _scores(
-                    qk, pairs, columns, q_start, kv_start, at, captured, captured_strides, SCORE_MASKED, 0,
-                    BLOCK_KV,
+            acc = acc * gl.convert_layout(gl.where(first, 1.0, correction), OUT_ROWS)[:, None]
+            if RUNS_ON and first & (turn > 0):
+                _finish(
+                    GROUP, acc, done_sum, done_max, done_shift, out_desc, lse_ptr, out_s, said_s, heard, turn - 1,
+                    batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE,
+                    LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT,
                 )  # fmt: skip
-                new_max, new_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
-                p, correction = exponentials(score, row_max, row_shift, subtracted, LOG2_SCALE, LARGE_SCORES, False)
-                row_sum = row_sum * correction + gl.sum(p, 1)
-                row_max, row_shift = new_max, new_shift
-                w = in_words(p, dtype)
-                acc = acc * gl.convert_layout(correction, OUT_ROWS)[:, None]
-                acc = warpgroup_mma(out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc)
-                mbarrier.arrive(empty.index(stage), count=1)
-                stage, phase = next_stage(stage, phase, STAGES)
-        mbarrier.arrive(q_empty.index(q_stage), count=1)
+            row_max, row_shift, row_sum = new_max, new_shift, new_sum
+            begun = first
         if not RUNS_ON:
-            _finish(
-                GROUP, acc, row_sum, row_max, row_shift, out_desc, lse_ptr, out_s, said_s, heard, turn, batch_1,
-                batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS,
-                ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT,
+            acc, w, stage, phase, met = _see_all(
+                GROUP, work, q, acc, begun, row_max, row_shift, row_sum, w, q_start, start, end, at, stage, phase, turn,
+                met, SCORE_MASKED, LOG2_SCALE, FILL_THRESHOLD, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS, SINK, ROW_FACTOR,
+                ROW_KEPT, CODE_OF, DEPTH, GROUPS, STAGES,
             )  # fmt: skip
+        mbarrier.arrive(q_empty.index(q_stage), count=1)
+        done_max, done_shift, done_sum = row_max, row_shift, row_sum
+        row_max, row_shift, row_sum = nowhere, nowhere, no_sum
         turn += 1
         mbarrier.wait(said.index(turn % TILES_SAID), turn // TILES_SAID % 2)
         q_start, n0, n1, n2, n3 = said_rows(said_s, turn)
 
     if RUNS_ON:
         mbarrier.wait(full.index(stage), phase)
-        acc = warpgroup_mma(out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc)
+        acc = warpgroup_mma(out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc, use_acc=not begun)
         _finish(
-            GROUP, acc, row_sum, row_max, row_shift, out_desc, lse_ptr, out_s, said_s, heard, turn - 1, batch_1,
+            GROUP, acc, done_sum, done_max, done_shift, out_desc, lse_ptr, out_s, said_s, heard, turn - 1, batch_1,
             batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS,
             ZERO_EMPTY_ROWS, SINK, ROW_FACTOR, ROW_KEPT,
         )  # fmt: skip
     tma.store_wait(0)
+
+
+@gluon.jit
+def _see_all(
+    GROUP: gl.constexpr, work, q, acc, begun, row_max, row_shift, row_sum, w, rows, start, end, at, stage, phase, turn,
+    met, SCORE_MASKED: gl.constexpr, LOG2_SCALE: gl.constexpr, FILL_THRESHOLD: gl.constexpr,
+    LARGE_SCORES: gl.constexpr, FILLS: gl.constexpr, ZERO_EMPTY_ROWS: gl.constexpr, SINK: gl.constexpr,
+    ROW_FACTOR: gl.constexpr, ROW_KEPT: gl.constexpr, CODE_OF: gl.constexpr, DEPTH: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Finish queries that may see keys which a mask has ruled out: rows that have seen nothing above the fill see all.
+
+    begun: whether they have seen one tile. Returns what the next queries take no notice of, the stage and the phase
+    that come next, and how many tiles were met.
+    """
+    out_desc, lse_ptr, out_s, shared, pairs_s, barriers = work[:6]
+    batch_1, batch_2, batch_3, q_len, kv_len, sizes, captured, captured_strides = work[6:]
+    q_s, k_s, v_s, columns_s, said_s, filled_s = shared
+    _, heard, known, _, _, full, empty, pairs_full, pairs_empty = barriers
+    dtype: gl.constexpr = q_s.dtype
+    BLOCK_KV: gl.constexpr = k_s.shape[1]
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    nothing = gl.zeros([GROUP_Q, BLOCK_KV], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KV, 16]))
+    mbarrier.wait(full.index(stage), phase)
+    acc = warpgroup_mma(out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc, use_acc=not begun)
+    mbarrier.arrive(empty.index(stage), count=1)
+    stage, phase = next_stage(stage, phase, STAGES)
+    filled = gl.full(
+        [1], gl.max((row_max <= FILL_THRESHOLD).to(gl.int32), 0), gl.int32,
+        gl.BlockedLayout([1], [32], [4], [0]),
+    )  # fmt: skip
+    filled_s.index(turn % 2 * GROUPS + GROUP).store(filled)
+    gl.thread_barrier()
+    mbarrier.arrive(known, count=1)
+    mbarrier.wait(known, turn % 2)
+    before, behind = skipped(filled_s, turn, start, end, kv_len, BLOCK_KV, GROUPS)
+    # Rare.
+    for i in range(before + behind):
+        kv_start = skipped_tile(i, before, end, BLOCK_KV)
+        mbarrier.wait(full.index(stage), phase)
+        qk = issued(q, k_s.index(stage), nothing, DEPTH)
+        pairs = _pairs(pairs_s, pairs_full, pairs_empty, GROUP, met)
+        columns = (columns_s, stage, GROUP, CODE_OF)
+        met += 1
+        score = _scores(
+            qk, pairs, columns, rows, kv_start, at, captured, captured_strides, SCORE_MASKED, 0, BLOCK_KV
+        )  # fmt: skip
+        new_max, new_shift, subtracted = shifts_with(score, row_max, LOG2_SCALE, LARGE_SCORES)
+        p, correction = exponentials(score, row_max, row_shift, subtracted, LOG2_SCALE, LARGE_SCORES, False)
+        row_sum = row_sum * correction + gl.sum(p, 1)
+        row_max, row_shift = new_max, new_shift
+        w = in_words(p, dtype)
+        acc = acc * gl.convert_layout(correction, OUT_ROWS)[:, None]
+        acc = warpgroup_mma(out_of_words(w, dtype, WEIGHTS), v_s.index(stage), acc)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+    _finish(
+        GROUP, acc, row_sum, row_max, row_shift, out_desc, lse_ptr, out_s, said_s, heard, turn, batch_1, batch_2,
+        batch_3, q_len, kv_len, sizes, captured, captured_strides, LOG2_SCALE, LARGE_SCORES, FILLS, ZERO_EMPTY_ROWS,
+        SINK, ROW_FACTOR, ROW_KEPT,
+    )  # fmt: skip
+    return acc, w, stage, phase, met
 
 
 @gluon.jit

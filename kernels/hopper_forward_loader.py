@@ -101,7 +101,7 @@ def load_tiles(
         if counter_ptr is None:
             number += gl.num_programs(0)
         else:
-            number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
+            number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
     say(said_s, said, heard, turn, (-1, 0, 0, 0, 0, 0, 0, 0, 0))
     if FILL_THRESHOLD is None:
         mbarrier.wait(empty.index(stage), phase)

@@ -58,9 +58,11 @@ REGISTERS = {2: (240, 168), 3: (160, 128)}
 # are smaller, and whose launch takes the host 20 us less: by the columns of tiles where positions alone say what is
 # seen, and in general.
 BLOCK = 128
-LEAST_LENGTH = 192
-LEAST_TILES = {64: 2048, 128: 2048, 256: 1024}
+LEAST_LENGTH = 128
+LEAST_TILES = {64: 1024, 128: 1024, 256: 512}
 LEAST_LENGTH_OF_OTHERS, LEAST_TILES_OF_OTHERS = 1024, 8192
+# The part of the processors that have a tile of queries to begin with.
+BUSY = 0.9
 
 
 def takes(device: Device, call: AttentionCall) -> bool:
@@ -91,7 +93,7 @@ def is_faster(device: Device, call: AttentionCall) -> bool:
         length, tiles = LEAST_LENGTH, LEAST_TILES.get(block, tiles)
     return (
         min(call.q_len, call.kv_len) >= length
-        and taken >= device.multiprocessors
+        and taken >= BUSY * device.multiprocessors
         and taken * -(-call.kv_len // BLOCK) >= tiles
         and not is_computed_by(call.spec.score, SPECIAL)
     )

@@ -264,7 +264,7 @@ def _language(program: int, programs: int) -> Any:
         constexpr=lambda x: x,
         program_id=lambda _: torch.tensor(program, dtype=torch.int32),
         num_programs=lambda _: programs,
-        atomic_add=lambda at, x: at.add(x),
+        atomic_add=lambda at, x, sem: at.add(x),
         pointer_type=lambda dtype: dtype,
         num_warps=anything,
         arange=lambda start, stop, *_: tile(torch.arange(start, stop, dtype=torch.int32)),

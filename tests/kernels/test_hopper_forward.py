@@ -120,15 +120,16 @@ def test_what_the_plain_kernel_is_faster_at(monkeypatch: pytest.MonkeyPatch) -> 
         call = call_of(score, (1, heads, q_len, dim), kv_len=kv_len, captured=captured)
         return is_faster(device, replace(call, **changes))
 
-    assert faster(CAUSAL, 512, least, least)
-    assert not faster(CAUSAL, 512, least - 1, least)
-    assert not faster(CAUSAL, 512, least, least - 1)
-    assert not faster(CAUSAL, 511, least, least)
-    assert faster(CAUSAL, 256, least, least, dim=256)
+    assert not faster(CAUSAL, 1024, least - 1, least)
+    assert not faster(CAUSAL, 1024, least, least - 1)
+    assert faster(CAUSAL, 1024, least, least)
+    assert not faster(CAUSAL, 1023, least, least)
+    assert faster(CAUSAL, 512, least, least, dim=256)
+    assert faster(CAUSAL, 16, 1024, 1024)
     # Fewer programs than processors.
     assert faster(CAUSAL, 1, 1024, 128 * 1024, small)
     assert not faster(CAUSAL, 1, 1024, 128 * 1024)
-    assert not faster("tanh(qk * 0.0025) * 50.0", 512, least, least)
+    assert not faster("tanh(qk * 0.0025) * 50.0", 1024, least, least)
     # Beside what is read for each pair that was measured for long rows alone.
     biased = "qk * 0.125 + t0[q_idx, kv_idx]"
     assert faster(biased, 128, 1024, 1024, dim=128, captured=[bias(FP16, 1024, 1024)])
