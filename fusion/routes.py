@@ -12,7 +12,7 @@ from flashfuse.kernels.expr import Const, Expr, Pointwise, Product
 from flashfuse.kernels.mask import HUGE_FILL, mask_of
 from flashfuse.kernels.normal import TRUE, substitute
 from flashfuse.kernels.spec import KV_IDX, KV_LEN, Q_IDX, Q_LEN, AttentionSpec
-from flashfuse.patterns.graph import raw_value, tensor
+from flashfuse.patterns.graph import raw_value, tensor, wants_gradient
 from flashfuse.patterns.site import AttentionSite
 from flashfuse.patterns.transforms import is_wrapped
 
@@ -27,17 +27,24 @@ OPERATORS: Mapping[str, torch._ops.OpOverload] = {
 
 @dataclass(frozen=True)
 class Row:
-    """Where `kernel` was faster: up to a head dim, for lengths of queries and keys from..to."""
+    """Where `kernel` was faster: for head dims and lengths of queries and keys from..to.
+
+    trains: with a backward pass, without, or in both cases.
+    """
 
     capability: tuple[int, int]
     kernel: str
-    head_dim: int
+    head_dims: tuple[int, int]
     lengths: tuple[int, int]
     causal: tuple[bool, ...] = (False, True)
+    trains: tuple[bool, ...] = (False, True)
 
 
-# The recorded search. A row is entered with its measurement; docs/performance.md has the peers' figures.
-FASTER: tuple[Row, ...] = ()
+# The recorded search, `python -m benchmarks.routes`: docs/performance.md, "Routes", has its figures.
+FASTER: tuple[Row, ...] = (
+    Row((9, 0), "cudnn", (129, 256), (128, 2048), trains=(True,)),
+    Row((9, 0), "cudnn", (65, 128), (128, 197), trains=(True,)),
+)
 
 
 @dataclass(frozen=True)
@@ -56,10 +63,14 @@ class Route:
 
 @dataclass(frozen=True)
 class Plain:
-    """A site that is softmax(scale * qk) @ v, all of it or its causal part, with its sizes."""
+    """A site that is softmax(scale * qk) @ v, all of it or its causal part, with its sizes.
+
+    trains: whether a gradient of it is wanted.
+    """
 
     scale: float
     causal: bool
+    trains: bool
     shape: tuple[int, ...]
     q_len: int
     kv_len: int
@@ -108,10 +119,13 @@ def fastest(plain: Plain, capability: tuple[int, int], site: AttentionSite) -> t
 
 
 def _covers(row: Row, plain: Plain, capability: tuple[int, int]) -> bool:
-    shortest, longest = row.lengths
-    lengths_fit = all(shortest <= n <= longest for n in (plain.q_len, plain.kv_len))
+    (narrowest, widest), (shortest, longest) = row.head_dims, row.lengths
     return (
-        capability == row.capability and plain.head_dim <= row.head_dim and lengths_fit and plain.causal in row.causal
+        capability == row.capability
+        and narrowest <= plain.head_dim <= widest
+        and all(shortest <= n <= longest for n in (plain.q_len, plain.kv_len))
+        and plain.causal in row.causal
+        and plain.trains in row.trains
     )
 
 
@@ -128,7 +142,8 @@ def plain_attention(site: AttentionSite) -> Plain | None:
     score = plain_score(spec, int(site.q_len), int(site.kv_len))
     if score is None:
         return None
-    return Plain(*score, tuple(map(int, site.batch)), int(site.q_len), int(site.kv_len), int(site.head_dim))
+    trains = wants_gradient(site.node)
+    return Plain(*score, trains, tuple(map(int, site.batch)), int(site.q_len), int(site.kv_len), int(site.head_dim))
 
 
 def plain_score(spec: AttentionSpec, q_len: int, kv_len: int) -> tuple[float, bool] | None:
@@ -165,9 +180,12 @@ def accepts(kernel: str, plain: Plain, like: torch.Tensor) -> bool:
     fake_mode = like.fake_mode  # type: ignore[attr-defined]
     with fake_mode:
         q, k = (
-            torch.empty(plain.batch, plain.num_heads, n, plain.head_dim, dtype=like.dtype, device=like.device)
+            torch.empty(
+                plain.batch, plain.num_heads, n, plain.head_dim, dtype=like.dtype, device=like.device,
+                requires_grad=plain.trains,
+            )
             for n in (plain.q_len, plain.kv_len)
-        )
+        )  # fmt: skip
         params = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, plain.causal, False)
     may_use = {
         "cudnn": (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.can_use_cudnn_attention),

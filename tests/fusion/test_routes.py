@@ -81,23 +81,37 @@ def test_what_stands_around_the_score_is_not_plain(part: dict[str, Any]) -> None
 
 
 def test_sizes_and_types_of_a_graph() -> None:
-    assert plain_attention(only_site(causal, *operands(2, 3))) == Plain(0.125, True, (2, 3), 16, 16, 64)
+    assert plain_attention(only_site(causal, *operands(2, 3))) == Plain(0.125, True, False, (2, 3), 16, 16, 64)
     assert plain_attention(only_site(attention, *operands(2, 3, dtype=torch.float32))) is None
     assert plain_attention(only_site(attention, *operands(2, 3), dynamic=True)) is None
 
 
 def test_the_recorded_search_decides_by_capability_sizes_and_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes, "FASTER", (Row((9, 0), "cudnn", 64, (1, 512), (False,)),))
+    monkeypatch.setattr(routes, "FASTER", (Row((9, 0), "cudnn", (64, 96), (128, 512), (False,), (True,)),))
     site = only_site(attention, *operands(2, 3))
-    plain = Plain(0.125, False, (2, 3), 512, 512, 64)
+    plain = Plain(0.125, False, True, (2, 3), 512, 512, 64)
     assert fastest(plain, (9, 0), site) == ("cudnn",)
     assert fastest(plain, (8, 0), site) == ()
-    for change in ({"kv_len": 513}, {"head_dim": 128}, {"causal": True}):
+    for change in (
+        {"kv_len": 513},
+        {"q_len": 127},
+        {"head_dim": 128},
+        {"head_dim": 56},
+        {"causal": True},
+        {"trains": False},
+    ):
         assert fastest(dataclasses.replace(plain, **change), (9, 0), site) == ()
 
 
 def test_nothing_is_routed_on_a_cpu() -> None:
     assert route_of(only_site(attention, *operands(2, 3)), "always") is None
+
+
+@pytest.mark.usefixtures("gradients")
+def test_a_site_trains_where_its_gradient_is_wanted() -> None:
+    found = plain_attention(only_site(attention, *operands(2, 3, requires_grad=True)))
+    assert found is not None
+    assert found.trains
 
 
 @pytest.mark.usefixtures("gradients")

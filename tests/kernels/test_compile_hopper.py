@@ -18,8 +18,8 @@ BF16, FP16 = torch.bfloat16, torch.float16
 SPILLS = {64: 160, 128: 320}
 # The most that the forward does: what is read where one tile of queries ends and the next begins.
 FORWARD_SPILLS = 80
-# More where columns are 256, for the warp that loads documents.
-WIDE_SPILLS = 200
+# More where columns are 256: what is kept of rows until they are stored, and for documents what the loader has.
+WIDE_SPILLS = {"causal": 20, "documents": 300}
 # Of three groups, each thread of which has 160 registers: at the same places.
 THREE_GROUPS_SPILLS = 160
 # Beside these, where something is read for each column: addresses, at the same places; and for documents what the warp
@@ -129,12 +129,12 @@ def test_forward_compiles_within_limits(program: str, head_dim: int, value_dim: 
 
     kernel, report = compiled_forward(program, head_dim, value_dim, dtype)
     # Of queries and keys, which are both in shared memory, columns behind the last are not multiplied, but by sixteens:
-    # in two places, or three, of two groups.
+    # in one place of each of two groups, and in another where rows may see what a mask has ruled out.
     products = len(re.findall(r"wgmma\.mma_async[^;]*}, %rd\d+, %rd\d+,", kernel.asm["ptx"]))
-    assert products / -(-head_dim // 16) in (4, 6)
+    assert products / -(-head_dim // 16) in (2, 4)
     assert kernel.metadata.shared <= SHARED_BYTES <= DEVICES["sm90"][0].shared_bytes
     assert "C75" not in report
-    wide = WIDE_SPILLS if (program, head_dim) == ("documents", 256) else 0
+    wide = WIDE_SPILLS.get(program, 0) if head_dim == 256 else 0
     assert spilled_bytes(report) <= FORWARD_SPILLS + FORWARD_MORE_SPILLS.get(program, 0) + wide
 
 
