@@ -37,7 +37,8 @@ from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import place
 from flashfuse.patterns.opened import opened_or_none
 from flashfuse.patterns.refusal import Refused
-from flashfuse.patterns.vanishing import finite_numbers, is_biased, may_vanish, spoils_rows
+from flashfuse.patterns.spoiled import may_spoil_rows
+from flashfuse.patterns.vanishing import finite_numbers, is_biased, may_vanish
 from flashfuse.patterns.weights import Weights, combined
 
 
@@ -69,8 +70,8 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
             "a row of large fills absorbs the logarithm of its sum, so its probabilities do not add up to 1",
         )
     clears = weights.cleared or (weights.empty_row == "zero" and not weights.sinks)
-    if clears and spoils_rows(score.program, score.opener):
-        raise Refused("probability-mask", "masked scores are +inf or NaN, and the NaN of their rows is set to zero")
+    if clears and may_spoil_rows(score.program, score.opener):
+        raise _spoiled("cleared of NaN")
     own_maximum = weights.subtracted in ("maximum", "logarithm") or weights.sinks
     if weights.empty_row == "zero" and not own_maximum and (weights.masked or may_vanish(score.program, j)):
         raise Refused(
@@ -86,7 +87,7 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
     empty_row = "zero" if cleared else weights.empty_row
     kept = conjunction([score.opener.read(k) for rest in conditions for k in rest])
     if kept != TRUE:
-        factor, empty_row = _zeroed(lifter, score.program, kept, factor, empty_row, j)
+        factor, empty_row = _zeroed(lifter, score, kept, factor, empty_row, j)
     if factor is not None:
         _check_small(factor, i_symbols, j)
     return Ending("softmax", empty_row, sink, factor, weights.dropout)
@@ -137,17 +138,27 @@ def _may_absorb(program: Expr, j: sympy.Symbol) -> bool:
 # Probabilities set to zero
 
 
+def _spoiled(what: str) -> Refused:
+    told = (
+        f"probabilities are {what} where a score may be +inf or NaN, which makes all of its row NaN: "
+        "whatever becomes of a mask on the way, the softmax has to meet it as -inf or a finite number"
+    )
+    return Refused("probability-mask", told)
+
+
 def _zeroed(
-    lifter: Lifter, program: Expr, kept: Expr, factor: Expr | None, empty_row: str, j: sympy.Symbol
+    lifter: Lifter, score: Score, kept: Expr, factor: Expr | None, empty_row: str, j: sympy.Symbol
 ) -> tuple[Expr | None, str]:
     """Factor and empty-row rule of probabilities that are 0 unless `kept`."""
     # Over whole rows it is a choice, which leaves no NaN behind.
     if j not in free_symbols(kept) and factor is None:
         return kept, empty_row
+    if may_spoil_rows(score.program, score.opener):
+        raise _spoiled("set to zero")
     one_or_factor = Const(torch.float32, 1.0) if factor is None else factor
     multiplied = pointwise("where", kept, one_or_factor, Const(one_or_factor.dtype, 0.0))
     # The same condition may be computed twice, so both sides are seen through to what their masks are made of.
-    program, terms = lifter.resolved(program), conjuncts(lifter.resolved(kept))
+    program, terms = lifter.resolved(score.program), conjuncts(lifter.resolved(kept))
     masked = [_assumed(program, term, False) for term in terms]
     # NaN times 0 is not 0, so a product says the same only where no row can be without a key.
     if empty_row == "zero" or not _may_be_empty(program) or not any(map(_may_be_empty, masked)):
