@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 import flashfuse.patterns.aten
 import flashfuse.patterns.aten_layout
 import flashfuse.patterns.aten_numbers
+import flashfuse.patterns.aten_products
 import flashfuse.patterns.aten_rounding
 import flashfuse.patterns.aten_windows
 import flashfuse.patterns.decompose

@@ -19,8 +19,9 @@ NONE: Seeds = frozenset()
 
 # What starts a search. A contraction may be spelled with any of these; what it means is read from its ATen calls.
 _CONTRACTIONS = frozenset({
-    "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "baddbmm", "addmm", "addbmm", "mv", "dot", "inner",
-    "tensordot", "chain_matmul", "multi_dot", "linalg_multi_dot", "linear", "outer", "ger",
+    "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "baddbmm", "baddbmm_", "addmm", "addmm_", "addbmm",
+    "addbmm_", "addmv", "addmv_", "addr", "addr_", "mv", "dot", "inner", "tensordot", "chain_matmul", "multi_dot",
+    "linalg_multi_dot", "linear", "outer", "ger",
 })  # fmt: skip
 WHOLE = frozenset({"scaled_dot_product_attention"})
 # What may rescale an attention's output: either factor, and what is divided.
