@@ -16,7 +16,7 @@ import sympy
 import torch
 
 from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product, free_symbols, walk
-from flashfuse.kernels.normal import number, rewrite
+from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import OPS, ROUNDINGS
 from flashfuse.patterns.lift import CannotLift
 from flashfuse.patterns.opened import open_up
@@ -28,6 +28,9 @@ _SAMPLES = 48
 _NEAR = 8
 # More paths than this are not followed: nothing is known then.
 _MOST_PATHS = 256
+
+# So many tensors are looked behind, one after the other.
+_MOST_STEPS = 6
 
 # Conditions that are known, and whether they hold.
 Known = frozenset[tuple[Expr, bool]]
@@ -44,7 +47,7 @@ def may_spoil_rows(program: Expr, opener: Opener) -> bool:
     Of given tensors this is assumed: one that differs between keys and is added may hold -inf as well; what scores are
     multiplied or divided by is positive.
     """
-    program = opener.lifter.resolved(rewrite(program, lambda e: _made(e, opener) if isinstance(e, Load) else None))
+    program = opener.lifter.resolved(_made(program, opener))
     samples = _Samples(opener, program)
     try:
         paths = samples.of(program)
@@ -53,14 +56,17 @@ def may_spoil_rows(program: Expr, opener: Opener) -> bool:
     return any(samples.reaches(known, x.isnan() | (x == math.inf)) for known, x in paths.items())
 
 
-def _made(load: Load, opener: Opener) -> Expr | None:
-    """What the graph makes a tensor of; None where that has no index form."""
-    if not load.dtype.is_floating_point:
-        return None
-    try:
-        return opener.read(open_up(opener.lifter, load))
-    except (CannotLift, Refused):
-        return None
+def _made(expr: Expr, opener: Opener, steps: int = _MOST_STEPS) -> Expr:
+    """An expression with what the graph makes its tensors of in their place, as far as that has an index form."""
+    match expr:
+        case Pointwise(op=op, args=args):
+            return pointwise(op, *(_made(a, opener, steps) for a in args), dtype=expr.dtype)
+        case Load() if steps and expr.dtype.is_floating_point:
+            try:
+                return _made(opener.read(open_up(opener.lifter, expr)), opener, steps - 1)
+            except (CannotLift, Refused):
+                return expr
+    return expr
 
 
 def _addends(program: Expr) -> Iterator[Load | Gather]:

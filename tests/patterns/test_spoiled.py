@@ -102,6 +102,16 @@ def test_cleared_beside_a_given_mask(given: torch.Tensor) -> None:
     assert only_site(fn, *inputs()[:3], given).spec.empty_row == "zero"
 
 
+@pytest.mark.parametrize("given", [torch.rand(B, 1, 1, T), torch.randint(0, 2, (B, 1, 1, T))], ids=["float", "int"])
+def test_cleared_beside_a_given_mask_times_infinity(given: torch.Tensor) -> None:
+    """0 times it is NaN: all of a row is, with a key or without."""
+
+    def fn(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return (q @ k.mT + (1.0 - mask.float()) * -INF).softmax(-1).nan_to_num() @ v
+
+    assert only_refusal(fn, *inputs()[:3], given).code == "probability-mask"
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_cleared_beside_a_given_bias_of_infinities(sign: int) -> None:
     def fn(q: Any, k: Any, v: Any, bias: Any, temperature: Any) -> Any:
