@@ -1,4 +1,6 @@
-"""Whether a score may be +inf or NaN where all tensors are finite: its whole row is NaN then, and no row without a key.
+"""Where a score may be infinite or NaN though all products are finite: what eager code's rows are NaN for.
+
++inf or NaN makes all of a row NaN, and -inf a row that has nothing else.
 
 A score program is computed at sample numbers, on every path through its choices: each condition that no product decides
 is tried as true and as false, and is the same wherever it occurs. So fills keep their size through whatever is done to
@@ -9,13 +11,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import sympy
 import torch
 
-from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product, free_symbols, walk
+from flashfuse.kernels.expr import Const, Expr, Gather, Index, Load, Pointwise, Product, free_symbols, loads, walk
 from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import OPS, ROUNDINGS
 from flashfuse.patterns.lift import CannotLift
@@ -48,12 +50,35 @@ def may_spoil_rows(program: Expr, opener: Opener) -> bool:
     multiplied or divided by is positive.
     """
     program = opener.lifter.resolved(_made(program, opener))
-    samples = _Samples(opener, program)
+    samples = _Samples(opener, _addends(program))
     try:
         paths = samples.of(program)
     except _TooManyPaths:
         return True
-    return any(samples.reaches(known, x.isnan() | (x == math.inf)) for known, x in paths.items())
+    return any(((x.isnan() | (x == math.inf)) & samples.reached(known)).any() for known, x in paths.items())
+
+
+def infinite_unless(program: Expr, kept: Expr, opener: Opener) -> tuple[bool | None, bool | None]:
+    """Whether scores are -inf where a condition does not hold, and whether where it does: None where some are.
+
+    Of given tensors that are added only those are taken to hold -inf that the condition asks of.
+    """
+    program, kept = (opener.lifter.resolved(_made(e, opener)) for e in (program, kept))
+    asked = loads(kept)
+    samples = _Samples(opener, (x for x in _addends(program) if x in asked))
+    found: tuple[list[torch.Tensor], ...] = ([], [])
+    try:
+        for known, (holds, x) in samples.together((kept, program)):
+            for truth, values in enumerate(found):
+                values.append((x == -math.inf)[samples.reached(known) & (holds == bool(truth))])
+    except _TooManyPaths:
+        return None, None
+    return _verdict(found[False]), _verdict(found[True])
+
+
+def _verdict(found: Sequence[torch.Tensor]) -> bool | None:
+    infinite = torch.cat([torch.zeros(0, dtype=torch.bool), *found])
+    return bool(infinite.any()) if infinite.all() or not infinite.any() else None
 
 
 def _made(expr: Expr, opener: Opener, steps: int = _MOST_STEPS) -> Expr:
@@ -92,13 +117,16 @@ def _chosen(expr: Expr) -> Iterator[Load | Gather]:
 
 
 class _Samples:
-    """The values of one program, and of all that it is made of, at sample numbers on each path."""
+    """The values of programs, and of all that they are made of, at sample numbers on each path.
 
-    def __init__(self, opener: Opener, program: Expr) -> None:
+    added: tensors that may hold -inf, where they are no parameters and differ between keys.
+    """
+
+    def __init__(self, opener: Opener, added: Iterable[Load | Gather]) -> None:
         self.j, self.ranges = opener.j, opener.lifter.ranges
         weights = opener.lifter.graph.weights
         self.masks = frozenset(
-            x for x in _addends(program)
+            x for x in added
             if x.dtype.is_floating_point and self.j in free_symbols(x) and x.tensor not in weights
         )  # fmt: skip
         self._random = torch.Generator().manual_seed(0)
@@ -112,12 +140,12 @@ class _Samples:
             self._found[expr] = self._computed(expr)
         return self._found[expr]
 
-    def reaches(self, known: Known, samples: torch.Tensor) -> bool:
-        """Whether any of the samples is at positions for which a path's conditions hold, where some sample is."""
-        there = torch.ones_like(samples)
+    def reached(self, known: Known) -> torch.Tensor:
+        """Which samples are at positions for which a path's conditions hold; all where none is."""
+        there = torch.ones(_SAMPLES, dtype=torch.bool)
         for condition, holds in known:
             there &= self._truths[condition] == holds if condition in self._truths else True
-        return bool((samples & there if there.any() else samples).any())
+        return there if there.any() else ~there
 
     def _computed(self, expr: Expr) -> Paths:
         match expr:
@@ -132,7 +160,7 @@ class _Samples:
             case Pointwise(op=op, args=args) if not self._is_atom(expr):
                 return _merged(
                     (known, _rounded(OPS[op].torch(*(_promoted(x, op) for x in values)), expr.dtype))
-                    for known, values in self._together(args)
+                    for known, values in self.together(args)
                 )
         if expr.dtype == torch.bool:
             return self._condition(expr)
@@ -195,7 +223,7 @@ class _Samples:
 
         return _merged(chosen())
 
-    def _together(self, args: Sequence[Expr]) -> Iterator[tuple[Known, tuple[torch.Tensor, ...]]]:
+    def together(self, args: Sequence[Expr]) -> Iterator[tuple[Known, tuple[torch.Tensor, ...]]]:
         return _joined(frozenset(), [self.of(a) for a in args])
 
 

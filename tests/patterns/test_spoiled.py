@@ -149,3 +149,39 @@ def test_many_masks_are_followed() -> None:
         return s.softmax(-1).nan_to_num() @ v
 
     assert only_site(fn, *inputs()[:3], torch.rand(12, B, 1, S, T) > 0.9).spec.empty_row == "zero"
+
+
+EMPTIED: dict[str, tuple[Curve, bool]] = {
+    "subtracted": (lambda s, keep: s - added(keep, INF), True),
+    "overflow": (lambda s, keep: (s - added(keep, INF)) ** 3, True),
+    "logarithm": (lambda s, keep: s + keep.float().log(), True),
+    "by-keys": (lambda s, keep: (s + added(keep)).clamp(max=5), True),
+    "large": (lambda s, keep: (s + added(keep, MIN)) ** 3, True),
+    "another": (lambda s, keep: (s + added(keep.flip(-1), MIN)) ** 3, False),
+}
+
+
+@pytest.mark.parametrize("by_keys", [False, True])
+@pytest.mark.parametrize("name", EMPTIED)
+def test_zeroed_rows_without_a_key(name: str, by_keys: bool) -> None:
+    """Unless a fill said -inf in so many words such a row was NaN, where eager code sets its every probability to 0."""
+    curve, read = EMPTIED[name]
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        return zeroed(curve, q, k, v, keep[:, :, :1] if by_keys else keep)
+
+    if read:
+        spec = only_site(fn, *inputs()).spec
+        assert (spec.empty_row, spec.factor) == ("zero", None)
+        check_fused(fn, *inputs())
+    else:
+        assert only_refusal(fn, *inputs()).code == "probability-mask"
+
+
+def test_zeroed_where_a_given_mask_is_infinite() -> None:
+    def fn(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        return (q @ k.mT + bias).softmax(-1).masked_fill(bias == -INF, 0.0) @ v
+
+    *qkv, keep = inputs()
+    assert only_site(fn, *qkv, added(keep)).spec.empty_row == "zero"
+    check_fused(fn, *qkv, added(keep))
