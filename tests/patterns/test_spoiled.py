@@ -185,3 +185,15 @@ def test_zeroed_where_a_given_mask_is_infinite() -> None:
     *qkv, keep = inputs()
     assert only_site(fn, *qkv, added(keep)).spec.empty_row == "zero"
     check_fused(fn, *qkv, added(keep))
+
+
+@pytest.mark.parametrize("by_keys", [False, True])
+def test_a_mask_that_is_taken_away_again(by_keys: bool) -> None:
+    """-1e30 + 1e30 is 0, whatever score was beside it: it was masked, or kept its score."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        mask = added(keep[:, :, :1] if by_keys else keep, -1e30)
+        return (q @ k.mT * 0.5 + mask - mask).softmax(-1) @ v
+
+    only_site(fn, *inputs())
+    check_fused(fn, *inputs())
