@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from flashfuse.kernels.expr import Const, Expr, Pointwise, Product, free_symbols, walk
-from flashfuse.kernels.mask import HUGE_FILL
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Product, free_symbols, walk
+from flashfuse.kernels.mask import HUGE_FILL, may_cancel
 from flashfuse.kernels.normal import pointwise
 from flashfuse.kernels.problem import Box, Problem, slices, split
 from flashfuse.kernels.rounding import unrounded
@@ -62,6 +62,10 @@ def additive_program(problem: Problem) -> AdditiveProgram | None:
 @functools.lru_cache(maxsize=4096)
 def _additive_program(spec: AttentionSpec) -> AdditiveProgram | None:
     # A row in which a sum is rounded has a log-sum-exp that is `LARGE`, and is none of that kernel's.
+    # A sum of biases alone would keep what a score loses beside one of them, where another takes that away.
+    biases = [e for e in walk(spec.score) if isinstance(e, Load) and e.dtype.is_floating_point]
+    if may_cancel(spec.score) or len({*biases}) < len(biases):
+        return None
     return split_additive(unrounded(spec.score))
 
 

@@ -282,8 +282,8 @@ def _saturated(expr: Expr) -> Expr:
     children = tuple(_saturated(child) for child in expr.children)
     if expr.dtype.is_floating_point and isinstance(expr, Pointwise) and _added_constant(expr) <= HUGE_FILL:
         # What is added may be as large by itself: s + s * tanh(s).
-        opposed = math.inf if expr.op == "add" else -math.inf
-        against = expr.op in ("add", "sub") and any(number(c) == opposed for c in children[-2:])
+        opposed = {"add": (math.inf, math.inf), "sub": (math.inf, -math.inf)}.get(expr.op, ())
+        against = any(number(c) == infinity for c, infinity in zip(children, opposed, strict=False))
         return Const(expr.dtype, math.nan if against else -math.inf)
     if isinstance(expr, Pointwise) and expr.op == "mul" and any(number(child) == 0 for child in children):
         return Const(expr.dtype, 0.0)
@@ -291,23 +291,68 @@ def _saturated(expr: Expr) -> Expr:
 
 
 def _added_constant(expr: Expr) -> float:
-    """At most this is added to the rest of a sum, if it is negative; 0 when nothing is known to be."""
+    """At most this is added to the rest of a sum, if it is negative; not negative when nothing is known to be."""
+    return _constants(expr)[1]
+
+
+def may_cancel(score: Expr) -> bool:
+    """Whether a hugely negative constant in a sum may meet one that takes it away, and the score with it."""
+    sums = (e for e in walk(score) if isinstance(e, Pointwise) and e.op in ("add", "sub"))
+    return any(_opposed(*_addends(e)) for e in sums)
+
+
+def _addends(expr: Pointwise) -> tuple[_Extent, _Extent]:
+    one, other = map(_constants, expr.args)
+    return one, _times(other, -1.0) if expr.op == "sub" else other
+
+
+def _opposed(one: _Extent, other: _Extent) -> bool:
+    return any(a[0] <= HUGE_FILL and b[1] >= -HUGE_FILL for a, b in ((one, other), (other, one)))
+
+
+# The least and the most that something is.
+_Extent = tuple[float, float]
+_ANYTHING = (-math.inf, math.inf)
+# No number is huge behind these.
+_BOUNDED = frozenset({"tanh", "sigmoid", "erf", "sin", "cos", "atan", "sign"})
+
+
+def _constants(expr: Expr) -> _Extent:
+    """What the constants in a sum come to, where all else in it counts as 0: one may take another away."""
     match expr:
         case Const(value=value):
-            return float(value)
-        case Pointwise(op="add", args=args):
-            return min(_added_constant(a) for a in args)
+            return float(value), float(value)
+        case Pointwise(op="add" | "sub"):
+            return _sum(*_addends(expr))
+        case Pointwise(op="neg", args=(inner,)):
+            return _times(_constants(inner), -1.0)
+        case Pointwise(op="mul", args=(inner, Const(value=c)) | (Const(value=c), inner)) if 0 < abs(c) < math.inf:
+            return _times(_constants(inner), c)
+        case Pointwise(op="div", args=(inner, Const(value=c))) if 0 < abs(c) < math.inf:
+            return _times(_constants(inner), 1.0 / c)
         case Pointwise(op=op, args=(inner,)) if op in ROUNDINGS:
-            return _added_constant(inner)
-        case Pointwise(op="sub", args=(left, Const(value=c))):
-            return min(_added_constant(left), -c)
-        case Pointwise(op="sub", args=(left, _)):
-            return _added_constant(left)
-        case Pointwise(op="mul", args=(inner, Const(value=c)) | (Const(value=c), inner)) if 0 < c < math.inf:
-            return c * _added_constant(inner)
-        case Pointwise(op="where", args=(_, one, other)) | Pointwise(op="max" | "maximum", args=(one, other)):
-            return max(_added_constant(one), _added_constant(other))
-    return 0.0
+            return _constants(inner)
+        case Pointwise(op="where", args=(_, *branches)):
+            (low, high), (least, most) = map(_constants, branches)
+            return min(low, least), max(high, most)
+        case Pointwise(op="max" | "maximum" | "min" | "minimum" as op, args=args):
+            choose = max if op.startswith("max") else min
+            (low, high), (least, most) = map(_constants, args)
+            return choose(low, least), choose(high, most)
+        case Pointwise(op=op) if expr.dtype.is_floating_point and op not in _BOUNDED:
+            huge = any(isinstance(e, Const) and abs(e.value) >= -HUGE_FILL for e in walk(expr))
+            return _ANYTHING if huge else (0.0, 0.0)
+    return 0.0, 0.0
+
+
+def _sum(one: _Extent, other: _Extent) -> _Extent:
+    low, high = (a + b for a, b in zip(one, other, strict=True))
+    return -math.inf if math.isnan(low) else low, math.inf if math.isnan(high) else high
+
+
+def _times(extent: _Extent, factor: float) -> _Extent:
+    low, high = sorted(x * factor for x in extent)
+    return low, high
 
 
 def _replace_outermost(expr: Expr, mapping: Mapping[Expr, Expr]) -> Expr:

@@ -46,7 +46,7 @@ def joined_products(lifter: Lifter, expr: Expr) -> Dot | None:
             parts = [(x, f) for dot, f in addends if (x := _alike(lifter, dot, element, first.axis)) is not None]
             if len(parts) != len(addends):
                 continue
-            if not all(_scales(known, first.dtype) for known in (factors, *(known for _, known in parts))):
+            if not all(scales(known, first.dtype) for known in (factors, *(known for _, known in parts))):
                 return None
             whole = _sum_of_parts(lifter, first, element, [((span, first, values), factors), *parts])
             if whole is not None:
@@ -79,7 +79,7 @@ def _times(addends: list[tuple[Dot, Factors]] | None, factor: Expr) -> list[tupl
     return None if addends is None else [(dot, (*known, factor)) for dot, known in addends]
 
 
-def _scales(factors: Factors, dtype: torch.dtype) -> bool:
+def scales(factors: Factors, dtype: torch.dtype) -> bool:
     """Whether factors of a product may be one of its weights: numbers, by which no weight and no sum overflows.
 
     A tensor may hold an infinity, which the product is multiplied by and no weight that is 0; and weights of float16

@@ -8,10 +8,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import sympy
 import torch
 
-from flashfuse.kernels.expr import Const, Dot, Expr, Index, Load, Reduce, Softmax
+from flashfuse.kernels.expr import Const, Expr, Index, Load, Reduce, Softmax
 from flashfuse.kernels.normal import cast, const, converted, index, number, pointwise, stored
 from flashfuse.kernels.operators import OPS
 from flashfuse.patterns.graph import shape, to_sympy
@@ -196,37 +195,7 @@ def _relu(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Contractions, reductions, normalisers
-
-
-@row(aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default)
-def _contraction(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    a, b = call.args[:2]
-    extent = shape(a)[-1]
-    r = ZERO if extent == 1 else view.symbol(extent)
-    rows = len(a.shape) - 1
-    left = (*position[:rows], r)
-    right = (*position[: len(b.shape) - 2], r, *position[rows:]) if len(b.shape) > 1 else (r,)
-    return _dot(call.output.dtype, view.element(a, left), view.element(b, right), r, extent)
-
-
-def _dot(dtype: torch.dtype, lhs: Expr, rhs: Expr, axis: sympy.Expr, extent: sympy.Expr) -> Expr:
-    if not isinstance(axis, sympy.Symbol):
-        axis = sympy.Symbol("unit", integer=True, nonnegative=True)
-    return Dot(dtype, lhs, rhs, axis, extent)
-
-
-@row(aten.baddbmm.default, aten.addmm.default)
-def _added_contraction(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
-    """beta * added + alpha * (a @ b); torch ignores `added` altogether where beta is 0."""
-    dtype = call.output.dtype
-    contraction = _contraction(view, AtenCall(aten.bmm.default, call.args[1:], {}, call.output), position, 0)
-    beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
-    result = pointwise("mul", contraction, view.number(alpha), dtype=dtype)
-    if beta == 0:
-        return result
-    added = pointwise("mul", view.element(call.args[0], position), view.number(beta), dtype=dtype)
-    return pointwise("add", added, result, dtype=dtype)
+# Reductions, normalisers
 
 
 def reduced(view: NodeView, call: AtenCall, position: Indices, dims: Any, keepdim: bool, kind: str, x: Any) -> Expr:

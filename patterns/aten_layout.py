@@ -143,6 +143,8 @@ def _cat(view: NodeView, call: AtenCall, position: Indices, _: int) -> Expr:
     """A choice by position. Parts that are one formula of the position merge: cat([-1], arange) is position - 1."""
     dim = argument(call, 1, "dim", 0) % len(position)
     parts = [p for p in call.args[0] if len(p.shape) == len(position)]
+    # A part without elements is none, whatever it is made of.
+    parts = [p for p in parts if shape(p)[dim] != 0] or parts[:1]
     start, pieces = ZERO, []
     for part in parts:
         piece = view.element(part, replaced(position, dim, position[dim] - start))

@@ -14,10 +14,11 @@ from flashfuse.patterns.exponential import is_normalised, masked_exponential
 from flashfuse.patterns.graph import Graph, is_weighted, raw_value, tensor
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import NORMALISERS, place, quotients, sum_and_rest
-from flashfuse.patterns.opened import opened_or_none
+from flashfuse.patterns.opened import open_up, opened_or_none
 from flashfuse.patterns.refusal import Refused, mixed
 from flashfuse.patterns.score import find_score
 from flashfuse.patterns.seeds import is_contraction, is_curved
+from flashfuse.patterns.shift import limited_by_number
 from flashfuse.patterns.summed import adds_pairs
 from flashfuse.patterns.transforms import gradient_levels, is_wrapped
 
@@ -40,7 +41,8 @@ def refuse_normaliser(lifter: Lifter, expr: Pointwise) -> None:
     """Refuse a quotient by a sum that is no softmax that kernels have, of powers to another base for one."""
     for numerator, denominator in quotients(lifter, expr):
         try:
-            total, further = sum_and_rest(lifter, denominator)
+            limited = limited_by_number(open_up(lifter, denominator), "max")
+            total, further = sum_and_rest(lifter, denominator if limited is None else limited[0])
             top = None if total is None else opened_or_none(lifter, total.arg)
         except CannotLift:
             continue
@@ -48,6 +50,9 @@ def refuse_normaliser(lifter: Lifter, expr: Pointwise) -> None:
             continue
         if further is not None and is_normalised(lifter, total):
             told = "the probabilities are normalised again, by a sum with something relative to the first one"
+            raise Refused("row-dependent", told)
+        if limited is not None and _is_exponential(lifter, total.arg, total.axis):
+            told = "the sum of a row's weights is kept above a number, which decides some rows and not others"
             raise Refused("row-dependent", told)
         match top:
             case Pointwise(op="mul", args=factors) if any(_is_exponential(lifter, f, total.axis) for f in factors):

@@ -24,9 +24,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashfuse.patterns.calls import mutated_inputs, name_of
-from flashfuse.patterns.graph import Graph, tensor, value
+from flashfuse.patterns.graph import Graph, storage, tensor, value
 from flashfuse.patterns.seeds import upstream
-from flashfuse.patterns.trace import CannotTrace, as_traced, check_same
+from flashfuse.patterns.trace import CannotTrace, as_traced, autocasts, check_same
 
 _WHOLE = frozenset({"scaled_dot_product_attention"})
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
@@ -106,10 +106,16 @@ def record(graph: Graph, node: fx.Node) -> Record:
     Raises CannotTrace where the calls would not stand for the node: it writes its inputs, looks at data, returns
     something that is no tensor, or gives another result than Dynamo saw.
     """
-    if mutated_inputs(node):
+    written = mutated_inputs(node)
+    if written and (name_of(node) not in _IN_PLACE or autocasts(graph, node)):
         raise CannotTrace("writes its input")
-    inputs = {id(tensor(n)): n for n in node.all_input_nodes if tensor(n) is not None}
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+    memory = [storage(n) for n in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(n, fx.Node)]
+    if any(memory.count(storage(n)) > 1 for n in written):
+        raise CannotTrace("writes what it reads")
+    # What is written is a copy, since running the body must leave no trace in what Dynamo saw.
+    given = {n: value(n).clone() if n in written else value(n) for n in node.all_input_nodes}
+    inputs = {id(t): n for n, t in given.items() if isinstance(t, torch.Tensor)}
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), given.__getitem__)
     draws = _Draws()
     recorder = _Recorder(draws)
     needs_grad = any(isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(value(node)))
@@ -139,8 +145,18 @@ def _body(function: Any) -> Callable[..., Any]:
 
 
 def _added(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> torch.Tensor:
-    """`addmm` and `baddbmm`: beta x + alpha a @ b, where x is not read for a beta of 0."""
-    out = torch.matmul(a, b)
+    """`addmm` and its kin: beta x + alpha a @ b, where x is not read for a beta of 0."""
+    return _beside(torch.matmul(a, b), x, beta, alpha)
+
+
+def _added_over_batch(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: Any = 1, alpha: Any = 1
+) -> torch.Tensor:
+    """`addbmm`: the products of all of the batch are added up too."""
+    return _beside(torch.bmm(a, b).sum(0), x, beta, alpha)
+
+
+def _beside(out: torch.Tensor, x: torch.Tensor, beta: Any, alpha: Any) -> torch.Tensor:
     if alpha != 1:
         out = out * alpha
     if beta == 0:
@@ -150,7 +166,14 @@ def _added(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: Any = 1, 
     return out + (x if beta == 1 else x * beta)
 
 
-_SUMS: dict[str, Callable[..., torch.Tensor]] = {"addmm": _added, "baddbmm": _added}
+def _in_place(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda x, *args, **kwargs: x.copy_(function(x, *args, **kwargs))
+
+
+_FUNCTIONAL = {"addmm": _added, "baddbmm": _added, "addmv": _added, "addbmm": _added_over_batch}
+# They write their first argument, and autocast does not convert it.
+_IN_PLACE = {f"{name}_": _in_place(function) for name, function in _FUNCTIONAL.items()}
+_SUMS: dict[str, Callable[..., torch.Tensor]] = {**_FUNCTIONAL, **_IN_PLACE}
 
 
 def _check_results_used_alone(node: fx.Node, result: Any) -> None:

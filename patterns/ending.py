@@ -7,7 +7,6 @@ there eager code turns NaN into zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
@@ -28,7 +27,7 @@ from flashfuse.kernels.expr import (
     loads,
     walk,
 )
-from flashfuse.kernels.normal import FALSE, TRUE, cast, conjunction, conjuncts, number, pointwise, rewrite, substitute
+from flashfuse.kernels.normal import TRUE, cast, conjunction, number, pointwise, rewrite, substitute
 from flashfuse.patterns.calls import label_of
 from flashfuse.patterns.draw import DrawLoad
 from flashfuse.patterns.found import Score
@@ -36,8 +35,10 @@ from flashfuse.patterns.indexing import same
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import place
 from flashfuse.patterns.opened import opened_or_none
+from flashfuse.patterns.opener import Opener
 from flashfuse.patterns.refusal import Refused
-from flashfuse.patterns.vanishing import finite_numbers, is_biased, may_vanish, spoils_rows
+from flashfuse.patterns.spoiled import infinite_unless, may_spoil_rows
+from flashfuse.patterns.vanishing import finite_numbers, is_biased, may_vanish
 from flashfuse.patterns.weights import Weights, combined
 
 
@@ -69,8 +70,8 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
             "a row of large fills absorbs the logarithm of its sum, so its probabilities do not add up to 1",
         )
     clears = weights.cleared or (weights.empty_row == "zero" and not weights.sinks)
-    if clears and spoils_rows(score.program, score.opener):
-        raise Refused("probability-mask", "masked scores are +inf or NaN, and the NaN of their rows is set to zero")
+    if clears and may_spoil_rows(score.program, score.opener):
+        raise _spoiled("cleared of NaN")
     own_maximum = weights.subtracted in ("maximum", "logarithm") or weights.sinks
     if weights.empty_row == "zero" and not own_maximum and (weights.masked or may_vanish(score.program, j)):
         raise Refused(
@@ -86,7 +87,7 @@ def ending(lifter: Lifter, weights: Weights, score: Score, j: sympy.Symbol, lead
     empty_row = "zero" if cleared else weights.empty_row
     kept = conjunction([score.opener.read(k) for rest in conditions for k in rest])
     if kept != TRUE:
-        factor, empty_row = _zeroed(lifter, score.program, kept, factor, empty_row, j)
+        factor, empty_row = _zeroed(score, kept, factor, empty_row, j)
     if factor is not None:
         _check_small(factor, i_symbols, j)
     return Ending("softmax", empty_row, sink, factor, weights.dropout)
@@ -137,22 +138,28 @@ def _may_absorb(program: Expr, j: sympy.Symbol) -> bool:
 # Probabilities set to zero
 
 
-def _zeroed(
-    lifter: Lifter, program: Expr, kept: Expr, factor: Expr | None, empty_row: str, j: sympy.Symbol
-) -> tuple[Expr | None, str]:
+def _spoiled(what: str) -> Refused:
+    told = (
+        f"probabilities are {what} where a score may be +inf or NaN, which makes all of its row NaN: "
+        "whatever becomes of a mask on the way, the softmax has to meet it as -inf or a finite number"
+    )
+    return Refused("probability-mask", told)
+
+
+def _zeroed(score: Score, kept: Expr, factor: Expr | None, empty_row: str, j: sympy.Symbol) -> tuple[Expr | None, str]:
     """Factor and empty-row rule of probabilities that are 0 unless `kept`."""
     # Over whole rows it is a choice, which leaves no NaN behind.
     if j not in free_symbols(kept) and factor is None:
         return kept, empty_row
+    if may_spoil_rows(score.program, score.opener):
+        raise _spoiled("set to zero")
     one_or_factor = Const(torch.float32, 1.0) if factor is None else factor
     multiplied = pointwise("where", kept, one_or_factor, Const(one_or_factor.dtype, 0.0))
-    # The same condition may be computed twice, so both sides are seen through to what their masks are made of.
-    program, terms = lifter.resolved(program), conjuncts(lifter.resolved(kept))
-    masked = [_assumed(program, term, False) for term in terms]
-    # NaN times 0 is not 0, so a product says the same only where no row can be without a key.
-    if empty_row == "zero" or not _may_be_empty(program) or not any(map(_may_be_empty, masked)):
+    masked, open_ = infinite_unless(score.program, kept, score.opener)
+    # NaN times 0 is not 0, so a product says the same only where no row without a key has such a place.
+    if empty_row == "zero" or masked is False:
         return multiplied, empty_row
-    if _decides_what_is_infinite(program, terms):
+    if masked and open_ is False:
         return factor, "zero"
     raise Refused("probability-mask", "probabilities are set to zero where it is not known whether they are NaN")
 
@@ -180,10 +187,18 @@ def _clears_empty_rows(lifter: Lifter, kept: Expr, weights: Weights, score: Scor
     compared = _not_infinite(lifter, test.arg)
     if compared is not None:
         addend = lifter.resolved(score.opener.read(substitute(compared, {test.axis: j})))
-        alone = _is_added(program, addend) and not _may_be_empty(program)
+        alone = _is_added(program, addend) and _is_never_infinite(_without(program, addend), score.opener)
         return alone or place(lifter, weights.arg, compared, test.axis) == j
-    terms = conjuncts(lifter.resolved(score.opener.read(substitute(test.arg, {test.axis: j}))))
-    return _decides_what_is_infinite(program, terms)
+    keys = score.opener.read(substitute(test.arg, {test.axis: j}))
+    return infinite_unless(program, keys, score.opener) == (True, False)
+
+
+def _without(program: Expr, addend: Expr) -> Expr:
+    return rewrite(program, lambda e: Const(e.dtype, 0.0) if e == addend else None)
+
+
+def _is_never_infinite(program: Expr, opener: Opener) -> bool:
+    return infinite_unless(program, TRUE, opener) == (False, False)
 
 
 def _is_added(program: Expr, addend: Expr) -> bool:
@@ -223,27 +238,6 @@ def _opened_negation(lifter: Lifter, condition: Expr) -> tuple[Expr | None, bool
     while isinstance(opened, Pointwise) and opened.op == "not":
         opened, negated = opened_or_none(lifter, opened.args[0]), not negated
     return opened, negated
-
-
-def _decides_what_is_infinite(program: Expr, terms: Sequence[Expr]) -> bool:
-    """Whether a score is -inf unless all of the conditions hold, and then is not."""
-    masked, open_ = [_assumed(program, term, False) for term in terms], program
-    for term in terms:
-        open_ = _assumed(open_, term, True)
-    return all(isinstance(m, Const) and m.value == -math.inf for m in masked) and not _may_be_empty(open_)
-
-
-def _may_be_empty(program: Expr) -> bool:
-    """Whether a row's every score may be -inf: a tensor of floats is taken to leave each row a key."""
-    return any(isinstance(e, Const) and e.value == -math.inf for e in walk(program))
-
-
-def _assumed(program: Expr, term: Expr, truth: bool) -> Expr:
-    """The program where a condition is known."""
-    while isinstance(term, Pointwise) and term.op == "not":
-        term, truth = term.args[0], not truth
-    known = TRUE if truth else FALSE
-    return rewrite(program, lambda e: known if e == term else None)
 
 
 def is_linear(program: Expr) -> bool:

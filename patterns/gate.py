@@ -15,6 +15,7 @@ import torch
 from flashfuse.kernels.expr import Const, Dot, Expr, Pointwise, Reduce, free_symbols
 from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import ROUNDINGS
+from flashfuse.patterns.blame import refuse_normaliser
 from flashfuse.patterns.lift import CannotLift, Lifter
 from flashfuse.patterns.normaliser import as_logsumexp, as_softmax, place, quotients
 from flashfuse.patterns.opened import open_up, opened_or_none
@@ -45,6 +46,8 @@ def normalised_late(lifter: Lifter, expr: Expr) -> Dot | None:
                 quotient = pointwise("div", _before_rounding(lifter, weights, product.dtype), total, dtype=total.dtype)
                 if as_softmax(lifter, quotient) is not None:
                     return replace(product, lhs=quotient, rhs=values)
+                if isinstance(quotient, Pointwise):
+                    refuse_normaliser(lifter, quotient)
         except CannotLift:
             continue
     return None

@@ -99,7 +99,8 @@ def storage(node: fx.Node) -> int | None:
 
 _LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "embedding"})
 # Products that are layers when one argument, at this place and of this name, is a parameter.
-_LINEAR = {"linear": (1, "weight"), "addmm": (2, "mat2")}
+_LINEAR = {"linear": (1, "weight"), "addmm": (2, "mat2"), "addmv": (1, "mat")}
+_LINEAR |= {f"{name}_": _LINEAR[name] for name in ("addmm", "addmv")}
 # The names of all that may apply weights.
 WEIGHTED = _LAYERS | _LINEAR.keys()
 

@@ -111,4 +111,8 @@ def _indices(program: Expr) -> list[sympy.Expr]:
 
 
 def _no_view(reading: Reading) -> Refused:
-    return Refused("operand-layout", f"no view of `{reading.load.tensor}` has the layout of an attention operand")
+    told = (
+        f"no view of `{reading.load.tensor}` has the layout of an attention operand: "
+        "its elements would have to be copied in another order"
+    )
+    return Refused("operand-layout", told)

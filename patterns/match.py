@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 import flashfuse.patterns.aten
 import flashfuse.patterns.aten_layout
 import flashfuse.patterns.aten_numbers
+import flashfuse.patterns.aten_products
 import flashfuse.patterns.aten_rounding
 import flashfuse.patterns.aten_windows
 import flashfuse.patterns.decompose
@@ -38,11 +39,12 @@ from flashfuse.patterns.gate import Gated, as_gated, normalised_late, with_gate
 from flashfuse.patterns.graph import Graph, shape, tensor, wants_gradient
 from flashfuse.patterns.indexing import Indices
 from flashfuse.patterns.lift import CannotLift, Lifter
+from flashfuse.patterns.parts import refuse_parts
 from flashfuse.patterns.reasons import Reasons
 from flashfuse.patterns.refusal import Refused, no_value_product, read_as_whole
 from flashfuse.patterns.replay import Analyses
 from flashfuse.patterns.score import find_products, find_score
-from flashfuse.patterns.seeds import WHOLE, is_contraction, upstream
+from flashfuse.patterns.seeds import ADDED, WHOLE, is_contraction, upstream
 from flashfuse.patterns.sharing import Sharing
 from flashfuse.patterns.site import AttentionSite, Refusal, outermost
 from flashfuse.patterns.summed import as_product
@@ -112,6 +114,8 @@ def _match(lifter: Lifter, node: fx.Node, leads: AbstractSet[fx.Node]) -> Attent
     whole_product = normalised_late(lifter, expr) or joined_products(lifter, expr)
     if whole_product is not None:
         return _terms(lifter, node, position, whole_product, leads)
+    if name_of(node) in ADDED:
+        refuse_parts(lifter, expr, leads, node)
     if isinstance(expr, Reduce) and node in leads:
         expr = as_product(lifter, expr)
         if isinstance(expr, Reduce):

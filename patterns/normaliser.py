@@ -121,7 +121,7 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
     try:
         total, further = sum_and_rest(lifter, denominator)
         if total is None:
-            return None
+            return _limited_quotient(lifter, numerator, denominator)
         at = place(lifter, numerator, total.arg, total.axis)
         exponential = open_up(lifter, total.arg)
         exponent = masked_exponential(lifter, exponential, total.axis)
@@ -149,6 +149,14 @@ def _quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised 
     return Normalised(
         Softmax(total.dtype, scaled(score, rate), total.axis, at, total.extent, "zero" if finite else "nan"), (sink,)
     )
+
+
+def _limited_quotient(lifter: Lifter, numerator: Expr, denominator: Expr) -> Normalised | None:
+    """The quotient where a sum is kept above a number up to 1, as it is anyway: the row's own maximum adds a 1."""
+    limited = limited_by_number(open_up(lifter, denominator), "max")
+    found = None if limited is None or limited[1] > 1 else _quotient(lifter, numerator, limited[0])
+    own = found is not None and found.subtracted == "maximum" and not found.masked and not found.sinks
+    return found if own else None
 
 
 def _subtracted(lifter: Lifter, shift: Expr | None, score: Expr, axis: sympy.Symbol) -> str:

@@ -37,6 +37,7 @@ _WHOLE_ROW = {
 # Functions of every query and key.
 _PAIRWISE = frozenset({"cdist", "cosine_similarity", "pairwise_distance", "norm", "linalg_norm", "linalg_vector_norm"})
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_MAXIMA = frozenset({"amax", "max"})
 # Operators that take a part of what another one made.
 _PARTS = frozenset({"getitem", "__getitem__", "unsqueeze", "select", "narrow"})
 
@@ -60,9 +61,13 @@ def read_as_whole(lifter: Lifter, used: fx.Node, chain: Sequence[fx.Node]) -> Re
     behind = used
     while name_of(behind) in _PARTS and behind.all_input_nodes[0] in chain:
         behind = behind.all_input_nodes[0]
-    return _over_rows(behind) or Refused(
-        "row-dependent", f"the scores are needed as a whole by `{name_of(used)}`", used
-    )
+    told = f"the scores are needed as a whole by `{name_of(used)}`"
+    if name_of(behind) in _MAXIMA:
+        told += (
+            ": a row's maximum is known only where the normaliser takes it out again, which it does not "
+            "where a number is added to the sum of the exponentials"
+        )
+    return _over_rows(behind) or Refused("row-dependent", told, used)
 
 
 def mixed(node: fx.Node, what: str = "scores", when: str = "before the softmax") -> Refused:

@@ -11,16 +11,17 @@ from torch import fx
 
 from flashfuse.patterns.calls import name_of
 from flashfuse.patterns.graph import WEIGHTED, Graph, is_weighted, tensor
-from flashfuse.patterns.normaliser import NORMALISERS, POWERS
-from flashfuse.patterns.summed import ADDITIONS, DIFFERENCES, Sum, sum_of
+from flashfuse.patterns.normaliser import NORMALISERS, PARTIAL, POWERS
+from flashfuse.patterns.summed import ADDITIONS, DIFFERENCES, Sum, multiplies_pairs, sum_of
 
 Seeds = frozenset[fx.Node]
 NONE: Seeds = frozenset()
 
 # What starts a search. A contraction may be spelled with any of these; what it means is read from its ATen calls.
 _CONTRACTIONS = frozenset({
-    "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "baddbmm", "addmm", "addbmm", "mv", "dot", "inner",
-    "tensordot", "chain_matmul", "multi_dot", "linalg_multi_dot", "linear", "outer", "ger",
+    "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "baddbmm", "baddbmm_", "addmm", "addmm_", "addbmm",
+    "addbmm_", "addmv", "addmv_", "addr", "addr_", "mv", "dot", "inner", "tensordot", "chain_matmul", "multi_dot",
+    "linalg_multi_dot", "linear", "outer", "ger",
 })  # fmt: skip
 WHOLE = frozenset({"scaled_dot_product_attention"})
 # What may rescale an attention's output: either factor, and what is divided.
@@ -28,7 +29,7 @@ _FACTORS = frozenset({"mul", "mul_", "imul", "__mul__", "__rmul__", "__imul__", 
 _QUOTIENTS = frozenset({"div", "div_", "truediv", "itruediv", "__truediv__", "__itruediv__", "divide", "true_divide"})
 _GATES = _FACTORS | _QUOTIENTS
 # What may add up products of parts of the weights.
-_SUMS = ADDITIONS | DIFFERENCES
+ADDED = ADDITIONS | DIFFERENCES
 # What makes a product of activations more than a product: a chain of linear operators is left to the matrix products.
 _CURVED = frozenset({
     "sigmoid", "expit", "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "silu", "gelu", "mish",
@@ -94,7 +95,7 @@ class Upstream:
         if name in _GATES:
             return self._gated(node)
         inputs = node.all_input_nodes
-        if name in _SUMS:
+        if name in ADDED:
             return _added(node, self.products, self.weights)
         normalisers = _union(self.normalisers, inputs)
         # Weights of a curved product may hold an exponential too, as of a temperature.
@@ -148,9 +149,13 @@ def upstream(graph: Graph) -> Upstream:
             outputs = (n for n in _rescaled(node) if products.get(n) in values)
             if any(seeds <= values[products[n]] for n in outputs):
                 seeds = NONE
-        if name in _SUMS and _added(node, products, weights):
+        if name in ADDED and _added(node, products, weights):
             starts.append(node)
         behind = next((products[n] for n in inputs if n in products), None)
+        if behind is None and name in NORMALISERS - PARTIAL:
+            path = _to_one_feature(graph, node)
+            products.update(dict.fromkeys(path, path[-1]) if path else {})
+            behind = path[-1] if path else None
         if behind is not None and not (weighted and behind in values):
             products[node] = behind
             if weighted or behind in values or any(n in mixed for n in inputs):
@@ -169,6 +174,17 @@ def upstream(graph: Graph) -> Upstream:
         if bends:
             curved[node] = bends
     return Upstream(tuple(starts), products, normalisers, curved, values, weights, over_products, mixed)
+
+
+def _to_one_feature(graph: Graph, softmax: fx.Node, limit: int = 8) -> list[fx.Node]:
+    """The way back from a softmax to a product of queries and keys of one feature, which is a multiplication."""
+    ways = [[n] for n in graph.inputs[softmax]]
+    for way in ways:
+        if multiplies_pairs(way[-1]):
+            return way
+        fresh = () if is_weighted(way[-1]) else graph.inputs.get(way[-1], ())
+        ways += [[*way, n] for n in fresh][: limit - len(ways)] if len(ways) < limit else []
+    return []
 
 
 def _added(node: fx.Node, products: Mapping[fx.Node, fx.Node], weights: Mapping[fx.Node, Seeds]) -> Seeds:

@@ -28,7 +28,7 @@ _SUMS = frozenset({"sum", "mean"})
 _NORMS = frozenset({"norm", "linalg_norm", "linalg_vector_norm"})
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
 ADDITIONS = frozenset({"add", "add_", "iadd", "__add__", "__radd__", "__iadd__"})
-DIFFERENCES = frozenset({"sub", "__sub__", "__rsub__", "subtract", "sub_", "isub", "__isub__"})
+DIFFERENCES = frozenset({"sub", "__sub__", "__rsub__", "rsub", "subtract", "sub_", "isub", "__isub__"})
 # Sum along an axis of the tensors that they are given.
 _BOTH = frozenset({"vecdot", "linalg_vecdot", "cosine_similarity"})
 # Functions of every pair of rows.
@@ -83,6 +83,16 @@ def adds_pairs(node: fx.Node) -> bool:
     # What all rows share is a bias, and what all of a batch shares may be positions.
     rows = all(any(n != 1 for n in side[:-1]) for side in found)
     return rows and any(a != b for a, b in zip(*(side[1:-1] for side in found), strict=True))
+
+
+def multiplies_pairs(node: fx.Node) -> bool:
+    """Whether a node multiplies a number of each row of one tensor with one of each row of another: one feature."""
+    found = _pair(node.args[:2]) if name_of(node) in _PRODUCTS else None
+    of_layer = any(isinstance(value(n), torch.nn.Parameter) for n in node.all_input_nodes)
+    if found is None or len(found[0]) < 2 or of_layer:
+        return False
+    (*_, rows, feature), (*_, one, columns) = found if found[0][-1] == 1 else found[::-1]
+    return feature == one == 1 and 1 not in (rows, columns)
 
 
 def _pair(args: Sequence[Any]) -> tuple[tuple[sympy.Expr, ...], tuple[sympy.Expr, ...]] | None:

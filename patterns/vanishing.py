@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import sympy
 
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, free_symbols, loads, walk
-from flashfuse.kernels.normal import FALSE, TRUE, number, pointwise, rewrite
+from flashfuse.kernels.normal import number, pointwise, rewrite
 from flashfuse.patterns.lift import CannotLift
 from flashfuse.patterns.opened import open_up
 from flashfuse.patterns.opener import Opener
@@ -57,35 +57,6 @@ def _mask(load: Load, opener: Opener) -> Expr | None:
 def may_vanish(program: Expr, j: sympy.Symbol) -> bool:
     """Whether a mask may leave a row only finite scores whose exponentials are 0."""
     return is_biased(program, j) or any(fill < _VANISHES for fill in finite_numbers(program))
-
-
-def spoils_rows(program: Expr, opener: Opener) -> bool:
-    """Whether a mask of -inf makes scores +inf or NaN, as `1 - score` or their sine does: their rows are NaN.
-
-    A mask that is added is one too, where the graph makes it.
-    """
-    program = _with_masks(program, opener)
-    if any(fill == math.inf for _, fill in _opened(program).fills):
-        return True
-    chosen = (e.args for e in walk(program) if isinstance(e, Pointwise) and e.op == "where")
-    masks = ((condition, at) for condition, *branches in chosen for at in (0, 1) if number(branches[at]) == -math.inf)
-    return any(_makes_nan(program, condition, TRUE if at == 0 else FALSE) for condition, at in dict.fromkeys(masks))
-
-
-def _makes_nan(program: Expr, condition: Expr, truth: Expr) -> bool:
-    """Whether an operator of numbers alone is left where a condition is known: all but NaN would be one number."""
-
-    def rule(e: Expr) -> Expr | None:
-        if e == condition:
-            return truth
-        # Beside any number -inf stays what it is.
-        masked = isinstance(e, Pointwise) and e.op == "add" and [number(a) for a in e.args].count(-math.inf) == 1
-        return Const(e.dtype, -math.inf) if masked and None in map(number, e.children) else None
-
-    known = rewrite(program, rule)
-    if number(known) == math.inf:
-        return True
-    return any(isinstance(e, Pointwise) and all(number(a) is not None for a in e.args) for e in walk(known))
 
 
 def finite_numbers(program: Expr) -> Iterator[float]:

@@ -243,7 +243,11 @@ def _at_columns(columns: Columns, found: Normalised) -> Weights:
     """The softmax's argument at the values' column j, and in the columns that lie outside them."""
     softmax, lifter = found.softmax, columns.lifter
     before = sympy.expand(softmax.at - columns.j)
-    if before.free_symbols & lifter.ranges.keys():
+    moved = before.free_symbols & lifter.ranges.keys()
+    if moved == {columns.j}:
+        told = "the columns of the probabilities are put in another order before they meet the values"
+        raise Refused("softmax-axis", f"{told}: the values can be put in that order instead")
+    if moved:
         raise OtherAxis(softmax)
     behind = sympy.expand(softmax.extent - before - columns.extent)
     # A fully masked row gives NaN again once its maximum, -inf, is subtracted: only softmax's own rule may be read so.

@@ -177,8 +177,8 @@ def end(draft: Draft, p: Var) -> Var:
         return draft.row(_FACTORS)(draft, p)
     spelling = draft.one(draft.row(ENDINGS))
     labels = {*draft.labels}
-    # A fill of -inf under a function that turns it around, or has no value there, gives rows of NaN.
-    turned = "infinite" in labels and labels & TURNING
+    # A mask under a function that turns it around, or has no value there, may give rows of NaN.
+    turned = labels & TURNING
     vanishing = labels & {"shifted-whole", "masked"} or ("unshifted" in labels and labels & VANISHING)
     if spelling in ENDINGS["cleared"] and (turned or vanishing):
         # A row that eager code's exponentials leave 0 is cleared, and whether one is depends on the data.

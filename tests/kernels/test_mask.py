@@ -11,7 +11,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from flashfuse.kernels.bounds import Q_START, Q_STOP
 from flashfuse.kernels.expr import Expr
-from flashfuse.kernels.mask import analyze
+from flashfuse.kernels.mask import analyze, may_cancel
 from flashfuse.kernels.normal import conjunction, conjuncts
 from flashfuse.kernels.predicate import normal
 from flashfuse.kernels.solve import solved
@@ -226,3 +226,37 @@ def test_which_masks_end_the_keys(predicate: str, fewer_queries: bool, ends: boo
     mask = analyze(parse(f"where({predicate}, qk, -inf)"))
     assert mask.ends_keys(fewer_queries) == ends
     assert not analyze(parse(f"where({predicate}, qk, -1e9)")).ends_keys(fewer_queries)
+
+
+CANCELLED = [
+    "where(t0[kv_idx], qk, -1e30) - where(t0[kv_idx], 0.0, -1e30)",
+    "(qk + where(t0[kv_idx], 0.0, -1e30)) - where(t0[kv_idx], 0.0, -1e30)",
+    "(qk + where(t0[kv_idx], 0.0, -1e30)) + 1e30",
+    "(qk + where(t0[kv_idx], 0.0, -1e30)) + -2.0 * where(kv_idx <= q_idx, 0.0, -1e30)",
+    "where(t0[kv_idx], qk, -1e30) + t1[kv_idx] * where(kv_idx <= q_idx, 0.0, -1e30)",
+]
+
+
+@pytest.mark.parametrize("score", CANCELLED)
+def test_a_fill_that_another_constant_takes_away(score: str) -> None:
+    """Whatever was behind the first constant of a sum was not looked at: what is no mask was skipped as one."""
+    program = parse(score, CAPTURED)
+    assert analyze(program).data_fill is None
+    assert may_cancel(program)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        "where(t0[kv_idx], qk, -1e30) + where(kv_idx <= q_idx, 0.0, -1e30)",
+        "(qk + where(t0[kv_idx], 0.0, -1e31)) * 0.5 - 100.0",
+        "tanh(where(t0[kv_idx], qk, -1e30)) * 20.0 + where(kv_idx <= q_idx, 0.0, -1e30)",
+        "(qk + where(t0[kv_idx], 0.0, -1e30)) / 8.0 + -1.0 * where(kv_idx <= q_idx, 0.0, 1e30)",
+    ],
+)
+def test_constants_that_agree(score: str) -> None:
+    program = parse(score, CAPTURED)
+    fill = analyze(program).data_fill
+    assert fill is not None
+    assert fill <= -1e29
+    assert not may_cancel(program)

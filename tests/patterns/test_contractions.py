@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from agreement import check_fused
-from graphs import only_refusal, only_site, score_of
+from graphs import matched, only_refusal, only_site, score_of
 
 S, T, D, E = 6, 10, 8, 3
 
@@ -36,6 +36,35 @@ def test_a_vector_is_one_query(fn: Callable[..., Any]) -> None:
     site = only_site(fn, *qkv())
     assert (site.q_len, site.kv_len, site.head_dim, site.value_dim) == (1, T, D, E)
     check_fused(fn, *qkv())
+
+
+def broadcast(q: Any, k: Any, v: Any) -> Any:
+    return (q[..., :1] * k[..., 0].unsqueeze(-2) * 0.5 + 1).softmax(-1) @ v
+
+
+def given_as_rows(q: Any, k: Any, v: Any) -> Any:
+    s = q[..., 0][:, :, None] * k[..., 0][:, None]
+    return s.masked_fill(torch.ones(S, T).triu(2) > 0, -1e4).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("fn", [broadcast, given_as_rows], ids=lambda f: f.__name__)
+def test_a_product_of_one_feature_by_broadcasting(fn: Callable[..., Any]) -> None:
+    """It was no product, and nothing was said."""
+    assert only_site(fn, *qkv()).head_dim == 1
+    check_fused(fn, *qkv())
+
+
+def test_a_multiplication_with_a_parameter_is_no_product() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(1, T))
+
+        def forward(self, x: Any, v: Any) -> Any:
+            return (x * self.weight).softmax(-1) @ v
+
+    result = matched(Layer(), torch.randn(2, S, 1), torch.randn(2, T, E))
+    assert (result.sites, result.refusals) == ((), ())
 
 
 def pairs(q: Any, k: Any) -> Any:

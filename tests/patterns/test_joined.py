@@ -164,11 +164,6 @@ def with_a_hole(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
     return p[..., :4] @ v[:, :, :4] + p[..., 5:] @ v[:, :, 5:]
 
 
-def scaled_by_feature(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
-    p = (q @ k.mT).softmax(-1)
-    return (p[..., :5] @ v[:, :, :5]) * mv[0, 0] + p[..., 5:] @ v[:, :, 5:]
-
-
 def beside_given_scores(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
     p = torch.cat([q[..., :M], q @ k.mT], -1).softmax(-1)
     return p @ torch.cat([mv.expand(B, -1, -1, -1), v], -2)
@@ -178,7 +173,7 @@ def one_column_alone(q: Any, k: Any, v: Any, mk: Any, mv: Any) -> Any:
     return (q @ k.mT).softmax(-1)[..., :1] @ mv[:, :1]
 
 
-NONE = [of_other_queries, one_column_alone, overlapping, with_a_hole, scaled_by_feature, beside_given_scores]
+NONE = [of_other_queries, one_column_alone, overlapping, with_a_hole, beside_given_scores]
 
 
 @pytest.mark.parametrize("fn", NONE, ids=lambda f: f.__name__)
@@ -244,7 +239,57 @@ def test_parts_that_a_tensor_or_a_number_out_of_bounds_scales(combine: Callable[
         p = (q @ k.mT * 0.5).softmax(-1)
         return combine(p[..., :M] @ v[:, :, :M], p[..., M:] @ v[:, :, M:], gate)
 
-    assert only_refusal(fn, *inputs()[:3], torch.rand(H, 1, 1)).code == "extra-columns"
+    refusal = only_refusal(fn, *inputs()[:3], torch.rand(H, 1, 1))
+    assert refusal.code == "probability-factor"
+    assert "a product with a part of the probabilities is multiplied" in refusal.reason
+
+
+BETWEEN: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "feature": (lambda a, b, x: a * x[0, 0, 0] + b, "probability-factor", "divided by `getitem"),
+    "boolean": (lambda a, b, x: a - b * (x[..., :1] > 0), "probability-factor", "divided by `gt"),
+    "divisor": (lambda a, b, x: 2 * (a / x + b), "probability-factor", "divided by `L_x_`"),
+    "choice": (lambda a, b, x: torch.where(x > 0, a, 0.0) + b, "value-product", "`where` stands between"),
+    "function": (lambda a, b, x: a.tanh() + b, "value-product", "`tanh` stands between"),
+    "addend": (lambda a, b, x: x + a + b, "value-product", "`L_x_` stands between"),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_reason_of_what_is_between_parts_and_their_sum(name: str) -> None:
+    """One part was told, as if its softmax had further columns, at the line of the softmax."""
+    combine, code, told = BETWEEN[name]
+
+    def fn(q: Any, k: Any, v: Any, x: Any) -> Any:
+        p = (q @ k.mT * 0.5).softmax(-1)
+        return combine(p[..., :M] @ v[:, :, :M], p[..., M:] @ v[:, :, M:], x)
+
+    refusal = only_refusal(fn, *inputs()[:3], torch.randn(B, H, S, E))
+    assert (refusal.code, told in refusal.reason) == (code, True), refusal
+    assert "combine" in refusal.location.code or "lambda a, b, x" in refusal.location.code
+
+
+def test_parts_that_rsub_subtracts() -> None:
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        p = (q @ k.mT * 0.5).softmax(-1)
+        return torch.rsub(p[..., :M] @ v[:, :, :M], p[..., M:] @ v[:, :, M:], alpha=2)
+
+    only_site(fn, *inputs()[:3])
+    check_fused(fn, *inputs()[:3])
+
+
+def test_parts_without_elements() -> None:
+    """Scores with a part of no keys were refused, `extra-columns`, and so were values with one."""
+
+    def joined(q: Any, k: Any, v: Any) -> Any:
+        return torch.cat([q @ k.mT, q @ k[:, :, :0].mT], -1).softmax(-1) @ torch.cat([v[:, :, :0], v], -2)
+
+    def added(q: Any, k: Any, v: Any) -> Any:
+        p = (q @ k.mT).softmax(-1)
+        return 2 * (p[..., :3] @ v[:, :, :3]) - p[..., 3:3] @ v[:, :, 3:3] + p[..., 3:] @ v[:, :, 3:]
+
+    only_site(joined, *inputs()[:3])
+    check_fused(joined, *inputs()[:3])
+    assert only_refusal(added, *inputs()[:3]).code == "empty"
 
 
 def test_reason_of_weights_without_a_normaliser_in_parts() -> None:

@@ -196,7 +196,22 @@ def base_three(q: Any, k: Any, v: Any) -> Any:
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
+def rolled_columns(q: Any, k: Any, v: Any) -> Any:
+    return scores(q, k).softmax(-1).roll(1, -1) @ v
+
+
+def flipped_columns(q: Any, k: Any, v: Any) -> Any:
+    return scores(q, k).softmax(-1).flip(-1) @ v
+
+
+def flipped_rows(q: Any, k: Any, v: Any) -> Any:
+    return scores(q, k).softmax(-1).flip(-2) @ v
+
+
 REFUSED = [
+    (rolled_columns, "softmax-axis", "roll(1, -1)"),
+    (flipped_columns, "softmax-axis", "flip(-1)"),
+    (flipped_rows, "operand-layout", "flip(-2)"),
     (distances, "no-product", "cdist"),
     (squared_differences, "no-product", "pow(2).sum"),
     (cosines, "no-product", "cosine_similarity"),

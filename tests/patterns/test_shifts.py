@@ -79,6 +79,42 @@ def test_exponential_of_a_logarithm(normalise: Callable[..., Any]) -> None:
     check(fn, *inputs())
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_sum_kept_above_a_number(late: bool) -> None:
+    """With the row's own maximum subtracted it is at least 1: what keeps it above 1e-9 does nothing."""
+
+    def fn(q: Any, k: Any, v: Any, low: float = 1e-9) -> Any:
+        s = scores(q, k)
+        e = (s - s.amax(-1, keepdim=True)).exp()
+        total = e.sum(-1, keepdim=True).clamp(min=low)
+        return e @ v / total if late else e / total @ v
+
+    def masked_behind(q: Any, k: Any, v: Any, sink: Any, keep: Any) -> Any:
+        s = scores(q, k)
+        e = (s - s.amax(-1, keepdim=True)).exp() * keep
+        return e / e.sum(-1, keepdim=True).clamp(min=1e-9) @ v
+
+    assert score_of(only_site(fn, *inputs()[:3]).spec) == "(qk * 0.5)"
+    check(fn, *inputs()[:3])
+    for refusal in (only_refusal(fn, *inputs()[:3], 1.5), only_refusal(masked_behind, *inputs())):
+        assert refusal.code == "row-dependent"
+        assert "is kept above a number" in refusal.reason
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_number_beside_a_sum_of_differences(late: bool) -> None:
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        s = scores(q, k)
+        e = (s - s.amax(-1, keepdim=True)).exp()
+        total = e.sum(-1, keepdim=True) + 1e-6
+        return e @ v / total if late else e / total @ v
+
+    refusal = only_refusal(fn, *inputs()[:3])
+    assert refusal.code == "row-dependent"
+    assert "a number is added to the sum of the exponentials" in refusal.reason
+    assert "amax" in refusal.location.code
+
+
 def test_logarithm_that_a_fill_absorbs() -> None:
     """A row of nothing but finfo.min gives exp(0) = 1 for every key in eager code, and no average."""
 
