@@ -31,7 +31,8 @@ class Shape:
     block_d, block_dv: padded head dims; element_bytes: of the wider product's operands; captured_bytes: of the captured
     elements loaded for each (query, key) pair, which the pipeline keeps in shared memory; drop_bytes: of
     the mark that dropout makes for each pair, which passes through it from the threads that draw to those that use it;
-    looked_up: whether elements are looked up for each pair, which wait for their positions.
+    looked_up: whether elements are looked up for each pair, which wait for their positions. long: whether a program has
+    many keys.
     """
 
     q_len: int
@@ -41,6 +42,7 @@ class Shape:
     captured_bytes: int
     drop_bytes: int = 0
     looked_up: bool = False
+    long: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Device:
 class Row:
     """A row of the launch table: for head dims up to `head_dim`, elements up to `element_bytes`, at least `arch`.
 
-    captured: only for programs that load a captured element for each score. max_rows: only for so few rows.
+    captured: only for programs that load a captured element for each score. max_rows: only for so few rows. long: only
+    for programs of many keys.
     """
 
     head_dim: int
@@ -93,6 +96,7 @@ class Row:
     launch: Launch
     captured: bool = False
     max_rows: int | None = None
+    long: bool = False
 
 
 # The first row that applies and fits in shared memory is used: measured choices first, then ever smaller tiles.
@@ -140,6 +144,7 @@ def choose_launch(device: Device, shape: Shape, table: Sequence[Row] = TABLE) ->
             and device.arch >= row.arch
             and (shape.captured_bytes > 0 or shape.looked_up or not row.captured)
             and (row.max_rows is None or rows <= row.max_rows)
+            and (shape.long or not row.long)
             and launch.shared_bytes(shape) <= device.shared_bytes
         ):
             return launch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ IDLE = 2 / 3
 
 # As `launch.TABLE`; block_q: the most rows. Several programs of a multiprocessor keep reads under way.
 TABLE = (
+    # What is under way at a time is the same; fewer tiles are waited for.
+    Row(128, 2, "cuda", 90, Launch(16, 128, 4, 3), max_rows=16, long=True),
     # Few rows have their products done by two warps as soon as by four.
     Row(64, 2, "cuda", 90, Launch(16, 64, 2, 3), max_rows=16),
     Row(128, 2, "cuda", 90, Launch(16, 32, 2, 3), max_rows=16),
@@ -65,6 +68,8 @@ TABLE = (
     Row(512, 4, "", 0, Launch(16, 16, 8, 1)),
 )
 
+# From how many keys on, and how many for each multiprocessor, a program's are many.
+LONG, LONG_SHARE = 8192, 1500
 # What the programs of a multiprocessor should have on its way from memory, and how many they are at most.
 BYTES_UNDER_WAY = 110_000
 MAX_PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -112,7 +117,10 @@ def prepare_decode(
     outer, packed = _split_axes(call.batch, is_packed)
     rows, device = math.prod(packed) * call.q_len, device_index(call)
     if launch is None:
-        launch = _launch(spec, rows, call.head_dim, call.value_dim, device)
+        keys_of_one = math.prod(outer) * kv_len / device_of(device).multiprocessors
+        # What is stored in another type was not measured so.
+        is_long = kv_len >= LONG and keys_of_one >= LONG_SHARE and spec.key is None and spec.value is None
+        launch = _launch(spec, rows, call.head_dim, call.value_dim, device, is_long)
     if launch is None:
         return None
     row_tiles = -(-rows // launch.block_q)
@@ -205,8 +213,11 @@ def _slots(device: int | None, bytes_under_way: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _launch(spec: AttentionSpec, rows: int, head_dim: int, value_dim: int, device: int | None) -> Launch | None:
-    return choose_launch(device_of(device), shape_of(spec, rows, head_dim, value_dim), TABLE)
+def _launch(
+    spec: AttentionSpec, rows: int, head_dim: int, value_dim: int, device: int | None, is_long: bool
+) -> Launch | None:
+    shape = replace(shape_of(spec, rows, head_dim, value_dim), long=is_long)
+    return choose_launch(device_of(device), shape, TABLE)
 
 
 @functools.lru_cache(maxsize=4096)
