@@ -68,7 +68,7 @@ TABLE = (
     Row(512, 4, "", 0, Launch(16, 16, 8, 1)),
 )
 
-# From how many keys on, and how many for each multiprocessor, a program's are many.
+# From how many keys on, and how many of all for each multiprocessor, a program has many.
 LONG, LONG_SHARE = 8192, 1500
 # What the programs of a multiprocessor should have on its way from memory, and how many they are at most.
 BYTES_UNDER_WAY = 110_000
@@ -117,9 +117,9 @@ def prepare_decode(
     outer, packed = _split_axes(call.batch, is_packed)
     rows, device = math.prod(packed) * call.q_len, device_index(call)
     if launch is None:
-        keys_of_one = math.prod(outer) * kv_len / device_of(device).multiprocessors
+        many = has_many_keys(math.prod(outer), kv_len, device_of(device).multiprocessors)
         # What is stored in another type was not measured so.
-        is_long = kv_len >= LONG and keys_of_one >= LONG_SHARE and spec.key is None and spec.value is None
+        is_long = many and spec.key is None and spec.value is None
         launch = _launch(spec, rows, call.head_dim, call.value_dim, device, is_long)
     if launch is None:
         return None
@@ -180,6 +180,11 @@ def _split_axes(batch: tuple[int, ...], is_packed: tuple[bool, ...]) -> tuple[tu
     sizes = (*batch, *(1,) * (MAX_BATCH_AXES - len(batch)))
     axes = list(zip(sizes, is_packed, strict=True))
     return tuple(1 if along else size for size, along in axes), tuple(size if along else 1 for size, along in axes)
+
+
+def has_many_keys(programs: int, kv_len: int, multiprocessors: int) -> bool:
+    """Whether the keys of so many programs, before they are shared out, make long rows of tiles on each multiprocessor."""
+    return kv_len >= LONG and programs * kv_len >= LONG_SHARE * multiprocessors
 
 
 @functools.lru_cache(maxsize=4096)

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from compile_targets import DEVICES, IS_LATER, compiled, source_of, spilled_byte
 
 from flashfuse.kernels.decode import attention_combine_kernel, attention_split_kernel  # noqa: E402
 from flashfuse.kernels.launch import choose_launch, shape_of  # noqa: E402
-from flashfuse.kernels.launch_decode import TABLE, variants  # noqa: E402
+from flashfuse.kernels.launch_decode import TABLE, has_many_keys, variants  # noqa: E402
 from flashfuse.kernels.mask import mask_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -78,7 +79,13 @@ if os.environ.get("FLASHFUSE_FULL_TABLE") == "1":
 
 
 def instances(
-    device: str, program: str, head_dim: int, rows: int, dtype: torch.dtype, names: Sequence[str]
+    device: str,
+    program: str,
+    head_dim: int,
+    rows: int,
+    dtype: torch.dtype,
+    names: Sequence[str],
+    many_keys: bool = False,
 ) -> dict[str, tuple[Any, str]]:
     """The kernels that are asked for, and what is reported of each."""
     limits, target = DEVICES[device]
@@ -87,7 +94,7 @@ def instances(
         name: parse(value, captured) if name in ("sink", "factor") else value for name, value in more.items()
     }
     spec = AttentionSpec(3, parse(text, captured), captured, 0, dtype, dtype, dtype, "nan", (0, 1, 2, 3, 4), **further)
-    launch = choose_launch(limits, shape_of(spec, rows, head_dim, head_dim), TABLE)
+    launch = choose_launch(limits, replace(shape_of(spec, rows, head_dim, head_dim), long=many_keys), TABLE)
     if launch is None:
         assert (limits.backend, dtype) == ("hip", FP32)
         return {}
@@ -114,8 +121,27 @@ def instances(
 def test_compiles_within_limits(
     device: str, program: str, head_dim: int, rows: int, dtype: torch.dtype, names: Sequence[str]
 ) -> None:
+    check(device, dtype, instances(device, program, head_dim, rows, dtype, names))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("program", ["plain", "causal", "padding", "alibi", "sink"])
+def test_tiles_for_many_keys_compile_within_limits(program: str, head_dim: int) -> None:
+    check("sm90", BF16, instances("sm90", program, head_dim, FEW, BF16, ("split",), many_keys=True))
+
+
+def test_programs_have_many_keys() -> None:
+    """Where larger tiles were faster on 132 multiprocessors, and where they were not."""
+    assert has_many_keys(8, 32768, 132)
+    assert has_many_keys(64, 8192, 132)
+    assert not has_many_keys(8, 8192, 132)
+    assert not has_many_keys(512, 1024, 132)
+
+
+def check(device: str, dtype: torch.dtype, found: dict[str, tuple[Any, str]]) -> None:
+    """What holds for each of `instances`."""
     limits, _ = DEVICES[device]
-    for name, (kernel, report) in instances(device, program, head_dim, rows, dtype, names).items():
+    for name, (kernel, report) in found.items():
         assert kernel.metadata.shared <= limits.shared_bytes
         if limits.backend == "hip":
             continue
