@@ -183,7 +183,7 @@ def _split_axes(batch: tuple[int, ...], is_packed: tuple[bool, ...]) -> tuple[tu
 
 
 def has_many_keys(programs: int, kv_len: int, multiprocessors: int) -> bool:
-    """Whether the keys of so many programs, before they are shared out, make long rows of tiles on each multiprocessor."""
+    """Whether the keys of so many programs, before they are shared out, are long rows of tiles on each processor."""
     return kv_len >= LONG and programs * kv_len >= LONG_SHARE * multiprocessors
 
 
