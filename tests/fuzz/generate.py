@@ -121,9 +121,7 @@ def _two(draft: Draft) -> tuple[int | None, str]:
     q, k, v = operands(draft)
     if kind == 2 and draft.sizes["d"] == draft.sizes["e"]:
         first = _of(draft, q, k, v)
-        # NaN that is cleared is taken to be of rows without a key, and not of queries (numerics.md, 3).
-        queries = f"{first.name}.nan_to_num(0.0, math.inf, -math.inf).to({k.name}.dtype)"
-        q = draft.let("q", queries, tuple(axis.replace("e", "d") for axis in first.axes))
+        q = draft.let("q", f"{first.name}.to({k.name}.dtype)", tuple(axis.replace("e", "d") for axis in first.axes))
         return 2, _of(draft, q, k, v).name
     first = draft.let("first", _of(draft, q, k, v).name, ())
     return 2, f"{first.name}, {_of(draft, *(operands(draft) if kind == 1 else (q, k, v))).name}"

@@ -175,7 +175,9 @@ def end(draft: Draft, p: Var) -> Var:
     """Weights, perhaps under one of the operators that real code puts here."""
     if draft.chance(3):
         return draft.row(_FACTORS)(draft, p)
-    spelling = draft.one(draft.row(ENDINGS))
+    # NaN that is cleared is taken to be of rows without a key, and not of queries (numerics.md, 3).
+    endings = {name: row for name, row in ENDINGS.items() if name != "cleared" or "in-a-row" not in draft.labels}
+    spelling = draft.one(draft.row(endings))
     labels = {*draft.labels}
     # A mask under a function that turns it around, or has no value there, may give rows of NaN.
     turned = labels & TURNING
