@@ -82,6 +82,11 @@ def _transform(gm: fx.GraphModule, example_inputs: Sequence[Any], findings: Find
         findings.refusals.append(Refused("tensor-subclass", f"the graph works on {subclass} tensors", Location(), ""))
     else:
         _search(gm, findings)
+    breaks = graph_breaks(gm)
+    with findings.guard("find"):
+        from flashfuse.broken import divided
+
+        findings.refusals += [refused for found in breaks for refused in divided(gm, found)]
     rewritten = gm
     with findings.guard("rewrite"):
         rewritten = _rebuild(gm, findings.matches, findings.routes)
@@ -93,7 +98,7 @@ def _transform(gm: fx.GraphModule, example_inputs: Sequence[Any], findings: Find
         failures=tuple(findings.failures),
         before=before,
         after=before if rewritten is gm else readable(rewritten),
-        graph_breaks=graph_breaks(gm),
+        graph_breaks=breaks,
     )
     counts = report.count("fused"), report.count("routed"), len(report.refusals)
     log.info("graph %s: %d sites fused, %d routed, %d refused", report.graph, *counts)
@@ -211,4 +216,6 @@ def graph_breaks(gm: fx.GraphModule) -> tuple[GraphBreak, ...]:
         return ()
     frame = reason.user_stack[-1] if reason.user_stack else None
     where = Location("", frame.filename, frame.lineno or 0, frame.line or "") if frame else Location()
-    return (GraphBreak(str(reason.reason), where),)
+    why = str(reason.reason)
+    # As Dynamo says it where the two sides of an `if` become graphs.
+    return (GraphBreak(f"a branch depends on the values of a tensor ({why})" if "_jump" in why else why, where),)

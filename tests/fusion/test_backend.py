@@ -106,7 +106,7 @@ def test_strict_makes_a_failure_an_error(qkv: tuple[torch.Tensor, ...]) -> None:
 
 
 def test_failing_rewrite_leaves_the_graph(monkeypatch: pytest.MonkeyPatch, qkv: tuple[torch.Tensor, ...]) -> None:
-    def fail(gm: torch.fx.GraphModule, sites: object) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("cannot rewrite")
 
     monkeypatch.setattr("flashfuse.rewrite.rewrite", fail)

@@ -66,6 +66,35 @@ def test_graph_breaks_are_reported_and_graphs_merged() -> None:
     assert "graph breaks" in report.to_text()
 
 
+def test_an_attention_that_a_graph_break_divides_is_told_with_the_breaks_reason() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        scores = x @ x.transpose(-2, -1)
+        if scores.mean() > 1e9:
+            scores = scores + 1
+        return scores.softmax(-1) @ x
+
+    (refused,) = flashfuse.explain(model)(torch.randn(2, 8, 4)).refusals
+    assert refused.code == "graph-break"
+    assert "a branch depends on the values of a tensor" in refused.reason
+    line = int(refused.reason.rpartition(":")[2].rstrip("]"))
+    assert "if scores.mean() > 1e9" in Path(__file__).read_text().splitlines()[line - 1]
+    assert refused.location.code == "scores = x @ x.transpose(-2, -1)"
+
+
+def test_a_graph_break_elsewhere_divides_no_attention() -> None:
+    def model(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = attention(x, x, x)
+        torch._dynamo.graph_break()
+        y = torch.relu(y @ weight)
+        torch._dynamo.graph_break()
+        return y * 2
+
+    report = flashfuse.explain(model)(torch.randn(2, 8, 4), torch.randn(4, 4))
+    report.assert_fused(sites=1)
+    assert len(report.graph_breaks) == 2
+    assert report.refusals == ()
+
+
 def test_explain_runs_no_kernel_and_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     flashfuse.explain(attention)(*[torch.randn(2, 8, 4)] * 3)
     assert flashfuse.reports() == ()
