@@ -118,8 +118,8 @@ def prepare_decode(
     rows, device = math.prod(packed) * call.q_len, device_index(call)
     if launch is None:
         many = has_many_keys(math.prod(outer), kv_len, device_of(device).multiprocessors)
-        # What is stored in another type was not measured so.
-        is_long = many and spec.key is None and spec.value is None
+        # What reads something beside keys and values, or stored ones, was not measured so.
+        is_long = many and not spec.captured and spec.key is None and spec.value is None
         launch = _launch(spec, rows, call.head_dim, call.value_dim, device, is_long)
     if launch is None:
         return None
