@@ -117,9 +117,9 @@ def prepare_decode(
     outer, packed = _split_axes(call.batch, is_packed)
     rows, device = math.prod(packed) * call.q_len, device_index(call)
     if launch is None:
-        many = has_many_keys(math.prod(outer), kv_len, device_of(device).multiprocessors)
-        # What reads something beside keys and values, or stored ones, was not measured so.
-        is_long = many and not spec.captured and spec.key is None and spec.value is None
+        # What reads something beside keys and values, or stored ones, or drops, was not measured so.
+        is_plain = not spec.captured and not spec.dropout and spec.key is None and spec.value is None
+        is_long = is_plain and has_many_keys(math.prod(outer), kv_len, device_of(device).multiprocessors)
         launch = _launch(spec, rows, call.head_dim, call.value_dim, device, is_long)
     if launch is None:
         return None

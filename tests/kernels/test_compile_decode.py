@@ -37,6 +37,7 @@ PROGRAMS: dict[str, tuple[str, tuple[torch.dtype, ...], tuple[int, ...], dict[st
     "key bias": ("qk * 0.125 + t0[n0, 0, 0, 0, kv_idx]", (torch.bfloat16,), (5,), {}),
     "alibi": ("qk * 0.125 + t0[n1, n2] * to_float(kv_idx - q_idx)", (torch.float32,), (2,), {}),
     "sink": ("tanh(qk * 0.125) * 30.0", (torch.bfloat16,), (2,), {"sink": "t0[n1, n2]"}),
+    "cap": ("tanh(qk * 0.0025) * 50.0", (), (), {}),
     "dropout": ("qk * 0.125", (), (), {"dropout": 0.1}),
     "sigmoid": ("sigmoid(qk * 0.125)", (torch.float32,), (2,), {"normaliser": "none", "factor": "t0[n1, n2]"}),
 }
@@ -125,7 +126,7 @@ def test_compiles_within_limits(
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("program", ["plain", "causal", "dropout"])
+@pytest.mark.parametrize("program", ["plain", "causal", "cap"])
 def test_tiles_for_many_keys_compile_within_limits(program: str, head_dim: int) -> None:
     check("sm90", BF16, instances("sm90", program, head_dim, FEW, BF16, ("split",), many_keys=True))
 
