@@ -88,7 +88,10 @@ def _output(build: _Builder, site: AttentionSite, shared: Shared, seen: torch.Te
     q, k = (build.read(x, history=any(isinstance(leaf, Product) for leaf in learned)) for x in (q, k))
     v = build.whole(site.v, site)
     route = shared.routes.get(site)
-    out = routed(build, route, q, k, v) if route is not None else _fused(build, site, shared, q, k, v)
+    if route is None:
+        out = _fused(build, site, shared, q, k, v)
+    else:
+        out = routed(build, route, tuple(map(int, site.batch)), q, k, v)
     if site.out_axes != tuple(range(len(site.out_axes))):
         out = build.call(aten.permute.default, out, list(site.out_axes))
     made = tensor(out)

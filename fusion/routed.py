@@ -15,12 +15,11 @@ from flashfuse.routes import Route
 aten = torch.ops.aten
 
 
-def routed(build: Inserter, route: Route, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
-    """The output [batch axes.., Tq, D] of a site with operands [batch axes.., T, D] of static sizes.
+def routed(build: Inserter, route: Route, batch: tuple[int, ...], q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+    """The output [*batch, Tq, D] of a site with operands [batch axes.., T, D], which broadcast to that.
 
     torch's kernels have two batch axes: the first stays, the others become one, and heads that are shared are repeated.
     """
-    batch = torch.broadcast_shapes(*(_tensor(x).shape[:-2] for x in (q, k, v)))
     q, k, v = (_four_dims(build, x, batch) for x in (q, k, v))
     shared = (0.0, route.causal, False)
     if route.kernel == "cudnn":
@@ -31,14 +30,17 @@ def routed(build: Inserter, route: Route, q: fx.Node, k: fx.Node, v: fx.Node) ->
     return build.call(torch.reshape, out, [*batch, *_tensor(out).shape[-2:]])
 
 
-def _four_dims(build: Inserter, node: fx.Node, batch: torch.Size) -> fx.Node:
+def _four_dims(build: Inserter, node: fx.Node, batch: tuple[int, ...]) -> fx.Node:
     t = _tensor(node)
     length, dim = t.shape[-2:]
-    if t.shape[:-2] != batch:
+    if tuple(t.shape[:-2]) != batch:
         node = build.call(aten.expand.default, node, [*batch, length, dim])
     if len(batch) != 2:
         node = build.call(torch.reshape, node, [*(batch[:1] or (1,)), math.prod(batch[1:]), length, dim])
-    return node if _readable(_tensor(node)) else build.call(torch.Tensor.contiguous, node)
+    if _readable(_tensor(node)):
+        return node
+    # Also where it is contiguous, but does not begin at such a multiple.
+    return build.call(torch.clone, node, memory_format=torch.contiguous_format)
 
 
 def _readable(t: torch.Tensor) -> bool:

@@ -132,6 +132,21 @@ def test_the_graph_calls_torchs_operator(kernel: str, batch: tuple[int, ...]) ->
     assert tensor(result).shape == q.shape  # type: ignore[union-attr, arg-type]
 
 
+def test_operands_that_share_all_of_an_axis_and_begin_in_between() -> None:
+    def shared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(*(x.expand(4, -1, -1, -1) for x in (q, k, v)))
+
+    q, k, v = operands(1, 3)
+    between = torch.cat([k.new_zeros(1), k.flatten()])[1:].view(k.shape)
+    site = only_site(shared, q, between, v)
+    route = Route("flash", 0.125, False, "in a test")
+    made = rewrite(site.node.graph.owning_module, [site], {site: route})
+    (result,) = made.graph.output_node().args[0]  # type: ignore[misc]
+    assert tensor(result).shape == (4, *q.shape[1:])  # type: ignore[union-attr, arg-type]
+    (call,) = made.graph.find_nodes(op="call_function", target=route.operator)
+    assert all(tensor(x).storage_offset() % 8 == 0 for x in call.args[:3])  # type: ignore[union-attr, arg-type]
+
+
 def test_a_report_tells_routed_from_fused() -> None:
     site = only_site(attention, *operands(2, 3))
     described = describe_site(site, Route("cudnn", 0.125, False, "faster by the recorded search at these lengths"))
