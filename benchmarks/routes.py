@@ -108,7 +108,7 @@ def main() -> None:
             ms = dict(entries[-1]["ms"])
             own, best = ms.pop("flashfuse"), min(ms, key=ms.get, default=None)
             ratio = ms[best] / own if best else float("inf")
-            mark = "*" if own > WORTH * ms.get(best, own) else " "
+            mark = "*" if WORTH * ratio < 1 else " "
             others = " ".join(f"{name} {1e3 * t:.1f}" for name, t in ms.items())
             cells.append(f"{1e3 * own:8.1f} ({others}) {ratio:.2f}{mark}")
         print(f"{case!s:22} forward {cells[0]:48} with backward {cells[1]}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -78,10 +79,7 @@ class Plain:
 
     @property
     def num_heads(self) -> int:
-        heads = 1
-        for size in self.shape[1:]:
-            heads *= size
-        return heads
+        return math.prod(self.shape[1:])
 
     @property
     def batch(self) -> int:

@@ -61,11 +61,11 @@ def additive_program(problem: Problem) -> AdditiveProgram | None:
 
 @functools.lru_cache(maxsize=4096)
 def _additive_program(spec: AttentionSpec) -> AdditiveProgram | None:
-    # A row in which a sum is rounded has a log-sum-exp that is `LARGE`, and is none of that kernel's.
     # A sum of biases alone would keep what a score loses beside one of them, where another takes that away.
     biases = [e for e in walk(spec.score) if isinstance(e, Load) and e.dtype.is_floating_point]
     if may_cancel(spec.score) or len({*biases}) < len(biases):
         return None
+    # A row in which a sum is rounded has a log-sum-exp that is `LARGE`, and is none of that kernel's.
     return split_additive(unrounded(spec.score))
 
 
