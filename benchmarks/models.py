@@ -20,8 +20,11 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import flashfuse
 from benchmarks.measure import Run, graphed, measure, measure_cold, require_cuda, versions
@@ -45,6 +48,18 @@ class Measured:
         return min((ms for name, ms in self.row.ms.items() if name.split(", ")[0] in backends), default=float("inf"))
 
 
+class GroupsExpanded(TorchFunctionMode):
+    """Query heads that share keys get their own copies: only so has float32 a kernel without a score matrix."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and kwargs.pop("enable_gqa", False):
+            q, k, v, *others = args
+            groups = q.shape[-3] // k.shape[-3]
+            args = (q, *(x.repeat_interleave(groups, -3) for x in (k, v)), *others)
+        return func(*args, **kwargs)
+
+
 def step_of(model: Model, module: torch.nn.Module, backend: str, inputs: dict[str, torch.Tensor]) -> Run:
     """A step; it compiles at its first call."""
     run: Callable[..., object] = module if backend == "eager" else torch.compile(module, backend=backend, dynamic=False)
@@ -63,7 +78,8 @@ def compare(model: Model, device: str, graph: bool = False, rounds: int = ROUNDS
     first.to(DTYPE).float()
     weights = copy.deepcopy(first.state_dict())
     with torch.set_grad_enabled(model.trains):
-        precise = step_of(model, first, "eager", precise_inputs)().double()
+        with GroupsExpanded():
+            precise = step_of(model, first, "eager", precise_inputs)().double()
         eager_error = relative_error(step_of(model, first.to(DTYPE), "eager", inputs)(), precise)
         del first
         row = Row(model.name, "", eager_error=eager_error)
