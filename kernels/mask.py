@@ -19,7 +19,7 @@ import torch
 from flashfuse.kernels.bounds import BoundsProgram, Reader, Span, slack_of
 from flashfuse.kernels.expr import Const, Expr, Gather, Load, Pointwise, Product, free_symbols, walk
 from flashfuse.kernels.mask_words import in_words
-from flashfuse.kernels.normal import FALSE, TRUE, conjunction, conjuncts, number, substitute
+from flashfuse.kernels.normal import FALSE, TAKES_DIGITS, TRUE, conjunction, conjuncts, number, substitute
 from flashfuse.kernels.normal import pointwise as make
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.kernels.predicate import normal
@@ -296,7 +296,7 @@ def _added_constant(expr: Expr) -> float:
 
 
 def may_cancel(score: Expr) -> bool:
-    """Whether a hugely negative constant in a sum may meet one that takes it away, and the score with it."""
+    """Whether a large negative constant in a sum may meet one that takes it away, and the score with it."""
     sums = (e for e in walk(score) if isinstance(e, Pointwise) and e.op in ("add", "sub"))
     return any(_opposed(*_addends(e)) for e in sums)
 
@@ -307,7 +307,7 @@ def _addends(expr: Pointwise) -> tuple[_Extent, _Extent]:
 
 
 def _opposed(one: _Extent, other: _Extent) -> bool:
-    return any(a[0] <= HUGE_FILL and b[1] >= -HUGE_FILL for a, b in ((one, other), (other, one)))
+    return any(a[0] <= -TAKES_DIGITS and b[1] >= TAKES_DIGITS for a, b in ((one, other), (other, one)))
 
 
 # The least and the most that something is.

@@ -15,6 +15,8 @@ from flashfuse.kernels.operators import OPS, ROUNDINGS, Op
 
 TRUE = Const(torch.bool, True)
 FALSE = Const(torch.bool, False)
+# Beside a number of this size nothing is left of an ordinary one, and in float64 little.
+TAKES_DIGITS = 2.0**40
 
 _ALGEBRA: Mapping[str, Callable[..., sympy.Expr]] = {
     "add": lambda a, b: a + b,

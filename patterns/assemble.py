@@ -15,6 +15,7 @@ from flashfuse.kernels.normal import pointwise, rewrite
 from flashfuse.kernels.spec import MAX_BATCH_AXES, AttentionSpec, parse, to_text
 from flashfuse.patterns.axes import Roles
 from flashfuse.patterns.calls import name_of
+from flashfuse.patterns.cancelled import check_sums
 from flashfuse.patterns.choices import product_options, value_options
 from flashfuse.patterns.dropout import check_apart
 from flashfuse.patterns.ending import Ending
@@ -52,6 +53,7 @@ def assemble(
     out = tensor(node)
     assert out is not None
     _check_types(node, values, score)
+    check_sums(score.program, score.opener)
     roles = _roles(node, position, values, value_side, score, end)
     if end.dropout is not None:
         needed = (*roles.batch, roles.j, *(() if roles.i is None else (roles.i,)))

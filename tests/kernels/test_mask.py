@@ -234,6 +234,7 @@ CANCELLED = [
     "(qk + where(t0[kv_idx], 0.0, -1e30)) + 1e30",
     "(qk + where(t0[kv_idx], 0.0, -1e30)) + -2.0 * where(kv_idx <= q_idx, 0.0, -1e30)",
     "where(t0[kv_idx], qk, -1e30) + t1[kv_idx] * where(kv_idx <= q_idx, 0.0, -1e30)",
+    "(qk + where(t0[kv_idx], 0.0, -1e20)) - where(t0[kv_idx], 0.0, -1e20)",
 ]
 
 
