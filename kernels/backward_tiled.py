@@ -92,11 +92,11 @@ class _Backward:
 
     @functools.cached_property
     def score(self) -> _Slopes:
-        return _slopes(self.problem.spec.score, self.captured)
+        return _slopes(self.problem.spec.score, self.captured, self.problem.inner.masked)
 
     @functools.cached_property
     def full(self) -> _Slopes:
-        return _slopes(self.problem.full, self.captured)
+        return _slopes(self.problem.full, self.captured, self.problem.inner.full)
 
     @functools.cached_property
     def factor(self) -> _Slopes | None:
@@ -112,19 +112,23 @@ class _Backward:
 
 @dataclass(frozen=True)
 class _Slopes:
-    """A program, its derivative by the query-key product, and by those of its reads whose gradient is needed."""
+    """A program, its derivative by the query-key product, and by those of its reads whose gradient is needed.
+
+    inner: a score's without its scale, see `problem.Inner`.
+    """
 
     program: Expr
+    inner: Expr
     product: Expr | None
     reads: tuple[tuple[Load | Gather, Expr], ...]
 
 
 @functools.lru_cache(maxsize=4096)
-def _slopes(program: Expr, captured: frozenset[int]) -> _Slopes:
+def _slopes(program: Expr, captured: frozenset[int], inner: Expr | None = None) -> _Slopes:
     by = {leaf: derivative(program, leaf) for leaf in leaves(program) if _needed(leaf, captured)}
     products = [slope for leaf, slope in by.items() if isinstance(leaf, Product)]
     reads = tuple((leaf, slope) for leaf, slope in by.items() if not isinstance(leaf, Product))
-    return _Slopes(program, products[0] if products else None, reads)
+    return _Slopes(program, inner or program, products[0] if products else None, reads)
 
 
 def _needed(leaf: Product | Load | Gather, captured: frozenset[int]) -> bool:
@@ -226,8 +230,8 @@ class _Rows:
         # [pairs, rows, keys]
         product = torch.bmm(self.q, k.mT)
         tile = self.problem.tile((*self.box, keys), product.view(*self.shape, len(keys)))
-        scores = self._over(score.program, tile).reshape(product.shape)
-        probs = torch.sub(scores, self.shift).exp_().mul_(self.share) if normalised else scores
+        scores = self._over(score.inner, tile).reshape(product.shape)
+        probs = self._probabilities(scores) if normalised else scores
         if normalised and alone:
             # The sum is of scores that another product rounded, by which it is off where they are large.
             total = probs.sum(-1, keepdim=True)
@@ -261,6 +265,15 @@ class _Rows:
         if K in sums:
             sums[K][at_keys] += torch.bmm(dproduct.mT, self.q).view(sums[K][at_keys].shape)
         return dsink
+
+    def _probabilities(self, inner: torch.Tensor) -> torch.Tensor:
+        """exp(score - shift) * share, of a tile's inner scores [pairs, rows, keys]."""
+        of = self.problem.inner
+        if of.scale == 1.0:
+            return torch.sub(inner, self.shift).exp_().mul_(self.share)
+        row_max = inner.amax(-1, keepdim=True)
+        probs = of.scaled(inner - row_max.masked_fill(row_max == -math.inf, 0.0)).exp_()
+        return probs.mul_(torch.exp(of.scores(row_max) - self.shift) * self.share)
 
     def _set_largest(
         self, dscores: torch.Tensor, probs: torch.Tensor, v: torch.Tensor, factors: Sequence[torch.Tensor]

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import sympy
 import torch
@@ -19,6 +20,7 @@ from flashfuse.kernels.dropout import kept
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.mask import MASK_BLOCK, MaskStructure, mask_of
+from flashfuse.kernels.scale import Fill, fills_of, inner_score, unscaled
 from flashfuse.kernels.spec import D_IDX, KV_IDX, AttentionSpec
 
 Box = tuple[range, ...]
@@ -78,6 +80,31 @@ def split(positions: range, block: int) -> list[range]:
     return [positions[start : start + block] for start in range(0, len(positions), block)]
 
 
+class Inner(NamedTuple):
+    """score = scale * inner score, of all keys and of those between `full_start` and `full_end`.
+
+    A large score rounds its product with the scale, which differences of inner scores have not gone through.
+    fill_threshold: of inner scores. fills: see `scale.fills_of`.
+    """
+
+    scale: float
+    masked: Expr
+    full: Expr
+    fill_threshold: float | None
+    fills: tuple[Fill, ...]
+
+    def scaled(self, inner: torch.Tensor) -> torch.Tensor:
+        """Differences of scores, of those of inner ones and in their place."""
+        return inner if self.scale == 1.0 else inner.mul_(self.scale)
+
+    def scores(self, inner: torch.Tensor) -> torch.Tensor:
+        """Scores as the program gives them."""
+        scores = inner if self.scale == 1.0 else inner * self.scale
+        for of_inner, score in self.fills:
+            scores = scores.masked_fill(inner == of_inner, score)
+        return scores
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """One call, its batch axes ordered so that those shared by all keys and values come last, next to the queries.
@@ -116,8 +143,19 @@ class Problem:
     @functools.cached_property
     def fill_threshold(self) -> float | None:
         """See `MaskStructure.fill_threshold`."""
+        return self._fill_threshold(1.0)
+
+    def _fill_threshold(self, scale: float) -> float | None:
         fewer_queries = self.q.shape[-2] <= self.k.shape[-2]
-        return self.mask.fill_threshold(ranged=self.kv_ranges is not None, fewer_queries=fewer_queries)
+        return self.mask.fill_threshold(scale, ranged=self.kv_ranges is not None, fewer_queries=fewer_queries)
+
+    @functools.cached_property
+    def inner(self) -> Inner:
+        """The score program without a factor that is one for all; float64 has the digits for it."""
+        spec = self.spec
+        scale, masked = (1.0, spec.score) if spec.compute_dtype == torch.float64 else inner_score(spec)
+        full = unscaled(self.full, scale)
+        return Inner(scale, masked, full, self._fill_threshold(scale), fills_of(spec.score, scale))
 
     @functools.cached_property
     def _known(self) -> dict[range, KvRange]:

@@ -77,16 +77,15 @@ def key_tiles(keys: range) -> list[range]:
 
 def _attend(problem: Problem, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [box.., Dv] and log-sum-exp [box.., 2] of the query rows in `box`, by online softmax."""
-    spec, shape = problem.spec, tuple(len(positions) for positions in box)
+    inner, shape = problem.inner, tuple(len(positions) for positions in box)
     rows = _Rows(problem, box)
     keys = problem.kv_range(box)
-    rows.visit(range(keys.start, keys.full_start), spec.score)
-    rows.visit(range(keys.full_start, keys.full_end), problem.full)
-    rows.visit(range(keys.full_end, keys.end), spec.score)
-    threshold = problem.fill_threshold
-    if threshold is not None and bool((rows.max <= threshold).any()):
-        rows.visit(range(keys.start), spec.score)
-        rows.visit(range(keys.end, problem.k.shape[-2]), spec.score)
+    rows.visit(range(keys.start, keys.full_start), inner.masked)
+    rows.visit(range(keys.full_start, keys.full_end), inner.full)
+    rows.visit(range(keys.full_end, keys.end), inner.masked)
+    if inner.fill_threshold is not None and bool((rows.max <= inner.fill_threshold).any()):
+        rows.visit(range(keys.start), inner.masked)
+        rows.visit(range(keys.end, problem.k.shape[-2]), inner.masked)
     out, lse = rows.result()
     return out.view(*shape, -1), lse.view(*shape, 2)
 
@@ -99,7 +98,7 @@ def _lse_without_keys(problem: Problem, box: Box) -> torch.Tensor:
 
 
 class _Rows:
-    """Running maximum, sum [pairs, rows, 1] and weighted values [pairs, rows, Dv] of the query rows in a box.
+    """Running maximum of inner scores, sum [pairs, rows, 1] and weighted values [pairs, rows, Dv] of rows in a box.
 
     A pair is one combination of positions on the batch axes that k and v depend on; all other query rows that meet the
     same keys are the pair's rows.
@@ -117,7 +116,7 @@ class _Rows:
         self.acc = self.q.new_zeros((*self.q.shape[:2], self.v.shape[-1]))
 
     def visit(self, keys: range, score: Expr) -> None:
-        """Take the keys into account, their scores given by `score`."""
+        """Take the keys into account, their inner scores given by `score`."""
         for tile in key_tiles(keys):
             self._visit_tile(tile, score)
 
@@ -133,8 +132,8 @@ class _Rows:
         row_max = torch.maximum(self.max, scores.amax(-1, keepdim=True))
         # A row of only -inf so far: any finite shift keeps its probabilities zero.
         shift = row_max.masked_fill(row_max == -math.inf, 0.0)
-        probs = torch.sub(scores, shift).exp_()
-        decay = torch.exp(self.max - shift)
+        probs = self.problem.inner.scaled(torch.sub(scores, shift)).exp_()
+        decay = self.problem.inner.scaled(self.max - shift).exp_()
         self.sum = self.sum * decay + probs.sum(-1, keepdim=True)
         self.acc.mul_(decay).baddbmm_(self._weights(probs, keys), v)
         self.max = row_max
@@ -173,7 +172,8 @@ class _Rows:
 
     def _normalised(self) -> tuple[torch.Tensor, torch.Tensor]:
         spec = self.problem.spec
-        acc, total, row_max = self.acc, self.sum, self.max
+        acc, total = self.acc, self.sum
+        largest = row_max = self.problem.inner.scores(self.max)
         empty = row_max == -math.inf
         if spec.sink is not None:
             if spec.empty_row == "nan":
@@ -181,7 +181,7 @@ class _Rows:
             sink = self._of_rows(spec.sink).to(total.dtype)
             row_max = torch.maximum(row_max, sink)
             shift = row_max.masked_fill(row_max == -math.inf, 0.0)
-            decay = torch.exp(self.max - shift)
+            decay = torch.exp(largest - shift)
             acc, total = acc * decay, total * decay + torch.exp(sink - shift)
         out = acc / total
         if spec.empty_row == "zero":
