@@ -273,7 +273,7 @@ class _Rows:
             return torch.sub(inner, self.shift).exp_().mul_(self.share)
         row_max = inner.amax(-1, keepdim=True)
         probs = of.scaled(inner - row_max.masked_fill(row_max == -math.inf, 0.0)).exp_()
-        return probs.mul_(torch.exp(of.scores(row_max) - self.shift) * self.share)
+        return probs.mul_(torch.exp(of.scaled(row_max) - self.shift) * self.share)
 
     def _set_largest(
         self, dscores: torch.Tensor, probs: torch.Tensor, v: torch.Tensor, factors: Sequence[torch.Tensor]

@@ -18,9 +18,8 @@ from flashfuse.kernels.bounds import Q_START, Q_STOP, KvRange
 from flashfuse.kernels.call import AttentionCall
 from flashfuse.kernels.dropout import kept
 from flashfuse.kernels.evaluate import Tile, evaluate, position_symbols, size_values
-from flashfuse.kernels.expr import Expr
+from flashfuse.kernels.expr import Const, Expr, Pointwise
 from flashfuse.kernels.mask import MASK_BLOCK, MaskStructure, mask_of
-from flashfuse.kernels.scale import Fill, fills_of, inner_score, unscaled
 from flashfuse.kernels.spec import D_IDX, KV_IDX, AttentionSpec
 
 Box = tuple[range, ...]
@@ -83,26 +82,26 @@ def split(positions: range, block: int) -> list[range]:
 class Inner(NamedTuple):
     """score = scale * inner score, of all keys and of those between `full_start` and `full_end`.
 
-    A large score rounds its product with the scale, which differences of inner scores have not gone through.
-    fill_threshold: of inner scores. fills: see `scale.fills_of`.
+    A large score is rounded by its product with the scale, which differences of inner scores have not gone through.
+    fill_threshold: of inner scores.
     """
 
     scale: float
     masked: Expr
     full: Expr
     fill_threshold: float | None
-    fills: tuple[Fill, ...]
 
     def scaled(self, inner: torch.Tensor) -> torch.Tensor:
-        """Differences of scores, of those of inner ones and in their place."""
+        """Scores, or their differences, of inner ones and in their place."""
         return inner if self.scale == 1.0 else inner.mul_(self.scale)
 
-    def scores(self, inner: torch.Tensor) -> torch.Tensor:
-        """Scores as the program gives them."""
-        scores = inner if self.scale == 1.0 else inner * self.scale
-        for of_inner, score in self.fills:
-            scores = scores.masked_fill(inner == of_inner, score)
-        return scores
+
+def _outer_factor(score: Expr) -> tuple[float, Expr]:
+    """The last factor of a score, where it makes nothing infinite, and what it multiplies."""
+    match score:
+        case Pointwise(op="mul", args=(inner, Const(value=c)) | (Const(value=c), inner)) if 0 < c <= 1:
+            return float(c), inner
+    return 1.0, score
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +150,11 @@ class Problem:
 
     @functools.cached_property
     def inner(self) -> Inner:
-        """The score program without a factor that is one for all; float64 has the digits for it."""
-        spec = self.spec
-        scale, masked = (1.0, spec.score) if spec.compute_dtype == torch.float64 else inner_score(spec)
-        full = unscaled(self.full, scale)
-        return Inner(scale, masked, full, self._fill_threshold(scale), fills_of(spec.score, scale))
+        """The score program without its last factor; as it is without a softmax, or where the two programs differ."""
+        (scale, masked), (other, full) = _outer_factor(self.spec.score), _outer_factor(self.full)
+        if scale != other or self.spec.normaliser == "none":
+            scale, masked, full = 1.0, self.spec.score, self.full
+        return Inner(scale, masked, full, self._fill_threshold(scale))
 
     @functools.cached_property
     def _known(self) -> dict[range, KvRange]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
-from flashfuse.kernels.expr import Const, Expr, Gather, Load, Pointwise, Product, loads, walk
+from flashfuse.kernels.expr import Const, Expr, Gather, Load, Pointwise, walk
 from flashfuse.kernels.normal import number, pointwise
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.kernels.spec import AttentionSpec
@@ -40,7 +40,7 @@ def peel_scale(score: Expr) -> tuple[float, Expr]:
     so a fill of finfo.min stays the smallest number and not minus infinity; `fills_of` tells what it stands for.
     """
     scale = _factor(score)
-    if scale in (None, 1.0) or (math.frexp(scale)[0] != 0.5 and any(map(_rounds_at_constant, _divided(score)))):
+    if scale in (None, 1.0) or (math.frexp(scale)[0] != 0.5 and any(map(_rounds_at_constant, walk(score)))):
         return 1.0, score
     return (scale, unscaled(score, scale)) if _tells_fills_apart(score, scale) else (1.0, score)
 
@@ -72,8 +72,6 @@ def _adds_a_tensor(expr: Expr) -> bool:
             return any(map(_adds_a_tensor, addends))
         case Pointwise(op="mul" | "div", args=(rest, Const())) | Pointwise(op="mul", args=(Const(), rest)):
             return _adds_a_tensor(rest)
-        case Pointwise():
-            return not any(isinstance(e, Product) for e in walk(expr)) and bool(loads(expr))
     return False
 
 
@@ -110,18 +108,6 @@ def _scaled_fills(rest: Expr, scale: float, multiplied: Callable[[float], float]
 
 def _float32(value: float) -> float:
     return torch.tensor(value, dtype=torch.float32).item()
-
-
-def _divided(expr: Expr) -> Iterator[Expr]:
-    """The expressions that `unscaled` divides term by term."""
-    match expr:
-        case Pointwise(op="mul", args=(Const(), rest) | (rest, Const())) | Pointwise(op="div", args=(rest, Const())):
-            if _factor(rest) not in (None, 1.0):
-                yield from _divided(rest)
-        case Pointwise(op="add" | "sub" | "where", args=(*_, left, right)):
-            yield expr
-            yield from _divided(left)
-            yield from _divided(right)
 
 
 def _rounds_at_constant(expr: Expr) -> bool:

@@ -173,7 +173,7 @@ class _Rows:
     def _normalised(self) -> tuple[torch.Tensor, torch.Tensor]:
         spec = self.problem.spec
         acc, total = self.acc, self.sum
-        largest = row_max = self.problem.inner.scores(self.max)
+        largest = row_max = self.problem.inner.scaled(self.max.clone())
         empty = row_max == -math.inf
         if spec.sink is not None:
             if spec.empty_row == "nan":

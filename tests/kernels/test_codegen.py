@@ -38,11 +38,6 @@ def make_spec(
         (f"qk * 0.1 + where(t0[kv_idx], 0.0, {MIN!r})", 0.1, f"qk + where(t0[kv_idx], 0.0, {MIN!r})"),
         ("qk * 0.125 + where(t0[kv_idx], 0.0, -1e4)", 0.125, "qk + where(t0[kv_idx], 0.0, -8e4)"),
         ("qk * 0.1 + where(t0[kv_idx], 0.0, -1e4)", 1.0, "qk * 0.1 + where(t0[kv_idx], 0.0, -1e4)"),
-        (
-            "(qk * 0.1 + (1.0 - to_float(t0[kv_idx])) * -1e4) * 0.7",
-            0.7,
-            "qk * 0.1 + (1.0 - to_float(t0[kv_idx])) * -1e4",
-        ),
         ("tanh(qk * 0.02) * 50.0", 50.0, "tanh(qk * 0.02)"),
         ("qk * 0.125 + t1[kv_idx]", 1.0, "qk * 0.125 + t1[kv_idx]"),
         ("qk * -2.0", 1.0, "qk * -2.0"),
@@ -85,7 +80,6 @@ def rounded(x: float) -> float:
         f"qk * 0.3 + where(t0[kv_idx], 0.0, {MIN / 2!r}) + where(t0[q_idx], 0.0, {MIN / 2!r})",
         f"where(t0[q_idx], where(t0[kv_idx], qk, {MIN!r}) * 0.25, {MIN!r})",
         "(qk + t1[kv_idx]) * 3.7",
-        f"(qk + (1.0 - to_float(t0[kv_idx])) * {MIN!r}) * 3.7",
     ],
 )
 def test_a_scale_stays_where_fills_would_not_be_told_apart(score: str) -> None:
