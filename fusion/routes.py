@@ -28,9 +28,9 @@ OPERATORS: Mapping[str, torch._ops.OpOverload] = {
 
 @dataclass(frozen=True)
 class Row:
-    """Where `kernel` was faster: for head dims and lengths of queries and keys from..to.
+    """Where `kernel` was faster: for head dims, lengths of queries and keys, and rows of all heads from..to.
 
-    trains: with a backward pass, without, or in both cases.
+    trains: with a backward pass, without, or in both cases. rows: None for any number.
     """
 
     capability: tuple[int, int]
@@ -39,12 +39,19 @@ class Row:
     lengths: tuple[int, int]
     causal: tuple[bool, ...] = (False, True)
     trains: tuple[bool, ...] = (False, True)
+    rows: tuple[int, int] | None = None
 
 
+# Rows that fill a device a few times: the search has 2^16, and 2^19, which are many.
+_FEW = (2**15, 2**17)
 # The recorded search, `python -m benchmarks.routes`: docs/performance.md, "Routes", has its figures.
 FASTER: tuple[Row, ...] = (
     Row((9, 0), "cudnn", (129, 256), (128, 2048), trains=(True,)),
+    Row((9, 0), "cudnn", (129, 256), (128, 512), trains=(False,)),
     Row((9, 0), "cudnn", (65, 128), (128, 197), trains=(True,)),
+    Row((9, 0), "cudnn", (64, 128), (128, 160), trains=(False,), rows=_FEW),
+    Row((9, 0), "cudnn", (64, 64), (128, 768), trains=(False,), rows=_FEW),
+    Row((9, 0), "cudnn", (64, 64), (128, 1024), causal=(False,), trains=(True,), rows=_FEW),
 )
 
 
@@ -85,6 +92,10 @@ class Plain:
     def batch(self) -> int:
         return self.shape[0] if self.shape else 1
 
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape) * self.q_len
+
 
 def route_of(site: AttentionSite, choice: str) -> Route | None:
     """The kernel of torch's that a site goes to under the option's value `choice`; None for flashfuse's own."""
@@ -124,6 +135,7 @@ def _covers(row: Row, plain: Plain, capability: tuple[int, int]) -> bool:
         and all(shortest <= n <= longest for n in (plain.q_len, plain.kv_len))
         and plain.causal in row.causal
         and plain.trains in row.trains
+        and (row.rows is None or row.rows[0] <= plain.rows <= row.rows[1])
     )
 
 

@@ -87,7 +87,8 @@ def test_sizes_and_types_of_a_graph() -> None:
 
 
 def test_the_recorded_search_decides_by_capability_sizes_and_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes, "FASTER", (Row((9, 0), "cudnn", (64, 96), (128, 512), (False,), (True,)),))
+    row = Row((9, 0), "cudnn", (64, 96), (128, 512), (False,), (True,), (2048, 4096))
+    monkeypatch.setattr(routes, "FASTER", (row,))
     site = only_site(attention, *operands(2, 3))
     plain = Plain(0.125, False, True, (2, 3), 512, 512, 64)
     assert fastest(plain, (9, 0), site) == ("cudnn",)
@@ -99,6 +100,8 @@ def test_the_recorded_search_decides_by_capability_sizes_and_mask(monkeypatch: p
         {"head_dim": 56},
         {"causal": True},
         {"trains": False},
+        {"shape": (3, 3)},
+        {"shape": (3,)},
     ):
         assert fastest(dataclasses.replace(plain, **change), (9, 0), site) == ()
 
