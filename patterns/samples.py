@@ -108,9 +108,12 @@ class Samples:
         return {frozenset({(expr, True)}): torch.full_like(ordinary, -math.inf), frozenset({(expr, False)}): ordinary}
 
     def _is_atom(self, expr: Expr) -> bool:
-        """Whether an expression is a condition that may hold or not, whatever scores are."""
-        compares = isinstance(expr, Pointwise) and expr.op in _COMPARISONS
-        return compares and not any(isinstance(e, Product) or e in self.masks for e in walk(expr))
+        """Whether an expression is a condition that may hold or not: scores and masks alone do not decide it."""
+        if not isinstance(expr, Pointwise) or expr.op not in _COMPARISONS:
+            return False
+        read = [e for e in walk(expr) if not isinstance(e, (Pointwise, Const, Index))]
+        decides = [isinstance(e, Product) or e in self.masks for e in read]
+        return not any(decides) or not all(decides)
 
     def _condition(self, atom: Expr) -> Paths:
         inside = tuple(e for e in walk(atom) if not isinstance(e, Pointwise))

@@ -197,3 +197,15 @@ def test_a_mask_that_is_taken_away_again(by_keys: bool) -> None:
 
     only_site(fn, *inputs())
     check_fused(fn, *inputs())
+
+
+def test_small_probabilities_set_to_zero() -> None:
+    """p < 0.05 was computed at sample numbers, for the bias in it, and taken for the mask that it is made of."""
+
+    def fn(q: Any, k: Any, v: Any, keep: Any, bias: Any) -> Any:
+        scores = q @ k.mT + bias
+        e = torch.where(keep, (scores - scores.amax(-1, keepdim=True)).exp(), 0.0)
+        p = e / e.sum(-1, keepdim=True)
+        return p.masked_fill(p < 0.05, 0.0) @ v
+
+    assert only_refusal(fn, *inputs(), torch.randn(S, T)).code == "probability-mask"
