@@ -49,6 +49,9 @@ def test_a_training_step_is_checked_by_a_gradient() -> None:
     assert found.fused == {EAGER: 2}
     assert not found.row.notes
     assert torch.tensor([*found.row.errors.values()]).gt(0).all()
+    # So little that a gradient of something else is not within twice it.
+    assert found.row.eager_error is not None
+    assert found.row.eager_error < 0.05
 
 
 def test_a_wrong_result_has_no_time(bert: Model, monkeypatch: pytest.MonkeyPatch) -> None:
