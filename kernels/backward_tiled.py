@@ -38,6 +38,8 @@ Q, K, V = range(3)
 OPERANDS = 3
 # A probability from here on is nearly all of its row; of one that is 1, as it is made again from large scores.
 NEARLY_ALL = 0.9
+# What slopes of more than this multiply may be infinite: it is summed before.
+HUGE_SLOPE = 2.0**64
 
 
 def attention_backward_tiled(
@@ -303,7 +305,14 @@ class _Rows:
         grad = grad.view([len(positions) for _, positions in tile.axes])
         for read, slope in slopes.reads:
             total = self.whole.sums[OPERANDS + read.tensor]  # type: ignore[operator]
-            scatter_add(total, read, self._scaled(grad, slope, tile), tile)
+            factor, rest = factored(slope, HUGE_SLOPE)
+            if factor == 1:
+                scatter_add(total, read, self._scaled(grad, slope, tile), tile)
+            else:
+                # Of terms that are infinite a sum may be NaN.
+                part = torch.zeros_like(total)
+                scatter_add(part, read, self._scaled(grad, rest, tile), tile)
+                total.add_(_times(part, factor))
 
     def _scaled(self, grad: torch.Tensor, slope: Expr, tile: Tile) -> torch.Tensor:
         """grad * slope, and 0 where either is: what a mask discards stays 0 beside a NaN or an infinity."""
@@ -314,7 +323,12 @@ class _Rows:
         else:
             values = evaluate(rest, tile).to(grad.dtype)
             grad = (grad * values).masked_fill_((values == 0) | (grad == 0), 0.0)
-        return grad if factor == 1 else grad * (factor / LARGEST) * LARGEST
+        return grad if factor == 1 else _times(grad, factor)
+
+
+def _times(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """x * factor, which may be a number that float32 does not hold."""
+    return x * (factor / LARGEST) * LARGEST if abs(factor) > LARGEST else x * factor
 
 
 def _of_whole_rows(

@@ -182,8 +182,8 @@ def _coefficient(expr: Expr) -> tuple[float, Expr]:
     return 1.0, expr
 
 
-def factored(slope: Expr) -> tuple[float, Expr]:
-    """(c, rest) with slope = c * rest, c being 1 unless it is a number that float32 does not hold.
+def factored(slope: Expr, least: float = LARGEST) -> tuple[float, Expr]:
+    """(c, rest) with slope = c * rest, c being 1 unless it is a number above `least`: one that float32 does not hold.
 
     A gradient is multiplied by it last, so that it is infinite where the source's is.
     """
@@ -192,7 +192,7 @@ def factored(slope: Expr) -> tuple[float, Expr]:
         case Pointwise(op="where", args=(condition, value, other)) if other == ZERO:
             scale, rest = _coefficient(value)
             rest = pointwise("where", condition, rest, ZERO)
-    return (scale, rest) if LARGEST < abs(scale) < math.inf else (1.0, slope)
+    return (scale, rest) if least < abs(scale) < math.inf else (1.0, slope)
 
 
 def _product(a: Expr, b: Expr) -> Expr:

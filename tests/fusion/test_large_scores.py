@@ -49,3 +49,25 @@ def test_rounded_as_often_as_in_the_source(function: Any, trains: bool) -> None:
     for ours, eager, exact in zip(results(fused), results(function), results(function, torch.float64), strict=True):
         assert_close_to_exact(ours, eager, exact)
     flashfuse.reports()[0].assert_fused(sites=1)
+
+
+def test_gradients_of_a_mask_that_is_multiplied_by_the_lowest_number() -> None:
+    """Terms of a sum were infinite, and of both signs, where eager code adds them up first."""
+    lowest = torch.finfo(torch.float32).min
+
+    def biased(q: Any, k: Any, v: Any, keep: Any) -> Any:
+        return torch.softmax(q @ k.mT + 0.5 * ((1 - keep) * lowest), -1) @ v
+
+    def gradient(run: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        q, k, v, upstream = (torch.randn(1, 1, 6, 8, generator=generator) for _ in range(4))
+        keep = torch.ones(1, 1, 6, 6, requires_grad=True)
+        # Two heads that are one, with gradients that nearly add up to 0.
+        out = run(torch.cat([q, q], 1), torch.cat([k, k], 1), torch.cat([v, v], 1) * 8, keep)
+        return torch.autograd.grad(out, keep, torch.cat([upstream, -0.99 * upstream], 1))[0]
+
+    ours, eager = gradient(torch.compile(biased, backend="flashfuse")), gradient(biased)
+    assert not ours.isnan().any()
+    torch.testing.assert_close(ours.isfinite(), eager.isfinite())
+    torch.testing.assert_close(ours / lowest, eager / lowest)
+    flashfuse.reports()[0].assert_fused(sites=1)
