@@ -6,34 +6,72 @@ Kernels add what is free of products first where that is faster, and skip keys t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
-from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Product, walk
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Product, loads, walk
 from flashfuse.kernels.normal import TAKES_DIGITS, rewrite
+from flashfuse.patterns.lift import Lifter
 from flashfuse.patterns.opener import Opener
 from flashfuse.patterns.refusal import Refused
-from flashfuse.patterns.samples import Samples, TooManyPaths, made
+from flashfuse.patterns.samples import ORDINARY, Samples, TooManyPaths, made
+
+# So many nodes are looked at behind a tensor that has no index form.
+_MOST_NODES = 32
 
 
 def check_sums(program: Expr, opener: Opener) -> None:
     """Raises Refused where scores may be lost so, unless the program shows it: then it is computed in its order.
 
-    Given tensors are taken not to hold such numbers of both signs.
+    Given tensors are taken not to hold such numbers of both signs, and integers that these are multiplied by to be 0
+    or 1.
     """
-    tensors = dict.fromkeys(e for e in walk(program) if isinstance(e, Load) and e.dtype.is_floating_point)
-    if len(tensors) + _is_large(program) < 2:
+    tensors = dict.fromkeys(e for e in loads(program) if e.dtype.is_floating_point)
+    shown = _large(_constants(program))
+    if len(tensors) + bool(shown) < 2:
         return
-    large = {load: whole for load in tensors if _is_large(whole := made(load, opener))}
-    if len(large) + _is_large(program) < 2:
+    whole = {read: made(read, opener) for read in tensors}
+    large = {read: _large(_constants(e)) for read, e in whole.items()}
+    hidden = {read: _large(_behind(e, opener.lifter)) for read, e in whole.items() if not large[read]}
+    sources = [numbers for numbers in (shown, *large.values(), *hidden.values()) if numbers]
+    if len(sources) < 2:
         return
-    whole = opener.lifter.resolved(rewrite(program, lambda e: large.get(e) if isinstance(e, Load) else None))
-    if _may_cancel(whole, Samples(opener)):
+    if any(hidden.values()):
+        cancels = _subtracts(program) or len({x > 0 for numbers in sources for x in numbers}) == 2
+    else:
+        replaced = rewrite(program, lambda e: whole.get(e) if isinstance(e, Load) and large.get(e) else None)
+        cancels = _may_cancel(opener.lifter.resolved(replaced), Samples(opener, binary=True))
+    if cancels:
         raise Refused("inexact", "large numbers that are added to the scores take each other away, and the scores too")
 
 
-def _is_large(expr: Expr) -> bool:
-    """Whether there is a number in it that leaves nothing of a score."""
-    constants = (e.value for e in walk(expr) if isinstance(e, Const))
-    return any(math.isfinite(value) and abs(value) >= TAKES_DIGITS for value in constants)
+def _large(numbers: Iterable[float]) -> list[float]:
+    """Those that leave nothing of a score."""
+    return [x for x in numbers if math.isfinite(x) and abs(x) >= TAKES_DIGITS]
+
+
+def _constants(expr: Expr) -> list[float]:
+    return [e.value for e in walk(expr) if isinstance(e, Const)]
+
+
+def _behind(expr: Expr, lifter: Lifter) -> list[float]:
+    """The numbers from which the graph makes what an expression reads, shortly behind."""
+    queue = [x.tensor for x in loads(expr) if isinstance(x.tensor, fx.Node)]
+    seen, found = {*queue}, []
+    while queue and len(seen) < _MOST_NODES:
+        node = queue.pop()
+        lifter.region.open(node)
+        found += [x for x in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(x, float)]
+        fresh = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        queue += fresh
+    return found
+
+
+def _subtracts(program: Expr) -> bool:
+    return any(isinstance(e, Pointwise) and e.op in ("sub", "neg") for e in walk(program))
 
 
 def _may_cancel(program: Expr, samples: Samples) -> bool:
@@ -49,6 +87,6 @@ def _cancels(expr: Pointwise, samples: Samples) -> bool:
     for known, (x, y) in samples.together(expr.args):
         total = x + y if expr.op == "add" else x - y
         lost = (x.abs() >= TAKES_DIGITS) & (y.abs() >= TAKES_DIGITS) & (total.abs() < TAKES_DIGITS)
-        if (lost & samples.reached(known)).any():
+        if (lost & samples.reached(known))[:ORDINARY].any():
             return True
     return False

@@ -1,8 +1,8 @@
 """Score programs computed at sample numbers, on every path through their choices.
 
-Each condition that no product decides is tried as true and as false, and is the same wherever it occurs. So fills keep
-their size through whatever is done to them, and what is no fill stays an ordinary number: nothing overflows that model
-code does not mean to.
+Each condition is tried as true and as false, and is the same wherever it occurs: only constants and infinities decide
+one. So fills keep their size through whatever is done to them, and what is no fill stays an ordinary number: nothing
+overflows that model code does not mean to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from flashfuse.patterns.opened import open_up
 from flashfuse.patterns.opener import Opener
 from flashfuse.patterns.refusal import Refused
 
-_SAMPLES = 48
+# Ordinary numbers, and as many others, by which it shows what is no constant.
+ORDINARY = 48
+_SAMPLES = 2 * ORDINARY
 # Positions below this are tried.
 _NEAR = 8
 # More paths than this are not followed: nothing is known then.
@@ -56,16 +58,14 @@ def made(expr: Expr, opener: Opener, steps: int = _MOST_STEPS) -> Expr:
 class Samples:
     """The values of programs, and of all that they are made of, at sample numbers on each path.
 
-    added: tensors that may hold -inf, where they are no parameters and differ between keys.
+    The first `ORDINARY` are the numbers that model code means. added: tensors that may hold -inf, where they are no
+    parameters and differ between keys. binary: whether all integers are masks.
     """
 
-    def __init__(self, opener: Opener, added: Iterable[Load | Gather] = ()) -> None:
-        self.j, self.ranges = opener.j, opener.lifter.ranges
-        weights = opener.lifter.graph.weights
-        self.masks = frozenset(
-            x for x in added
-            if x.dtype.is_floating_point and self.j in free_symbols(x) and x.tensor not in weights
-        )  # fmt: skip
+    def __init__(self, opener: Opener, added: Iterable[Load | Gather] = (), *, binary: bool = False) -> None:
+        self.j, self.ranges, self.binary = opener.j, opener.lifter.ranges, binary
+        self._weights = opener.lifter.graph.weights
+        self.masks = frozenset(x for x in added if x.dtype.is_floating_point and self._may_mask(x))
         self._random = torch.Generator().manual_seed(0)
         self._positions: dict[sympy.Symbol, torch.Tensor] = {}
         self._found: dict[Expr, Paths] = {}
@@ -92,47 +92,74 @@ class Samples:
                 return {frozenset(): self._at_positions(value).to(_work(dtype))}
             case Pointwise(op="where", args=(condition, yes, no)):
                 return self._choice(condition, yes, no, expr.dtype)
-            case Pointwise(op="ge" | "le" | "ne" as op, args=args) if self._is_atom(expr):
+            case Pointwise(op="ge" | "le" | "ne" as op, args=args):
                 return self.of(Pointwise(torch.bool, "not", (Pointwise(torch.bool, _OPPOSITE[op], args),)))
-            case Pointwise(op=op, args=args) if not self._is_atom(expr):
-                return _merged(
-                    (known, _rounded(OPS[op].torch(*(_promoted(x, op) for x in values)), expr.dtype))
-                    for known, values in self.together(args)
-                )
+            case Pointwise(op=op) if op in _COMPARISONS:
+                return self._comparison(expr)
+            case Pointwise():
+                return _merged(self._results(expr))
         if expr.dtype == torch.bool:
-            return self._condition(expr)
+            return self._either(expr)
         ordinary = self._ordinary(expr)
         if expr not in self.masks:
             return {frozenset(): ordinary}
         # As a condition, the tensor says that it masks.
         return {frozenset({(expr, True)}): torch.full_like(ordinary, -math.inf), frozenset({(expr, False)}): ordinary}
 
-    def _is_atom(self, expr: Expr) -> bool:
-        """Whether an expression is a condition that may hold or not: scores and masks alone do not decide it."""
-        if not isinstance(expr, Pointwise) or expr.op not in _COMPARISONS:
-            return False
-        read = [e for e in walk(expr) if not isinstance(e, (Pointwise, Const, Index))]
-        decides = [isinstance(e, Product) or e in self.masks for e in read]
-        return not any(decides) or not all(decides)
+    def _results(self, expr: Pointwise) -> Iterator[tuple[Known, torch.Tensor]]:
+        """An operator's value on each path, and once more at the pole that its last argument may be at."""
+        for known, values in self.together(expr.args):
+            result = _rounded(OPS[expr.op].torch(*(_promoted(x, expr.op) for x in values)), expr.dtype)
+            pole = self._pole(expr, values) if expr.op in _POLES else None
+            yield (known, result) if pole is None else (known | {(expr, False)}, result)
+            if pole is not None:
+                yield known | {(expr, True)}, torch.zeros_like(result) + pole
 
-    def _condition(self, atom: Expr) -> Paths:
-        inside = tuple(e for e in walk(atom) if not isinstance(e, Pointwise))
-        if isinstance(atom, Pointwise) and all(isinstance(e, (Index, Const)) for e in inside):
-            values = [next(iter(self.of(a).values())) for a in atom.args]
-            self._truths[atom] = OPS[atom.op].torch(*values)
+    def _pole(self, expr: Pointwise, values: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """What an operator gives for a product that it has no value for, or where a mask is 0; None for neither."""
+        last, read = values[-1], [*walk(expr)]
+        if any(isinstance(e, Product) for e in walk(expr.args[-1])):
+            return torch.tensor(math.nan) if (last <= 0).any() and (last >= 0).any() else None
+        of_masks = any(isinstance(e, (Load, Gather)) and self._may_mask(e) for e in read)
+        if expr.op in _ROOTS or not of_masks or any(isinstance(e, Product) for e in read) or _is_constant(last):
+            return None
+        return torch.tensor(-math.inf) if expr.op != "div" else math.inf * values[0].float().sign()
+
+    def _may_mask(self, read: Load | Gather) -> bool:
+        return self.j in free_symbols(read) and read.tensor not in self._weights
+
+    def _comparison(self, expr: Pointwise) -> Paths:
+        """True and false, but where both sides are constants or one is infinite; at positions, what holds there."""
+        if all(isinstance(e, (Index, Const)) or (isinstance(e, Pointwise) and e.dtype != torch.bool) for e in walk(expr)
+               if e != expr):  # fmt: skip
+            values = [next(iter(self.of(a).values())) for a in expr.args]
+            self._truths[expr] = OPS[expr.op].torch(*values)
+            return self._either(expr)
+
+        def found() -> Iterator[tuple[Known, torch.Tensor]]:
+            for known, values in self.together(expr.args):
+                if all(map(_is_constant, values)) or any(x.isinf().all() for x in values):
+                    yield known, OPS[expr.op].torch(*values)
+                else:
+                    yield from ((known | own, holds) for own, holds in self._either(expr).items())
+
+        return _merged(found())
+
+    def _either(self, condition: Expr) -> Paths:
         truth = torch.ones(_SAMPLES, dtype=torch.bool)
-        return {frozenset({(atom, True)}): truth, frozenset({(atom, False)}): ~truth}
+        return {frozenset({(condition, True)}): truth, frozenset({(condition, False)}): ~truth}
 
     def _ordinary(self, expr: Expr) -> torch.Tensor:
         """Numbers of any sign for products; of tensors positive ones, of integers that differ between keys 0 and 1."""
+        others = torch.randn(ORDINARY, generator=self._random)
         if isinstance(expr, Product):
-            x = torch.randn(_SAMPLES, generator=self._random).clamp(-3, 3)
-            return x.index_fill(0, torch.tensor([0]), 0.0).to(_work(expr.dtype))
+            x = torch.randn(ORDINARY, generator=self._random).clamp(-3, 3)
+            return torch.cat([x.index_fill(0, torch.tensor([0]), 0.0), 10 * others]).to(_work(expr.dtype))
         if expr.dtype.is_floating_point:
-            x = 0.25 + 0.75 * torch.rand(_SAMPLES, generator=self._random)
-            return x.index_fill(0, torch.tensor([0]), 1.0).to(_work(expr.dtype))
-        low, high = (0, 2) if self.j in free_symbols(expr) else (1, 4)
-        return torch.randint(low, high, (_SAMPLES,), generator=self._random)
+            x = 0.25 + 0.75 * torch.rand(ORDINARY, generator=self._random)
+            return torch.cat([x.index_fill(0, torch.tensor([0]), 1.0), 10 * others]).to(_work(expr.dtype))
+        low, high = (0, 2) if self.binary or self.j in free_symbols(expr) else (1, 4)
+        return torch.cat([torch.randint(low, high, (ORDINARY,), generator=self._random), (10 * others).long()])
 
     def _at_positions(self, value: sympy.Expr) -> torch.Tensor:
         names = sorted(value.free_symbols, key=str)
@@ -169,6 +196,13 @@ class Samples:
 
 _COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "to_bool"})
 _OPPOSITE = {"ge": "lt", "le": "gt", "ne": "eq"}
+# Operators that have no finite value where their last argument is 0, or negative.
+_ROOTS = frozenset({"sqrt", "rsqrt"})
+_POLES = frozenset({"log", "log2", "div"}) | _ROOTS
+
+
+def _is_constant(x: torch.Tensor) -> bool:
+    return bool((x == x[0]).all())
 
 
 def _joined(known: Known, sides: Sequence[Paths]) -> Iterator[tuple[Known, tuple[torch.Tensor, ...]]]:

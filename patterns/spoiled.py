@@ -15,7 +15,7 @@ from flashfuse.kernels.expr import Expr, Gather, Load, Pointwise, loads, walk
 from flashfuse.kernels.normal import number
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.opener import Opener
-from flashfuse.patterns.samples import Samples, TooManyPaths, made
+from flashfuse.patterns.samples import ORDINARY, Samples, TooManyPaths, made
 
 
 def may_spoil_rows(program: Expr, opener: Opener) -> bool:
@@ -30,7 +30,11 @@ def may_spoil_rows(program: Expr, opener: Opener) -> bool:
         paths = samples.of(program)
     except TooManyPaths:
         return True
-    return any(((x.isnan() | (x == math.inf)) & samples.reached(known)).any() for known, x in paths.items())
+    return any((_is_spoiled(x) & samples.reached(known))[:ORDINARY].any() for known, x in paths.items())
+
+
+def _is_spoiled(x: torch.Tensor) -> torch.Tensor:
+    return x.isnan() | (x == math.inf)
 
 
 def infinite_unless(program: Expr, kept: Expr, opener: Opener) -> tuple[bool | None, bool | None]:
@@ -45,7 +49,8 @@ def infinite_unless(program: Expr, kept: Expr, opener: Opener) -> tuple[bool | N
     try:
         for known, (holds, x) in samples.together((kept, program)):
             for truth, values in enumerate(found):
-                values.append((x == -math.inf)[samples.reached(known) & (holds == bool(truth))])
+                there = samples.reached(known) & (holds == bool(truth))
+                values.append((x == -math.inf)[:ORDINARY][there[:ORDINARY]])
     except TooManyPaths:
         return None, None
     return _verdict(found[False]), _verdict(found[True])

@@ -26,6 +26,14 @@ def padding(keep: Any) -> Any:
     return keep[:, None, None]
 
 
+def table(keep: Any, number: float) -> Any:
+    return torch.tensor([number, 0.0])[keep.long()]
+
+
+def ruled_out(keep: Any) -> Any:
+    return (1.0 - keep.long()) * -1e30
+
+
 Curve = Callable[[Any, Any], Any]
 
 CANCELLED: dict[str, Curve] = {
@@ -37,12 +45,20 @@ CANCELLED: dict[str, Curve] = {
     "a-constant": lambda s, keep: s + of(padding(keep), -1e32) + 1e32,
     "both-masks": lambda s, keep: s + of(padding(keep), -1e32) + of(padding(keep.flip(-1)), 1e32),
 }
+CANCELLED |= {
+    "looked-up": lambda s, keep: s + padding(table(keep, -1e32)) + padding(table(keep, 1e32)),
+    "sorted": lambda s, keep: s + padding(of(keep, -1e32).sort(-1)[0]) - padding(of(keep, -1e32).sort(-1)[0]),
+}
 KEPT: dict[str, Curve] = {
     "two-masks": lambda s, keep: s + of(padding(keep), -1e32) + of(padding(keep.flip(-1)), -1e30),
     "before-the-score": lambda s, keep: s + (of(padding(keep), -1e32) + of(padding(keep), 1e32)),
     "never-together": lambda s, keep: s + of(padding(keep), -1e32) - of(~padding(keep), -1e9),
     "bounded": lambda s, keep: torch.tanh(s + of(padding(keep), -1e32)) - of(padding(keep), 1e32),
     "positions": lambda s, keep: s + of(torch.arange(S) < 3, 1e16) - of(torch.arange(S) < 3, 1e16),
+    "two-looked-up": lambda s, keep: s + padding(table(keep, -1e32)) + padding(table(keep.flip(-1), -1e30)),
+    "integers": lambda s, keep: (
+        s + padding((1.0 - keep.long()) * -1e30) + (1.0 - keep.long())[:, None, :, None] * -1e30
+    ),
     "seen": lambda s, keep: s + of(torch.ones(S, S).tril() > 0, -1e20) - of(torch.ones(S, S).tril() > 0, -1e20),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import check_fused
+from agreement import check_fused, check_right
 from graphs import only_refusal, only_site
 from torch.nn import functional as F
 
@@ -46,6 +46,9 @@ SPOILED: dict[str, Curve] = {
     "exponential": lambda s, keep: torch.expm1(-s.masked_fill(~keep, -1e9)),
     "given": lambda s, keep: F.gelu(s + keep.float().cumsum(-1)),
     "root": lambda s, keep: s.sqrt(),
+    "logarithm-of-a-difference": lambda s, keep: (4 - s).log(),
+    "beyond-a-number": lambda s, keep: torch.where(s > 3.5, INF, s),
+    "divided-by-a-difference": lambda s, keep: s / (4 - s).clamp(min=0),
 }
 KEPT: dict[str, Curve] = {
     "filled": lambda s, keep: s.masked_fill(~keep, -INF),
@@ -209,3 +212,35 @@ def test_small_probabilities_set_to_zero() -> None:
         return p.masked_fill(p < 0.05, 0.0) @ v
 
     assert only_refusal(fn, *inputs(), torch.randn(S, T)).code == "probability-mask"
+
+
+THRESHOLDS: dict[str, Callable[[Any], Any]] = {
+    "negative": lambda m: m <= 0,
+    "low": lambda m: m < -1e4,
+    "near": lambda m: m <= 0.1,
+    "rows": lambda m: ~(m > -1).any(-1, keepdim=True),
+    "all-of-a-row": lambda m: (m <= -1e8).all(-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("dropped", THRESHOLDS.values(), ids=THRESHOLDS.keys())
+def test_an_added_tensor_below_a_number_is_no_mask(dropped: Callable[[Any], Any]) -> None:
+    """Of what is added only -inf is known: below a number lies more than that."""
+
+    def fn(q: Any, k: Any, v: Any, added: Any) -> Any:
+        return (q @ k.mT + added).softmax(-1).masked_fill(dropped(added), 0.0) @ v
+
+    q, k, v, keep = inputs()
+    for given in (torch.randn(B, 1, S, T), added(keep, -1e9)):
+        check_right(fn, q, k, v, given)
+
+
+@pytest.mark.parametrize("log", [torch.log, lambda m: 1 - 1 / m])
+def test_zeroed_by_what_makes_a_mask(log: Callable[[Any], Any]) -> None:
+    """log(0) and 1 / 0 rule keys out, and a row of them is NaN, which times 0 is not 0."""
+
+    def fn(q: Any, k: Any, v: Any, given: Any) -> Any:
+        return (q @ k.mT + log(given)).softmax(-1).masked_fill(given == 0, 0.0) @ v
+
+    q, k, v, keep = inputs()
+    check_right(fn, q, k, v, keep.float())
