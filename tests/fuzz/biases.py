@@ -162,6 +162,6 @@ def curve(draft: Draft, s: Var) -> Var:
     if draft.chance(20):
         draft.refused.add("unknown-operator")
         return draft.let("s", draft.one(UNKNOWN).format(s=s.name), s.axes)
-    # Of the lowest number a sine is any number, as rounding has it.
-    known = {name: spellings for name, spellings in CURVES.items() if name != "periodic" or not draft.has_minimal}
+    # Of a large number a sine is any number, as rounding has it.
+    known = {name: spellings for name, spellings in CURVES.items() if name != "periodic" or not draft.has_fill}
     return draft.let("s", draft.one(draft.row(known)).format(s=s.name), s.axes)

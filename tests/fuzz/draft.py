@@ -20,6 +20,9 @@ from .program import Axes, Input, Sizes
 
 T = TypeVar("T")
 
+# How fills are written that are large.
+LARGE_FILLS = ("finfo", "-1e4", "-10000.0", "-30000.0", "-1e9", "-1e30")
+
 
 @dataclass(frozen=True)
 class Var:
@@ -127,9 +130,10 @@ class Draft:
     # ---- writing
 
     @property
-    def has_minimal(self) -> bool:
-        """Whether the lowest number of a type has been written, or is in an input."""
-        return any("finfo" in line for line in self.lines) or any(x.kind == "minimal" for x in self.inputs)
+    def has_fill(self) -> bool:
+        """Whether a number has been written, or is in an input, of which types of 16 bits lack whole periods."""
+        written = (fill in line for line in self.lines for fill in LARGE_FILLS)
+        return any(written) or any(x.kind == "minimal" for x in self.inputs)
 
     def say(self, line: str) -> None:
         self.lines.append(line)

@@ -100,7 +100,7 @@ def normalise(draft: Draft, s: Var) -> Var:
         return _masked(draft, s, d)
     tables = {"written-out": WRITTEN_OUT, "by-logarithm": BY_LOGARITHM, "plus-one": PLUS_ONE, "none": WITHOUT}
     table = tables[kind]
-    name = draft.one(tuple(name for name in table if name not in PERIODIC or not draft.has_minimal))
+    name = draft.one(tuple(name for name in table if name not in PERIODIC or not draft.has_fill))
     draft.labels.append(name)
     draft.left_open |= name in UNSHIFTED
     draft.refused |= {"log-sum-exp"} if table is BY_LOGARITHM else set()
