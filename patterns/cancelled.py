@@ -87,6 +87,6 @@ def _cancels(expr: Pointwise, samples: Samples) -> bool:
     for known, (x, y) in samples.together(expr.args):
         total = x + y if expr.op == "add" else x - y
         lost = (x.abs() >= TAKES_DIGITS) & (y.abs() >= TAKES_DIGITS) & (total.abs() < TAKES_DIGITS)
-        if (lost & samples.reached(known))[:ORDINARY].any():
+        if (lost[:ORDINARY] & samples.reached(known)).any():
             return True
     return False

@@ -25,8 +25,8 @@ from flashfuse.patterns.refusal import Refused
 # Ordinary numbers, and as many others, by which it shows what is no constant.
 ORDINARY = 48
 _SAMPLES = 2 * ORDINARY
-# Positions below this are tried.
-_NEAR = 8
+# Positions below this are tried, and as others those below that.
+_NEAR, _FAR = 8, 4096
 # More paths than this are not followed: nothing is known then.
 _MOST_PATHS = 256
 
@@ -78,8 +78,8 @@ class Samples:
         return self._found[expr]
 
     def reached(self, known: Known) -> torch.Tensor:
-        """Which samples are at positions for which a path's conditions hold; all where none is."""
-        there = torch.ones(_SAMPLES, dtype=torch.bool)
+        """Which ordinary samples are at positions for which a path's conditions hold; all where none is."""
+        there = torch.ones(ORDINARY, dtype=torch.bool)
         for condition, holds in known:
             there &= self._truths[condition] == holds if condition in self._truths else True
         return there if there.any() else ~there
@@ -130,10 +130,9 @@ class Samples:
 
     def _comparison(self, expr: Pointwise) -> Paths:
         """True and false, but where both sides are constants or one is infinite; at positions, what holds there."""
-        if all(isinstance(e, (Index, Const)) or (isinstance(e, Pointwise) and e.dtype != torch.bool) for e in walk(expr)
-               if e != expr):  # fmt: skip
+        if all(map(_is_of_positions, expr.args)):
             values = [next(iter(self.of(a).values())) for a in expr.args]
-            self._truths[expr] = OPS[expr.op].torch(*values)
+            self._truths[expr] = OPS[expr.op].torch(*values)[:ORDINARY]
             return self._either(expr)
 
         def found() -> Iterator[tuple[Known, torch.Tensor]]:
@@ -165,18 +164,19 @@ class Samples:
         names = sorted(value.free_symbols, key=str)
         for name in names:
             if name not in self._positions:
-                low, high = self._span(name)
-                self._positions[name] = torch.randint(low, high, (_SAMPLES,), generator=self._random)
+                spans = self._span(name), self._span(name, _FAR)
+                drawn = (torch.randint(*span, (ORDINARY,), generator=self._random) for span in spans)
+                self._positions[name] = torch.cat([*drawn])
         points = zip(*(self._positions[name].tolist() for name in names), strict=True) if names else [()] * _SAMPLES
         at = [value.xreplace(dict(zip(names, map(sympy.Integer, point), strict=True))) for point in points]
         return torch.tensor([int(x) for x in at])
 
-    def _span(self, name: sympy.Symbol) -> tuple[int, int]:
+    def _span(self, name: sympy.Symbol, most: int = _NEAR) -> tuple[int, int]:
         """Where positions are tried, and lengths, which are beyond them."""
         if name not in self.ranges:
-            return _NEAR + 1, 2 * _NEAR
+            return most + 1, 2 * most
         extent = self.ranges[name]
-        return 0, min(_NEAR, int(extent)) if extent.is_Integer else _NEAR
+        return 0, min(most, int(extent)) if extent.is_Integer else most
 
     def _choice(self, condition: Expr, yes: Expr, no: Expr, dtype: torch.dtype) -> Paths:
         def chosen() -> Iterator[tuple[Known, torch.Tensor]]:
@@ -199,6 +199,13 @@ _OPPOSITE = {"ge": "lt", "le": "gt", "ne": "eq"}
 # Operators that have no finite value where their last argument is 0, or negative.
 _ROOTS = frozenset({"sqrt", "rsqrt"})
 _POLES = frozenset({"log", "log2", "div"}) | _ROOTS
+
+
+def _is_of_positions(expr: Expr) -> bool:
+    """Whether an expression is made of positions and constants, without a choice."""
+    return isinstance(expr, (Index, Const)) or (
+        isinstance(expr, Pointwise) and expr.dtype != torch.bool and all(map(_is_of_positions, expr.args))
+    )
 
 
 def _is_constant(x: torch.Tensor) -> bool:

@@ -30,7 +30,7 @@ def may_spoil_rows(program: Expr, opener: Opener) -> bool:
         paths = samples.of(program)
     except TooManyPaths:
         return True
-    return any((_is_spoiled(x) & samples.reached(known))[:ORDINARY].any() for known, x in paths.items())
+    return any((_is_spoiled(x[:ORDINARY]) & samples.reached(known)).any() for known, x in paths.items())
 
 
 def _is_spoiled(x: torch.Tensor) -> torch.Tensor:
@@ -49,8 +49,8 @@ def infinite_unless(program: Expr, kept: Expr, opener: Opener) -> tuple[bool | N
     try:
         for known, (holds, x) in samples.together((kept, program)):
             for truth, values in enumerate(found):
-                there = samples.reached(known) & (holds == bool(truth))
-                values.append((x == -math.inf)[:ORDINARY][there[:ORDINARY]])
+                there = samples.reached(known) & (holds[:ORDINARY] == bool(truth))
+                values.append((x[:ORDINARY] == -math.inf)[there])
     except TooManyPaths:
         return None, None
     return _verdict(found[False]), _verdict(found[True])

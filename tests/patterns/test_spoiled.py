@@ -244,3 +244,15 @@ def test_zeroed_by_what_makes_a_mask(log: Callable[[Any], Any]) -> None:
 
     q, k, v, keep = inputs()
     check_right(fn, q, k, v, keep.float())
+
+
+def test_positions_beyond_those_of_the_samples() -> None:
+    """A factor of positions is 0 near the first ones, which decides nothing of what it is a factor of."""
+
+    def fn(q: Any, k: Any, v: Any, given: Any) -> Any:
+        far = (torch.arange(T) // 4).float()
+        scores = torch.where(far * given > 0.5, -INF, q @ k.mT + given)
+        return scores.softmax(-1).masked_fill(far * given > 0.4, 0.0) @ v
+
+    q, k, v, _ = inputs()
+    check_right(fn, q, k, v, 0.2 + 0.4 * torch.rand(B, 1, S, T))
