@@ -1,4 +1,4 @@
-"""Sums that the source makes in a narrow type, rounded as it rounds them where a mask's number takes a score's digits.
+"""Sums and products that the source makes in a narrow type, rounded as it does where a mask's number takes digits.
 
 Scores are float32 whatever the source rounds them to, since that is nearer to what it means. Not so in a row without a
 key: -65504 in float16 is a mask's number because the sum loses the score, and a row of such sums is an average. A
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from flashfuse.kernels.expr import Const, Expr, Load, Pointwise, Product, loads, walk
-from flashfuse.kernels.normal import FALSE, TRUE, pointwise, rewrite
+from flashfuse.kernels.normal import FALSE, TRUE, number, pointwise, rewrite
 from flashfuse.kernels.operators import ROUNDINGS
 from flashfuse.patterns.lift import CannotLift
 from flashfuse.patterns.opened import open_up
@@ -49,13 +49,15 @@ def _is_mask(load: Load, opener: Opener) -> bool:
 def with_narrow_sums(program: Expr, masks: AbstractSet[Hashable]) -> Expr:
     """The program with its sums rounded to the narrow type that they are made in, where an addend is large.
 
-    masks: tensors that may hold what is.
+    So are products, which may be infinite there. masks: tensors that may hold what is large.
     """
     return rewrite(program, lambda e: _rounded(e, masks))
 
 
 def _rounded(expr: Expr, masks: AbstractSet[Hashable]) -> Expr | None:
-    if not isinstance(expr, Pointwise) or expr.op not in ("add", "sub") or expr.dtype not in _ROUNDING:
+    if not isinstance(expr, Pointwise) or expr.dtype not in _ROUNDING:
+        return None
+    if expr.op not in ("add", "sub") and not _may_grow(expr):
         return None
     large = _is_large(expr, masks)
     # What is added to every score masks none.
@@ -86,11 +88,23 @@ def _is_large(expr: Expr, masks: AbstractSet[Hashable]) -> Expr:
             return pointwise("or", of(left), of(right))
         case Pointwise(op=op, args=(inner,)) if op == "neg" or op in ROUNDINGS:
             return of(inner)
-        case Pointwise(op="mul", args=(inner, Const())) if _has_product(inner):
+        case Pointwise(op="mul", args=(inner, _) | (_, inner)) if _has_product(inner):
+            return of(inner)
+        case Pointwise(op="div", args=(inner, _)) if _has_product(inner):
             return of(inner)
         case Pointwise() if not _has_product(expr) and any(map(_is_decisive, walk(expr))):
             return _exceeds(expr)
     return FALSE
+
+
+def _may_grow(expr: Pointwise) -> bool:
+    """Whether a product may be larger than a score that it is a multiple of."""
+    match expr:
+        case Pointwise(op="mul", args=(inner, other) | (other, inner)) if _has_product(inner):
+            return abs(number(other) or math.inf) > 1
+        case Pointwise(op="div", args=(inner, other)) if _has_product(inner):
+            return abs(number(other) or 0.0) < 1
+    return False
 
 
 def _is_decisive(expr: Expr) -> bool:

@@ -38,6 +38,9 @@ SUMS: dict[str, Callable[..., Any]] = {
     "widened": lambda s, keep, fill, dtype: (s + added(keep, fill, dtype)).float(),
     "scaled": lambda s, keep, fill, dtype: s * 0.3 + added(keep, fill, dtype),
     "twice": lambda s, keep, fill, dtype: s + added(keep, fill, dtype) + added(keep, fill, dtype),
+    "grown": lambda s, keep, fill, dtype: (s + added(keep, fill, dtype)) * 3.0,
+    "tempered": lambda s, keep, fill, dtype: s.masked_fill(~keep, fill) * torch.full((3, 1, 1), 3.0, dtype=dtype),
+    "divided": lambda s, keep, fill, dtype: s.masked_fill(~keep, fill) / 0.25,
     "before": lambda s, keep, fill, dtype: s + (added(keep, fill, dtype) + added(keep, fill, dtype)),
 }
 FILLS = ((torch.float16, LOWEST), (torch.float16, -1e4), (torch.bfloat16, -1e4), (torch.bfloat16, -1e9))
