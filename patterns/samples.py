@@ -119,7 +119,8 @@ class Samples:
         """What an operator gives for a product that it has no value for, or where a mask is 0; None for neither."""
         last, read = values[-1], [*walk(expr)]
         if any(isinstance(e, Product) for e in walk(expr.args[-1])):
-            return torch.tensor(math.nan) if (last <= 0).any() and (last >= 0).any() else None
+            lacks = (last < 0).any() if expr.op in _NOT_NEGATIVE else (last <= 0).any() and (last >= 0).any()
+            return torch.tensor(math.nan) if lacks else None
         of_masks = any(isinstance(e, (Load, Gather)) and self._may_mask(e) for e in read)
         if expr.op in _ROOTS or not of_masks or any(isinstance(e, Product) for e in read) or _is_constant(last):
             return None
@@ -196,9 +197,10 @@ class Samples:
 
 _COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "to_bool"})
 _OPPOSITE = {"ge": "lt", "le": "gt", "ne": "eq"}
-# Operators that have no finite value where their last argument is 0, or negative.
+# Operators that have no value where their last argument is negative, and all that have none, or -inf, somewhere.
 _ROOTS = frozenset({"sqrt", "rsqrt"})
-_POLES = frozenset({"log", "log2", "div"}) | _ROOTS
+_NOT_NEGATIVE = frozenset({"log", "log2"}) | _ROOTS
+_POLES = frozenset({"div"}) | _NOT_NEGATIVE
 
 
 def _is_of_positions(expr: Expr) -> bool:

@@ -256,3 +256,14 @@ def test_positions_beyond_those_of_the_samples() -> None:
 
     q, k, v, _ = inputs()
     check_right(fn, q, k, v, 0.2 + 0.4 * torch.rand(B, 1, S, T))
+
+
+def test_a_logarithm_of_what_may_vanish() -> None:
+    """In float16 a sigmoid may be 0, of which the logarithm is -inf, and never negative."""
+
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        return (q @ k.mT).sigmoid().log().softmax(-1).nan_to_num(0.0) @ v
+
+    q, k, v, _ = inputs()
+    only_site(fn, q.half(), k.half(), v.half())
+    check_fused(fn, q.half(), k.half(), v.half())
