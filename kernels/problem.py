@@ -83,13 +83,11 @@ class Inner(NamedTuple):
     """score = scale * inner score, of all keys and of those between `full_start` and `full_end`.
 
     A large score is rounded by its product with the scale, which differences of inner scores have not gone through.
-    fill_threshold: of inner scores.
     """
 
     scale: float
     masked: Expr
     full: Expr
-    fill_threshold: float | None
 
     def scaled(self, inner: torch.Tensor) -> torch.Tensor:
         """Scores, or their differences, of inner ones and in their place."""
@@ -142,11 +140,8 @@ class Problem:
     @functools.cached_property
     def fill_threshold(self) -> float | None:
         """See `MaskStructure.fill_threshold`."""
-        return self._fill_threshold(1.0)
-
-    def _fill_threshold(self, scale: float) -> float | None:
         fewer_queries = self.q.shape[-2] <= self.k.shape[-2]
-        return self.mask.fill_threshold(scale, ranged=self.kv_ranges is not None, fewer_queries=fewer_queries)
+        return self.mask.fill_threshold(ranged=self.kv_ranges is not None, fewer_queries=fewer_queries)
 
     @functools.cached_property
     def inner(self) -> Inner:
@@ -154,7 +149,7 @@ class Problem:
         (scale, masked), (other, full) = _outer_factor(self.spec.score), _outer_factor(self.full)
         if scale != other or self.spec.normaliser == "none":
             scale, masked, full = 1.0, self.spec.score, self.full
-        return Inner(scale, masked, full, self._fill_threshold(scale))
+        return Inner(scale, masked, full)
 
     @functools.cached_property
     def _known(self) -> dict[range, KvRange]:

@@ -83,7 +83,8 @@ def _attend(problem: Problem, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
     rows.visit(range(keys.start, keys.full_start), inner.masked)
     rows.visit(range(keys.full_start, keys.full_end), inner.full)
     rows.visit(range(keys.full_end, keys.end), inner.masked)
-    if inner.fill_threshold is not None and bool((rows.max <= inner.fill_threshold).any()):
+    threshold = problem.fill_threshold
+    if threshold is not None and bool((inner.scaled(rows.max.clone()) <= threshold).any()):
         rows.visit(range(keys.start), inner.masked)
         rows.visit(range(keys.end, problem.k.shape[-2]), inner.masked)
     out, lse = rows.result()

@@ -195,7 +195,7 @@ class Samples:
         return _joined(frozenset(), [self.of(a) for a in args])
 
 
-_COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "to_bool"})
+_COMPARISONS = frozenset({"lt", "gt", "eq", "to_bool"})
 _OPPOSITE = {"ge": "lt", "le": "gt", "ne": "eq"}
 # Operators that have no value where their last argument is negative, and all that have none, or -inf, somewhere.
 _ROOTS = frozenset({"sqrt", "rsqrt"})
